@@ -1,0 +1,221 @@
+"""The public calls: validate, choose, run, assemble."""
+
+from typing import Any
+
+import numpy as np
+
+from fastattn._batch import Batch
+from fastattn._explanation import Explanation
+from fastattn._planner import Auto
+from fastattn._problem import Method
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import Approximation
+from sketching._lib.random import RandomSource, as_generator
+from sketching._lib.validation import check_choice, check_number
+
+GUARANTEES = ("sampled", "proven")
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    tol: float = 1e-2,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_mask: Array | None = None,
+    method: Method | None = None,
+    guarantee: str = "sampled",
+    rng: RandomSource = None,
+) -> Array:
+    r"""Softmax attention to a tolerance.
+
+    Computes :math:`D^{-1} \exp(s\,Q K^\top) V` for each head, where :math:`D` makes
+    the rows of the exponential sum to one, by the cheapest method whose error is at
+    most ``tol``. Use :func:`approximate` to see the certificate.
+
+    Parameters
+    ----------
+    query : array, shape (..., n, d)
+        Queries :math:`Q`; leading dimensions are batch and heads.
+    key : array, shape (..., m, d)
+        Keys :math:`K`; leading dimensions broadcast against those of ``query``.
+    value : array, shape (..., m, p)
+        Values :math:`V`, one for each key.
+    tol : float, default 1e-2
+        With ``guarantee="sampled"`` the relative error of a head,
+        ``||out - exact||_F / ||exact||_F``. With ``"proven"`` the largest absolute
+        error, in units of half the range of the values of the head.
+    scale : float, optional
+        The factor :math:`s`. By default ``d ** -0.5``.
+    is_causal : bool, default False
+        Query ``i`` sees keys ``j <= i`` only, as in scaled_dot_product_attention.
+    key_mask : boolean array, shape (..., m), optional
+        True for keys that take part. A row that sees no key gets zeros.
+    method : AttentionMethod, optional
+        ``Auto()`` by default. A method that cannot meet ``tol`` is refused.
+    guarantee : {"sampled", "proven"}
+        What the certificate rests on: rows computed exactly after the fact, or a
+        worst-case bound over all rows from the inputs' own extent.
+    rng : int or Generator, optional
+        Source of the samples; an int makes the call reproducible.
+
+    Returns
+    -------
+    array, shape (..., n, p)
+        Of the library and dtype of the inputs. float16 and bfloat16 are computed in
+        float32.
+
+    Raises
+    ------
+    TypeError
+        If the inputs are no arrays of one library and one floating-point dtype.
+    ValueError
+        If shapes do not match, an array is empty or not finite, or an option is out
+        of range.
+    RefusalError
+        If the given method cannot meet ``tol``; the message has the numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 4, 100, 16)) * 0.3
+    >>> fastattn.attention(query, key, value, tol=1e-2, rng=0).shape
+    (4, 100, 16)
+
+    References
+    ----------
+    Alman and Song, Fast Attention Requires Bounded Entries, arXiv 2302.13214.
+    """
+    return approximate(
+        query,
+        key,
+        value,
+        tol=tol,
+        scale=scale,
+        is_causal=is_causal,
+        key_mask=key_mask,
+        method=method,
+        guarantee=guarantee,
+        rng=rng,
+    ).value
+
+
+def approximate(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    tol: float = 1e-2,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_mask: Array | None = None,
+    method: Method | None = None,
+    guarantee: str = "sampled",
+    rng: RandomSource = None,
+) -> Approximation:
+    """Softmax attention with its certificate, its plan and its log-sum-exps.
+
+    The parameters and errors are those of :func:`attention`.
+
+    Parameters
+    ----------
+    query, key, value : array, shapes (..., n, d), (..., m, d), (..., m, p)
+        As in :func:`attention`.
+    tol, scale, is_causal, key_mask, method, guarantee, rng
+        As in :func:`attention`.
+
+    Returns
+    -------
+    Approximation
+        ``value``, shape (..., n, p); ``certificate``; ``plan``; ``log_normalizer``,
+        shape (..., n), the log-sum-exp of each row's logits. For a batch the fields of
+        the certificate and the plan are arrays over the leading dimensions.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import approximate
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 2048, 16)) * 0.4
+    >>> answer = approximate(query, key, value, tol=5e-2, rng=0)
+    >>> bool(answer.certificate.error <= 5e-2), answer.certificate.norm
+    (True, 'relative-frobenius')
+    """
+    problem = Batch.of(query, key, value, scale, is_causal, key_mask)
+    tol, method, generator = _check_options(tol, method, guarantee, rng)
+    answers = [
+        method.solve(head, tol, guarantee, child)
+        for head, child in zip(
+            problem.heads(), generator.spawn(problem.count), strict=True
+        )
+    ]
+    return problem.assemble(answers)
+
+
+def explain(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    tol: float = 1e-2,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_mask: Array | None = None,
+    method: Method | None = None,
+    guarantee: str = "sampled",
+    rng: RandomSource = None,
+) -> Explanation:
+    """Say what :func:`approximate` would run for each head, and why; run nothing.
+
+    Parameters
+    ----------
+    query, key, value : array, shapes (..., n, d), (..., m, d), (..., m, p)
+        As in :func:`attention`.
+    tol, scale, is_causal, key_mask, method, guarantee, rng
+        As in :func:`attention`.
+
+    Returns
+    -------
+    Explanation
+        ``str()`` of it is a table: per head, each method, accepted or why not,
+        predicted time and error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import explain
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 64, 8))
+    >>> explain(query, key, value).heads[0][0].accepted
+    True
+    """
+    problem = Batch.of(query, key, value, scale, is_causal, key_mask)
+    tol, method, generator = _check_options(tol, method, guarantee, rng)
+    return Explanation(
+        problem.lead,
+        tuple(
+            tuple(method.candidates(head, tol, guarantee, child))
+            for head, child in zip(
+                problem.heads(), generator.spawn(problem.count), strict=True
+            )
+        ),
+    )
+
+
+def _check_options(
+    tol: Any, method: Any, guarantee: Any, rng: RandomSource
+) -> tuple[float, Method, np.random.Generator]:
+    """Check what is common to all calls."""
+    tol = check_number("tol", tol, above=0)
+    check_choice("guarantee", guarantee, GUARANTEES)
+    method = Auto() if method is None else method
+    if isinstance(method, type) or not hasattr(method, "solve"):
+        raise TypeError(
+            "method: expected a method object such as Auto(), Exact() or "
+            f"Polynomial(), got {method!r}"
+        )
+    return tol, method, as_generator(rng)

@@ -1,0 +1,159 @@
+"""Checked inputs, taken apart into heads and put together again."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._problem import Head, HeadAnswer
+from sketching._lib.arrays import Array, array_namespace, device_of
+from sketching._lib.certificate import Approximation, Certificate
+from sketching._lib.validation import check_float_array, check_number
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Checked inputs, broadcast over their leading dimensions."""
+
+    query: Array
+    key: Array
+    value: Array
+    key_mask: Array | None
+    scale: float
+    is_causal: bool
+    lead: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        query: Array,
+        key: Array,
+        value: Array,
+        scale: float | None,
+        is_causal: bool,
+        key_mask: Array | None,
+    ) -> "Batch":
+        xp = array_namespace(query, key, value)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_float_array(name, x, least_ndim=2)
+        _check_shapes(query, key, value)
+        if not isinstance(is_causal, (bool, np.bool_)):
+            raise TypeError(
+                f"is_causal: expected True or False, got {type(is_causal).__name__}"
+            )
+        d = query.shape[-1]
+        factor = d**-0.5 if scale is None else check_number("scale", scale)
+        shapes = [x.shape[:-2] for x in (query, key, value)]
+        if key_mask is not None:
+            _check_mask(xp, key_mask, key, query)
+            shapes.append(key_mask.shape[:-1])
+        try:
+            lead = np.broadcast_shapes(*shapes)
+        except ValueError as error:
+            raise ValueError(
+                "leading dimensions do not broadcast: "
+                f"query {query.shape}, key {key.shape}, value {value.shape}"
+                + ("" if key_mask is None else f", key_mask {key_mask.shape}")
+            ) from error
+        return Batch(query, key, value, key_mask, factor, bool(is_causal), lead)
+
+    @property
+    def count(self) -> int:
+        """Number of heads."""
+        return math.prod(self.lead)
+
+    def heads(self) -> Iterator[Head]:
+        """Yield the heads in C order; nothing is copied but masked keys."""
+        xp = array_namespace(self.query)
+        for place in np.ndindex(*self.lead):
+            query, key, value = (
+                _pick(x, place, 2) for x in (self.query, self.key, self.value)
+            )
+            visible = None
+            n, m = query.shape[0], key.shape[0]
+            if self.is_causal:
+                number = xp.arange(1, n + 1, device=device_of(query))
+                visible = xp.where(number < m, number, xp.full_like(number, m))
+            if self.key_mask is not None:
+                mask = _pick(self.key_mask, place, 1)
+                if visible is not None:
+                    seen = xp.cumulative_sum(xp.astype(mask, xp.int64))
+                    visible = xp.take(seen, visible - 1)
+                kept = xp.nonzero(mask)[0]
+                key, value = xp.take(key, kept, axis=0), xp.take(value, kept, axis=0)
+            yield Head(query, key, value, self.scale, visible)
+
+    def assemble(self, answers: list[HeadAnswer]) -> Approximation:
+        """Put the heads' answers back into the shape of the batch."""
+        xp = array_namespace(self.query)
+        n, p = self.query.shape[-2], self.value.shape[-1]
+
+        def stacked(parts: list[Array], shape: tuple[int, ...]) -> Array:
+            if len(parts) == 1:
+                return xp.reshape(parts[0], self.lead + shape)
+            return xp.reshape(xp.stack(parts), self.lead + shape)
+
+        def field(name: str, dtype: Any) -> Any:
+            values = [getattr(answer, name) for answer in answers]
+            if not self.lead:
+                return values[0]
+            array = np.empty(len(values), dtype=dtype)
+            array[:] = values
+            return array.reshape(self.lead)
+
+        certificate = Certificate(
+            field("error", np.float64),
+            field("failure", np.float64),
+            answers[0].norm,
+            field("source", object),
+        )
+        return Approximation(
+            stacked([answer.value for answer in answers], (n, p)),
+            certificate,
+            field("plan", object),
+            stacked([answer.log_normalizer for answer in answers], (n,)),
+        )
+
+
+def _pick(x: Array, place: tuple[int, ...], trailing: int) -> Array:
+    """Take the head at ``place`` of an array whose leading dimensions broadcast."""
+    own = x.ndim - trailing
+    index = place[len(place) - own :]
+    return x[
+        tuple(i if size > 1 else 0 for i, size in zip(index, x.shape, strict=False))
+        + (slice(None),) * trailing
+    ]
+
+
+def _check_shapes(query: Array, key: Array, value: Array) -> None:
+    """Raise ``ValueError`` where the last two dimensions do not fit together."""
+    dtypes = {str(x.dtype) for x in (query, key, value)}
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"one dtype expected: query is {query.dtype}, key {key.dtype}, value "
+            f"{value.dtype}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query has {query.shape[-1]} columns and key has {key.shape[-1]}"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"key has {key.shape[-2]} rows and value has {value.shape[-2]}"
+        )
+
+
+def _check_mask(xp: Any, key_mask: Array, key: Array, query: Array) -> None:
+    """Raise unless the mask is boolean, of the inputs' library, one entry a key."""
+    array_namespace(key_mask, query)
+    if key_mask.dtype != xp.bool:
+        raise TypeError(
+            f"key_mask: expected a boolean array (True keeps a key), got "
+            f"{key_mask.dtype}"
+        )
+    if key_mask.ndim < 1 or key_mask.shape[-1] != key.shape[-2]:
+        raise ValueError(
+            f"key_mask: expected {key.shape[-2]} entries in the last dimension, one a "
+            f"key, got shape {key_mask.shape}"
+        )

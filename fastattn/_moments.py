@@ -1,0 +1,108 @@
+"""A low-rank softmax prepared on keys and values: sums of monomials.
+
+The structure holds one number for each monomial and value column, whatever the number
+of keys, so that keys can be streamed in and two structures can be merged.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastattn._ops.monomials import means, moments
+from fastattn.expansions import IndexSet
+from fastattn.transforms import Transform
+from sketching._lib.arrays import Array, array_namespace, device_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Moments of keys and values under one index set.
+
+    Parameters
+    ----------
+    transform : Transform
+        Coordinates of queries and keys.
+    index : IndexSet
+        The monomials.
+    middle : array, shape (p,)
+        What is subtracted from the values before they are summed.
+    scale : float
+        The factor of the logits.
+    sums : array, shape (r, p + 1)
+        Sum over keys of monomial times weight times ``[value - middle, 1]``.
+    """
+
+    transform: Transform
+    index: IndexSet
+    middle: Array
+    scale: float
+    sums: Array
+
+    @staticmethod
+    def of(
+        key: Array,
+        value: Array,
+        transform: Transform,
+        index: IndexSet,
+        middle: Array,
+        scale: float,
+        dtype: Any,
+    ) -> "Moments":
+        """Sum over all keys, in ``dtype``."""
+        move = _mover(key, dtype)
+        sums = moments(
+            key,
+            value,
+            move(transform.key_center),
+            move(transform.key_map),
+            move(transform.tilt),
+            move(middle),
+            parent=index.parent,
+            coordinate=index.coordinate,
+        )
+        return Moments(transform, index, middle, scale, sums)
+
+    def prefix(self, rank: int) -> "Moments":
+        """Keep the first ``rank`` monomials only."""
+        return replace(self, index=self.index.prefix(rank), sums=self.sums[:rank, :])
+
+    def query(self, query: Array, coefficients: Array) -> tuple[Array, Array, Array]:
+        """Answer queries with the polynomial of the given coefficients.
+
+        Returns
+        -------
+        value : array, shape (n, p)
+        log_normalizer : array, shape (n,)
+            Of the true logits: centring is undone. NaN where the sum of weights is
+            not positive.
+        positive : boolean array, shape (n,)
+            Rows whose sum of weights is positive and finite.
+        """
+        xp = array_namespace(query)
+        move = _mover(query, self.sums.dtype)
+        weights = move(self.index.weights(coefficients))
+        value, total = means(
+            query,
+            move(self.transform.query_center),
+            move(self.transform.query_map),
+            self.sums * weights[:, None],
+            move(self.middle),
+            parent=self.index.parent,
+            coordinate=self.index.coordinate,
+        )
+        positive = xp.logical_and(total > 0, xp.isfinite(total))
+        shift = xp.matmul(
+            xp.astype(query, self.sums.dtype, copy=False),
+            move(self.scale * self.transform.key_center),
+        )
+        logarithm = xp.log(xp.where(positive, total, xp.ones_like(total)))
+        nothing = xp.full_like(total, xp.nan)
+        return value, xp.where(positive, logarithm + shift, nothing), positive
+
+
+def _mover(like: Array, dtype: Any) -> Any:
+    """Return a function that brings host arrays to where ``like`` is, as ``dtype``."""
+    xp = array_namespace(like)
+    device = device_of(like)
+    return lambda x: xp.asarray(np.asarray(x), dtype=dtype, device=device)

@@ -1,0 +1,82 @@
+"""Monomials in blocks that stay in cache, multiplied by BLAS.
+
+Monomials are kept one to a row, so that each is a product of two contiguous rows.
+"""
+
+import numpy as np
+from numba import njit
+
+from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.elementary import REASSOCIATE
+
+# rows of key or query whose monomials exist at once, on each thread
+ROWS = 256
+# tasks: a number that does not depend on the threads, so that the answer does not
+_SPANS = 16
+# all partial sums together stay below this many bytes
+_LARGEST_PARTS = 1 << 26
+
+
+def monomials(x, *, parent, coordinate):
+    features = np.empty((len(parent), len(x)), dtype=x.dtype)
+    _fill(np.ascontiguousarray(x.T), parent, coordinate, features)
+    return features.T
+
+
+def moments(key, value, center, projection, tilt, middle, *, parent, coordinate):
+    dtype = projection.dtype
+    m, p = value.shape
+    spans = min(_SPANS, max(1, _LARGEST_PARTS // (len(parent) * (p + 1) * 8)))
+    span = ROWS * -(-m // (ROWS * spans))
+    parts = np.zeros((-(-m // span), len(parent), p + 1), dtype=np.float64)
+
+    def work(task):
+        part = np.empty((len(parent), p + 1), dtype=dtype)
+        features = np.empty((len(parent), ROWS), dtype=dtype)
+        extended = np.empty((ROWS, p + 1), dtype=dtype)
+        for lo in range(task * span, min((task + 1) * span, m), ROWS):
+            hi = min(lo + ROWS, m)
+            centred = key[lo:hi] - center
+            block, values = features[:, : hi - lo], extended[: hi - lo]
+            _fill(projection.T @ centred.T, parent, coordinate, block)
+            weight = np.exp(centred @ tilt)[:, None]
+            np.multiply(value[lo:hi] - middle, weight, out=values[:, :p])
+            values[:, p:] = weight
+            parts[task] += np.matmul(block, values, out=part)
+
+    run_blocks(work, range(len(parts)))
+    return parts.sum(axis=0).astype(dtype)
+
+
+def means(query, center, projection, readout, middle, *, parent, coordinate):
+    dtype = projection.dtype
+    n, p = len(query), readout.shape[1] - 1
+    value = np.empty((n, p), dtype=dtype)
+    total = np.empty(n, dtype=dtype)
+    span = ROWS * -(-n // (ROWS * _SPANS))
+    columns = np.ascontiguousarray(readout.T)
+
+    def work(task):
+        features = np.empty((len(parent), ROWS), dtype=dtype)
+        for lo in range(task * span, min((task + 1) * span, n), ROWS):
+            hi = min(lo + ROWS, n)
+            block = features[:, : hi - lo]
+            _fill(projection.T @ (query[lo:hi] - center).T, parent, coordinate, block)
+            sums = columns @ block
+            good = (sums[p] > 0) & np.isfinite(sums[p])
+            total[lo:hi] = sums[p]
+            sums[:, ~good] = 0
+            sums[p, ~good] = 1
+            value[lo:hi] = (sums[:p] / sums[p]).T + middle
+
+    run_blocks(work, range(-(-n // span)))
+    return value, total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _fill(x, parent, coordinate, features):
+    features[0, :] = 1
+    for j in range(1, features.shape[0]):
+        source, factor, row = features[parent[j]], x[coordinate[j]], features[j]
+        for i in range(row.size):
+            row[i] = source[i] * factor[i]

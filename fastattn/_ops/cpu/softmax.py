@@ -1,0 +1,89 @@
+"""Exact softmax attention: BLAS for the products, one fused pass for the softmax."""
+
+import numpy as np
+from numba import njit
+
+from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
+
+# a block of logits, 1024 x 256 float32, is what a core's second-level cache holds
+ROWS = 1024
+KEYS = 256
+# fewer rows take longer blocks of keys, up to this
+LONGEST = 1024
+
+
+def attend(query, key, value, *, scale, visible, rows=None):
+    heads, n, _ = query.shape
+    dtype = query.dtype
+    out = np.empty((heads, n, value.shape[2]), dtype=dtype)
+    normalizer = np.empty((heads, n), dtype=dtype)
+    if rows is None:
+        # few rows: smaller blocks keep every thread busy
+        rows = min(ROWS, max(64, -(-heads * n // 8)))
+    keys = min(LONGEST, max(KEYS, ROWS * KEYS // min(rows, n)))
+    per_head = -(-n // rows)
+
+    def work(task):
+        head, block = divmod(task, per_head)
+        span = slice(block * rows, min((block + 1) * rows, n))
+        seen = None if visible is None else visible[span]
+        _attend_rows(
+            query[head, span], key[head], value[head], dtype.type(scale), seen, keys,
+            out[head, span], normalizer[head, span],
+        )  # fmt: skip
+
+    run_blocks(work, range(heads * per_head))
+    return out, normalizer
+
+
+def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
+    """Stream all keys past one block of rows."""
+    n, dtype = len(query), query.dtype
+    scaled = query * scale
+    last = len(key) if visible is None else min(len(key), int(visible.max()))
+    peak = np.full(n, -np.inf, dtype=dtype)
+    total = np.zeros(n, dtype=np.float64)
+    sums = np.zeros(out.shape, dtype=dtype)
+    part = np.empty(out.shape, dtype=dtype)
+    logits = np.empty((n, size), dtype=dtype)
+    for start in range(0, last, size):
+        keys = slice(start, min(start + size, last))
+        block = logits[:, : keys.stop - start]
+        np.matmul(scaled, key[keys].astype(dtype, copy=False).T, out=block)
+        count = np.full(n, block.shape[1]) if visible is None else visible - start
+        _soften(block, count, peak, total, sums)
+        np.matmul(block, value[keys].astype(dtype, copy=False), out=part)
+        sums += part
+    seen = total > 0
+    np.divide(sums, np.where(seen, total, 1)[:, None], out=out, casting="same_kind")
+    with np.errstate(divide="ignore"):
+        normalizer[:] = peak + np.log(total)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _soften(logits, count, peak, total, sums):
+    # turns logits into weights relative to the largest logit so far, and rescales
+    # what was summed before whenever a larger one comes
+    for i in range(logits.shape[0]):
+        size = min(max(count[i], 0), logits.shape[1])
+        row = logits[i, :size]
+        logits[i, size:] = 0
+        if size == 0:
+            continue
+        largest = row[0]
+        for j in range(size):
+            largest = maximum(largest, row[j])
+        if largest > peak[i]:
+            shrink = exp(peak[i] - largest)
+            peak[i] = largest
+            total[i] *= shrink
+            for c in range(sums.shape[1]):
+                sums[i, c] *= shrink
+        shift = peak[i]
+        partial = row[0] * 0
+        for j in range(size):
+            weight = exp(row[j] - shift)
+            row[j] = weight
+            partial += weight
+        total[i] += partial

@@ -1,0 +1,166 @@
+"""One head of attention, the plans for it, and the answer to it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastattn._ops.softmax import attend
+from sketching._lib.arrays import (
+    Array,
+    array_namespace,
+    compute_dtype,
+    device_of,
+    place_of,
+    to_host,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """The inputs of one head.
+
+    Parameters
+    ----------
+    query, key, value : array, shapes (n, d), (m, d), (m, p)
+        Arrays of one library.
+    scale : float
+        The factor of the logits.
+    visible : integer array, shape (n,), or None
+        Row ``i`` sees the first ``visible[i]`` keys; None means all.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    scale: float
+    visible: Array | None = None
+
+    @property
+    def xp(self) -> Any:
+        """The namespace of the arrays."""
+        return array_namespace(self.query)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of computation."""
+        return compute_dtype(self.xp, self.query.dtype)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """n, m, d and p."""
+        n, d = self.query.shape
+        m, p = self.value.shape
+        return n, m, d, p
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the bodies in ``_ops/cpu`` run for this head."""
+        return place_of(self.query) == "cpu"
+
+    def with_rows(self, rows: Array) -> "Head":
+        """Return the same head for the queries numbered ``rows`` only."""
+        xp = self.xp
+        rows = xp.asarray(rows, device=device_of(self.query))
+        visible = self.visible
+        return replace(
+            self,
+            query=xp.take(self.query, rows, axis=0),
+            visible=None if visible is None else xp.take(visible, rows, axis=0),
+        )
+
+    def attend(self, dtype: Any = None, rows: int | None = None) -> tuple[Array, Array]:
+        """Compute the head exactly, in ``dtype`` (default: the head's own)."""
+        xp = self.xp
+        dtype = self.dtype if dtype is None else dtype
+        n, m, _, p = self.sizes
+        if m == 0:
+            device = device_of(self.query)
+            return (
+                xp.zeros((n, p), dtype=dtype, device=device),
+                xp.full((n,), -xp.inf, dtype=dtype, device=device),
+            )
+        out, normalizer = attend(
+            xp.astype(self.query, dtype, copy=False)[None, ...],
+            self.key[None, ...],
+            self.value[None, ...],
+            scale=self.scale,
+            visible=self.visible,
+            rows=rows,
+        )
+        return out[0, ...], normalizer[0, ...]
+
+    def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
+        """Round an answer to the dtype of the query, its normalizer to the head's."""
+        xp = self.xp
+        return (
+            xp.astype(value, self.query.dtype, copy=False),
+            xp.astype(log_normalizer, self.dtype, copy=False),
+        )
+
+
+def host_rows(x: Array, rows: Array) -> Array:
+    """Copy the given rows to the host, in float32 or float64."""
+    xp = array_namespace(x)
+    taken = xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)
+    return to_host(xp.astype(taken, compute_dtype(xp, x.dtype), copy=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run for one head, and what was expected of it.
+
+    Parameters
+    ----------
+    method : object
+        The method with every choice made, for example ``Polynomial(degree=2)``.
+    predicted_error : float
+        Relative Frobenius error, or the proven bound; 0 for exact attention.
+    predicted_seconds : float
+        From the cost model of this machine.
+    reason : str
+        Why this method was taken, in a few words.
+    """
+
+    method: Any
+    predicted_error: float
+    predicted_seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One method that was considered for a head: taken or refused, and why."""
+
+    plan: Plan
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadAnswer:
+    """The answer of one head with what it promises."""
+
+    value: Array
+    log_normalizer: Array
+    error: float
+    failure: float
+    norm: str
+    source: str
+    plan: Plan
+
+
+class Method(Protocol):
+    """A recipe for attention."""
+
+    def solve(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> HeadAnswer:
+        """Answer the head within ``tol``; raise ``RefusalError`` if that cannot be."""
+        ...
+
+    def candidates(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Iterator[Candidate]:
+        """Say what would be tried for the head, without running it."""
+        ...

@@ -1,0 +1,218 @@
+"""Polynomials whose error is bounded for every row before they are run.
+
+If every weight is off by a relative ``delta`` at most, every output is off by
+``delta / (1 - delta)`` half ranges of the values. ``delta`` is the error of the minimax
+polynomial on an interval that holds every logit (Cauchy-Schwarz after centring and
+balancing), plus what dropped monomials and rounding can add.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._problem import Head
+from fastattn._recipes import Recipe, check_rank, sample_rows
+from fastattn._rounding import (
+    EXP,
+    ValueRange,
+    deviation,
+    gamma,
+    largest_entries,
+    largest_norm,
+    unit_roundoff,
+    value_range,
+)
+from fastattn.expansions import (
+    LARGEST_BOUND,
+    LARGEST_DEGREE,
+    IndexSet,
+    by_energy,
+    least_degree,
+    rank_of,
+    relative_minimax,
+    total_degree,
+)
+from fastattn.transforms import Transform, balance, center
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import RefusalError
+
+# rows whose monomials the fast body sums in working precision
+_BLOCK = 256
+_LARGEST_TILT = 60.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reach:
+    """How far the coordinates of a head reach under a transform."""
+
+    transform: Transform
+    query: float  # largest norm of u
+    key: float  # largest norm of v
+    query_input: float  # largest norm of q - a
+    key_input: float  # largest norm of k - c
+
+    @property
+    def bound(self) -> float:
+        """Cauchy-Schwarz bound of every logit."""
+        return self.query * self.key
+
+
+def proven_recipe(
+    head: Head,
+    tol: float,
+    rng: np.random.Generator,
+    degree: int | None = None,
+    rank: int | None = None,
+) -> Recipe:
+    """Find the least degree and precision whose proven bound meets ``tol``.
+
+    Parameters
+    ----------
+    head : Head
+        Every row of it is looked at once, for the bound of the logits.
+    tol : float
+        Wanted bound, in half ranges of the values.
+    rng : Generator
+        Draws the rows that centres and maps are made from; any would be valid.
+    degree, rank : int, optional
+        Fixed by the caller.
+
+    Raises
+    ------
+    RefusalError
+        With the bound of the logits and the degree and rank that would be needed.
+    """
+    reach = _shortest_reach(head, rng)
+    extent = value_range(head)
+    bound = max(reach.bound, 1e-3)
+    if bound > LARGEST_BOUND:
+        raise RefusalError(
+            f"logits are bounded by {bound:.3g} after centring, more than "
+            f"{LARGEST_BOUND:g}: no degree up to {LARGEST_DEGREE} serves them; "
+            "scale query or key down, or use Exact()"
+        )
+    wanted = tol / (1 + tol)
+    first = least_degree(bound, wanted) if degree is None else degree
+    if first is None:
+        raise RefusalError(
+            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for logits up to "
+            f"{bound:.3g}: raise tol, scale query or key down, or use Exact()"
+        )
+    last = min(first + 2, LARGEST_DEGREE) if degree is None else degree
+    best = math.inf
+    for g in range(first, last + 1):
+        check_rank(head.sizes[2], g, rank)
+        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
+            recipe = _recipe(head, reach, extent, g, rank, dtype)
+            if recipe.bound <= tol * extent.half or extent.half == 0:
+                return recipe
+            best = min(best, recipe.bound / extent.half)
+    raise RefusalError(
+        f"tol={tol:g} cannot be proven: logits up to {bound:.3g}, degree {last}, rank "
+        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} half ranges "
+        "of the values; raise tol, degree or rank, or use Exact()"
+    )
+
+
+def _shortest_reach(head: Head, rng: np.random.Generator) -> _Reach:
+    """Take the symmetry with the smallest logits on a sample; measure all rows."""
+    query, key = sample_rows(head, rng)
+    transforms = [
+        make(query, key, head.scale, queries=queries)
+        for make in (center, balance)
+        for queries in (False, True)
+    ]
+    best = min(
+        transforms,
+        key=lambda t: (
+            largest_norm(query, t.query_center, t.query_map)
+            * largest_norm(key, t.key_center, t.key_map)
+        ),
+    )
+    return _Reach(
+        best,
+        largest_norm(head.query, best.query_center, best.query_map),
+        largest_norm(head.key, best.key_center, best.key_map),
+        largest_norm(head.query, best.query_center),
+        largest_norm(head.key, best.key_center),
+    )
+
+
+def _recipe(
+    head: Head,
+    reach: _Reach,
+    extent: ValueRange,
+    degree: int,
+    rank: int | None,
+    dtype: Any,
+) -> Recipe:
+    """Make the recipe of one degree and precision and bound its error."""
+    bound = max(reach.bound, 1e-3)
+    coefficients, delta = relative_minimax(degree, bound)
+    d = reach.transform.query_map.shape[1]
+    if rank is None or rank >= rank_of(d, degree):
+        index = total_degree(d, degree)
+    else:
+        index = by_energy(reach.transform.scales, np.abs(coefficients), rank)
+        delta += _dropped(head, reach, index, coefficients)
+    u = unit_roundoff(head.xp, dtype)
+    exponent = _exponent_rounding(head, reach, u)
+    sums = _sum_rounding(head, reach, coefficients, degree, len(index), u)
+    weights = (1 + delta) * (math.exp(exponent) if exponent < 1 else math.inf) - 1
+    error = deviation(weights + 2 * sums) * extent.half
+    error += (2 * u + unit_roundoff(head.xp, head.query.dtype)) * extent.peak
+    return Recipe(
+        reach.transform, index, coefficients, extent.middle, dtype, error, math.nan
+    )
+
+
+def _dropped(head: Head, reach: _Reach, index: IndexSet, coefficients: Array) -> float:
+    """Relative error of leaving monomials out: all of them less the kept ones.
+
+    The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l a_l^alpha_l`` with
+    ``a_l = max |u_l| max |v_l|``, and exp is at least ``exp(-bound)``.
+    """
+    t = reach.transform
+    extent = largest_entries(head.query, t.query_center, t.query_map)
+    extent = extent * largest_entries(head.key, t.key_center, t.key_map)
+    size = np.abs(coefficients)
+    everything = float(np.polynomial.polynomial.polyval(extent.sum(), size))
+    term = np.ones(len(index))
+    for j in range(1, len(index)):
+        term[j] = term[index.parent[j]] * extent[index.coordinate[j]]
+    kept = float(np.sum(term * index.weights(size)))
+    return max(everything - kept, 0.0) * math.exp(reach.bound)
+
+
+def _exponent_rounding(head: Head, reach: _Reach, u: float) -> float:
+    """Absolute error of a logit, and relative error of a key's weight.
+
+    Coordinates are off by ``gamma(d + 4)`` times the norms of input and map.
+    """
+    t, d = reach.transform, head.sizes[2]
+    g = gamma(d + 4, u)
+    off_query = g * reach.query_input * float(np.linalg.norm(t.query_map))
+    off_key = g * reach.key_input * float(np.linalg.norm(t.key_map))
+    logit = off_query * reach.key + reach.query * off_key + off_query * off_key
+    tilt = float(np.linalg.norm(t.tilt)) * reach.key_input
+    # a key's weight exp(tilt) and its reciprocal must stay in the range of float32
+    return logit + g * tilt + EXP * u if tilt < _LARGEST_TILT else math.inf
+
+
+def _sum_rounding(
+    head: Head, reach: _Reach, coefficients: Array, degree: int, rank: int, u: float
+) -> float:
+    """Rounding of the sums over monomials and keys, relative to the sum of weights.
+
+    Every computed term is within ``gamma`` of its absolute value, the absolute terms of
+    a weight add up to ``sum_g |c_g| B^g``, and the weight is at least ``exp(-B)``.
+    """
+    m = head.sizes[1]
+    summed = min(m, _BLOCK) + 2 if head.on_cpu else m
+    roundings = 2 * degree + summed + rank + 8
+    absolute = float(
+        np.polynomial.polynomial.polyval(reach.bound, np.abs(coefficients))
+    )
+    return gamma(roundings, u) * absolute * math.exp(reach.bound)

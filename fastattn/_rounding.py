@@ -1,0 +1,101 @@
+"""A-priori bounds on what floating-point arithmetic adds to an answer.
+
+Standard model: ``fl(a op b) = (a op b)(1 + e)``, ``|e| <= u``; a sum of k products has
+relative error ``gamma(k) = k u / (1 - k u)`` of the sum of the absolute products, in
+any order (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._problem import Head
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+
+# relative error of exp of a float, in units of u: measured below 2, taken as 8
+EXP = 8
+# rows whose norms are computed at once
+_BLOCK = 8192
+
+
+def unit_roundoff(xp: Any, dtype: Any) -> float:
+    """Half the distance from 1 to the next number of ``dtype``."""
+    return float(xp.finfo(dtype).eps) / 2
+
+
+def gamma(terms: float, u: float) -> float:
+    """Bound the relative error of ``terms`` roundings in a row; may be infinite."""
+    return terms * u / (1 - terms * u) if terms * u < 1 else math.inf
+
+
+def largest_norm(x: Array, center: Array, projection: Array | None = None) -> float:
+    """Largest Euclidean norm of ``(row - center) @ projection``, in float64."""
+    peaks = [
+        to_host(xp.max(xp.sum(block * block, axis=1)))
+        for xp, block in _projected(x, center, projection)
+    ]
+    # the squares were rounded too
+    return math.sqrt(max(float(peak) for peak in peaks)) * (1 + 1e-12)
+
+
+def largest_entries(x: Array, center: Array, projection: Array) -> Array:
+    """Largest absolute value of each column of ``(x - center) @ projection``."""
+    peaks = [
+        to_host(xp.max(xp.abs(block), axis=0))
+        for xp, block in _projected(x, center, projection)
+    ]
+    return np.max(peaks, axis=0) * (1 + 1e-12)
+
+
+def _projected(
+    x: Array, center: Array, projection: Array | None
+) -> Iterator[tuple[Any, Array]]:
+    """Yield ``(x - center) @ projection`` in float64, a block of rows at a time."""
+    xp = array_namespace(x)
+    where = {"dtype": xp.float64, "device": device_of(x)}
+    middle = xp.asarray(center, **where)
+    matrix = None if projection is None else xp.asarray(projection, **where)
+    for start in range(0, x.shape[0], _BLOCK):
+        rows = slice(start, min(start + _BLOCK, x.shape[0]))
+        block = xp.astype(x[rows, :], xp.float64) - middle
+        yield xp, block if matrix is None else xp.matmul(block, matrix)
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRange:
+    """Extent of the values: the unit of a proven bound.
+
+    Parameters
+    ----------
+    half : float
+        Half of the largest range of a column.
+    peak : float
+        The largest absolute value.
+    middle : array, shape (p,)
+        Mid-range of each column, on the host in float64.
+    """
+
+    half: float
+    peak: float
+    middle: Array
+
+
+def value_range(head: Head) -> ValueRange:
+    """Measure the values of a head."""
+    xp = head.xp
+    low = to_host(xp.min(head.value, axis=0)).astype("float64")
+    high = to_host(xp.max(head.value, axis=0)).astype("float64")
+    peak = max(float(abs(low).max()), float(abs(high).max()))
+    return ValueRange(float((high - low).max()) / 2, peak, (low + high) / 2)
+
+
+def deviation(delta: float) -> float:
+    """Change of a weighted mean, in half ranges, when weights are off by ``delta``.
+
+    ``|out' - out| <= delta / (1 - delta) * sum_j a_j |v_j - out|``, and the mean
+    absolute deviation of a bounded variable is at most half its range.
+    """
+    return delta / (1 - delta) if delta < 1 else math.inf

@@ -1,0 +1,155 @@
+"""Exact softmax attention, streamed over blocks."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._costs import rates
+from fastattn._problem import Candidate, Head, HeadAnswer, Plan
+from fastattn._rounding import (
+    EXP,
+    deviation,
+    gamma,
+    largest_norm,
+    unit_roundoff,
+    value_range,
+)
+from fastattn._sampling import FAILURE, certify_rows
+from sketching._lib.certificate import RefusalError
+from sketching._lib.validation import check_integer
+
+# keys that the fast body sums before it adds to the running sums: least and most
+_KEYS_A_BLOCK = (256, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Exact softmax attention in blocks that stay in cache.
+
+    Logits of any size are right: each row is shifted by the largest logit seen so
+    far (Milakov and Gimelshein, 2018). Nothing of size n x m is stored.
+
+    Parameters
+    ----------
+    block : int, optional
+        Queries in a block; by default what keeps a block of logits in cache and
+        every thread busy.
+
+    Notes
+    -----
+    ``guarantee="proven"`` bounds the rounding; where float32 cannot promise the
+    tolerance, the head is computed in float64. ``"sampled"`` checks rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import Exact, approximate
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 8, 4))
+    >>> answer = approximate(query, key, value, method=Exact(), guarantee="proven")
+    >>> answer.certificate.error < 1e-12, answer.certificate.failure
+    (True, 0.0)
+
+    References
+    ----------
+    Milakov and Gimelshein, Online normalizer calculation for softmax,
+    arXiv 1805.02867.
+    """
+
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block is not None:
+            check_integer("block", self.block, least=1)
+
+    def plan(self, head: Head, reason: str = "asked for") -> Plan:
+        """Say what exact attention costs for this head."""
+        return Plan(self, 0.0, rates().exact(*head.sizes), reason)
+
+    def candidates(
+        self,
+        head: Head,
+        tol: float,  # noqa: ARG002
+        guarantee: str,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> Iterator[Candidate]:
+        """Exact attention is always accepted."""
+        yield Candidate(self.plan(head), accepted=True)
+
+    def solve(
+        self,
+        head: Head,
+        tol: float,
+        guarantee: str,
+        rng: np.random.Generator,
+        reason: str = "asked for",
+    ) -> HeadAnswer:
+        """Compute the head and bound the rounding."""
+        if guarantee == "proven":
+            return self._solve_proven(head, tol, reason)
+        value, normalizer = head.finish(*head.attend(rows=self.block))
+        sampled = certify_rows(head, value, tol, rng, exact=True)
+        if sampled.upper > tol:
+            raise RefusalError(
+                f"tol={tol:g} is below what {head.dtype} holds for this head "
+                f"({sampled.upper:.1e}): pass float64 arrays or a larger tol"
+            )
+        return HeadAnswer(
+            value,
+            normalizer,
+            sampled.upper,
+            FAILURE,
+            "relative-frobenius",
+            f"exact attention; {sampled.source}",
+            self.plan(head, reason),
+        )
+
+    def _solve_proven(self, head: Head, tol: float, reason: str) -> HeadAnswer:
+        half = value_range(head).half if head.sizes[1] else 0.0
+        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
+            bound = rounding_bound(head, dtype)
+            if bound <= tol * half or half == 0:
+                value, normalizer = head.finish(*head.attend(dtype, self.block))
+                return HeadAnswer(
+                    value,
+                    normalizer,
+                    bound,
+                    0.0,
+                    "max",
+                    f"exact attention in {dtype}: a-priori rounding bound",
+                    self.plan(head, reason),
+                )
+        raise RefusalError(
+            f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
+            f"{bound / half:.1e} half ranges of the values for this head"
+        )
+
+
+def rounding_bound(head: Head, dtype: Any) -> float:
+    r"""Bound ``max |computed - exact|`` of streaming attention in ``dtype``.
+
+    A logit is off by at most :math:`(\gamma_{d+2} + 4u) L` with
+    :math:`L = s \max\|q\| \max\|k\|`, an exp by 8u, and every rescaling of the running
+    sums by another 8u: a relative error of the weights. The weighted sums add
+    :math:`\gamma` of the number of terms, relative to the largest value.
+    """
+    _, m, d, _ = head.sizes
+    if m == 0:
+        return 0.0
+    u = unit_roundoff(head.xp, dtype)
+    zeros = np.zeros(d)
+    reach = abs(head.scale) * largest_norm(head.query, zeros)
+    reach *= largest_norm(head.key, zeros)
+    least, most = _KEYS_A_BLOCK
+    blocks = -(-m // least) if head.on_cpu else 1
+    terms = min(m, most) + 2 * blocks if head.on_cpu else m
+    # the query is scaled, the product summed, the peak subtracted
+    exponent = (gamma(d + 2, u) + 4 * u) * reach + EXP * (blocks + 1) * u
+    weights = math.expm1(exponent) if exponent < 1 else math.inf
+    extent = value_range(head)
+    sums = 2 * gamma(terms + 2, u) + 2 * u
+    out = unit_roundoff(head.xp, head.query.dtype)
+    return deviation(weights) * extent.half + (sums + out) * extent.peak

@@ -1,0 +1,102 @@
+"""What may be done to query and key without changing attention.
+
+* Key centring: softmax does not see a constant added to a row of logits.
+* Query centring: ``(q - a) . k + a . k``, where the second term depends on the key
+  only, so it becomes a weight ``exp(scale a . k)`` of the key.
+* Balancing: ``q . k = (T^T q) . (T^-1 k)`` for any invertible ``T``; with the T of
+  :func:`balance` both sides get the same diagonal covariance, sorted.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sketching._lib.arrays import Array
+
+# directions with less of the trace than this are numerically absent
+_RELATIVE_FLOOR = 1e-10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transform:
+    r"""Coordinates in which the logits are :math:`u \cdot v` plus known terms.
+
+    With :math:`u = (q - a) T_q` and :math:`v = (k - c) T_k`,
+    :math:`s\,q \cdot k = u \cdot v + t \cdot (k - c) + s\,q \cdot c`.
+
+    Parameters
+    ----------
+    query_center, key_center : array, shape (d,)
+        The centres :math:`a` and :math:`c`.
+    query_map, key_map : array, shape (d, r)
+        The maps :math:`T_q` and :math:`T_k`; :math:`T_q T_k^T = s I`.
+    tilt : array, shape (d,)
+        :math:`t = s\,a`: the key ``k`` carries the weight ``exp(t . (k - c))``.
+    scales : array, shape (r,)
+        Variance of each coordinate where the transform balances, else ones.
+    """
+
+    query_center: Array
+    key_center: Array
+    query_map: Array
+    key_map: Array
+    tilt: Array
+    scales: Array
+
+
+def center(query: Array, key: Array, scale: float, *, queries: bool) -> Transform:
+    """Centre the keys and, if ``queries``, the queries; leave coordinates alone."""
+    d = query.shape[1]
+    middle = mean(query) if queries else np.zeros(d)
+    root = abs(scale) ** 0.5 * np.eye(d)
+    return Transform(
+        middle, mean(key), root, np.sign(scale) * root, scale * middle, np.ones(d)
+    )
+
+
+def balance(query: Array, key: Array, scale: float, *, queries: bool) -> Transform:
+    r"""Centre, then balance: both sides get the covariance ``diag(scales)``.
+
+    From the factors of the covariances, :math:`L_q^T L_k = U \Sigma W^T`, follow
+    :math:`T_q = L_q^{-T} U \sqrt\Sigma` and :math:`T_k = L_k^{-T} W \sqrt\Sigma`.
+
+    Parameters
+    ----------
+    query, key : array, shapes (n, d) and (m, d)
+        All rows, or a sample of them; NumPy arrays.
+    scale : float
+        The factor of the logits; folded into the maps.
+    queries : bool
+        Centre the queries as well (keys then carry weights).
+    """
+    plain = center(query, key, scale, queries=queries)
+    if scale == 0:
+        return plain
+    left, left_inverse = _factor(query, plain.query_center)
+    right, right_inverse = _factor(key, plain.key_center)
+    u, sigma, wt = np.linalg.svd(left.T @ right)
+    root = np.sqrt(np.maximum(sigma, np.finfo(np.float64).tiny))
+    # a flip of sign, for a negative scale, goes to the keys
+    return Transform(
+        plain.query_center,
+        plain.key_center,
+        left_inverse.T @ (u * root) * abs(scale) ** 0.5,
+        right_inverse.T @ (wt.T * root) * np.sign(scale) * abs(scale) ** 0.5,
+        plain.tilt,
+        sigma * abs(scale),
+    )
+
+
+def mean(x: Array) -> Array:
+    """Mean of the rows in float64."""
+    return np.mean(x, axis=0, dtype=np.float64)
+
+
+def _factor(x: Array, middle: Array) -> tuple[Array, Array]:
+    """A square root ``L`` of the covariance of the rows of ``x``, and its inverse."""
+    centred = np.asarray(x, dtype=np.float64) - middle
+    covariance = centred.T @ centred / len(x)
+    values, vectors = np.linalg.eigh(covariance)
+    floor = max(values[-1] * _RELATIVE_FLOOR, np.finfo(np.float64).tiny ** 0.5)
+    root = np.sqrt(np.maximum(values, floor))
+    return vectors * root, (vectors / root).T

@@ -1,0 +1,1 @@
+"""Hard instances: where fast attention must fail, as runnable evidence."""

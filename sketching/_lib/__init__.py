@@ -1,0 +1,1 @@
+"""The private foundation of sketching, fastattn and lowerbounds."""

@@ -1,0 +1,62 @@
+"""Arrays follow the inputs: their library, their device, their precision."""
+
+import sys
+from typing import Any, TypeAlias
+
+import array_api_compat
+
+# an array of any library that follows the array API standard; shapes and dtypes
+# are the business of docstrings and of validation
+Array: TypeAlias = Any
+
+
+def array_namespace(*arrays: Array) -> Any:
+    """Return the one array-API namespace that all ``arrays`` belong to.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no array, or if the arrays come from two libraries.
+    """
+    for x in arrays:
+        if not array_api_compat.is_array_api_obj(x):
+            raise TypeError(
+                f"expected arrays (numpy, cupy, torch, ...), got {type(x).__name__}: "
+                "convert with numpy.asarray first"
+            )
+    names = sorted({type(x).__module__.partition(".")[0] for x in arrays})
+    if len(names) > 1:
+        raise TypeError(f"arrays of one library expected, got a mix: {names}")
+    return array_api_compat.array_namespace(*arrays)
+
+
+def place_of(*arrays: Array) -> str | None:
+    """Where fast bodies live for these arrays: "cpu", "gpu" or nowhere (None)."""
+    first = type(arrays[0])
+    if first.__module__ == "numpy":
+        return "cpu"
+    # cupy is only ever looked for when somebody else imported it
+    if "cupy" in sys.modules and array_api_compat.is_cupy_array(arrays[0]):
+        return "gpu"
+    return None
+
+
+def device_of(x: Array) -> Any:
+    """Return the device of ``x`` in its own library's terms."""
+    return array_api_compat.device(x)
+
+
+def to_host(x: Array) -> Array:
+    """Copy a *small* array to a NumPy array: statistics, never inputs."""
+    import numpy as np
+
+    if array_api_compat.is_numpy_array(x):
+        return x
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    return np.asarray(array_api_compat.to_device(x, "cpu"))
+
+
+def compute_dtype(xp: Any, dtype: Any) -> Any:
+    """Half precision is computed in float32, everything else in itself."""
+    return dtype if dtype in (xp.float32, xp.float64) else xp.float32

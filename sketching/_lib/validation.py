@@ -1,0 +1,84 @@
+"""Checks at the public boundary, and the messages that they give."""
+
+import math
+import numbers
+from typing import Any
+
+from sketching._lib.arrays import Array, array_namespace
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None
+) -> float:
+    """Return ``value`` as a float; raise unless it is finite and large enough."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    if above is not None and not number > above:
+        raise ValueError(f"{name}: expected a number above {above}, got {number}")
+    if least is not None and not number >= least:
+        raise ValueError(f"{name}: expected a number >= {least}, got {number}")
+    return number
+
+
+def check_integer(name: str, value: Any, *, least: int) -> int:
+    """Return ``value`` as an int; raise unless it is an integer >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    return int(value)
+
+
+def check_float_array(name: str, x: Array, *, least_ndim: int) -> None:
+    """Raise unless ``x`` is a non-empty array of finite floating-point numbers."""
+    xp = array_namespace(x)
+    if not xp.isdtype(x.dtype, "real floating") and "float16" not in str(x.dtype):
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    if x.ndim < least_ndim:
+        raise ValueError(
+            f"{name}: expected at least {least_ndim} dimensions, got shape {x.shape}"
+        )
+    if math.prod(x.shape) == 0:
+        raise ValueError(f"{name}: expected a non-empty array, got shape {x.shape}")
+    check_finite(name, x)
+
+
+def check_finite(name: str, x: Array) -> None:
+    """Raise ``ValueError`` that counts NaN and infinities and places the first."""
+    xp = array_namespace(x)
+    # a sum is finite only if every entry is, and needs no mask of the array's size;
+    # the mask decides when the sum merely overflowed
+    if x.dtype in (xp.float32, xp.float64) and bool(xp.isfinite(_plain_sum(xp, x))):
+        return
+    finite = xp.isfinite(x)
+    if bool(xp.all(finite)):
+        return
+    bad = xp.astype(xp.logical_not(finite), xp.int32)
+    count, first = int(xp.sum(bad)), int(xp.argmax(xp.reshape(bad, (-1,))))
+    place = []
+    for size in reversed(x.shape):
+        first, index = divmod(first, size)
+        place.append(index)
+    raise ValueError(
+        f"{name}: expected finite numbers, got {count} NaN or infinite, "
+        f"the first at {tuple(reversed(place))}"
+    )
+
+
+def _plain_sum(xp: Any, x: Array) -> Any:
+    """Sum of all entries; NumPy would warn where it overflows or meets infinities."""
+    if "numpy" in xp.__name__:
+        import numpy as np
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.sum(x)
+    return xp.sum(x)

@@ -1,0 +1,1 @@
+"""Numba bodies; ``elementary`` holds the scalar functions that they share."""
