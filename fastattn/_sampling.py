@@ -68,10 +68,10 @@ def certify_rows(
     dtype = xp.float64 if exact or tol < _FLOAT64_BELOW else head.dtype
     truth = to_host(head.with_rows(rows).attend(dtype)[0]).astype(np.float64)
     squares = np.sum((host_rows(value, rows) - truth) ** 2, axis=1)
-    return _judge(squares, _frobenius(xp, value), n)
+    return _judge(squares, frobenius(xp, value), n)
 
 
-def _frobenius(xp: Any, x: Array) -> float:
+def frobenius(xp: Any, x: Array) -> float:
     """Frobenius norm summed in float64, a block of rows at a time."""
     total = 0.0
     for start in range(0, x.shape[0], 8192):
@@ -88,8 +88,8 @@ def _judge(squares: Array, answer_norm: float, n: int) -> SampledError:
     # without replacement: a sample of all the rows leaves nothing to chance
     left_out = math.sqrt(1 - count / n)
     margin = _MARGIN * spread / math.sqrt(count) * left_out
-    estimate = _relative(math.sqrt(n * mean), answer_norm)
-    upper = _relative(math.sqrt(n * (mean + margin)), answer_norm)
+    estimate = relative(math.sqrt(n * mean), answer_norm)
+    upper = relative(math.sqrt(n * (mean + margin)), answer_norm)
     if not math.isfinite(upper):
         return SampledError(math.inf, math.inf, "sampled rows: not finite")
     share = 1.0 if count == n else FAILURE ** (1 / count)
@@ -102,7 +102,7 @@ def _judge(squares: Array, answer_norm: float, n: int) -> SampledError:
     )
 
 
-def _relative(error_norm: float, answer_norm: float) -> float:
+def relative(error_norm: float, answer_norm: float) -> float:
     """Bound ``||error|| / ||truth||`` from the norms of the error and the answer."""
     if error_norm == 0:
         return 0.0

@@ -17,7 +17,8 @@ from fastattn._rounding import (
     unit_roundoff,
     value_range,
 )
-from fastattn._sampling import FAILURE, certify_rows
+from fastattn._sampling import FAILURE, certify_rows, frobenius, relative
+from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
@@ -91,6 +92,17 @@ class Exact:
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
+        error = _relative_bound(head, value)
+        if error <= tol:
+            return HeadAnswer(
+                value,
+                normalizer,
+                error,
+                0.0,
+                "relative-frobenius",
+                f"exact attention in {head.dtype}: a-priori rounding bound",
+                self.plan(head, reason),
+            )
         sampled = certify_rows(head, value, tol, rng, exact=True)
         if sampled.upper > tol:
             raise RefusalError(
@@ -126,6 +138,13 @@ class Exact:
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
             f"{bound / half:.1e} half ranges of the values for this head"
         )
+
+
+def _relative_bound(head: Head, value: Array) -> float:
+    """Rounding bound of the head over the norm of its answer."""
+    n, _, _, p = head.sizes
+    bound = rounding_bound(head, head.dtype)
+    return relative(bound * math.sqrt(n * p), frobenius(head.xp, value))
 
 
 def rounding_bound(head: Head, dtype: Any) -> float:

@@ -17,7 +17,7 @@ CONTRACT = {"contract", "nsz"}
 
 
 @intrinsic
-def _power_of_two(typingctx, exponent, like):  # noqa: ARG001
+def _power_of_two(typingctx, exponent, like):
     """``2.0 ** exponent`` in the type of ``like`` by writing the exponent's bits."""
     target, bits, bias = {
         types.float32: (ir.FloatType(), 23, 127),

@@ -1,0 +1,81 @@
+"""`python -m benches STUDY ...`: measure, print a table, keep JSON and markdown."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from benches.measure import environment, threads
+from benches.studies import STUDIES
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
+    parser.add_argument(
+        "study", nargs="*", help=f"of {', '.join(STUDIES)}; all if none"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of both sides, each")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument(
+        "--data",
+        nargs="*",
+        default=[],
+        help="files of q, k, v beside the packaged ones",
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.study if name not in STUDIES]
+    if unknown:
+        parser.error(f"unknown study {unknown}: choose from {list(STUDIES)}")
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    for name in arguments.study or STUDIES:
+        with threads(arguments.threads):
+            rows = STUDIES[name](quick=arguments.quick, data=arguments.data)
+        table = markdown(rows)
+        print(f"\n## {name}\n\n{table}", flush=True)
+        keep(arguments, name, rows, table)
+    return 0
+
+
+def markdown(rows: list[dict]) -> str:
+    """Lay rows out as a markdown table."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(row[column]) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value) -> str:
+    """Three significant digits for numbers, text as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def keep(arguments, name: str, rows: list[dict], table: str) -> None:
+    """Write the result beside, then rename."""
+    command = f"python -m benches {name} --threads {arguments.threads}"
+    command += " --quick" if arguments.quick else ""
+    record = {
+        "study": name,
+        "command": command,
+        "threads": arguments.threads,
+        "quick": arguments.quick,
+        "environment": environment(),
+        "rows": rows,
+    }
+    page = f"# {name}\n\n`{command}`\n\n{table}\n"
+    suffix = "-quick" if arguments.quick else ""
+    for ending, text in (
+        ("json", json.dumps(record, indent=1, default=str) + "\n"),
+        ("md", page),
+    ):
+        path = arguments.results / f"{name}{suffix}.{ending}"
+        beside = path.with_suffix(f".{ending}.part")
+        beside.write_text(text)
+        os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Paired timing, correctness gates, and the environment that a figure came from."""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster ours is than the opponent: median and extremes of pairs."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.median:.2f} ({self.low:.2f}..{self.high:.2f})"
+
+
+def faster(ours: Callable, theirs: Callable, *, pairs: int = 5) -> Ratio:
+    """Time the two in turn, after one call of each that warms up."""
+    ours()
+    theirs()
+    ratios = []
+    for _ in range(pairs):
+        own = seconds(ours)
+        ratios.append(seconds(theirs) / own)
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def seconds(call: Callable) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def median_seconds(call: Callable, *, repeats: int = 3) -> float:
+    """Median wall time after one call that warms up."""
+    call()
+    return statistics.median(seconds(call) for _ in range(repeats))
+
+
+def exponent(sizes: list[int], times: list[float]) -> float:
+    """Slope of log time against log size, least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+
+
+@contextmanager
+def threads(count: int):
+    """Hold BLAS and torch to the same number of threads."""
+    from threadpoolctl import threadpool_limits
+
+    torch = torch_or_none()
+    if torch is not None:
+        torch.set_num_threads(count)
+    with threadpool_limits(count, user_api="blas"):
+        yield
+
+
+def torch_or_none():
+    """Return torch where it is installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
+def sdpa(query, key, value, *, scale, is_causal=False):
+    """Wrap torch's scaled_dot_product_attention: a call without arguments."""
+    torch = torch_or_none()
+    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in (query, key, value)]
+    while tensors[0].ndim < 4:
+        tensors = [x[None] for x in tensors]
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def call():
+        with torch.no_grad():
+            return attend(*tensors, scale=scale, is_causal=is_causal)
+
+    return call
+
+
+def exact_rows(query, key, value, rows, *, scale):
+    """Attention of some rows from the definition, in float64."""
+    logits = scale * query[rows].astype(np.float64) @ key.T.astype(np.float64)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights @ value.astype(np.float64) / weights.sum(axis=1, keepdims=True)
+
+
+def relative_error(answer, query, key, value, *, scale, block=512):
+    """Relative Frobenius error of a whole head, in float64."""
+    wrong = total = 0.0
+    for start in range(0, len(query), block):
+        rows = slice(start, start + block)
+        truth = exact_rows(query, key, value, rows, scale=scale)
+        wrong += float(np.sum((answer[rows] - truth) ** 2))
+        total += float(np.sum(truth**2))
+    return (wrong / total) ** 0.5
+
+
+def environment() -> dict:
+    """Versions, processor and threads."""
+    import numba
+    from threadpoolctl import threadpool_info
+
+    torch = torch_or_none()
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in _processor_lines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "torch": None if torch is None else torch.__version__,
+        "processor": model,
+        "cores": os.cpu_count(),
+        "blas": [
+            {key: pool[key] for key in ("internal_api", "version", "num_threads")}
+            for pool in threadpool_info()
+            if pool["user_api"] == "blas"
+        ],
+        "commit": _commit(),
+    }
+
+
+def _processor_lines() -> list[str]:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def peak_memory(code: str) -> dict:
+    """Run Python ``code`` in a fresh process; it prints a JSON object last."""
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])

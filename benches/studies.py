@@ -1,0 +1,233 @@
+"""The studies: each returns rows of one table, correct answers only."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+import fastattn
+from benches.cases import CASES, heads_of, packaged_heads
+from benches.measure import (
+    exact_rows,
+    exponent,
+    faster,
+    peak_memory,
+    relative_error,
+    sdpa,
+)
+
+
+def _rows_error(answer, query, key, value, scale):
+    """Relative error on 256 random rows."""
+    rows = np.random.default_rng(7).choice(len(query), min(len(query), 256), False)
+    truth = exact_rows(query, key, value, rows, scale=scale)
+    return float(np.linalg.norm(answer[rows] - truth) / np.linalg.norm(truth))
+
+
+def exact(*, quick, data):
+    """Exact against torch: time of ours over theirs, over n and d."""
+    rng, rows = np.random.default_rng(0), []
+    for d in (64, 32):
+        for n in (4096, 8192) if quick else (4096, 8192, 16384, 32768):
+            arrays = [rng.standard_normal((n, d)).astype(np.float32) for _ in range(3)]
+            method = fastattn.Exact()
+
+            def call(arrays=arrays, method=method):
+                return fastattn.attention(*arrays, method=method, rng=0)
+
+            error = _rows_error(call(), *arrays, d**-0.5)
+            assert error < 1e-5
+            ratio = faster(call, sdpa(*arrays, scale=d**-0.5))
+            rows.append(
+                {
+                    "n": n,
+                    "d": d,
+                    "error": error,
+                    "time over torch": 1 / ratio.median,
+                    "least": 1 / ratio.high,
+                    "most": 1 / ratio.low,
+                }
+            )
+    return rows
+
+
+def bounded(*, quick, data):
+    """Gaussian inputs with logit deviation 0.3 at tol 3e-2: times faster than torch."""
+    rng, case, rows = np.random.default_rng(0), CASES["bounded"], []
+    for n in (16384,) if quick else (16384, 65536):
+        arrays = case.inputs(n, rng)
+
+        def call(arrays=arrays):
+            return fastattn.approximate(*arrays, scale=case.scale, tol=case.tol, rng=0)
+
+        answer = call()
+        error = _rows_error(answer.value, *arrays, case.scale)
+        assert error <= case.tol
+        ratio = faster(call, sdpa(*arrays, scale=case.scale), pairs=3)
+        rows.append(
+            {
+                "n": n,
+                "method": str(answer.plan.method),
+                "error": error,
+                "certified": answer.certificate.error,
+                "times faster": ratio.median,
+                "least": ratio.low,
+                "most": ratio.high,
+            }
+        )
+    return rows
+
+
+def proven(*, quick, data):
+    """Proven bounds at d=8, |logit| <= 1, tol 1e-4, and how close they come."""
+    rng, rows = np.random.default_rng(0), []
+    n = 16384 if quick else 131072
+    for name in ("unit", "worst"):
+        case = CASES[name]
+        arrays = case.inputs(n, rng)
+
+        def call(arrays=arrays, case=case):
+            return fastattn.approximate(
+                *arrays, scale=case.scale, tol=case.tol, guarantee="proven", rng=0
+            )
+
+        answer = call()
+        sample = np.arange(0, n, max(1, n // 512))
+        truth = exact_rows(*arrays, sample, scale=case.scale)
+        error = float(np.abs(answer.value[sample] - truth).max())
+        assert error <= answer.certificate.error
+
+        def ours(arrays=arrays, case=case):
+            return fastattn.attention(
+                *arrays, scale=case.scale, method=fastattn.Exact(), rng=0
+            )
+
+        rows.append(
+            {
+                "input": name,
+                "n": n,
+                "method": str(answer.plan.method),
+                "proven bound": answer.certificate.error,
+                "realised": error,
+                "bound over realised": answer.certificate.error / error,
+                "times faster than torch": faster(
+                    call, sdpa(*arrays, scale=case.scale), pairs=3
+                ).median,
+                "than Exact()": faster(call, ours, pairs=3).median,
+            }
+        )
+    return rows
+
+
+_GROWTH = """
+import json, resource, time
+import numpy as np
+import fastattn
+from fastattn import Polynomial
+
+n = {n}
+rng = np.random.default_rng(0)
+query, key, value = (rng.standard_normal((n, 64), dtype=np.float32) for _ in range(3))
+method = Polynomial(degree=2, basis="fitted")
+call = lambda a: fastattn.approximate(
+    *a, scale=0.3 / 8, tol=3e-2, method=method, rng=0
+)
+call([x[:16384] for x in (query, key, value)])
+# what the process held at its peak so far is no part of the call
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+answer = call((query, key, value))
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+extra = (peak - before) * 1024 - answer.value.nbytes - answer.log_normalizer.nbytes
+print(json.dumps({{
+    "n": n, "seconds": seconds, "extra_bytes": extra,
+    "certified": float(answer.certificate.error),
+}}))
+"""
+
+
+def growth(*, quick, data):
+    """Time and memory of the polynomial method at fixed settings, by process."""
+    sizes = (16384, 65536) if quick else (16384, 65536, 262144, 1048576)
+    found = [peak_memory(_GROWTH.format(n=n)) for n in sizes]
+    slope = exponent(list(sizes), [row["seconds"] for row in found])
+    return [
+        {
+            "n": row["n"],
+            "time over the first": row["seconds"] / found[0]["seconds"],
+            "MB beyond inputs and output": row["extra_bytes"] / 1e6,
+            "certified": row["certified"],
+            "fitted exponent": slope,
+        }
+        for row in found
+    ]
+
+
+def real(*, quick, data):
+    """Every real head at three tolerances: realised error, method, times faster."""
+    rows = []
+    heads = list(packaged_heads())
+    for path in data:
+        heads += heads_of(path)
+    for name, query, key, value, scale in heads:
+        arrays = (query, key, value)
+        for tol in (1e-1, 3e-2, 1e-2):
+
+            def call(arrays=arrays, scale=scale, tol=tol):
+                return fastattn.approximate(*arrays, scale=scale, tol=tol, rng=0)
+
+            answer = call()
+            error = relative_error(answer.value, *arrays, scale=scale)
+            pairs = 1 if quick or len(query) > 8192 else 3
+            ratio = faster(call, sdpa(*arrays, scale=scale), pairs=pairs)
+            rows.append(
+                {
+                    "head": name,
+                    "n": len(query),
+                    "tol": tol,
+                    "realised": error,
+                    "certified": answer.certificate.error,
+                    "within": error <= tol,
+                    "method": str(answer.plan.method),
+                    "times faster than torch": ratio.median,
+                }
+            )
+    return rows
+
+
+def imports(*, quick, data):
+    """Time of `import fastattn` and the heavy modules that it must not load."""
+    code = (
+        "import time; s = time.perf_counter(); import fastattn; "
+        "t = time.perf_counter() - s; import sys, json; "
+        "print(json.dumps([t, [m for m in ('numba', 'scipy', 'sklearn', 'cupy', "
+        "'matplotlib') if m in sys.modules]]))"
+    )
+    found = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for _ in range(3 if quick else 11)
+    ]
+    times = sorted(item[0] for item in found)
+    return [
+        {
+            "milliseconds, median": 1e3 * times[len(times) // 2],
+            "least": 1e3 * times[0],
+            "heavy modules loaded": found[0][1],
+        }
+    ]
+
+
+STUDIES = {
+    "exact": exact,
+    "bounded": bounded,
+    "proven": proven,
+    "growth": growth,
+    "real": real,
+    "imports": imports,
+}
