@@ -84,6 +84,7 @@ def fit(logits: Array, weights: Array, degrees: range) -> list[Array]:
     """
     reach = max(float(np.abs(logits).max()), 1e-12)
     basis = cheb.chebvander((logits / reach).ravel(), degrees[-1])
+    weights = np.broadcast_to(weights, logits.shape)
     basis *= weights.ravel()[:, None]
     gram = basis.T @ basis
     wanted = basis.T @ (np.exp(logits).ravel() * weights.ravel())

@@ -61,12 +61,12 @@ class Auto:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the first accepted candidate whose answer keeps its certificate."""
-        reason, tries = "", 0
+        reason, tries = None, 0
         for recipe, candidate in self._considered(head, tol, guarantee, rng):
-            reason = candidate.plan.reason
             if not candidate.accepted:
                 continue
             if recipe is None or tries == _TRIES:
+                reason = reason or candidate.plan.reason
                 break
             tries += 1
             try:
@@ -80,7 +80,7 @@ class Auto:
                 f"{candidate.plan.method} certified {answer.error:.2e} "
                 f"where {candidate.plan.predicted_error:.2e} was predicted"
             )
-        return Exact().solve(head, tol, guarantee, rng, reason)
+        return Exact().solve(head, tol, guarantee, rng, reason or "asked for")
 
     def _considered(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
