@@ -7,7 +7,8 @@ import numpy as np
 from fastattn._batch import Batch
 from fastattn._explanation import Explanation
 from fastattn._planner import Auto
-from fastattn._problem import Method
+from fastattn._problem import Head, Method
+from fastattn.exact import Exact
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource, as_generator
@@ -148,7 +149,7 @@ def approximate(
     problem = Batch.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = _check_options(tol, method, guarantee, rng)
     answers = [
-        method.solve(head, tol, guarantee, child)
+        _solver(method, head).solve(head, tol, guarantee, child)
         for head, child in zip(
             problem.heads(), generator.spawn(problem.count), strict=True
         )
@@ -198,12 +199,17 @@ def explain(
     return Explanation(
         problem.lead,
         tuple(
-            tuple(method.candidates(head, tol, guarantee, child))
+            tuple(_solver(method, head).candidates(head, tol, guarantee, child))
             for head, child in zip(
                 problem.heads(), generator.spawn(problem.count), strict=True
             )
         ),
     )
+
+
+def _solver(method: Method, head: Head) -> Method:
+    """Return the method, or Exact() for a head whose keys are all masked."""
+    return method if head.sizes[1] else Exact()
 
 
 def _check_options(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._problem import Head, HeadAnswer
-from sketching._lib.arrays import Array, array_namespace, device_of
+from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.certificate import Approximation, Certificate
 from sketching._lib.validation import check_float_array, check_number
 
@@ -35,7 +35,9 @@ class Batch:
         key_mask: Array | None,
     ) -> "Batch":
         xp = array_namespace(query, key, value)
+        query, key, value = plain(query), plain(key), plain(value)
         for name, x in (("query", query), ("key", key), ("value", value)):
+            _check_unmasked(name, x)
             check_float_array(name, x, least_ndim=2)
         _check_shapes(query, key, value)
         if not isinstance(is_causal, (bool, np.bool_)):
@@ -126,6 +128,15 @@ def _pick(x: Array, place: tuple[int, ...], trailing: int) -> Array:
     ]
 
 
+def _check_unmasked(name: str, x: Array) -> None:
+    """Raise ``TypeError`` for NumPy's masked arrays, whose mask would be lost."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected an array without a mask, got {type(x).__name__}: "
+            "leave keys out with key_mask"
+        )
+
+
 def _check_shapes(query: Array, key: Array, value: Array) -> None:
     """Raise ``ValueError`` where the last two dimensions do not fit together."""
     dtypes = {str(x.dtype) for x in (query, key, value)}
@@ -146,7 +157,11 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
 
 def _check_mask(xp: Any, key_mask: Array, key: Array, query: Array) -> None:
     """Raise unless the mask is boolean, of the inputs' library, one entry a key."""
-    array_namespace(key_mask, query)
+    try:
+        array_namespace(key_mask, query)
+    except TypeError as error:
+        raise TypeError(f"key_mask: {error}") from error
+    _check_unmasked("key_mask", key_mask)
     if key_mask.dtype != xp.bool:
         raise TypeError(
             f"key_mask: expected a boolean array (True keeps a key), got "
@@ -156,4 +171,8 @@ def _check_mask(xp: Any, key_mask: Array, key: Array, query: Array) -> None:
         raise ValueError(
             f"key_mask: expected {key.shape[-2]} entries in the last dimension, one a "
             f"key, got shape {key_mask.shape}"
+        )
+    if math.prod(key_mask.shape) == 0:
+        raise ValueError(
+            f"key_mask: expected a non-empty array, got shape {key_mask.shape}"
         )

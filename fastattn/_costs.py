@@ -1,78 +1,45 @@
-"""What a method costs on this machine, from three rates measured once a process."""
+"""What a method costs: counted in multiply-adds, so that a choice is reproducible.
+
+The ratios between kinds of work were measured once (AVX-512, OpenBLAS) and are
+constants: which method runs then depends on the inputs and the seed, not on how busy
+the machine is.
+Only the seconds that ``explain`` prints need the speed of this machine.
+"""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 
+# multiply-adds inside a matrix product that take as long as ...
+SOFTMAX = 16.0  # one logit turned into a weight: maximum, exp and sum
+MONOMIAL = 6.0  # one monomial of one row made and stored
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Seconds for one unit of work of each kind.
 
-    Parameters
-    ----------
-    product : float
-        One multiply-add inside a matrix product.
-    softmax : float
-        One logit turned into a weight: maximum, exp and sum.
-    monomial : float
-        One monomial of one row.
-    """
+def exact_work(n: int, m: int, d: int, p: int) -> float:
+    """Work of exact attention."""
+    return n * m * (d + p + SOFTMAX)
 
-    product: float
-    softmax: float
-    monomial: float
 
-    def exact(self, n: int, m: int, d: int, p: int) -> float:
-        """Seconds of exact attention."""
-        return n * m * ((d + p) * self.product + self.softmax)
+def polynomial_work(n: int, m: int, d: int, p: int, rank: int) -> float:
+    """Work of the polynomial method with ``rank`` monomials."""
+    return (n + m) * (rank * (p + 1 + MONOMIAL) + d * d)
 
-    def polynomial(self, n: int, m: int, d: int, p: int, rank: int) -> float:
-        """Seconds of the polynomial method with ``rank`` monomials."""
-        a_row = rank * ((p + 1) * self.product + self.monomial) + d * d * self.product
-        return (n + m) * a_row
+
+def seconds(work: float) -> float:
+    """Turn work into seconds of this machine."""
+    return work * seconds_a_product()
 
 
 @cache
-def rates() -> Rates:
-    """Measure the rates: about 20 milliseconds, plus the compilation of the ops."""
-    from fastattn._ops.monomials import moments
-    from fastattn._ops.softmax import attend
-    from fastattn.expansions import total_degree
-
-    rng = np.random.default_rng(0)
-    wide, narrow = (
-        rng.standard_normal((1, 2048, d)).astype(np.float32) for d in (64, 4)
-    )
-
-    def exact(x: np.ndarray) -> None:
-        attend(x, x, x, scale=0.1, visible=None)
-
-    # two head sizes separate the products from the softmax
-    slow, fast = (_seconds(partial(exact, x)) / 2048**2 for x in (wide, narrow))
-    product = max((slow - fast) / 120, 1e-12)
-    softmax = max(fast - 8 * product, product)
-    index, eye = total_degree(4, 6), np.eye(4, dtype=np.float32)
-    zero = np.zeros(4, dtype=np.float32)
-    features = _seconds(
-        lambda: moments(
-            narrow[0], narrow[0, :, :1], zero, eye, zero, zero[:1],
-            parent=index.parent, coordinate=index.coordinate,
-        )
-    )  # fmt: skip
-    monomial = max(features / (2048 * len(index)) - 2 * product, product)
-    return Rates(product, softmax, monomial)
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    """Best of five timed calls after one that compiles: noise only ever adds."""
-    call()
+def seconds_a_product() -> float:
+    """Time one multiply-add in a product of the shape that attention uses."""
+    x = np.ones((1024, 64), dtype=np.float32)
+    out = np.empty((1024, 1024), dtype=np.float32)
     times = []
-    for _ in range(5):
+    # the best of some: noise only ever adds
+    for _ in range(6):
         start = time.perf_counter()
-        call()
+        np.matmul(x, x.T, out=out)
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times) / (1024 * 1024 * 64)

@@ -26,8 +26,9 @@ class Explanation:
 
     def __str__(self) -> str:
         """Return a table of all candidates."""
+        wide = max(len(str(c.plan.method)) for head in self.heads for c in head)
         lines = [
-            f"{'head':<8} {'':<3} {'method':<52} {'time':>9} {'error':>9}  why",
+            f"{'head':<8} {'':<3} {'method':<{wide}} {'time':>9} {'error':>9}  why",
         ]
         for number, candidates in enumerate(self.heads):
             place = np.unravel_index(number, self.lead) if self.lead else ()
@@ -38,7 +39,7 @@ class Explanation:
                 taken = taken or candidate.accepted
                 plan = candidate.plan
                 lines.append(
-                    f"{name:<8} {mark:<3} {plan.method!s:<52} "
+                    f"{name:<8} {mark:<3} {plan.method!s:<{wide}} "
                     f"{_seconds(plan.predicted_seconds):>9} "
                     f"{_number(plan.predicted_error):>9}  {plan.reason}"
                 )

@@ -17,6 +17,8 @@ from sketching._lib.arrays import Array
 # a key's weight exp(tilt) must stay in the range of float32
 _LARGEST_TILT = 30.0
 _LARGEST_DEGREE = 6
+# beyond it no polynomial of that degree is worth a try
+_LARGEST_LOGIT = 30.0
 # ridge of the fit, relative to the trace of its normal equations
 _RIDGE = 1e-12
 # the fit looks at one in this many of the probe's keys
@@ -53,9 +55,13 @@ def fitted_recipes(
     transform = balance(query, key, head.scale, queries=True)
     if _largest_tilt(transform, key) > _LARGEST_TILT:
         transform = balance(query, key, head.scale, queries=False)
+    reach = float(np.abs(_coordinates(probe, transform)[0]).max())
+    if not reach <= _LARGEST_LOGIT:
+        return
     products = _Products(probe, transform)
     middle = probe.value.mean(axis=0, dtype=np.float64)
     rank, factor, last = min(_FIRST_RANK, largest_rank), 2.0, 0
+    before = math.inf
     while True:
         error, coefficients = products.best_fit(rank)
         if error <= wanted and factor == 2 and last:
@@ -72,9 +78,22 @@ def fitted_recipes(
             math.inf,
             error,
         )
-        if rank == largest_rank:
+        if rank == largest_rank or _hopeless(
+            (last, before), (rank, error), largest_rank, wanted
+        ):
             return
+        before = error
         last, rank = rank, min(int(rank * factor) + 1, largest_rank)
+
+
+def _hopeless(
+    last: tuple[int, float], now: tuple[int, float], largest: int, wanted: float
+) -> bool:
+    """Whether the error would miss ``wanted`` even if it fell twice as steeply."""
+    if last[0] < _FIRST_RANK or now[1] <= 2 * wanted:
+        return False
+    slope = max(math.log(last[1] / now[1]) / math.log(now[0] / last[0]), 0.05)
+    return bool(now[1] * (now[0] / largest) ** (2 * slope) > wanted)
 
 
 def fit(logits: Array, weights: Array, degrees: range) -> list[Array]:
@@ -104,10 +123,8 @@ class _Products:
     def __init__(self, probe: Probe, transform: Transform) -> None:
         self.probe = probe
         self.scales = transform.scales
-        u = (probe.query - transform.query_center) @ transform.query_map
-        v = (probe.key - transform.key_center) @ transform.key_map
+        logits, u, v = _coordinates(probe, transform)
         self.u, self.v = u.astype(np.float32), v.astype(np.float32)
-        logits = u @ v.T
         self.decay = np.exp(-logits).astype(np.float32)
         thin = np.s_[:, ::_THIN]
         # a weight is off by w_j (p - exp), relative to the row's sum of weights
@@ -151,6 +168,13 @@ class _Products:
         count = len(coefficients)
         weights = coefficients.astype(np.float32)
         return np.tensordot(weights, self.sums[:count], 1) * self.decay - 1
+
+
+def _coordinates(probe: Probe, transform: Transform) -> tuple[Array, Array, Array]:
+    """Logits of the probe under a transform, and the coordinates of both sides."""
+    u = (probe.query - transform.query_center) @ transform.query_map
+    v = (probe.key - transform.key_center) @ transform.key_map
+    return u @ v.T, u, v
 
 
 def _largest_tilt(transform: Transform, key: Array) -> float:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn._costs import rates
+from fastattn._costs import exact_work, polynomial_work
 from fastattn._fitted import fitted_recipes
 from fastattn._probe import Probe
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._proven import proven_recipe
-from fastattn._recipes import LARGEST_RANK, Recipe
+from fastattn._recipes import Recipe
 from fastattn.exact import Exact
 from fastattn.polynomial import Polynomial, answer_of, plan_of
 from sketching._lib.certificate import RefusalError
@@ -21,8 +21,10 @@ from sketching._lib.certificate import RefusalError
 _SAFETY = 0.75
 # a method must be predicted to take at most this share of exact attention's time
 _WORTH = 0.8
-# heads with fewer products than this are computed exactly without planning
-_SMALL = 1 << 20
+# heads with fewer logits than this are computed exactly: planning costs as much
+_SMALL = 1 << 23
+# monomials that fitted polynomials have at the most
+_LARGEST_FITTED = 8192
 # answers that may miss their certificate before the head is computed exactly
 _TRIES = 2
 
@@ -98,10 +100,10 @@ class Auto:
 def _why_exact(head: Head) -> str | None:
     """Say why a head goes to exact attention without planning, if it does."""
     n, m, _, _ = head.sizes
-    if n * m < _SMALL:
-        return f"{n} x {m} logits are too few for planning to pay"
     if head.visible is not None:
         return "is_causal=True is served by exact attention"
+    if n * m < _SMALL:
+        return f"{n} x {m} logits are too few for planning to pay"
     return None
 
 
@@ -116,8 +118,6 @@ def _proven(
         yield None, Candidate(plan, accepted=False)
         return
     plan = plan_of(head, recipe, "minimax", "proven")
-    if recipe.dtype == head.xp.float64 != head.dtype:
-        plan = replace(plan, predicted_seconds=2 * plan.predicted_seconds)
     yield recipe, _judge_time(head, plan)
 
 
@@ -143,19 +143,17 @@ def _sampled(
 
 def _largest_rank(head: Head) -> int:
     """Monomials whose predicted time is the most that is worth it."""
-    n, m, d, p = head.sizes
-    model = rates()
-    exact = _WORTH * model.exact(n, m, d, p)
-    one = model.polynomial(n, m, d, p, 1) - model.polynomial(n, m, d, p, 0)
-    return int(min(exact / one, LARGEST_RANK, 8192))
+    sizes = head.sizes
+    one = polynomial_work(*sizes, 1) - polynomial_work(*sizes, 0)
+    most = _WORTH * exact_work(*sizes) - polynomial_work(*sizes, 0)
+    return int(min(most / one, _LARGEST_FITTED))
 
 
 def _judge_time(head: Head, plan: Plan) -> Candidate:
     """Accept a plan if it is predicted to be clearly faster than exact attention."""
-    exact = rates().exact(*head.sizes)
-    if plan.predicted_seconds <= _WORTH * exact:
+    ratio = plan.predicted_seconds / Exact().plan(head).predicted_seconds
+    if ratio <= _WORTH:
         return Candidate(plan, accepted=True)
-    ratio = plan.predicted_seconds / exact
     return Candidate(
         replace(plan, reason=f"predicted to take {ratio:.1f} times as long as Exact"),
         accepted=False,

@@ -55,9 +55,9 @@ class Head:
         return n, m, d, p
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether the bodies in ``_ops/cpu`` run for this head."""
-        return place_of(self.query) == "cpu"
+    def has_fast_body(self) -> bool:
+        """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
+        return place_of(self.query) is not None
 
     def with_rows(self, rows: Array) -> "Head":
         """Return the same head for the queries numbered ``rows`` only."""

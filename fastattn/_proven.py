@@ -21,6 +21,8 @@ from fastattn._rounding import (
     gamma,
     largest_entries,
     largest_norm,
+    largest_number,
+    smallest_number,
     unit_roundoff,
     value_range,
 )
@@ -106,13 +108,15 @@ def proven_recipe(
         check_rank(head.sizes[2], g, rank)
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
             recipe = _recipe(head, reach, extent, g, rank, dtype)
-            if recipe.bound <= tol * extent.half or extent.half == 0:
+            constant = extent.half == 0 and math.isfinite(recipe.bound)
+            if recipe.bound <= tol * extent.half or constant:
                 return recipe
-            best = min(best, recipe.bound / extent.half)
+            best = min(best, recipe.bound)
     raise RefusalError(
         f"tol={tol:g} cannot be proven: logits up to {bound:.3g}, degree {last}, rank "
-        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} half ranges "
-        "of the values; raise tol, degree or rank, or use Exact()"
+        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where "
+        f"the half range of the values is {extent.half:.1e}; raise tol, degree or "
+        "rank, or use Exact()"
     )
 
 
@@ -161,11 +165,32 @@ def _recipe(
     exponent = _exponent_rounding(head, reach, u)
     sums = _sum_rounding(head, reach, coefficients, degree, len(index), u)
     weights = (1 + delta) * (math.exp(exponent) if exponent < 1 else math.inf) - 1
-    error = deviation(weights + 2 * sums) * extent.half
-    error += (2 * u + unit_roundoff(head.xp, head.query.dtype)) * extent.peak
+    off = weights + 2 * sums
+    error = math.inf
+    if off < 1 and not _may_overflow(head, reach, extent, degree, dtype):
+        own = head.query.dtype
+        error = deviation(off, extent.half)
+        error += (2 * u + unit_roundoff(head.xp, own)) * extent.peak
+        error += smallest_number(head.xp, own)
     return Recipe(
         reach.transform, index, coefficients, extent.middle, dtype, error, math.nan
     )
+
+
+def _may_overflow(
+    head: Head, reach: _Reach, extent: ValueRange, degree: int, dtype: Any
+) -> bool:
+    """Whether a sum of monomials times values could leave the range of ``dtype``.
+
+    Values far below one underflow in the same sums; their weight is then too small
+    for the bound, so that such heads are not served either.
+    """
+    tilt = float(np.linalg.norm(reach.transform.tilt)) * reach.key_input
+    sides = max(1.0, reach.key) ** degree * max(1.0, reach.query) ** degree
+    most = largest_number(head.xp, dtype) / 16
+    size = head.sizes[1] * math.exp(min(tilt, _LARGEST_TILT)) * sides
+    small = 0 < extent.half < smallest_number(head.xp, dtype) * 1e20
+    return small or size * max(1.0, extent.half, extent.peak) > most
 
 
 def _dropped(head: Head, reach: _Reach, index: IndexSet, coefficients: Array) -> float:
@@ -186,6 +211,8 @@ def _dropped(head: Head, reach: _Reach, index: IndexSet, coefficients: Array) ->
     return max(everything - kept, 0.0) * math.exp(reach.bound)
 
 
+# norms of extreme maps overflow to infinity, and the bound with them
+@np.errstate(over="ignore", invalid="ignore")
 def _exponent_rounding(head: Head, reach: _Reach, u: float) -> float:
     """Absolute error of a logit, and relative error of a key's weight.
 
@@ -196,6 +223,7 @@ def _exponent_rounding(head: Head, reach: _Reach, u: float) -> float:
     off_query = g * reach.query_input * float(np.linalg.norm(t.query_map))
     off_key = g * reach.key_input * float(np.linalg.norm(t.key_map))
     logit = off_query * reach.key + reach.query * off_key + off_query * off_key
+    logit = math.inf if math.isnan(logit) else logit
     tilt = float(np.linalg.norm(t.tilt)) * reach.key_input
     # a key's weight exp(tilt) and its reciprocal must stay in the range of float32
     return logit + g * tilt + EXP * u if tilt < _LARGEST_TILT else math.inf
@@ -210,7 +238,7 @@ def _sum_rounding(
     a weight add up to ``sum_g |c_g| B^g``, and the weight is at least ``exp(-B)``.
     """
     m = head.sizes[1]
-    summed = min(m, _BLOCK) + 2 if head.on_cpu else m
+    summed = min(m, _BLOCK) + 2 if head.has_fast_body else m
     roundings = 2 * degree + summed + rank + 8
     absolute = float(
         np.polynomial.polynomial.polyval(reach.bound, np.abs(coefficients))

@@ -7,7 +7,13 @@ import numpy as np
 
 from fastattn._moments import Moments
 from fastattn._problem import Head, host_rows
-from fastattn.expansions import IndexSet, rank_of, relative_minimax, taylor
+from fastattn.expansions import (
+    LARGEST_DEGREE,
+    IndexSet,
+    rank_of,
+    relative_minimax,
+    taylor,
+)
 from fastattn.transforms import Transform
 from sketching._lib.arrays import Array, device_of, to_host
 from sketching._lib.certificate import RefusalError
@@ -16,7 +22,7 @@ from sketching._lib.certificate import RefusalError
 LARGEST_RANK = 1 << 16
 # rows that transforms and statistics are made from
 SAMPLE = 4096
-# share of rows that may be computed exactly because their denominator failed
+# share of rows that may be computed exactly because they went wrong
 _MENDED = 0.02
 
 
@@ -63,40 +69,82 @@ class Recipe:
         )
 
 
-def run(head: Head, recipe: Recipe, prepared: Moments) -> tuple[Array, Array]:
-    """Answer all queries; a few rows with failed denominators are computed exactly.
+def run(head: Head, recipe: Recipe) -> tuple[Array, Array]:
+    """Answer all queries by the recipe alone: for a bound that covers every row."""
+    value, normalizer, positive = recipe.prepare(head).query(
+        head.query, recipe.coefficients
+    )
+    if not bool(head.xp.all(positive)):
+        raise RefusalError(
+            "a sum of weights is not positive although the bound says so: the inputs "
+            "are too extreme for this precision; use Exact()"
+        )
+    return head.finish(value, normalizer)
+
+
+def run_mended(head: Head, recipe: Recipe, hard: Array) -> tuple[Array, Array, Array]:
+    """Answer all queries; rows that are hard or went wrong are computed exactly.
+
+    A row went wrong if its sum of weights is not positive or its answer lies outside
+    the range of the values, which no mean does.
+
+    Returns
+    -------
+    value, log_normalizer : array, shapes (n, p) and (n,)
+    settled : integer array
+        Numbers of the rows that are exact.
 
     Raises
     ------
     RefusalError
-        If the denominators of more than two per cent of the rows fail.
+        If more than two per cent of the rows went wrong.
     """
     xp, n = head.xp, head.sizes[0]
-    value, normalizer, positive = prepared.query(head.query, recipe.coefficients)
-    failed = n - int(xp.sum(xp.astype(positive, xp.int64)))
-    if failed > _MENDED * n:
+    value, normalizer, good = recipe.prepare(head).query(
+        head.query, recipe.coefficients
+    )
+    good = xp.logical_and(good, _in_range(head, value))
+    wrong = np.flatnonzero(~to_host(good))
+    if len(wrong) > _MENDED * n + len(hard):
         raise RefusalError(
-            f"the polynomial's sum of weights is not positive in {failed} of {n} rows: "
+            f"the polynomial fails in {len(wrong)} of {n} rows, where its sum of "
+            "weights is not positive or its answer outside the range of the values: "
             "the logits reach beyond the interval that its degree serves"
         )
-    if failed:
-        value, normalizer = _mend(head, value, normalizer, to_host(positive))
-    return head.finish(value, normalizer)
+    settled = np.union1d(wrong, hard)
+    value, normalizer = _mend(head, value, normalizer, settled)
+    return *head.finish(value, normalizer), settled
+
+
+def _in_range(head: Head, value: Array) -> Array:
+    """Whether each row of an answer is finite and within the range of the values."""
+    xp = head.xp
+    low = xp.astype(xp.min(head.value, axis=0), value.dtype)
+    high = xp.astype(xp.max(head.value, axis=0), value.dtype)
+    slack = 16 * xp.finfo(value.dtype).eps * xp.max(xp.abs(xp.concat([low, high])))
+    inside = []
+    for start in range(0, value.shape[0], SAMPLE):
+        block = value[start : min(start + SAMPLE, value.shape[0]), :]
+        within = xp.logical_and(block >= low - slack, block <= high + slack)
+        inside.append(xp.all(within, axis=1))
+    return xp.concat(inside)
 
 
 def _mend(
-    head: Head, value: Array, normalizer: Array, positive: Array
+    head: Head, value: Array, normalizer: Array, rows: Array
 ) -> tuple[Array, Array]:
-    """Replace the rows that are not ``positive`` by exact ones."""
-    xp = head.xp
-    rows = np.flatnonzero(~positive)
+    """Replace the rows of the given numbers by exact ones."""
+    xp, n = head.xp, head.sizes[0]
     exact, logarithm = head.with_rows(rows).attend()
-    # gather from old rows and new ones: array libraries agree on take, not on writing
-    source = np.arange(len(positive))
-    source[rows] = len(positive) + np.arange(len(rows))
-    take = xp.asarray(source, device=device_of(value))
     exact = xp.astype(exact, value.dtype, copy=False)
     logarithm = xp.astype(logarithm, normalizer.dtype, copy=False)
+    if head.has_fast_body:
+        value[rows], normalizer[rows] = exact, logarithm
+        return value, normalizer
+    # array libraries agree on take, not on writing: gather from old rows and new ones
+    source = np.arange(n)
+    source[rows] = n + np.arange(len(rows))
+    take = xp.asarray(source, device=device_of(value))
     return (
         xp.take(xp.concat([value, exact]), take, axis=0),
         xp.take(xp.concat([normalizer, logarithm]), take, axis=0),
@@ -121,6 +169,10 @@ def _draw(count: int, size: int, rng: np.random.Generator) -> Array:
 
 def check_rank(d: int, degree: int, rank: int | None) -> None:
     """Raise ``RefusalError`` if the monomials would be too many to sum."""
+    if degree > LARGEST_DEGREE:
+        raise RefusalError(
+            f"degree {degree} is above {LARGEST_DEGREE}, where float64 ends"
+        )
     needed = rank_of(d, degree)
     if (needed if rank is None else min(rank, needed)) > LARGEST_RANK:
         raise RefusalError(

@@ -31,14 +31,29 @@ def gamma(terms: float, u: float) -> float:
     return terms * u / (1 - terms * u) if terms * u < 1 else math.inf
 
 
+def smallest_number(xp: Any, dtype: Any) -> float:
+    """The smallest positive number of ``dtype``: what an underflow may lose."""
+    info = xp.finfo(dtype)
+    return float(info.smallest_normal) * float(info.eps)
+
+
+def largest_number(xp: Any, dtype: Any) -> float:
+    """The largest finite number of ``dtype``."""
+    return float(xp.finfo(dtype).max)
+
+
 def largest_norm(x: Array, center: Array, projection: Array | None = None) -> float:
     """Largest Euclidean norm of ``(row - center) @ projection``, in float64."""
-    peaks = [
-        to_host(xp.max(xp.sum(block * block, axis=1)))
-        for xp, block in _projected(x, center, projection)
-    ]
+    largest = 0.0
+    for xp, block in _projected(x, center, projection):
+        peak = float(xp.max(xp.abs(block)))
+        if peak == 0 or not math.isfinite(peak):
+            largest = max(largest, peak)
+            continue
+        squares = xp.sum((block / peak) ** 2, axis=1)
+        largest = max(largest, peak * math.sqrt(float(xp.max(squares))))
     # the squares were rounded too
-    return math.sqrt(max(float(peak) for peak in peaks)) * (1 + 1e-12)
+    return largest * (1 + 1e-12)
 
 
 def largest_entries(x: Array, center: Array, projection: Array) -> Array:
@@ -86,16 +101,20 @@ class ValueRange:
 def value_range(head: Head) -> ValueRange:
     """Measure the values of a head."""
     xp = head.xp
-    low = to_host(xp.min(head.value, axis=0)).astype("float64")
-    high = to_host(xp.max(head.value, axis=0)).astype("float64")
-    peak = max(float(abs(low).max()), float(abs(high).max()))
-    return ValueRange(float((high - low).max()) / 2, peak, (low + high) / 2)
+    low = to_host(xp.min(head.value, axis=0)).astype(np.float64)
+    high = to_host(xp.max(head.value, axis=0)).astype(np.float64)
+    peak = max(float(np.abs(low).max()), float(np.abs(high).max()))
+    # halves first: the range of two large numbers may not be one
+    half = high / 2 - low / 2
+    return ValueRange(float(half.max()), peak, low / 2 + high / 2)
 
 
-def deviation(delta: float) -> float:
-    """Change of a weighted mean, in half ranges, when weights are off by ``delta``.
+def deviation(delta: float, half: float) -> float:
+    """Change of a weighted mean of values when weights are off by ``delta``.
 
     ``|out' - out| <= delta / (1 - delta) * sum_j a_j |v_j - out|``, and the mean
     absolute deviation of a bounded variable is at most half its range.
     """
-    return delta / (1 - delta) if delta < 1 else math.inf
+    if half == 0:
+        return 0.0
+    return delta / (1 - delta) * half if delta < 1 else math.inf

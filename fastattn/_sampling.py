@@ -1,32 +1,40 @@
-"""What rows drawn at random say about the error of an answer.
+"""What sampled rows say about the error of an answer.
 
-A fresh sample of rows is computed exactly after the answer exists. From it follow an
-upper estimate of the relative Frobenius error of the head and the distribution-free
-statement of Wilks (1941): with confidence ``1 - f``, at least a share ``f ** (1/m)``
-of all rows has an error no larger than the largest of ``m`` sampled ones.
+Rows are computed exactly after the answer exists. The rows whose logits spread most
+are where a low-rank answer errs most, and a few of them can hold most of the error;
+so they are not left to chance: they are computed exactly and *written into* the
+answer. A random sample of the others then gives an upper estimate of the relative
+Frobenius error and the distribution-free statement of Wilks (1941): with confidence
+``1 - f``, at least a share ``f ** (1/m)`` of those rows has an error no larger than the
+largest of ``m`` sampled ones.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fastattn._problem import Head, host_rows
-from sketching._lib.arrays import Array, to_host
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # the probability with which a sampled certificate is allowed to be wrong
 FAILURE = 0.05
+# rows of a sample
+ROWS = 128
+# rows that are computed exactly because their logits spread most
+HARD = 128
 # standard errors added to the sampled mean square: twice the normal quantile of
 # FAILURE, because squared errors are skewed to the right
 _MARGIN = 3.3
 # below this tolerance float32 rows are no longer a truth to compare with
 _FLOAT64_BELOW = 1e-4
-
-# rows of a sample
-ROWS = 128
 # rows that confirm what exact attention rounded
 _EXACT_ROWS = 16
+# keys that the spread of a row's logits is judged from
+_KEYS = 2048
+_BLOCK = 8192
+# rounding of the truth itself, in units of eps times the size of the exponents
+_TRUTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,57 +56,109 @@ class SampledError:
     source: str
 
 
+def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
+    """Numbers of the rows whose logits have the largest standard deviation.
+
+    The deviation is that over a sample of the keys, from their covariance: it costs
+    ``d * d`` products a row.
+    """
+    xp, (n, m, _, _) = head.xp, head.sizes
+    keys = host_rows(head.key, np.sort(rng.choice(m, min(m, _KEYS), replace=False)))
+    keys = keys.astype(np.float64)
+    keys -= keys.mean(axis=0)
+    keys /= max(float(np.abs(keys).max()), np.finfo(np.float64).tiny)
+    values, vectors = np.linalg.eigh(keys.T @ keys / len(keys))
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    move = {"dtype": head.dtype, "device": device_of(head.query)}
+    root = xp.asarray(root, **move)
+    middle = xp.mean(xp.astype(head.query[: min(n, _BLOCK), :], head.dtype), axis=0)
+    spread = np.empty(n)
+    for start in range(0, n, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, n))
+        block = xp.astype(head.query[rows, :], head.dtype, copy=False) - middle
+        # a row whose spread overflows is a hard one
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread[rows] = to_host(xp.sum(xp.matmul(block, root) ** 2, axis=1))
+    # few rows: the answer must not become exact attention under another name
+    count = max(1, min(HARD, n // 4))
+    return np.sort(
+        np.argpartition(-np.nan_to_num(spread, nan=np.inf), count - 1)[:count]
+    )
+
+
 def certify_rows(
     head: Head,
     value: Array,
     tol: float,
     rng: np.random.Generator,
     *,
-    exact: bool = False,
+    settled: Array | None = None,
 ) -> SampledError:
     """Compare ``value`` with exact attention on a fresh sample of rows.
 
-    An answer that is ``exact`` up to rounding is compared with float64 on few rows:
-    the same arithmetic again would show no error at all.
+    Rows numbered ``settled`` are known to be exact. Where it is None, all are up to
+    rounding: they are compared with float64, on few rows, because the same arithmetic
+    again would show no error at all.
     """
     n = head.sizes[0]
-    count = min(n, _EXACT_ROWS if exact else ROWS)
-    rows = np.sort(rng.choice(n, size=count, replace=False))
+    others = np.setdiff1d(np.arange(n), () if settled is None else settled)
+    count = min(len(others), _EXACT_ROWS if settled is None else ROWS)
+    # where every row is settled, they are compared among themselves
+    others = others if count else np.arange(n)
+    rows = np.sort(rng.choice(others, size=count or min(n, ROWS), replace=False))
     xp = head.xp
-    dtype = xp.float64 if exact or tol < _FLOAT64_BELOW else head.dtype
-    truth = to_host(head.with_rows(rows).attend(dtype)[0]).astype(np.float64)
-    squares = np.sum((host_rows(value, rows) - truth) ** 2, axis=1)
-    return _judge(squares, frobenius(xp, value), n)
+    dtype = xp.float64 if settled is None or tol < _FLOAT64_BELOW else head.dtype
+    truth, normalizer = (
+        to_host(x).astype(np.float64) for x in head.with_rows(rows).attend(dtype)
+    )
+    peak, norm = scaled_frobenius(value)
+    if not (math.isfinite(peak) and np.isfinite(truth).all()):
+        return SampledError(math.inf, math.inf, "the answer is not finite")
+    unit = max(peak, float(np.abs(truth).max())) or 1.0
+    difference = (host_rows(value, rows).astype(np.float64) - truth) / unit
+    squares = np.sum(difference**2, axis=1)
+    size = np.abs(normalizer[np.isfinite(normalizer)])
+    # an exact answer is off by its own rounding, which few rows may not show
+    eps = float(xp.finfo(head.dtype if settled is None else dtype).eps)
+    rounding = _TRUTH * eps * (1 + float(size.max(initial=0.0)))
+    # the settled rows are not sampled, but they too were rounded to the query's dtype
+    rounding += float(xp.finfo(head.query.dtype).eps) / 2
+    return _judge(squares, norm * (peak / unit), len(others), rounding)
 
 
-def frobenius(xp: Any, x: Array) -> float:
-    """Frobenius norm summed in float64, a block of rows at a time."""
+def scaled_frobenius(x: Array) -> tuple[float, float]:
+    """Largest absolute value and Frobenius norm in units of it, a block at a time."""
+    xp = array_namespace(x)
+    blocks = [
+        slice(s, min(s + _BLOCK, x.shape[0])) for s in range(0, x.shape[0], _BLOCK)
+    ]
+    peak = max(float(xp.max(xp.abs(x[rows, :]))) for rows in blocks)
+    if peak == 0 or not math.isfinite(peak):
+        return peak, 0.0
     total = 0.0
-    for start in range(0, x.shape[0], 8192):
-        rows = slice(start, min(start + 8192, x.shape[0]))
-        total += float(xp.sum(xp.astype(x[rows, :], xp.float64) ** 2))
-    return math.sqrt(total)
+    for rows in blocks:
+        total += float(xp.sum((xp.astype(x[rows, :], xp.float64) / peak) ** 2))
+    return peak, math.sqrt(total)
 
 
-def _judge(squares: Array, answer_norm: float, n: int) -> SampledError:
-    """Turn the squared errors of sampled rows into the statement about all rows."""
+def _judge(squares: Array, answer: float, n: int, rounding: float) -> SampledError:
+    """Turn the squared errors of sampled rows into the statement about ``n`` rows."""
     count = len(squares)
     mean = float(np.mean(squares))
     spread = float(np.std(squares, ddof=1)) if count > 1 else 0.0
     # without replacement: a sample of all the rows leaves nothing to chance
     left_out = math.sqrt(1 - count / n)
     margin = _MARGIN * spread / math.sqrt(count) * left_out
-    estimate = relative(math.sqrt(n * mean), answer_norm)
-    upper = relative(math.sqrt(n * (mean + margin)), answer_norm)
-    if not math.isfinite(upper):
-        return SampledError(math.inf, math.inf, "sampled rows: not finite")
+    estimate = relative(math.sqrt(n * mean), answer)
+    upper = relative(math.sqrt(n * (mean + margin)), answer) + rounding
     share = 1.0 if count == n else FAILURE ** (1 / count)
     return SampledError(
         estimate,
         upper,
         f"{count} of {n} rows computed exactly after the answer: estimated error "
         f"{estimate:.2e}; with confidence {1 - FAILURE:.0%} at least {share:.1%} of "
-        f"the rows err by at most {math.sqrt(float(np.max(squares))):.2e}",
+        f"them err by at most {math.sqrt(float(np.max(squares))):.2e} of the largest "
+        "entry",
     )
 
 

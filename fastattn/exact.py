@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._costs import rates
+from fastattn._costs import exact_work, seconds
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._rounding import (
     EXP,
     deviation,
     gamma,
     largest_norm,
+    largest_number,
+    smallest_number,
     unit_roundoff,
     value_range,
 )
-from fastattn._sampling import FAILURE, certify_rows, frobenius, relative
+from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
@@ -68,7 +70,7 @@ class Exact:
 
     def plan(self, head: Head, reason: str = "asked for") -> Plan:
         """Say what exact attention costs for this head."""
-        return Plan(self, 0.0, rates().exact(*head.sizes), reason)
+        return Plan(self, 0.0, seconds(exact_work(*head.sizes)), reason)
 
     def candidates(
         self,
@@ -103,7 +105,12 @@ class Exact:
                 f"exact attention in {head.dtype}: a-priori rounding bound",
                 self.plan(head, reason),
             )
-        sampled = certify_rows(head, value, tol, rng, exact=True)
+        sampled = certify_rows(head, value, tol, rng)
+        if math.isinf(sampled.upper):
+            raise RefusalError(
+                f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}; "
+                "scale query, key or value down or pass float64 arrays"
+            )
         if sampled.upper > tol:
             raise RefusalError(
                 f"tol={tol:g} is below what {head.dtype} holds for this head "
@@ -123,7 +130,7 @@ class Exact:
         half = value_range(head).half if head.sizes[1] else 0.0
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
             bound = rounding_bound(head, dtype)
-            if bound <= tol * half or half == 0:
+            if bound <= tol * half or (half == 0 and math.isfinite(bound)):
                 value, normalizer = head.finish(*head.attend(dtype, self.block))
                 return HeadAnswer(
                     value,
@@ -136,15 +143,20 @@ class Exact:
                 )
         raise RefusalError(
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
-            f"{bound / half:.1e} half ranges of the values for this head"
+            f"{bound:.1e} where the half range of the values is {half:.1e}"
         )
 
 
 def _relative_bound(head: Head, value: Array) -> float:
     """Rounding bound of the head over the norm of its answer."""
-    n, _, _, p = head.sizes
+    n, m, _, p = head.sizes
+    if m == 0:
+        return 0.0
+    peak, norm = scaled_frobenius(value)
+    if not math.isfinite(peak):
+        return math.inf
     bound = rounding_bound(head, head.dtype)
-    return relative(bound * math.sqrt(n * p), frobenius(head.xp, value))
+    return relative(bound / peak * math.sqrt(n * p), norm) if peak else bound
 
 
 def rounding_bound(head: Head, dtype: Any) -> float:
@@ -153,22 +165,27 @@ def rounding_bound(head: Head, dtype: Any) -> float:
     A logit is off by at most :math:`(\gamma_{d+2} + 4u) L` with
     :math:`L = s \max\|q\| \max\|k\|`, an exp by 8u, and every rescaling of the running
     sums by another 8u: a relative error of the weights. The weighted sums add
-    :math:`\gamma` of the number of terms, relative to the largest value.
+    :math:`\gamma` of the number of terms, relative to the largest value. What
+    underflows adds the smallest number, what could overflow makes the bound infinite.
     """
-    _, m, d, _ = head.sizes
+    xp, (_, m, d, _) = head.xp, head.sizes
     if m == 0:
         return 0.0
-    u = unit_roundoff(head.xp, dtype)
-    zeros = np.zeros(d)
-    reach = abs(head.scale) * largest_norm(head.query, zeros)
-    reach *= largest_norm(head.key, zeros)
+    u, tiny = unit_roundoff(xp, dtype), smallest_number(xp, dtype)
+    zeros, extent = np.zeros(d), value_range(head)
+    query_norm = abs(head.scale) * largest_norm(head.query, zeros)
+    key_norm = largest_norm(head.key, zeros)
+    reach = query_norm * key_norm
+    if max(reach, query_norm, m * extent.peak) > largest_number(xp, dtype) / 4:
+        return math.inf
     least, most = _KEYS_A_BLOCK
-    blocks = -(-m // least) if head.on_cpu else 1
-    terms = min(m, most) + 2 * blocks if head.on_cpu else m
+    blocks = -(-m // least) if head.has_fast_body else 1
+    terms = min(m, most) + 2 * blocks if head.has_fast_body else m
     # the query is scaled, the product summed, the peak subtracted
     exponent = (gamma(d + 2, u) + 4 * u) * reach + EXP * (blocks + 1) * u
+    exponent += d * tiny * (1 + key_norm)
     weights = math.expm1(exponent) if exponent < 1 else math.inf
-    extent = value_range(head)
     sums = 2 * gamma(terms + 2, u) + 2 * u
-    out = unit_roundoff(head.xp, head.query.dtype)
-    return deviation(weights) * extent.half + (sums + out) * extent.peak
+    own = head.query.dtype
+    out = unit_roundoff(xp, own) * extent.peak + smallest_number(xp, own)
+    return deviation(weights, extent.half) + sums * extent.peak + 2 * m * tiny + out

@@ -45,19 +45,35 @@ def relative_minimax(degree: int, bound: float) -> tuple[Array, float]:
     Notes
     -----
     Remez exchange in the Chebyshev basis: ``p(x) exp(-x)`` spans a Haar space, so
-    the best polynomial equioscillates in ``degree + 2`` points.
+    the best polynomial equioscillates in ``degree + 2`` points. Where float64 cannot
+    resolve that, or the degree is above ``LARGEST_DEGREE``, a polynomial of a lower
+    degree is padded with zeros, so that the error never grows with the degree.
     """
+    if degree > LARGEST_DEGREE:
+        return _padded(relative_minimax(LARGEST_DEGREE, bound), degree)
     extrema = -np.cos(np.pi * np.arange(degree + 2) / (degree + 1))
-    best = (np.ones(1), 1.0)
+    best = np.ones(1)
     # a wide interval starts from the extrema of narrower ones: from Chebyshev's the
     # exchange would not settle
     steps = max(0, math.ceil(math.log(bound, 1.5)))
     for width in bound * 1.5 ** np.arange(-steps, 1.0):
-        coefficients, extrema = _exchange(degree, float(width), extrema)
-        best = (coefficients, whole_interval_error(coefficients, float(width)))
-    powers = cheb.cheb2poly(best[0])
-    powers = np.pad(powers, (0, degree + 1 - len(powers)))
-    return powers / bound ** np.arange(degree + 1), best[1]
+        best, extrema = _exchange(degree, float(width), extrema)
+    powers = cheb.cheb2poly(best)
+    powers = powers / bound ** np.arange(len(powers))
+    # judged as returned: near the floor of float64 the change of basis counts
+    scaled = powers * np.longdouble(bound) ** np.arange(len(powers))
+    error = whole_interval_error(cheb.poly2cheb(scaled), bound)
+    if degree > 0:
+        lower = relative_minimax(degree - 1, bound)
+        if not error <= lower[1]:
+            return _padded(lower, degree)
+    return _padded((powers, error), degree)
+
+
+def _padded(found: tuple[Array, float], degree: int) -> tuple[Array, float]:
+    """Write a polynomial with its error as one of a degree that is not lower."""
+    coefficients, error = found
+    return np.pad(coefficients, (0, degree + 1 - len(coefficients))), error
 
 
 def _exchange(degree: int, bound: float, extrema: Array) -> tuple[Array, Array]:
@@ -100,12 +116,16 @@ def whole_interval_error(coefficients: Array, bound: float) -> float:
     1/cos(pi K / (2 N)) times its largest sample (Ehlich and Zeller, 1964). The
     function here is within 1e-14 of its Chebyshev expansion of degree
     ``degree + 64`` for every bound up to ``LARGEST_BOUND``; N is 32 times that.
+    Samples are taken in the longest floats there are, with an allowance for theirs.
     """
     degree = len(coefficients) + 63
     count = 32 * degree
-    t = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    t = np.cos(np.pi * (np.arange(count) + 0.5) / count).astype(np.longdouble)
+    coefficients = np.asarray(coefficients, dtype=np.longdouble)
     error = np.abs(cheb.chebval(t, coefficients) * np.exp(-bound * t) - 1)
-    return float(error.max() / math.cos(math.pi / 64) + 1e-14)
+    size = np.abs(coefficients).sum() * math.exp(bound) * len(coefficients)
+    rounding = float(size * np.finfo(np.longdouble).eps)
+    return float(error.max()) / math.cos(math.pi / 64) + rounding + 1e-14
 
 
 def least_degree(bound: float, error: float) -> int | None:
@@ -182,9 +202,11 @@ def by_energy(scales: Array, coefficients: Array, rank: int) -> IndexSet:
     scales : array, shape (d,)
         Variances of the balanced coordinates.
     coefficients : array, shape (g + 1,)
-        Coefficients of ``p``; multi-indices go up to degree g.
+        Coefficients of ``p``; multi-indices go up to degree g, ``LARGEST_DEGREE`` at
+        most. Where a coefficient is 0, no energy is left from there on.
     rank : int
-        Size of the set, the constant included.
+        Size of the set, the constant included; where there are fewer multi-indices
+        than that, all are kept.
 
     Returns
     -------
@@ -192,8 +214,9 @@ def by_energy(scales: Array, coefficients: Array, rank: int) -> IndexSet:
         Sorted by decreasing energy, parents before children.
     """
     levels = [_Level.root()]
-    for g in range(1, len(coefficients)):
-        ratio = coefficients[g] / coefficients[g - 1]
+    for g in range(1, min(len(coefficients), LARGEST_DEGREE + 1)):
+        before = coefficients[g - 1]
+        ratio = coefficients[g] / before if before != 0 else 0.0
         levels.append(levels[-1].children(scales * ratio, keep=rank))
     return _join(levels, np.concatenate([x.energy for x in levels])).prefix(rank)
 
@@ -223,9 +246,9 @@ class _Level:
         coordinate = self.coordinate[source] + step
         run = np.where(step == 0, self.run[source] + 1, 1)
         factor = (self.degree + 1) / run
-        gain = (factor * (2 * run - 1) * scales[coordinate]) ** 2
+        gain = np.abs(factor * (2 * run - 1) * scales[coordinate])
         # a child is never ahead of its parent, so that prefixes are closed
-        energy = self.energy[source] * np.minimum(gain, 1.0)
+        energy = self.energy[source] * np.minimum(gain, 1.0) ** 2
         order = np.arange(len(energy))
         if keep is not None and len(energy) > keep:
             order = np.sort(np.argpartition(-energy, keep)[:keep])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn._costs import rates
+from fastattn._costs import polynomial_work, seconds
 from fastattn._fitted import fit
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._proven import proven_recipe
@@ -15,10 +15,11 @@ from fastattn._recipes import (
     check_rank,
     coefficients_of,
     run,
+    run_mended,
     sample_rows,
 )
-from fastattn._sampling import FAILURE, certify_rows
-from fastattn.expansions import by_energy, rank_of, taylor, total_degree
+from fastattn._sampling import FAILURE, certify_rows, hardest_rows
+from fastattn.expansions import LARGEST_DEGREE, by_energy, rank_of, taylor, total_degree
 from fastattn.transforms import balance
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice, check_integer
@@ -47,15 +48,16 @@ class Polynomial:
         Keep this many monomials, those with the most energy after balancing; by
         default all up to ``degree``.
     landmarks : int, optional
-        Keys that correct the remainder of the polynomial.
+        Keys that correct the remainder of the polynomial; not available yet, any
+        number but 0 is refused.
     basis : {"minimax", "taylor", "fitted"}
         The polynomial: least largest relative error on the interval of the logits,
         Taylor at 0, or least squares on sampled logits (not with "proven").
 
     Notes
     -----
-    Keys and queries are centred and balanced first; rows whose denominator is not
-    positive are computed exactly while they are few.
+    Keys and queries are centred and balanced first. With ``guarantee="sampled"`` the
+    rows whose logits spread most, and rows that went wrong, are computed exactly.
 
     Examples
     --------
@@ -121,6 +123,11 @@ class Polynomial:
             raise RefusalError(
                 "Polynomial() does not take is_causal=True: use Exact() or Auto()"
             )
+        if self.landmarks:
+            raise RefusalError(
+                f"landmarks={self.landmarks}: corrections by landmark keys are not "
+                "available; use landmarks=0"
+            )
         if guarantee == "proven":
             if self.basis != "minimax":
                 raise RefusalError(
@@ -136,7 +143,7 @@ class Polynomial:
         degree = self.degree
         if degree is None:
             degree = _DEFAULT_DEGREE
-            while self.rank is not None and rank_of(d, degree) < self.rank:
+            while rank_of(d, degree) < (self.rank or 1) and degree < LARGEST_DEGREE:
                 degree += 1
         check_rank(d, degree, self.rank)
         u = (query - transform.query_center) @ transform.query_map
@@ -164,8 +171,10 @@ def plan_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Plan:
     degree = int(recipe.index.degree.max())
     method = Polynomial(degree=degree, rank=len(recipe.index), basis=basis)
     error = recipe.predicted_error if math.isinf(recipe.bound) else recipe.bound
-    seconds = rates().polynomial(*head.sizes, len(recipe.index))
-    return Plan(method, error, seconds, reason)
+    work = polynomial_work(*head.sizes, len(recipe.index))
+    if recipe.dtype == head.xp.float64 != head.dtype:
+        work *= 2
+    return Plan(method, error, seconds(work), reason)
 
 
 def answer_of(
@@ -177,8 +186,8 @@ def answer_of(
     rng: np.random.Generator,
 ) -> HeadAnswer:
     """Run a recipe and attach its certificate, whether or not it meets ``tol``."""
-    value, normalizer = run(head, recipe, recipe.prepare(head))
     if guarantee == "proven":
+        value, normalizer = run(head, recipe)
         return HeadAnswer(
             value,
             normalizer,
@@ -189,7 +198,8 @@ def answer_of(
             "logits (Alman and Song 2023; relative error of weights)",
             plan,
         )
-    sampled = certify_rows(head, value, tol, rng)
+    value, normalizer, settled = run_mended(head, recipe, hardest_rows(head, rng))
+    sampled = certify_rows(head, value, tol, rng, settled=settled)
     return HeadAnswer(
         value,
         normalizer,

@@ -10,6 +10,11 @@ from sketching._lib.arrays import Array
 def sample_names() -> list[str]:
     """Return the names of the packaged samples.
 
+    Returns
+    -------
+    list of str
+        In alphabetical order; each is a name for :func:`load_sample`.
+
     Examples
     --------
     >>> from fastattn import sample_names

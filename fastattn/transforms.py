@@ -95,8 +95,11 @@ def mean(x: Array) -> Array:
 def _factor(x: Array, middle: Array) -> tuple[Array, Array]:
     """A square root ``L`` of the covariance of the rows of ``x``, and its inverse."""
     centred = np.asarray(x, dtype=np.float64) - middle
-    covariance = centred.T @ centred / len(x)
-    values, vectors = np.linalg.eigh(covariance)
-    floor = max(values[-1] * _RELATIVE_FLOOR, np.finfo(np.float64).tiny ** 0.5)
+    # in units of the largest entry, so that squares neither over- nor underflow
+    unit = float(np.abs(centred).max()) or 1.0
+    centred /= unit
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(x))
+    # rows that are all the same have no directions: any map serves them
+    floor = values[-1] * _RELATIVE_FLOOR if values[-1] > 0 else 1.0
     root = np.sqrt(np.maximum(values, floor))
-    return vectors * root, (vectors / root).T
+    return vectors * (root * unit), (vectors / (root * unit)).T

@@ -33,7 +33,9 @@ def attend(
     size = _BLOCK if rows is None else rows
     for start in range(0, n, size):
         block = slice(start, min(start + size, n))
-        logits = scale * xp.matmul(query[:, block, :], key)
+        # in float64: a scale, and a query, of extreme size may only meet halfway
+        scaled = xp.astype(query[:, block, :], xp.float64) * scale
+        logits = xp.matmul(xp.astype(scaled, dtype), key)
         if visible is not None:
             hidden = number[None, :] >= visible[block, None]
             nothing = xp.full_like(logits, -xp.inf)

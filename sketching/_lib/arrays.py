@@ -46,8 +46,20 @@ def device_of(x: Array) -> Any:
     return array_api_compat.device(x)
 
 
+def plain(x: Array) -> Array:
+    """Return the same numbers in native byte order and without their gradients."""
+    if array_api_compat.is_torch_array(x):
+        return x.detach() if x.requires_grad else x
+    if array_api_compat.is_numpy_array(x) and not x.dtype.isnative:
+        return x.astype(x.dtype.newbyteorder("="))
+    return x
+
+
 def to_host(x: Array) -> Array:
-    """Copy a *small* array to a NumPy array: statistics, never inputs."""
+    """Copy a *small* array to a NumPy array: statistics, never inputs.
+
+    bfloat16, which NumPy does not have, arrives as float32.
+    """
     import numpy as np
 
     if array_api_compat.is_numpy_array(x):
@@ -55,7 +67,8 @@ def to_host(x: Array) -> Array:
     if array_api_compat.is_cupy_array(x):
         return x.get()
     if array_api_compat.is_torch_array(x):
-        return x.detach().cpu().numpy()
+        x = x.detach().cpu()
+        return (x.float() if "bfloat16" in str(x.dtype) else x).numpy()
     return np.from_dlpack(x)
 
 

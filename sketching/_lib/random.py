@@ -19,11 +19,15 @@ def as_generator(rng: RandomSource) -> np.random.Generator:
     Raises
     ------
     TypeError
-        If ``rng`` is none of these.
+        If ``rng`` is none of these, or a generator that has no children.
     """
     try:
-        return np.random.default_rng(rng)
-    except (TypeError, ValueError) as error:
+        generator = np.random.default_rng(rng)
+        # legacy seeding, as in a RandomState, is found out here, not half way
+        generator.spawn(0)
+    except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(
-            f"rng: expected an int >= 0, a numpy Generator or None, got {rng!r}"
+            "rng: expected an int >= 0, a numpy Generator that can spawn or None, "
+            f"got {rng!r}"
         ) from error
+    return generator

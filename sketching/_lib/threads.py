@@ -25,6 +25,19 @@ def _controller() -> Any:
     return ThreadpoolController().select(user_api="blas")
 
 
+def _release() -> None:
+    """Let this thread set the limits, whichever thread has set them before.
+
+    Where a BLAS has one pool for the process, newer versions of threadpoolctl ignore
+    all threads but one; uses are counted here, so that they need not.
+    """
+    import threadpoolctl
+
+    controller = threadpoolctl.OpenBLASController
+    if hasattr(controller, "clear_controlling_thread"):
+        controller.clear_controlling_thread(force=True)
+
+
 @contextmanager
 def single_threaded_blas() -> Iterator[int]:
     """Hold BLAS to one thread; yields the number of threads it had before.
@@ -37,6 +50,7 @@ def single_threaded_blas() -> Iterator[int]:
         if _held == 0:
             info = _controller().info()
             _threads = max((int(pool["num_threads"]) for pool in info), default=1)
+            _release()
             _limiter = _controller().limit(limits=1)
         _held += 1
         threads = _threads
@@ -46,8 +60,10 @@ def single_threaded_blas() -> Iterator[int]:
         with _lock:
             _held -= 1
             if _held == 0:
+                _release()
                 _limiter.restore_original_limits()
                 _limiter = None
+                _release()
 
 
 def run_blocks(work: Callable[[int], None], starts: range) -> None:
@@ -56,7 +72,7 @@ def run_blocks(work: Callable[[int], None], starts: range) -> None:
     The calls must write to disjoint memory. An exception of any call is raised.
     """
     with single_threaded_blas() as threads:
-        if threads == 1 or len(starts) == 1:
+        if threads == 1 or len(starts) <= 1:
             for start in starts:
                 work(start)
             return

@@ -15,6 +15,8 @@ ROWS = 256
 _SPANS = 16
 # all partial sums together stay below this many bytes
 _LARGEST_PARTS = 1 << 26
+# sums that overflow are found by their total, so NumPy need not warn of them
+_QUIET = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 def monomials(x, *, parent, coordinate):
@@ -30,6 +32,7 @@ def moments(key, value, center, projection, tilt, middle, *, parent, coordinate)
     span = ROWS * -(-m // (ROWS * spans))
     parts = np.zeros((-(-m // span), len(parent), p + 1), dtype=np.float64)
 
+    @_QUIET
     def work(task):
         part = np.empty((len(parent), p + 1), dtype=dtype)
         features = np.empty((len(parent), ROWS), dtype=dtype)
@@ -45,6 +48,11 @@ def moments(key, value, center, projection, tilt, middle, *, parent, coordinate)
             parts[task] += np.matmul(block, values, out=part)
 
     run_blocks(work, range(len(parts)))
+    return _total(parts, dtype)
+
+
+@_QUIET
+def _total(parts, dtype):
     return parts.sum(axis=0).astype(dtype)
 
 
@@ -56,6 +64,7 @@ def means(query, center, projection, readout, middle, *, parent, coordinate):
     span = ROWS * -(-n // (ROWS * _SPANS))
     columns = np.ascontiguousarray(readout.T)
 
+    @_QUIET
     def work(task):
         features = np.empty((len(parent), ROWS), dtype=dtype)
         for lo in range(task * span, min((task + 1) * span, n), ROWS):

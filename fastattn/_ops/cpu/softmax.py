@@ -29,7 +29,7 @@ def attend(query, key, value, *, scale, visible, rows=None):
         span = slice(block * rows, min((block + 1) * rows, n))
         seen = None if visible is None else visible[span]
         _attend_rows(
-            query[head, span], key[head], value[head], dtype.type(scale), seen, keys,
+            query[head, span], key[head], value[head], float(scale), seen, keys,
             out[head, span], normalizer[head, span],
         )  # fmt: skip
 
@@ -37,10 +37,13 @@ def attend(query, key, value, *, scale, visible, rows=None):
     return out, normalizer
 
 
+# sums that overflow leave numbers that are not finite, which the caller looks for
+@np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
 def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
     """Stream all keys past one block of rows."""
     n, dtype = len(query), query.dtype
-    scaled = query * scale
+    # in float64: a scale, and a query, of extreme size may only meet halfway
+    scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)
     last = len(key) if visible is None else min(len(key), int(visible.max()))
     peak = np.full(n, -np.inf, dtype=dtype)
     total = np.zeros(n, dtype=np.float64)
@@ -57,8 +60,7 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
         sums += part
     seen = total > 0
     np.divide(sums, np.where(seen, total, 1)[:, None], out=out, casting="same_kind")
-    with np.errstate(divide="ignore"):
-        normalizer[:] = peak + np.log(total)
+    normalizer[:] = peak + np.log(total)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

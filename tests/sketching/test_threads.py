@@ -1,0 +1,141 @@
+"""BLAS is held to one thread while blocks run, and set free again, whatever comes."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from sketching._lib.threads import run_blocks, single_threaded_blas
+
+
+def blas_threads():
+    """Threads of the BLAS that NumPy calls, which is the first that was loaded."""
+    return next(x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    before = blas_threads()
+    yield
+    assert blas_threads() == before
+
+
+def test_blas_has_one_thread_inside_and_its_own_after():
+    before = blas_threads()
+    with single_threaded_blas() as threads:
+        assert threads == before
+        assert blas_threads() == 1
+    assert blas_threads() == before
+
+
+def test_limits_come_back_after_an_exception():
+    before = blas_threads()
+    with pytest.raises(KeyError), single_threaded_blas():
+        raise KeyError
+    assert blas_threads() == before
+
+
+def test_nested_uses_know_the_outer_number():
+    before = blas_threads()
+    with single_threaded_blas() as outer, single_threaded_blas() as inner:
+        assert outer == inner == before
+        assert blas_threads() == 1
+
+
+def test_the_last_of_concurrent_uses_restores():
+    before = blas_threads()
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first():
+        with single_threaded_blas() as threads:
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+        return threads
+
+    def second():
+        assert first_in.wait(10)
+        with single_threaded_blas() as threads:
+            second_in.set()
+            assert first_out.wait(10)
+            held = blas_threads()
+        return threads, held
+
+    with ThreadPoolExecutor(2) as pool:
+        uses = [pool.submit(first), pool.submit(second)]
+        assert [x.result(20) for x in uses] == [before, (before, 1)]
+    assert blas_threads() == before
+
+
+def test_the_user_sets_the_number():
+    with threadpool_limits(1, user_api="blas"), single_threaded_blas() as threads:
+        assert threads == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 17])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_block_runs_once(count, threads):
+    done = np.zeros(count, int)
+
+    def work(i):
+        done[i] += 1
+
+    with threadpool_limits(threads, user_api="blas"):
+        run_blocks(work, range(count))
+    np.testing.assert_array_equal(done, 1)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_exception_of_a_block_is_raised(count):
+    def work(i):
+        if i == count - 1:
+            raise ZeroDivisionError("block")
+
+    with pytest.raises(ZeroDivisionError, match="block"):
+        run_blocks(work, range(count))
+
+
+def test_blocks_may_run_blocks():
+    done = np.zeros((4, 4), int)
+
+    def outer(i):
+        def inner(j):
+            done[i, j] += 1
+
+        run_blocks(inner, range(4))
+
+    run_blocks(outer, range(4))
+    np.testing.assert_array_equal(done, 1)
+
+
+def test_blocks_run_from_many_threads_at_once():
+    def sums(seed):
+        out = np.zeros(16)
+        x = np.random.default_rng(seed).standard_normal((16, 40, 40))
+
+        def work(i):
+            out[i] = np.sum(x[i] @ x[i])
+
+        run_blocks(work, range(16))
+        return out
+
+    alone = [sums(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        np.testing.assert_array_equal(list(pool.map(sums, range(6))), alone)
+
+
+def test_a_worker_holds_blas_after_the_main_thread_did():
+    before = blas_threads()
+    with single_threaded_blas():
+        pass
+
+    def use():
+        with single_threaded_blas() as threads:
+            return threads, blas_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(use).result(20) == (before, 1)
+        # the worker is alive and idle, and must not keep the main thread out
+        assert use() == (before, 1)
