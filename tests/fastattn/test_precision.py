@@ -71,7 +71,7 @@ def test_outputs_below_the_least_normal_number_round_by_more_than_eps(dtype, gua
     inputs = [
         query.astype(dtype),
         key.astype(dtype),
-        (value * least / 60).astype(dtype),
+        (value.astype(np.float64) * least / 60).astype(dtype),
     ]
     assert_kept(inputs, tol=0.9, method=Exact(), guarantee=guarantee)
 
