@@ -90,7 +90,7 @@ def _hopeless(
     last: tuple[int, float], now: tuple[int, float], largest: int, wanted: float
 ) -> bool:
     """Whether the error would miss ``wanted`` even if it fell twice as steeply."""
-    if last[0] < _FIRST_RANK or now[1] <= 2 * wanted:
+    if last[0] < _FIRST_RANK or now[1] <= 4 * wanted:
         return False
     slope = max(math.log(last[1] / now[1]) / math.log(now[0] / last[0]), 0.05)
     return bool(now[1] * (now[0] / largest) ** (2 * slope) > wanted)

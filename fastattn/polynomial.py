@@ -69,7 +69,7 @@ class Polynomial:
     ...     query, key, value, tol=1e-3, method=Polynomial(), guarantee="proven"
     ... )
     >>> answer.plan.method.degree, answer.certificate.failure
-    (6, 0.0)
+    (5, 0.0)
 
     References
     ----------
