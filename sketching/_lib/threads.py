@@ -6,6 +6,7 @@ user's settings (``OPENBLAS_NUM_THREADS``, ``threadpoolctl``) say how many.
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,13 @@ _limiter: Any = None
 _threads = 1
 
 
-@functools.cache
 def _controller() -> Any:
+    # an import since the last use may have loaded another BLAS, such as SciPy's own
+    return _controller_of(len(sys.modules))
+
+
+@functools.lru_cache(maxsize=1)
+def _controller_of(_modules: int) -> Any:
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController().select(user_api="blas")
@@ -48,10 +54,11 @@ def single_threaded_blas() -> Iterator[int]:
     global _held, _limiter, _threads  # noqa: PLW0603
     with _lock:
         if _held == 0:
-            info = _controller().info()
+            controller = _controller()
+            info = controller.info()
             _threads = max((int(pool["num_threads"]) for pool in info), default=1)
             _release()
-            _limiter = _controller().limit(limits=1)
+            _limiter = controller.limit(limits=1)
         _held += 1
         threads = _threads
     try:
