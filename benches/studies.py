@@ -129,7 +129,7 @@ from fastattn import Polynomial
 n = {n}
 rng = np.random.default_rng(0)
 query, key, value = (rng.standard_normal((n, 64), dtype=np.float32) for _ in range(3))
-method = Polynomial(degree=2, basis="fitted")
+method = Polynomial(degree=2, basis="hermite")
 call = lambda a: fastattn.approximate(
     *a, scale=0.3 / 8, tol=3e-2, method=method, rng=0
 )

@@ -13,7 +13,8 @@ import numpy as np
 
 # multiply-adds inside a matrix product that take as long as ...
 SOFTMAX = 16.0  # one logit turned into a weight: maximum, exp and sum
-MONOMIAL = 6.0  # one monomial of one row made and stored
+MONOMIAL = 6.0  # one monomial, or one landmark's weight, of one row
+PASS = 6000.0  # one row read, centred and written by the passes of a low rank
 
 
 def exact_work(n: int, m: int, d: int, p: int) -> float:
@@ -24,6 +25,12 @@ def exact_work(n: int, m: int, d: int, p: int) -> float:
 def polynomial_work(n: int, m: int, d: int, p: int, rank: int) -> float:
     """Work of the polynomial method with ``rank`` monomials."""
     return (n + m) * (rank * (p + 1 + MONOMIAL) + d * d)
+
+
+def lowrank_work(n: int, m: int, d: int, p: int, rank: int, landmarks: int) -> float:
+    """Work of ``rank`` polynomials and ``landmarks`` with a Gaussian law of queries."""
+    functions = rank * (p + MONOMIAL) + landmarks * (d + p + MONOMIAL)
+    return (n + m) * (functions + d * (d + 1) + PASS / 4)
 
 
 def seconds(work: float) -> float:

@@ -7,12 +7,10 @@ of keys, so that keys can be streamed in and two structures can be merged.
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from fastattn._ops.monomials import means, moments
 from fastattn.expansions import IndexSet
 from fastattn.transforms import Transform
-from sketching._lib.arrays import Array, array_namespace, device_of
+from sketching._lib.arrays import Array, array_namespace, mover
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +48,7 @@ class Moments:
         dtype: Any,
     ) -> "Moments":
         """Sum over all keys, in ``dtype``."""
-        move = _mover(key, dtype)
+        move = mover(key, dtype)
         sums = moments(
             key,
             value,
@@ -80,7 +78,7 @@ class Moments:
             Rows whose sum of weights is positive and finite.
         """
         xp = array_namespace(query)
-        move = _mover(query, self.sums.dtype)
+        move = mover(query, self.sums.dtype)
         weights = move(self.index.weights(coefficients))
         value, total = means(
             query,
@@ -99,10 +97,3 @@ class Moments:
         logarithm = xp.log(xp.where(positive, total, xp.ones_like(total)))
         nothing = xp.full_like(total, xp.nan)
         return value, xp.where(positive, logarithm + shift, nothing), positive
-
-
-def _mover(like: Array, dtype: Any) -> Any:
-    """Return a function that brings host arrays to where ``like`` is, as ``dtype``."""
-    xp = array_namespace(like)
-    device = device_of(like)
-    return lambda x: xp.asarray(np.asarray(x), dtype=dtype, device=device)

@@ -6,25 +6,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn._costs import exact_work, polynomial_work
-from fastattn._fitted import fitted_recipes
-from fastattn._probe import Probe
+from fastattn._costs import exact_work, lowrank_work, seconds
+from fastattn._frame import Sample
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._proven import proven_recipe
-from fastattn._recipes import Recipe
+from fastattn._recipes import Attempt
+from fastattn._sizes import predict
 from fastattn.exact import Exact
-from fastattn.polynomial import Polynomial, answer_of, plan_of
+from fastattn.polynomial import Polynomial, answer_of, attempt_of, lowrank_attempt
 from sketching._lib.certificate import RefusalError
 
-# a prediction must undercut the tolerance by this factor, because the certificate
-# adds a margin for its own sampling
-_SAFETY = 0.75
+# the share of the tolerance that is aimed at: the certificate adds a margin for its
+# own sampling
+_AIM = 0.9
 # a method must be predicted to take at most this share of exact attention's time
 _WORTH = 0.8
 # heads with fewer logits than this are computed exactly: planning costs as much
-_SMALL = 1 << 23
-# monomials that fitted polynomials have at the most
-_LARGEST_FITTED = 8192
+_SMALL = 1 << 24
 # answers that may miss their certificate before the head is computed exactly
 _TRIES = 2
 
@@ -35,12 +33,11 @@ class Auto:
 
     Notes
     -----
-    With ``guarantee="sampled"`` a sample of rows and keys predicts the error of
-    polynomials of growing rank, and a cost model of the machine their time. The first
-    that is predicted to meet the tolerance in clearly less time than exact attention
-    runs and is checked on fresh rows; if it misses, a larger one gets a chance, then
-    exact attention. With ``"proven"`` the least proven polynomial runs if it is cheaper
-    than exact attention.
+    With ``guarantee="sampled"`` small structures over a sample of the keys predict how
+    many polynomials or landmarks a head needs. The cheapest that is predicted to meet
+    the tolerance in clearly less work than exact attention runs and is checked on
+    fresh rows; if it misses, a larger one gets a chance, then exact attention. With
+    ``"proven"`` the least proven polynomial runs if it is cheaper than exact attention.
 
     Examples
     --------
@@ -56,45 +53,40 @@ class Auto:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Say what is considered; the first that is accepted would run."""
-        for _, candidate in self._considered(head, tol, guarantee, rng):
-            yield candidate
+        reason = _why_exact(head)
+        if reason is None:
+            considered = _considered(head, _AIM * tol, guarantee, rng)
+            yield from (candidate for _, candidate in considered)
+        plan = Exact().plan(head, reason or "nothing cheaper meets the tolerance")
+        yield Candidate(plan, accepted=True)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the first accepted candidate whose answer keeps its certificate."""
-        reason, tries = None, 0
-        for recipe, candidate in self._considered(head, tol, guarantee, rng):
-            if not candidate.accepted:
-                continue
-            if recipe is None or tries == _TRIES:
-                reason = reason or candidate.plan.reason
+        reason = _why_exact(head)
+        if reason is not None:
+            return Exact().solve(head, tol, guarantee, rng, reason)
+        reason, aim = "nothing cheaper meets the tolerance", _AIM * tol
+        for _ in range(_TRIES):
+            considered = _considered(head, aim, guarantee, rng)
+            attempt = next((x for x, c in considered if x and c.accepted), None)
+            if attempt is None:
                 break
-            tries += 1
             try:
-                answer = answer_of(head, recipe, candidate.plan, tol, guarantee, rng)
+                answer = answer_of(head, attempt, tol, rng)
             except RefusalError as error:
                 reason = str(error)
-                continue
+                break
             if guarantee == "proven" or answer.error <= tol:
                 return answer
             reason = (
-                f"{candidate.plan.method} certified {answer.error:.2e} "
-                f"where {candidate.plan.predicted_error:.2e} was predicted"
+                f"{attempt.plan.method} certified {answer.error:.2e} where "
+                f"{attempt.plan.predicted_error:.2e} was predicted"
             )
-        return Exact().solve(head, tol, guarantee, rng, reason or "asked for")
-
-    def _considered(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Iterator[tuple[Recipe | None, Candidate]]:
-        """Yield recipes with the verdict on each; None stands for exact attention."""
-        reason = _why_exact(head)
-        if reason is None and guarantee == "proven":
-            yield from _proven(head, tol, rng)
-        elif reason is None:
-            yield from _sampled(head, tol, rng)
-        plan = Exact().plan(head, reason or "nothing cheaper meets the tolerance")
-        yield None, Candidate(plan, accepted=True)
+            # what was certified says how much more to ask for
+            aim *= 0.9 * tol / answer.error
+        return Exact().solve(head, tol, guarantee, rng, reason)
 
 
 def _why_exact(head: Head) -> str | None:
@@ -107,54 +99,59 @@ def _why_exact(head: Head) -> str | None:
     return None
 
 
+def _considered(
+    head: Head, aim: float, guarantee: str, rng: np.random.Generator
+) -> Iterator[tuple[Attempt | None, Candidate]]:
+    """Yield attempts with the verdict on each; None where there is nothing to run."""
+    consider = _proven if guarantee == "proven" else _sampled
+    yield from consider(head, aim, rng)
+
+
 def _proven(
-    head: Head, tol: float, rng: np.random.Generator
-) -> Iterator[tuple[Recipe | None, Candidate]]:
+    head: Head, aim: float, rng: np.random.Generator
+) -> Iterator[tuple[Attempt | None, Candidate]]:
     """The least polynomial that is proven to meet the tolerance, if it pays."""
     try:
-        recipe = proven_recipe(head, tol, rng)
+        # a bound needs no room for its own sampling
+        recipe = proven_recipe(head, aim / _AIM, rng)
     except RefusalError as error:
         plan = Plan(Polynomial(), math.nan, math.nan, str(error))
         yield None, Candidate(plan, accepted=False)
         return
-    plan = plan_of(head, recipe, "minimax", "proven")
-    yield recipe, _judge_time(head, plan)
+    attempt = attempt_of(head, recipe, "minimax", "proven")
+    ratio = attempt.plan.predicted_seconds / Exact().plan(head).predicted_seconds
+    if ratio <= _WORTH:
+        yield attempt, Candidate(attempt.plan, accepted=True)
+        return
+    reason = f"predicted to take {ratio:.1f} times as long as Exact()"
+    yield None, Candidate(replace(attempt.plan, reason=reason), accepted=False)
 
 
 def _sampled(
-    head: Head, tol: float, rng: np.random.Generator
-) -> Iterator[tuple[Recipe | None, Candidate]]:
-    """Polynomials of growing rank while they are worth their time."""
-    largest = _largest_rank(head)
-    if largest < 2:
+    head: Head, aim: float, rng: np.random.Generator
+) -> Iterator[tuple[Attempt | None, Candidate]]:
+    """Low ranks that are predicted to meet the tolerance, the cheapest first."""
+    try:
+        predictions = predict(
+            head,
+            Sample.of(head, rng),
+            aim,
+            rng,
+            lambda rank, landmarks: lowrank_work(*head.sizes, rank, landmarks),
+            _WORTH * exact_work(*head.sizes),
+        )
+    except RefusalError as error:
+        plan = Plan(Polynomial(basis="hermite"), math.nan, math.nan, str(error))
+        yield None, Candidate(plan, accepted=False)
         return
-    probe = Probe.of(head, rng)
-    recipes = fitted_recipes(
-        head, probe, rng, largest_rank=largest, wanted=_SAFETY * tol
-    )
-    for recipe in recipes:
-        plan = plan_of(head, recipe, "fitted", "predicted to meet the tolerance")
-        if recipe.predicted_error <= _SAFETY * tol:
-            yield recipe, _judge_time(head, plan)
-        else:
-            reason = f"predicted error above {_SAFETY:g} tol"
-            yield recipe, Candidate(replace(plan, reason=reason), accepted=False)
-
-
-def _largest_rank(head: Head) -> int:
-    """Monomials whose predicted time is the most that is worth it."""
-    sizes = head.sizes
-    one = polynomial_work(*sizes, 1) - polynomial_work(*sizes, 0)
-    most = _WORTH * exact_work(*sizes) - polynomial_work(*sizes, 0)
-    return int(min(most / one, _LARGEST_FITTED))
-
-
-def _judge_time(head: Head, plan: Plan) -> Candidate:
-    """Accept a plan if it is predicted to be clearly faster than exact attention."""
-    ratio = plan.predicted_seconds / Exact().plan(head).predicted_seconds
-    if ratio <= _WORTH:
-        return Candidate(plan, accepted=True)
-    return Candidate(
-        replace(plan, reason=f"predicted to take {ratio:.1f} times as long as Exact"),
-        accepted=False,
-    )
+    for found in predictions:
+        if found.empty is None:
+            method = Polynomial(
+                rank=found.rank, landmarks=found.landmarks, basis="hermite"
+            )
+            plan = Plan(method, math.nan, seconds(found.cost), found.reason)
+            yield None, Candidate(plan, accepted=False)
+            continue
+        reason = found.reason or "predicted to meet the tolerance"
+        attempt = lowrank_attempt(head, found.empty, found.error, reason)
+        yield attempt, Candidate(attempt.plan, found.accepted)

@@ -172,9 +172,7 @@ def _recipe(
         error = deviation(off, extent.half)
         error += (2 * u + unit_roundoff(head.xp, own)) * extent.peak
         error += smallest_number(head.xp, own)
-    return Recipe(
-        reach.transform, index, coefficients, extent.middle, dtype, error, math.nan
-    )
+    return Recipe(reach.transform, index, coefficients, extent.middle, dtype, error)
 
 
 def _may_overflow(

@@ -1,12 +1,13 @@
 """A low-rank softmax with every choice made, and how it is run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastattn._moments import Moments
-from fastattn._problem import Head, host_rows
+from fastattn._problem import Head, Plan, host_rows
 from fastattn.expansions import (
     LARGEST_DEGREE,
     IndexSet,
@@ -44,8 +45,6 @@ class Recipe:
         Precision of the sums.
     bound : float
         Proven bound on the largest absolute error; infinite where none is claimed.
-    predicted_error : float
-        Relative Frobenius error expected from a sample; NaN where not predicted.
     """
 
     transform: Transform
@@ -54,11 +53,10 @@ class Recipe:
     middle: Array
     dtype: Any
     bound: float
-    predicted_error: float
 
-    def prepare(self, head: Head) -> Moments:
-        """Sum the monomials over the keys of a head."""
-        return Moments.of(
+    def answer(self, head: Head) -> tuple[Array, Array, Array]:
+        """Sum the monomials over the keys and answer the queries."""
+        prepared = Moments.of(
             head.key,
             head.value,
             self.transform,
@@ -67,14 +65,32 @@ class Recipe:
             head.scale,
             self.dtype,
         )
+        return prepared.query(head.query, self.coefficients)
 
 
-def run(head: Head, recipe: Recipe) -> tuple[Array, Array]:
-    """Answer all queries by the recipe alone: for a bound that covers every row."""
-    value, normalizer, positive = recipe.prepare(head).query(
-        head.query, recipe.coefficients
-    )
-    if not bool(head.xp.all(positive)):
+@dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """A method with every choice made, ready to answer the queries of its head.
+
+    Parameters
+    ----------
+    plan : Plan
+        What will run.
+    run : callable
+        From a head to values, log-sum-exps, and whether each row can be trusted.
+    bound : float
+        Proven bound on the largest absolute error; infinite where none is claimed.
+    """
+
+    plan: Plan
+    run: Callable[[Head], tuple[Array, Array, Array]]
+    bound: float
+
+
+def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
+    """Answer all queries by the attempt alone: for a bound that covers every row."""
+    value, normalizer, good = attempt.run(head)
+    if not bool(head.xp.all(good)):
         raise RefusalError(
             "a sum of weights is not positive although the bound says so: the inputs "
             "are too extreme for this precision; use Exact()"
@@ -82,11 +98,11 @@ def run(head: Head, recipe: Recipe) -> tuple[Array, Array]:
     return head.finish(value, normalizer)
 
 
-def run_mended(head: Head, recipe: Recipe, hard: Array) -> tuple[Array, Array, Array]:
+def run_mended(head: Head, attempt: Attempt, hard: Array) -> tuple[Array, Array, Array]:
     """Answer all queries; rows that are hard or went wrong are computed exactly.
 
-    A row went wrong if its sum of weights is not positive or its answer lies outside
-    the range of the values, which no mean does.
+    A row went wrong if it cannot be trusted or its answer lies outside the range of
+    the values, which no mean does.
 
     Returns
     -------
@@ -100,16 +116,14 @@ def run_mended(head: Head, recipe: Recipe, hard: Array) -> tuple[Array, Array, A
         If more than two per cent of the rows went wrong.
     """
     xp, n = head.xp, head.sizes[0]
-    value, normalizer, good = recipe.prepare(head).query(
-        head.query, recipe.coefficients
-    )
+    value, normalizer, good = attempt.run(head)
     good = xp.logical_and(good, _in_range(head, value))
     wrong = np.flatnonzero(~to_host(good))
     if len(wrong) > _MENDED * n + len(hard):
         raise RefusalError(
-            f"the polynomial fails in {len(wrong)} of {n} rows, where its sum of "
-            "weights is not positive or its answer outside the range of the values: "
-            "the logits reach beyond the interval that its degree serves"
+            f"{attempt.plan.method} fails in {len(wrong)} of {n} rows, where its sum "
+            "of weights is not positive or its answer outside the range of the values: "
+            "the logits reach beyond what it serves"
         )
     settled = np.union1d(wrong, hard)
     value, normalizer = _mend(head, value, normalizer, settled)
@@ -135,7 +149,11 @@ def _mend(
 ) -> tuple[Array, Array]:
     """Replace the rows of the given numbers by exact ones."""
     xp, n = head.xp, head.sizes[0]
-    exact, logarithm = head.with_rows(rows).attend()
+    # special tokens come as many equal rows
+    first, copies = _distinct(head, rows)
+    exact, logarithm = head.with_rows(first).attend()
+    copies = xp.asarray(copies, device=device_of(value))
+    exact, logarithm = (xp.take(x, copies, axis=0) for x in (exact, logarithm))
     exact = xp.astype(exact, value.dtype, copy=False)
     logarithm = xp.astype(logarithm, normalizer.dtype, copy=False)
     if head.has_fast_body:
@@ -149,6 +167,16 @@ def _mend(
         xp.take(xp.concat([value, exact]), take, axis=0),
         xp.take(xp.concat([normalizer, logarithm]), take, axis=0),
     )
+
+
+def _distinct(head: Head, rows: Array) -> tuple[Array, Array]:
+    """Numbers of rows that differ, and for each of ``rows`` which of them it equals."""
+    if head.visible is not None:
+        return rows, np.arange(len(rows))
+    _, first, copies = np.unique(
+        host_rows(head.query, rows), axis=0, return_index=True, return_inverse=True
+    )
+    return rows[first], copies.reshape(-1)
 
 
 def sample_rows(head: Head, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -6,25 +6,35 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn._costs import polynomial_work, seconds
-from fastattn._fitted import fit
+from fastattn._costs import lowrank_work, polynomial_work, seconds
+from fastattn._frame import Sample
+from fastattn._lowrank import LowRank
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._proven import proven_recipe
 from fastattn._recipes import (
+    Attempt,
     Recipe,
     check_rank,
     coefficients_of,
-    run,
     run_mended,
+    run_proven,
     sample_rows,
 )
 from fastattn._sampling import FAILURE, certify_rows, hardest_rows
-from fastattn.expansions import LARGEST_DEGREE, by_energy, rank_of, taylor, total_degree
+from fastattn.expansions import (
+    LARGEST_BOUND,
+    LARGEST_DEGREE,
+    by_energy,
+    rank_of,
+    taylor,
+    total_degree,
+)
 from fastattn.transforms import balance
+from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice, check_integer
 
-_BASES = ("minimax", "taylor", "fitted")
+_BASES = ("minimax", "taylor", "hermite")
 # degree where neither degree nor rank is given and nothing is proven
 _DEFAULT_DEGREE = 2
 
@@ -48,11 +58,13 @@ class Polynomial:
         Keep this many monomials, those with the most energy after balancing; by
         default all up to ``degree``.
     landmarks : int, optional
-        Keys that correct the remainder of the polynomial; not available yet, any
-        number but 0 is refused.
-    basis : {"minimax", "taylor", "fitted"}
-        The polynomial: least largest relative error on the interval of the logits,
-        Taylor at 0, or least squares on sampled logits (not with "proven").
+        Keys, or means of keys, that correct the remainder of the polynomial; the
+        basis is then "hermite". Landmarks without degree and rank are Nystrom
+        attention.
+    basis : {"minimax", "taylor", "hermite"}
+        Least largest relative error on the interval of the logits; Taylor at 0; or
+        Hermite polynomials of the queries as if those were normal, which is least
+        squares over them. Only "minimax" can be proven.
 
     Notes
     -----
@@ -96,8 +108,7 @@ class Polynomial:
     ) -> Iterator[Candidate]:
         """Say what would run, or why it would be refused."""
         try:
-            recipe = self.recipe(head, tol, guarantee, rng)
-            yield Candidate(plan_of(head, recipe, self.basis, "asked for"), True)
+            yield Candidate(self.attempt(head, tol, guarantee, rng).plan, True)
         except RefusalError as error:
             yield Candidate(Plan(self, math.nan, math.nan, str(error)), False)
 
@@ -105,36 +116,47 @@ class Polynomial:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the method and certify the answer, or refuse."""
-        recipe = self.recipe(head, tol, guarantee, rng)
-        plan = plan_of(head, recipe, self.basis, "asked for")
-        answer = answer_of(head, recipe, plan, tol, guarantee, rng)
+        attempt = self.attempt(head, tol, guarantee, rng)
+        answer = answer_of(head, attempt, tol, rng)
         if guarantee == "sampled" and answer.error > tol:
             raise RefusalError(
-                f"{plan.method} misses tol={tol:g}: {answer.error:.2e} on sampled "
-                "rows; raise tol, degree or rank, or use Auto()"
+                f"{attempt.plan.method} misses tol={tol:g}: {answer.error:.2e} on "
+                "sampled rows; raise tol, degree or rank, or use Auto()"
             )
         return answer
 
-    def recipe(
+    def attempt(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Recipe:
+    ) -> Attempt:
         """Make every choice for one head."""
         if head.visible is not None:
             raise RefusalError(
                 "Polynomial() does not take is_causal=True: use Exact() or Auto()"
             )
-        if self.landmarks:
-            raise RefusalError(
-                f"landmarks={self.landmarks}: corrections by landmark keys are not "
-                "available; use landmarks=0"
-            )
+        hermite = self.basis == "hermite" or self.landmarks > 0
         if guarantee == "proven":
-            if self.basis != "minimax":
+            if hermite or self.basis != "minimax":
                 raise RefusalError(
-                    f"basis={self.basis!r} has no proven bound: use 'minimax'"
+                    f"basis={self.basis!r} has no proven bound, nor have landmarks: "
+                    "use 'minimax' without them"
                 )
-            return proven_recipe(head, tol, rng, self.degree, self.rank)
-        return self._sampled_recipe(head, rng)
+            recipe = proven_recipe(head, tol, rng, self.degree, self.rank)
+            return attempt_of(head, recipe, "minimax", "asked for")
+        if not hermite:
+            recipe = self._sampled_recipe(head, rng)
+            return attempt_of(head, recipe, self.basis, "asked for")
+        if self.basis == "taylor":
+            raise RefusalError("landmarks do not correct a Taylor polynomial")
+        rank = self.rank
+        if rank is None:
+            # landmarks alone need the constant only
+            alone = self.degree is None and self.landmarks > 0
+            degree = _DEFAULT_DEGREE if self.degree is None else self.degree
+            rank = 1 if alone else rank_of(head.sizes[2], degree)
+            check_rank(head.sizes[2], 0 if alone else degree, None)
+        sample = Sample.of(head, rng)
+        empty = LowRank.plan(sample, rank=rank, landmarks=self.landmarks, rng=rng)
+        return lowrank_attempt(head, empty, math.nan, "asked for")
 
     def _sampled_recipe(self, head: Head, rng: np.random.Generator) -> Recipe:
         query, key = sample_rows(head, rng)
@@ -146,60 +168,72 @@ class Polynomial:
             while rank_of(d, degree) < (self.rank or 1) and degree < LARGEST_DEGREE:
                 degree += 1
         check_rank(d, degree, self.rank)
-        u = (query - transform.query_center) @ transform.query_map
-        v = (key - transform.key_center) @ transform.key_map
-        logits = u[:256] @ v[:2048].T
-        if self.basis == "fitted":
-            peak = logits.max(axis=1, keepdims=True)
-            (coefficients,) = fit(logits, np.exp(-peak), range(degree, degree + 1))
-        else:
-            bound = min(float(np.abs(logits).max()), 8.0)
-            coefficients = coefficients_of(self.basis, degree, bound)
+        u = (query[:256] - transform.query_center) @ transform.query_map
+        v = (key[:2048] - transform.key_center) @ transform.key_map
+        bound = min(float(np.abs(u @ v.T).max()), LARGEST_BOUND)
         index = (
             total_degree(d, degree)
             if self.rank is None
             else by_energy(transform.scales, taylor(degree), self.rank)
         )
-        middle = np.zeros(head.sizes[3])
         return Recipe(
-            transform, index, coefficients, middle, head.dtype, math.inf, math.nan
+            transform,
+            index,
+            coefficients_of(self.basis, degree, bound),
+            np.zeros(head.sizes[3]),
+            head.dtype,
+            math.inf,
         )
 
 
-def plan_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Plan:
+def attempt_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Attempt:
     """Describe a recipe by the method that it makes concrete."""
     degree = int(recipe.index.degree.max())
     method = Polynomial(degree=degree, rank=len(recipe.index), basis=basis)
-    error = recipe.predicted_error if math.isinf(recipe.bound) else recipe.bound
     work = polynomial_work(*head.sizes, len(recipe.index))
     if recipe.dtype == head.xp.float64 != head.dtype:
         work *= 2
-    return Plan(method, error, seconds(work), reason)
+    error = math.nan if math.isinf(recipe.bound) else recipe.bound
+    plan = Plan(method, error, seconds(work), reason)
+    return Attempt(plan, recipe.answer, recipe.bound)
+
+
+def lowrank_attempt(
+    head: Head, empty: LowRank, predicted_error: float, reason: str
+) -> Attempt:
+    """Describe an empty low-rank structure by the method that it makes concrete."""
+    rank, landmarks = empty.rank, empty.landmarks
+    method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
+    work = lowrank_work(*head.sizes, rank, landmarks)
+    plan = Plan(method, predicted_error, seconds(work), reason)
+
+    def run(head: Head) -> tuple[Array, Array, Array]:
+        return empty.insert(head.key, head.value).query(head.query)
+
+    return Attempt(plan, run, math.inf)
 
 
 def answer_of(
-    head: Head,
-    recipe: Recipe,
-    plan: Plan,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    head: Head, attempt: Attempt, tol: float, rng: np.random.Generator
 ) -> HeadAnswer:
-    """Run a recipe and attach its certificate, whether or not it meets ``tol``."""
-    if guarantee == "proven":
-        value, normalizer = run(head, recipe)
+    """Run an attempt and attach its certificate, whether or not it meets ``tol``."""
+    plan = attempt.plan
+    if math.isfinite(attempt.bound):
+        value, normalizer = run_proven(head, attempt)
         return HeadAnswer(
             value,
             normalizer,
-            recipe.bound,
+            attempt.bound,
             0.0,
             "max",
             f"minimax polynomial of degree {plan.method.degree} on the interval of all "
             "logits (Alman and Song 2023; relative error of weights)",
             plan,
         )
-    value, normalizer, settled = run_mended(head, recipe, hardest_rows(head, rng))
+    value, normalizer, settled = run_mended(head, attempt, hardest_rows(head, rng))
     sampled = certify_rows(head, value, tol, rng, settled=settled)
+    if math.isnan(plan.predicted_error):
+        plan = replace(plan, predicted_error=sampled.estimate)
     return HeadAnswer(
         value,
         normalizer,
@@ -207,7 +241,5 @@ def answer_of(
         FAILURE,
         "relative-frobenius",
         sampled.source,
-        replace(plan, predicted_error=sampled.estimate)
-        if math.isnan(plan.predicted_error)
-        else plan,
+        plan,
     )

@@ -72,6 +72,14 @@ def to_host(x: Array) -> Array:
     return np.from_dlpack(x)
 
 
+def mover(like: Array, dtype: Any) -> Any:
+    """Return a function that brings host arrays to where ``like`` is, as ``dtype``."""
+    import numpy as np
+
+    xp, device = array_namespace(like), device_of(like)
+    return lambda x: xp.asarray(np.ascontiguousarray(x), dtype=dtype, device=device)
+
+
 def compute_dtype(xp: Any, dtype: Any) -> Any:
     """Half precision is computed in float32, everything else in itself."""
     return dtype if dtype in (xp.float32, xp.float64) else xp.float32

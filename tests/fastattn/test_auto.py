@@ -141,7 +141,7 @@ def test_explain_is_a_table_with_a_line_a_candidate(real):
 
 
 def test_a_batch_plans_each_head_for_itself():
-    heads = [smooth(n=3072, spread=s) for s in (0.2, 6.0)]
+    heads = [smooth(n=8192, spread=s) for s in (0.2, 6.0)]
     batch = [np.stack(parts) for parts in zip(*heads, strict=True)]
     answer = approximate(*batch, tol=0.1, rng=0)
     assert [type(plan.method) for plan in answer.plan] == [Polynomial, Exact]

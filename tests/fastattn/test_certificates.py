@@ -64,7 +64,7 @@ def assert_certified(inputs, method, trials=400):
     )
 
 
-@pytest.mark.parametrize("basis", ["minimax", "taylor", "fitted"])
+@pytest.mark.parametrize("basis", ["minimax", "taylor", "hermite"])
 @pytest.mark.parametrize("rank", [16, 128, 512])
 @pytest.mark.parametrize("head", REAL)
 def test_sampled_certificate_holds_at_its_rate_on_real_heads(head, rank, basis):
@@ -72,7 +72,7 @@ def test_sampled_certificate_holds_at_its_rate_on_real_heads(head, rank, basis):
     assert_certified(sample_head(*REAL[head]), method, trials=200)
 
 
-@pytest.mark.parametrize("basis", ["minimax", "taylor", "fitted"])
+@pytest.mark.parametrize("basis", ["minimax", "taylor", "hermite"])
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("spread", [0.2, 0.5])
 def test_sampled_certificate_holds_at_its_rate_on_gaussian_heads(spread, degree, basis):
@@ -158,7 +158,7 @@ def test_sampled_certificate_counts_the_rounding_of_its_truth(dtype):
 def test_sampled_certificate_is_not_vacuous():
     inputs = sample_head("minilm-diffuse", 1)
     answer = approximate(
-        *inputs, tol=1e9, method=Polynomial(4, 512, 0, "fitted"), rng=0
+        *inputs, tol=1e9, method=Polynomial(4, 512, 0, "hermite"), rng=0
     )
     truth, _ = oracles.attention(*inputs)
     error = oracles.frobenius_error(answer.value, truth)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from fastattn import Exact, Polynomial, RefusalError, approximate
-from fastattn._fitted import fit
 from tests import oracles
 
 
@@ -200,17 +199,6 @@ def test_a_generator_without_a_seed_sequence_is_served_or_refused_by_name(source
         assert str(error).startswith("rng:")  # noqa: PT017
         return
     assert answer.value.shape == (20, 3)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (40, 1), (40, 30)])
-def test_weights_of_a_fit_broadcast_over_the_logits(shape):
-    logits = np.random.default_rng(0).uniform(-1, 1, (40, 30))
-    weights = np.full(shape, 0.5)
-    (got,) = fit(logits, weights, range(3, 4))
-    (want,) = fit(logits, np.full((40, 30), 0.5), range(3, 4))
-    np.testing.assert_allclose(got, want, rtol=1e-12)
-    x = np.linspace(-1, 1, 50)
-    np.testing.assert_allclose(np.polyval(got[::-1], x), np.exp(x), atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -49,12 +49,14 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
     total = np.zeros(n, dtype=np.float64)
     sums = np.zeros(out.shape, dtype=dtype)
     part = np.empty(out.shape, dtype=dtype)
-    logits = np.empty((n, size), dtype=dtype)
+    buffer = np.empty(n * size, dtype=dtype)
     for start in range(0, last, size):
         keys = slice(start, min(start + size, last))
-        block = logits[:, : keys.stop - start]
+        # contiguous, the last one too: strided rows would not vectorise
+        width = keys.stop - start
+        block = buffer[: n * width].reshape(n, width)
         np.matmul(scaled, key[keys].astype(dtype, copy=False).T, out=block)
-        count = np.full(n, block.shape[1]) if visible is None else visible - start
+        count = np.full(n, width) if visible is None else visible - start
         _soften(block, count, peak, total, sums)
         np.matmul(block, value[keys].astype(dtype, copy=False), out=part)
         sums += part

@@ -1,0 +1,240 @@
+"""Both passes in blocks that stay in cache: functions in fused loops, sums by BLAS.
+
+Functions are kept one to a row, so that every loop runs along contiguous rows. The
+sum of weights of a query, and the sums over keys without values, come out of the same
+loops, so that BLAS is left with a round number of columns.
+"""
+
+import numpy as np
+from numba import njit
+
+from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
+from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
+
+# rows of key or query whose functions exist at once, on each thread
+ROWS = 256
+# tasks: a number that does not depend on the threads, so that the answer does not
+_SPANS = 16
+# all partial sums together stay below this many bytes
+_LARGEST_PARTS = 1 << 26
+
+
+def key_sums(
+    key, value, center, projection, landmarks, middle, *,
+    offset, longest, parent, coordinate, power,
+):  # fmt: skip
+    dtype = projection.dtype
+    m, p = value.shape
+    r, c = len(parent), len(landmarks)
+    spans = min(_SPANS, max(1, _LARGEST_PARTS // ((r + c) * (p + 1) * 8)))
+    span = ROWS * -(-m // (ROWS * spans))
+    tasks = -(-m // span)
+    parts = np.zeros((tasks, r + c, p + 1))
+    ends = np.full((tasks, 2, p), np.inf, dtype=dtype)
+    ends[:, 1] *= -1
+    far = np.empty(m, dtype=np.bool_)
+    scalars = [dtype.type(x) for x in (offset, longest, _reach(landmarks), LARGEST)]
+    factor = (1 / np.sqrt(power)).astype(dtype)
+
+    @np.errstate(over="ignore", invalid="ignore", under="ignore")
+    def work(task):
+        flat = np.empty((r + c) * ROWS, dtype=dtype)
+        part = np.empty((r + c, p), dtype=dtype)
+        totals = np.zeros(r + c)
+        for lo in range(task * span, min((task + 1) * span, m), ROWS):
+            hi = min(lo + ROWS, m)
+            centred = np.subtract(key[lo:hi], center, dtype=dtype, order="C")
+            shifted = np.subtract(value[lo:hi], middle, dtype=dtype, order="C")
+            features = flat[: (r + c) * (hi - lo)].reshape(r + c, hi - lo)
+            y = projection.T @ centred.T
+            _weigh(centred, y, *scalars, far[lo:hi])
+            np.matmul(landmarks, y[:-1], out=features[r:])
+            _key_features(y, parent, coordinate, factor, features, totals)
+            _extremes(shifted, ends[task])
+            np.matmul(features, shifted, out=part)
+            parts[task, :, :p] += part
+        parts[task, :, p] = totals
+
+    run_blocks(work, range(tasks))
+    low, high = ends[:, 0].min(axis=0), ends[:, 1].max(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return parts.sum(axis=0), np.stack([low, high]), far
+
+
+def query_means(
+    query, projection, origin, landmarks, spread, weights, far_key, far_value,
+    bounds, middle, *, parent, coordinate, power,
+):  # fmt: skip
+    dtype = projection.dtype
+    n, p = len(query), len(middle)
+    r, c = len(parent), len(landmarks)
+    value = np.empty((n, p), dtype=dtype)
+    logarithm = np.empty(n, dtype=dtype)
+    span = ROWS * -(-n // (ROWS * _SPANS))
+    half = 0.5 * np.sum(landmarks**2, axis=1)
+    readout = np.ascontiguousarray(weights[:, :p])
+    shares = np.ascontiguousarray(weights[:, p])
+    factor = (1 / np.sqrt(power)).astype(dtype)
+    lower = np.sqrt((power - 1) / power).astype(dtype)
+    recipe = parent, parent[parent], coordinate, factor, lower
+    clamp, least = dtype.type(CLAMP), dtype.type(LEAST)
+    # copies: read-only arrays would be compiled for once more
+    spread, bounds, middle = (np.array(x, order="C") for x in (spread, bounds, middle))
+    origin = origin[:, None]
+
+    @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
+    def work(task):
+        flat = np.empty((r + c) * ROWS, dtype=dtype)
+        for lo in range(task * span, min((task + 1) * span, n), ROWS):
+            hi = min(lo + ROWS, n)
+            features = flat[: (r + c) * (hi - lo)].reshape(r + c, hi - lo)
+            block = query[lo:hi].astype(dtype, copy=False)
+            x = projection.T @ block.T
+            x -= origin
+            good = np.empty(hi - lo, dtype=np.bool_)
+            total = np.empty(hi - lo, dtype=dtype)
+            _settle(x, spread, good)
+            np.matmul(landmarks, x[:-1], out=features[r:])
+            _query_features(x, half, shares, *recipe, clamp, features, total)
+            out = np.matmul(features.T, readout, out=value[lo:hi])
+            if len(far_key):
+                _add_far(block, far_key, far_value, good, total, out)
+            _finish(x[-1], total, good, least, bounds, middle, out, logarithm[lo:hi])
+
+    run_blocks(work, range(-(-n // span)))
+    return value, logarithm
+
+
+def _reach(landmarks):
+    return np.sqrt(np.max(np.sum(landmarks**2, axis=1), initial=0))
+
+
+def _add_far(query, far_key, far_value, good, total, out):
+    weight = query @ far_key.T
+    good &= np.all(weight <= LARGEST, axis=1)
+    np.exp(weight, out=weight)
+    weight[~good] = 0
+    out += weight @ far_value[:, :-1]
+    total += weight @ far_value[:, -1]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _weigh(centred, y, offset, longest, reach, largest, far):
+    # completes log a in the last row of y; far keys get no coordinates and no weight
+    t, half = y.shape[0] - 1, y.dtype.type(0.5)
+    zero = y.dtype.type(0)
+    for i in range(y.shape[1]):
+        length = zero
+        for l in range(centred.shape[1]):
+            length += centred[i, l] * centred[i, l]
+        far[i] = not length <= longest
+    square = np.zeros(y.shape[1], dtype=y.dtype)
+    for l in range(t):
+        for i in range(y.shape[1]):
+            square[i] += y[l, i] * y[l, i]
+    log = y[t]
+    for i in range(y.shape[1]):
+        log[i] += offset + half * square[i]
+        size = np.sqrt(square[i])
+        if not log[i] + size * max(reach, half * size) <= largest:
+            far[i] = True
+    for i in range(y.shape[1]):
+        if far[i]:
+            log[i] = -np.inf
+            for l in range(t):
+                y[l, i] = zero
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _key_features(y, parent, coordinate, factor, features, totals):
+    n, r = features.shape[1], parent.size
+    log = y[y.shape[0] - 1]
+    for i in range(n):
+        features[0, i] = exp(log[i])
+    for j in range(1, r):
+        row, source, side = features[j], features[parent[j]], y[coordinate[j]]
+        w = factor[j]
+        for i in range(n):
+            row[i] = source[i] * side[i] * w
+    for j in range(r, features.shape[0]):
+        row = features[j]
+        for i in range(n):
+            row[i] = exp(row[i] + log[i])
+    for j in range(features.shape[0]):
+        row = features[j]
+        total = y.dtype.type(0)
+        for i in range(n):
+            total += row[i]
+        totals[j] += total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _extremes(values, ends):
+    low, high = ends[0], ends[1]
+    for i in range(values.shape[0]):
+        row = values[i]
+        for j in range(row.size):
+            low[j] = -maximum(-low[j], -row[j])
+            high[j] = maximum(high[j], row[j])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _settle(x, spread, good):
+    # outliers get no coordinates: nothing they are put into overflows
+    n, one = x.shape[1], x.dtype.type(1)
+    energy = np.zeros(n, dtype=x.dtype)
+    for l in range(spread.size):
+        for i in range(n):
+            energy[i] += spread[l] * x[l, i] * x[l, i]
+    for i in range(n):
+        good[i] = energy[i] <= one
+        if not good[i]:
+            for l in range(spread.size):
+                x[l, i] = x.dtype.type(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _query_features(
+    x, half, shares, parent, grandparent, coordinate, factor, lower, clamp,
+    features, total,
+):  # fmt: skip
+    n, r = features.shape[1], parent.size
+    for i in range(n):
+        features[0, i] = x.dtype.type(1)
+        total[i] = shares[0]
+    for j in range(1, r):
+        row, source, side = features[j], features[parent[j]], x[coordinate[j]]
+        w, share = factor[j], shares[j]
+        if lower[j] == 0:
+            for i in range(n):
+                row[i] = source[i] * side[i] * w
+        else:
+            back, v = features[grandparent[j]], lower[j]
+            for i in range(n):
+                row[i] = source[i] * side[i] * w - v * back[i]
+        for i in range(n):
+            total[i] += share * row[i]
+    for j in range(r, features.shape[0]):
+        row, h, share = features[j], half[j - r], shares[j]
+        for i in range(n):
+            weight = exp(-maximum(h - row[i], -clamp))
+            row[i] = weight
+            total[i] += share * weight
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _finish(shift, total, good, least, bounds, middle, out, logarithm):
+    low, high = bounds[0], bounds[1]
+    for i in range(out.shape[0]):
+        row = out[i]
+        if good[i] and total[i] > least and np.isfinite(total[i]):
+            logarithm[i] = np.log(total[i]) + shift[i]
+            w = total.dtype.type(1) / total[i]
+            for j in range(row.size):
+                row[j] = maximum(row[j] * w, low[j])
+                row[j] = middle[j] - maximum(-row[j], -high[j])
+        else:
+            logarithm[i] = np.nan
+            for j in range(row.size):
+                row[j] = middle[j]

@@ -1,0 +1,194 @@
+"""The two passes of a low-rank softmax: inner products of keys, answers to queries.
+
+Functions of a row are ``r`` polynomials and ``c`` exponentials at landmarks. The
+polynomials are a recipe of NumPy integer arrays on every device: number ``j`` is made
+from number ``parent[j] < j`` and coordinate ``coordinate[j]``, in which it then has
+the degree ``power[j]``; number 0 is 1.
+"""
+
+import math
+from typing import Any
+
+from sketching._lib.arrays import Array, array_namespace
+from sketching._lib.op import op
+
+# exponents stay below: a key that would go beyond is far, a query that does is not good
+LARGEST = 60.0
+# the sum of weights of a query, in units of what convexity promises, is at least
+LEAST = 0.9
+# no logit of the landmarks is taken beyond it
+CLAMP = 80.0
+
+_BLOCK = 4096
+
+
+@op("cpu")
+def key_sums(
+    key: Array,
+    value: Array,
+    center: Array,
+    projection: Array,
+    landmarks: Array,
+    middle: Array,
+    *,
+    offset: float,
+    longest: float,
+    parent: Any,
+    coordinate: Any,
+    power: Any,
+) -> tuple[Array, Array, Array]:
+    r"""Sum over keys of every function times weight times ``[value - middle, 1]``.
+
+    With ``[y, t] = (key - center) @ projection``, the weight of a key is
+    ``a = exp(t + |y|^2 / 2 + offset)``, the functions are
+    ``y^alpha / sqrt(alpha!)`` and ``exp(y . p)`` at the rows ``p`` of ``landmarks``.
+    Keys with ``|key - center|^2 > longest``, or with exponents beyond ``LARGEST``,
+    are far and left out. ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``projection``
+    ``(d, t + 1)``, ``landmarks`` ``(c, t)``.
+
+    Returns the sums in float64, ``(r + c, p + 1)``, the least and the largest of
+    ``value - middle``, ``(2, p)``, and which keys are far, boolean ``(m,)``.
+    """
+    xp = array_namespace(key, value, center, projection, landmarks, middle)
+    dtype, total, ranges, far = projection.dtype, None, [], []
+    reach = xp.sqrt(xp.max(xp.sum(landmarks**2, axis=1))) if landmarks.shape[0] else 0.0
+    for start in range(0, key.shape[0], _BLOCK):
+        rows = slice(start, min(start + _BLOCK, key.shape[0]))
+        centred = xp.astype(key[rows, :], dtype) - center
+        y, log_weight, largest = _weigh(xp.matmul(centred, projection), offset, reach)
+        short = xp.sum(centred**2, axis=1) <= longest
+        near = xp.logical_and(short, largest <= LARGEST)
+        y = xp.where(near[:, None], y, xp.zeros_like(y))
+        log_weight = xp.where(near, log_weight, xp.full_like(log_weight, -xp.inf))
+        features = xp.concat(
+            [
+                _powers(y, parent, coordinate, power) * xp.exp(log_weight)[:, None],
+                xp.exp(_products(y, landmarks) + log_weight[:, None]),
+            ],
+            axis=1,
+        )
+        shifted = xp.astype(value[rows, :], dtype) - middle
+        ranges += [xp.min(shifted, axis=0), xp.max(shifted, axis=0)]
+        shifted = xp.concat([shifted, xp.ones_like(shifted[:, :1])], axis=1)
+        part = xp.astype(xp.matmul(xp.matrix_transpose(features), shifted), xp.float64)
+        total = part if total is None else total + part
+        far.append(xp.logical_not(near))
+    ends = xp.stack(ranges)
+    return (
+        total,
+        xp.stack([xp.min(ends, axis=0), xp.max(ends, axis=0)]),
+        xp.concat(far),
+    )
+
+
+@op("cpu")
+def query_means(
+    query: Array,
+    projection: Array,
+    origin: Array,
+    landmarks: Array,
+    spread: Array,
+    weights: Array,
+    far_key: Array,
+    far_value: Array,
+    bounds: Array,
+    middle: Array,
+    *,
+    parent: Any,
+    coordinate: Any,
+    power: Any,
+) -> tuple[Array, Array]:
+    r"""Weighted means of the values, and the logarithms of the sums of weights.
+
+    With ``[x, s] = query @ projection - origin``, the functions are orthonormal Hermite
+    polynomials ``He_alpha(x)`` and ``exp(x . p - |p|^2 / 2)`` at the rows ``p`` of
+    ``landmarks``. Their product with ``weights``, ``(r + c, p + 1)``, plus
+    ``exp(query @ far_key^T) @ far_value`` holds weighted sums and, last, the sum of the
+    weights; the mean is their quotient, cut to ``bounds``, ``(2, p)``, plus ``middle``,
+    and the logarithm has ``s`` added. A row is good if its sum of weights is above
+    ``LEAST``, ``sum(spread x^2) <= 1`` and no exponent of a far key is beyond
+    ``LARGEST``: the others get ``middle`` and NaN. The answers are ``(n, p)`` and
+    ``(n,)``, in the dtype of ``projection``.
+    """
+    xp = array_namespace(query, projection, weights, far_key, far_value, middle)
+    dtype, values, logarithms = projection.dtype, [], []
+    half = xp.sum(landmarks**2, axis=1) / 2
+    for start in range(0, query.shape[0], _BLOCK):
+        rows = slice(start, min(start + _BLOCK, query.shape[0]))
+        block = xp.astype(query[rows, :], dtype)
+        both = xp.matmul(block, projection) - origin
+        x, shift = both[:, :-1], both[:, -1]
+        good = xp.sum(spread * x**2, axis=1) <= 1
+        x = xp.where(good[:, None], x, xp.zeros_like(x))
+        exponents = _products(x, landmarks) - half
+        most = xp.full_like(exponents, CLAMP)
+        exponents = xp.where(exponents < most, exponents, most)
+        features = xp.concat(
+            [_hermites(x, parent, coordinate, power), xp.exp(exponents)], axis=1
+        )
+        sums = xp.matmul(features, weights)
+        if far_key.shape[0]:
+            logits = _products(block, far_key)
+            good = xp.logical_and(good, xp.all(logits <= LARGEST, axis=1))
+            logits = xp.where(good[:, None], logits, xp.zeros_like(logits))
+            sums = sums + xp.matmul(xp.exp(logits), far_value)
+        total = sums[:, -1]
+        good = xp.logical_and(good, xp.logical_and(total > LEAST, xp.isfinite(total)))
+        total = xp.where(good, total, xp.ones_like(total))
+        mean = _cut(sums[:, :-1] / total[:, None], bounds)
+        mean = xp.where(good[:, None], mean, xp.zeros_like(mean))
+        values.append(mean + middle)
+        nothing = xp.full_like(total, xp.nan)
+        logarithms.append(xp.where(good, xp.log(total) + shift, nothing))
+    return xp.concat(values, axis=0), xp.concat(logarithms)
+
+
+def _weigh(both: Array, offset: float, reach: Any) -> tuple[Array, Array, Array]:
+    """Coordinates and log weights of keys, and the largest exponent of any function."""
+    xp = array_namespace(both)
+    y, tilt = both[:, :-1], both[:, -1]
+    square = xp.sum(y**2, axis=1)
+    log_weight = tilt + offset + square / 2
+    length = xp.sqrt(square)
+    half, other = length / 2, xp.zeros_like(length) + reach
+    return y, log_weight, log_weight + length * xp.where(half > other, half, other)
+
+
+def _cut(x: Array, bounds: Array) -> Array:
+    """Cut the columns of a matrix to the bounds, ``(2, p)``."""
+    xp = array_namespace(x, bounds)
+    low, high = (xp.zeros_like(x) + bounds[i, :] for i in (0, 1))
+    x = xp.where(x > low, x, low)
+    return xp.where(x < high, x, high)
+
+
+def _products(x: Array, y: Array) -> Array:
+    """Inner products of the rows of two matrices."""
+    xp = array_namespace(x, y)
+    return xp.matmul(x, xp.matrix_transpose(y))
+
+
+def _powers(y: Array, parent: Any, coordinate: Any, power: Any) -> Array:
+    """Every ``y^alpha / sqrt(alpha!)``: ``(n, r)``."""
+    xp = array_namespace(y)
+    columns = [xp.ones_like(y[:, 0])]
+    for j in range(1, len(parent)):
+        source, factor = columns[parent[j]], y[:, int(coordinate[j])]
+        columns.append(source * factor / math.sqrt(power[j]))
+    return xp.stack(columns, axis=1)
+
+
+def _hermites(x: Array, parent: Any, coordinate: Any, power: Any) -> Array:
+    """Every orthonormal Hermite polynomial: ``(n, r)``.
+
+    ``sqrt(a) He_a = x He_(a-1) - sqrt(a - 1) He_(a-2)`` in each coordinate.
+    """
+    xp = array_namespace(x)
+    columns = [xp.ones_like(x[:, 0])]
+    for j in range(1, len(parent)):
+        column = columns[parent[j]] * x[:, int(coordinate[j])]
+        if power[j] > 1:
+            before = columns[parent[parent[j]]]
+            column = column - math.sqrt(power[j] - 1) * before
+        columns.append(column / math.sqrt(power[j]))
+    return xp.stack(columns, axis=1)
