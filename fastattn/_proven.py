@@ -36,7 +36,7 @@ from fastattn.expansions import (
     relative_minimax,
     total_degree,
 )
-from fastattn.transforms import Transform, balance, center
+from fastattn.transforms import Transform, balance, center, identity
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
@@ -128,6 +128,8 @@ def _shortest_reach(head: Head, rng: np.random.Generator) -> _Reach:
         for make in (center, balance)
         for queries in (False, True)
     ]
+    # a mean of skewed keys may lie further from the furthest of them than the origin
+    transforms.append(identity(query.shape[1], head.scale))
     best = min(
         transforms,
         key=lambda t: (

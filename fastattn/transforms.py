@@ -44,6 +44,12 @@ class Transform:
     scales: Array
 
 
+def identity(d: int, scale: float) -> Transform:
+    """Leave query and key as they are; the scale goes to both sides."""
+    zero, root = np.zeros(d), abs(scale) ** 0.5 * np.eye(d)
+    return Transform(zero, zero, root, np.sign(scale) * root, zero, np.ones(d))
+
+
 def center(query: Array, key: Array, scale: float, *, queries: bool) -> Transform:
     """Centre the keys and, if ``queries``, the queries; leave coordinates alone."""
     d = query.shape[1]
