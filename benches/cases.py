@@ -55,35 +55,12 @@ def worst_points(n, rng, *, d=8):
     return tuple(x.astype(np.float32) for x in (query, key, value))
 
 
-def subspace(n, rng, *, d=64, inner=8, noise=0.05, peak=4.0):
-    """Query and key in a subspace plus small noise, scaled to the largest logit."""
-    basis = np.linalg.qr(rng.standard_normal((d, inner)))[0].T
-    query, key = (
-        rng.standard_normal((n, inner)) @ basis + noise * rng.standard_normal((n, d))
-        for _ in range(2)
-    )
-    sample = rng.choice(n, min(n, 2048), replace=False)
-    largest = np.abs(query[sample] @ key.T).max() * d**-0.5
-    factor = (peak / largest) ** 0.5
-    value = rng.standard_normal((n, d))
-    return tuple(x.astype(np.float32) for x in (query * factor, key * factor, value))
-
-
-def sharp(n, rng, *, d=64):
-    """Gaussian query and key with logits of standard deviation 5: nothing fits."""
-    query, key, value = gaussian(n, rng, d=d)
-    factor = np.float32(5**0.5)
-    return query * factor, key * factor, value
-
-
 CASES = {
     case.name: case
     for case in (
         Case("bounded", gaussian, 0.3 / 8, 3e-2),
         Case("unit", unit_rows, 1.0, 1e-4, {"guarantee": "proven"}),
         Case("worst", worst_points, 1.0, 1e-4, {"guarantee": "proven"}),
-        Case("subspace", subspace, 64**-0.5, 1e-2),
-        Case("sharp", sharp, 64**-0.5, 1e-2),
     )
 }
 

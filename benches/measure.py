@@ -43,12 +43,6 @@ def seconds(call: Callable) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(call: Callable, *, repeats: int = 3) -> float:
-    """Median wall time after one call that warms up."""
-    call()
-    return statistics.median(seconds(call) for _ in range(repeats))
-
-
 def exponent(sizes: list[int], times: list[float]) -> float:
     """Slope of log time against log size, least squares."""
     return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])

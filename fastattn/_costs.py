@@ -2,8 +2,7 @@
 
 The ratios between kinds of work were measured once (AVX-512, OpenBLAS) and are
 constants: which method runs then depends on the inputs and the seed, not on how busy
-the machine is.
-Only the seconds that ``explain`` prints need the speed of this machine.
+the machine is. Only the seconds that ``explain`` prints need the speed of this machine.
 """
 
 import time
@@ -14,7 +13,7 @@ import numpy as np
 # multiply-adds inside a matrix product that take as long as ...
 SOFTMAX = 16.0  # one logit turned into a weight: maximum, exp and sum
 MONOMIAL = 6.0  # one monomial, or one landmark's weight, of one row
-PASS = 6000.0  # one row read, centred and written by the passes of a low rank
+PASS = 1500.0  # one row read, centred and written by the passes of a low rank
 
 
 def exact_work(n: int, m: int, d: int, p: int) -> float:
@@ -30,7 +29,7 @@ def polynomial_work(n: int, m: int, d: int, p: int, rank: int) -> float:
 def lowrank_work(n: int, m: int, d: int, p: int, rank: int, landmarks: int) -> float:
     """Work of ``rank`` polynomials and ``landmarks`` with a Gaussian law of queries."""
     functions = rank * (p + MONOMIAL) + landmarks * (d + p + MONOMIAL)
-    return (n + m) * (functions + d * (d + 1) + PASS / 4)
+    return (n + m) * (functions + d * (d + 1) + PASS)
 
 
 def seconds(work: float) -> float:

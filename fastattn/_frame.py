@@ -49,8 +49,6 @@ class Sample:
         Keys with their values in random order: a prefix is a sample too.
     scale : float
         The factor of the logits.
-    m : int
-        Number of keys that the sample stands for.
     """
 
     query: Array
@@ -58,7 +56,6 @@ class Sample:
     key: Array
     value: Array
     scale: float
-    m: int
 
     @staticmethod
     def of(head: Head, rng: np.random.Generator) -> "Sample":
@@ -76,7 +73,6 @@ class Sample:
             host_rows(head.key, keys),
             host_rows(head.value, keys),
             head.scale,
-            m,
         )
 
 

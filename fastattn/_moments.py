@@ -4,7 +4,7 @@ The structure holds one number for each monomial and value column, whatever the 
 of keys, so that keys can be streamed in and two structures can be merged.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fastattn._ops.monomials import means, moments
@@ -60,10 +60,6 @@ class Moments:
             coordinate=index.coordinate,
         )
         return Moments(transform, index, middle, scale, sums)
-
-    def prefix(self, rank: int) -> "Moments":
-        """Keep the first ``rank`` monomials only."""
-        return replace(self, index=self.index.prefix(rank), sums=self.sums[:rank, :])
 
     def query(self, query: Array, coefficients: Array) -> tuple[Array, Array, Array]:
         """Answer queries with the polynomial of the given coefficients.

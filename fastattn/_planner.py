@@ -55,7 +55,7 @@ class Auto:
         """Say what is considered; the first that is accepted would run."""
         reason = _why_exact(head)
         if reason is None:
-            considered = _considered(head, _AIM * tol, guarantee, rng)
+            considered = _considered(head, tol, _AIM, guarantee, rng)
             yield from (candidate for _, candidate in considered)
         plan = Exact().plan(head, reason or "nothing cheaper meets the tolerance")
         yield Candidate(plan, accepted=True)
@@ -67,9 +67,9 @@ class Auto:
         reason = _why_exact(head)
         if reason is not None:
             return Exact().solve(head, tol, guarantee, rng, reason)
-        reason, aim = "nothing cheaper meets the tolerance", _AIM * tol
+        reason, aim = "nothing cheaper meets the tolerance", _AIM
         for _ in range(_TRIES):
-            considered = _considered(head, aim, guarantee, rng)
+            considered = _considered(head, tol, aim, guarantee, rng)
             attempt = next((x for x, c in considered if x and c.accepted), None)
             if attempt is None:
                 break
@@ -100,20 +100,21 @@ def _why_exact(head: Head) -> str | None:
 
 
 def _considered(
-    head: Head, aim: float, guarantee: str, rng: np.random.Generator
+    head: Head, tol: float, aim: float, guarantee: str, rng: np.random.Generator
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """Yield attempts with the verdict on each; None where there is nothing to run."""
-    consider = _proven if guarantee == "proven" else _sampled
-    yield from consider(head, aim, rng)
+    if guarantee == "proven":
+        # a bound needs no room for its own sampling
+        return _proven(head, tol, rng)
+    return _sampled(head, aim * tol, rng)
 
 
 def _proven(
-    head: Head, aim: float, rng: np.random.Generator
+    head: Head, tol: float, rng: np.random.Generator
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """The least polynomial that is proven to meet the tolerance, if it pays."""
     try:
-        # a bound needs no room for its own sampling
-        recipe = proven_recipe(head, aim / _AIM, rng)
+        recipe = proven_recipe(head, tol, rng)
     except RefusalError as error:
         plan = Plan(Polynomial(), math.nan, math.nan, str(error))
         yield None, Candidate(plan, accepted=False)
@@ -128,14 +129,14 @@ def _proven(
 
 
 def _sampled(
-    head: Head, aim: float, rng: np.random.Generator
+    head: Head, wanted: float, rng: np.random.Generator
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """Low ranks that are predicted to meet the tolerance, the cheapest first."""
     try:
         predictions = predict(
             head,
             Sample.of(head, rng),
-            aim,
+            wanted,
             rng,
             lambda rank, landmarks: lowrank_work(*head.sizes, rank, landmarks),
             _WORTH * exact_work(*head.sizes),

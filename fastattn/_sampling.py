@@ -101,7 +101,7 @@ def certify_rows(
     again would show no error at all.
     """
     n = head.sizes[0]
-    others = np.setdiff1d(np.arange(n), () if settled is None else settled)
+    others = np.arange(n) if settled is None else np.delete(np.arange(n), settled)
     count = min(len(others), _EXACT_ROWS if settled is None else ROWS)
     # where every row is settled, they are compared among themselves
     others = others if count else np.arange(n)

@@ -74,11 +74,11 @@ def _number(
     def parse(text: str) -> Any:
         try:
             number = kind(text)
-            if accepts(number):
-                return number
         except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+            number = None
+        if number is None or not accepts(number):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+        return number
 
     return parse
 

@@ -133,30 +133,33 @@ class Polynomial:
             raise RefusalError(
                 "Polynomial() does not take is_causal=True: use Exact() or Auto()"
             )
-        hermite = self.basis == "hermite" or self.landmarks > 0
         if guarantee == "proven":
-            if hermite or self.basis != "minimax":
+            if self.basis != "minimax" or self.landmarks:
                 raise RefusalError(
                     f"basis={self.basis!r} has no proven bound, nor have landmarks: "
                     "use 'minimax' without them"
                 )
             recipe = proven_recipe(head, tol, rng, self.degree, self.rank)
             return attempt_of(head, recipe, "minimax", "asked for")
-        if not hermite:
+        if self.basis != "hermite" and not self.landmarks:
             recipe = self._sampled_recipe(head, rng)
             return attempt_of(head, recipe, self.basis, "asked for")
         if self.basis == "taylor":
             raise RefusalError("landmarks do not correct a Taylor polynomial")
-        rank = self.rank
-        if rank is None:
-            # landmarks alone need the constant only
-            alone = self.degree is None and self.landmarks > 0
-            degree = _DEFAULT_DEGREE if self.degree is None else self.degree
-            rank = 1 if alone else rank_of(head.sizes[2], degree)
-            check_rank(head.sizes[2], 0 if alone else degree, None)
+        rank = self._hermite_rank(head.sizes[2])
         sample = Sample.of(head, rng)
         empty = LowRank.plan(sample, rank=rank, landmarks=self.landmarks, rng=rng)
         return lowrank_attempt(head, empty, math.nan, "asked for")
+
+    def _hermite_rank(self, d: int) -> int:
+        if self.rank is not None:
+            return self.rank
+        if self.degree is None and self.landmarks:
+            # landmarks alone need the constant only
+            return 1
+        degree = _DEFAULT_DEGREE if self.degree is None else self.degree
+        check_rank(d, degree, None)
+        return rank_of(d, degree)
 
     def _sampled_recipe(self, head: Head, rng: np.random.Generator) -> Recipe:
         query, key = sample_rows(head, rng)

@@ -7,7 +7,7 @@
   :func:`balance` both sides get the same diagonal covariance, sorted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,11 +52,10 @@ def identity(d: int, scale: float) -> Transform:
 
 def center(query: Array, key: Array, scale: float, *, queries: bool) -> Transform:
     """Centre the keys and, if ``queries``, the queries; leave coordinates alone."""
-    d = query.shape[1]
-    middle = mean(query) if queries else np.zeros(d)
-    root = abs(scale) ** 0.5 * np.eye(d)
-    return Transform(
-        middle, mean(key), root, np.sign(scale) * root, scale * middle, np.ones(d)
+    plain = identity(query.shape[1], scale)
+    middle = mean(query) if queries else plain.query_center
+    return replace(
+        plain, query_center=middle, key_center=mean(key), tilt=scale * middle
     )
 
 

@@ -44,7 +44,7 @@ def test_lloyd_moves_landmarks_to_the_means_of_their_keys():
 def test_frame_whitens_the_queries():
     query, key, value = gaussian(n=1000, d=4, spread=0.3)
     query = query * [1, 2, 3, 4] + 1
-    frame = Frame.of(Sample(query, query[:0], key, value, 0.5, len(key)))
+    frame = Frame.of(Sample(query, query[:0], key, value, 0.5))
     x = query @ frame.to_query - frame.origin
     np.testing.assert_allclose(np.cov(x[:, :-1].T), np.eye(4), atol=0.2)
     y = (key - frame.center) @ frame.to_key

@@ -8,16 +8,10 @@ loops, so that BLAS is left with a round number of columns.
 import numpy as np
 from numba import njit
 
+from fastattn._ops.cpu.blocks import ROWS, span_of
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
-
-# rows of key or query whose functions exist at once, on each thread
-ROWS = 256
-# tasks: a number that does not depend on the threads, so that the answer does not
-_SPANS = 16
-# all partial sums together stay below this many bytes
-_LARGEST_PARTS = 1 << 26
 
 
 def key_sums(
@@ -27,8 +21,7 @@ def key_sums(
     dtype = projection.dtype
     m, p = value.shape
     r, c = len(parent), len(landmarks)
-    spans = min(_SPANS, max(1, _LARGEST_PARTS // ((r + c) * (p + 1) * 8)))
-    span = ROWS * -(-m // (ROWS * spans))
+    span = span_of(m, (r + c) * (p + 1) * 8)
     tasks = -(-m // span)
     parts = np.zeros((tasks, r + c, p + 1))
     ends = np.full((tasks, 2, p), np.inf, dtype=dtype)
@@ -71,7 +64,7 @@ def query_means(
     r, c = len(parent), len(landmarks)
     value = np.empty((n, p), dtype=dtype)
     logarithm = np.empty(n, dtype=dtype)
-    span = ROWS * -(-n // (ROWS * _SPANS))
+    span = span_of(n)
     half = 0.5 * np.sum(landmarks**2, axis=1)
     readout = np.ascontiguousarray(weights[:, :p])
     shares = np.ascontiguousarray(weights[:, p])

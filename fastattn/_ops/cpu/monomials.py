@@ -6,15 +6,10 @@ Monomials are kept one to a row, so that each is a product of two contiguous row
 import numpy as np
 from numba import njit
 
+from fastattn._ops.cpu.blocks import ROWS, span_of
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE
 
-# rows of key or query whose monomials exist at once, on each thread
-ROWS = 256
-# tasks: a number that does not depend on the threads, so that the answer does not
-_SPANS = 16
-# all partial sums together stay below this many bytes
-_LARGEST_PARTS = 1 << 26
 # sums that overflow are found by their total, so NumPy need not warn of them
 _QUIET = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
@@ -28,8 +23,7 @@ def monomials(x, *, parent, coordinate):
 def moments(key, value, center, projection, tilt, middle, *, parent, coordinate):
     dtype = projection.dtype
     m, p = value.shape
-    spans = min(_SPANS, max(1, _LARGEST_PARTS // (len(parent) * (p + 1) * 8)))
-    span = ROWS * -(-m // (ROWS * spans))
+    span = span_of(m, len(parent) * (p + 1) * 8)
     parts = np.zeros((-(-m // span), len(parent), p + 1), dtype=np.float64)
 
     @_QUIET
@@ -61,7 +55,7 @@ def means(query, center, projection, readout, middle, *, parent, coordinate):
     n, p = len(query), readout.shape[1] - 1
     value = np.empty((n, p), dtype=dtype)
     total = np.empty(n, dtype=dtype)
-    span = ROWS * -(-n // (ROWS * _SPANS))
+    span = span_of(n)
     columns = np.ascontiguousarray(readout.T)
 
     @_QUIET
