@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._ops.cpu.blocks import ROWS
 from fastattn._problem import Head
 from fastattn._recipes import Recipe, check_rank, sample_rows
 from fastattn._rounding import (
@@ -37,11 +38,9 @@ from fastattn.expansions import (
     total_degree,
 )
 from fastattn.transforms import Transform, balance, center, identity
-from sketching._lib.arrays import Array
+from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import RefusalError
 
-# rows whose monomials the fast body sums in working precision
-_BLOCK = 256
 _LARGEST_TILT = 60.0
 
 
@@ -238,7 +237,8 @@ def _sum_rounding(
     a weight add up to ``sum_g |c_g| B^g``, and the weight is at least ``exp(-B)``.
     """
     m = head.sizes[1]
-    summed = min(m, _BLOCK) + 2 if head.has_fast_body else m
+    # other bodies may sum all keys in working precision
+    summed = min(m, ROWS) + 2 if place_of(head.query) == "cpu" else m
     roundings = 2 * degree + summed + rank + 8
     absolute = float(
         np.polynomial.polynomial.polyval(reach.bound, np.abs(coefficients))
