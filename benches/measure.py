@@ -51,6 +51,8 @@ def exponent(sizes: list[int], times: list[float]) -> float:
 @contextmanager
 def threads(count: int):
     """Hold BLAS and torch to the same number of threads."""
+    # SciPy brings a BLAS of its own: one that comes later would not know the limit
+    import scipy.linalg  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     torch = torch_or_none()

@@ -16,9 +16,6 @@ from fastattn.exact import Exact
 from fastattn.polynomial import Polynomial, answer_of, attempt_of, lowrank_attempt
 from sketching._lib.certificate import RefusalError
 
-# the share of the tolerance that is aimed at: the certificate adds a margin for its
-# own sampling
-_AIM = 0.9
 # a method must be predicted to take at most this share of exact attention's time
 _WORTH = 0.8
 # heads with fewer logits than this are computed exactly: planning costs as much
@@ -55,7 +52,7 @@ class Auto:
         """Say what is considered; the first that is accepted would run."""
         reason = _why_exact(head)
         if reason is None:
-            considered = _considered(head, tol, _AIM, guarantee, rng)
+            considered = _considered(head, tol, 1.0, guarantee, rng)
             yield from (candidate for _, candidate in considered)
         plan = Exact().plan(head, reason or "nothing cheaper meets the tolerance")
         yield Candidate(plan, accepted=True)
@@ -67,7 +64,7 @@ class Auto:
         reason = _why_exact(head)
         if reason is not None:
             return Exact().solve(head, tol, guarantee, rng, reason)
-        reason, aim = "nothing cheaper meets the tolerance", _AIM
+        reason, aim = "nothing cheaper meets the tolerance", 1.0
         for _ in range(_TRIES):
             considered = _considered(head, tol, aim, guarantee, rng)
             attempt = next((x for x, c in considered if x and c.accepted), None)

@@ -126,7 +126,8 @@ def run_mended(head: Head, attempt: Attempt, hard: Array) -> tuple[Array, Array,
             "the logits reach beyond what it serves"
         )
     settled = np.union1d(wrong, hard)
-    value, normalizer = _mend(head, value, normalizer, settled)
+    if len(settled):
+        value, normalizer = _mend(head, value, normalizer, settled)
     return *head.finish(value, normalizer), settled
 
 

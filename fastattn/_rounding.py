@@ -13,12 +13,18 @@ from typing import Any
 import numpy as np
 
 from fastattn._problem import Head
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.arrays import (
+    Array,
+    array_namespace,
+    compute_dtype,
+    device_of,
+    to_host,
+)
 
 # relative error of exp of a float, in units of u: measured below 2, taken as 8
 EXP = 8
-# rows whose norms are computed at once
-_BLOCK = 8192
+# rows whose norms are computed at once: they stay in cache
+_BLOCK = 2048
 
 
 def unit_roundoff(xp: Any, dtype: Any) -> float:
@@ -44,16 +50,35 @@ def largest_number(xp: Any, dtype: Any) -> float:
 
 def largest_norm(x: Array, center: Array, projection: Array | None = None) -> float:
     """Largest Euclidean norm of ``(row - center) @ projection``, in float64."""
-    largest = 0.0
-    for xp, block in _projected(x, center, projection):
-        peak = float(xp.max(xp.abs(block)))
-        if peak == 0 or not math.isfinite(peak):
-            largest = max(largest, peak)
-            continue
-        squares = xp.sum((block / peak) ** 2, axis=1)
-        largest = max(largest, peak * math.sqrt(float(xp.max(squares))))
+    blocks = _projected(x, center, projection)
+    largest = max((_longest(xp, block) for xp, block in blocks), default=0.0)
     # the squares were rounded too
     return largest * (1 + 1e-12)
+
+
+def _longest(xp: Any, block: Array) -> float:
+    """Largest norm of a row of float64 numbers, of any size."""
+    peak = float(xp.max(xp.abs(block)))
+    if peak == 0 or not math.isfinite(peak):
+        return peak
+    return peak * math.sqrt(float(xp.max(xp.sum((block / peak) ** 2, axis=1))))
+
+
+def largest_row(x: Array) -> float:
+    """Bound the largest norm of a row: in the dtype of computation where that holds."""
+    xp, d = array_namespace(x), x.shape[1]
+    dtype = compute_dtype(xp, x.dtype)
+    eps = float(xp.finfo(dtype).eps)
+    square = 0.0
+    with np.errstate(over="ignore", under="ignore"):
+        for start in range(0, x.shape[0], _BLOCK):
+            block = x[start : min(start + _BLOCK, x.shape[0]), :]
+            block = xp.astype(block, dtype, copy=False)
+            square = max(square, float(xp.max(xp.sum(block * block, axis=1))))
+    # squares that underflowed are lost in the rounding of larger ones, if there are any
+    if not float(xp.finfo(dtype).smallest_normal) / eps**2 < square < math.inf:
+        return largest_norm(x, np.zeros(d))
+    return math.sqrt(square) * (1 + (d + 2) * eps)
 
 
 def largest_entries(x: Array, center: Array, projection: Array) -> Array:

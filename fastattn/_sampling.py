@@ -21,18 +21,20 @@ from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 FAILURE = 0.05
 # rows of a sample
 ROWS = 128
-# rows that are computed exactly because their logits spread most
+# rows that are computed exactly because their logits spread most: so many at most,
+# those whose variance is so many times the median
 HARD = 128
+_OUTLYING = 2.0
 # standard errors added to the sampled mean square: twice the normal quantile of
 # FAILURE, because squared errors are skewed to the right
-_MARGIN = 3.3
+MARGIN = 3.3
 # below this tolerance float32 rows are no longer a truth to compare with
 _FLOAT64_BELOW = 1e-4
 # rows that confirm what exact attention rounded
 _EXACT_ROWS = 16
 # keys that the spread of a row's logits is judged from
 _KEYS = 2048
-_BLOCK = 8192
+_BLOCK = 2048
 # rounding of the truth itself, in units of eps times the size of the exponents
 _TRUTH = 4
 
@@ -57,9 +59,9 @@ class SampledError:
 
 
 def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
-    """Numbers of the rows whose logits have the largest standard deviation.
+    """Numbers of the few rows whose logits vary far more than those of the others.
 
-    The deviation is that over a sample of the keys, from their covariance: it costs
+    The variance is that over a sample of the keys, from their covariance: it costs
     ``d * d`` products a row.
     """
     xp, (n, m, _, _) = head.xp, head.sizes
@@ -71,19 +73,23 @@ def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     move = {"dtype": head.dtype, "device": device_of(head.query)}
     root = xp.asarray(root, **move)
-    middle = xp.mean(xp.astype(head.query[: min(n, _BLOCK), :], head.dtype), axis=0)
+    center = xp.mean(xp.astype(head.query[: min(n, _BLOCK), :], head.dtype), axis=0)
     spread = np.empty(n)
     for start in range(0, n, _BLOCK):
         rows = slice(start, min(start + _BLOCK, n))
-        block = xp.astype(head.query[rows, :], head.dtype, copy=False) - middle
+        block = xp.astype(head.query[rows, :], head.dtype, copy=False) - center
         # a row whose spread overflows is a hard one
         with np.errstate(over="ignore", invalid="ignore"):
             spread[rows] = to_host(xp.sum(xp.matmul(block, root) ** 2, axis=1))
+    spread[np.isnan(spread)] = np.inf
+    middle = np.partition(spread, n // 2)[n // 2]
+    outlying = np.flatnonzero(spread > _OUTLYING * middle)
     # few rows: the answer must not become exact attention under another name
-    count = max(1, min(HARD, n // 4))
-    return np.sort(
-        np.argpartition(-np.nan_to_num(spread, nan=np.inf), count - 1)[:count]
-    )
+    count = min(HARD, n // 4)
+    if len(outlying) > count:
+        order = np.argpartition(-spread[outlying], count)
+        outlying = np.sort(outlying[order[:count]])
+    return outlying
 
 
 def certify_rows(
@@ -93,15 +99,19 @@ def certify_rows(
     rng: np.random.Generator,
     *,
     settled: Array | None = None,
+    size: tuple[float, float] | None = None,
 ) -> SampledError:
     """Compare ``value`` with exact attention on a fresh sample of rows.
 
     Rows numbered ``settled`` are known to be exact. Where it is None, all are up to
     rounding: they are compared with float64, on few rows, because the same arithmetic
-    again would show no error at all.
+    again would show no error at all. ``size`` is what ``scaled_frobenius`` says of
+    ``value``, where that is known.
     """
     n = head.sizes[0]
-    others = np.arange(n) if settled is None else np.delete(np.arange(n), settled)
+    others = np.arange(n)
+    if settled is not None:
+        others = np.delete(others, settled)
     count = min(len(others), _EXACT_ROWS if settled is None else ROWS)
     # where every row is settled, they are compared among themselves
     others = others if count else np.arange(n)
@@ -111,16 +121,16 @@ def certify_rows(
     truth, normalizer = (
         to_host(x).astype(np.float64) for x in head.with_rows(rows).attend(dtype)
     )
-    peak, norm = scaled_frobenius(value)
+    peak, norm = scaled_frobenius(value) if size is None else size
     if not (math.isfinite(peak) and np.isfinite(truth).all()):
         return SampledError(math.inf, math.inf, "the answer is not finite")
     unit = max(peak, float(np.abs(truth).max())) or 1.0
     difference = (host_rows(value, rows).astype(np.float64) - truth) / unit
     squares = np.sum(difference**2, axis=1)
-    size = np.abs(normalizer[np.isfinite(normalizer)])
+    exponents = np.abs(normalizer[np.isfinite(normalizer)])
     # an exact answer is off by its own rounding, which few rows may not show
     eps = float(xp.finfo(head.dtype if settled is None else dtype).eps)
-    rounding = _TRUTH * eps * (1 + float(size.max(initial=0.0)))
+    rounding = _TRUTH * eps * (1 + float(exponents.max(initial=0.0)))
     # the settled rows are not sampled, but they too were rounded to the query's dtype
     rounding += float(xp.finfo(head.query.dtype).eps) / 2
     return _judge(squares, norm * (peak / unit), len(others), rounding)
@@ -148,7 +158,7 @@ def _judge(squares: Array, answer: float, n: int, rounding: float) -> SampledErr
     spread = float(np.std(squares, ddof=1)) if count > 1 else 0.0
     # without replacement: a sample of all the rows leaves nothing to chance
     left_out = math.sqrt(1 - count / n)
-    margin = _MARGIN * spread / math.sqrt(count) * left_out
+    margin = MARGIN * spread / math.sqrt(count) * left_out
     estimate = relative(math.sqrt(n * mean), answer)
     upper = relative(math.sqrt(n * (mean + margin)), answer) + rounding
     share = 1.0 if count == n else FAILURE ** (1 / count)

@@ -16,11 +16,15 @@ from fastattn._frame import Frame, Sample
 from fastattn._landmarks import Pivots
 from fastattn._lowrank import PIVOT_KEYS, LowRank
 from fastattn._problem import Head
+from fastattn._sampling import MARGIN, ROWS
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# what is aimed at, as a share of the tolerance
-SAFETY = 0.85
+# what is aimed at, as a share of the tolerance, before anything is known and at most
+_CAUTION = 0.75
+_BOLD = 0.95
+# standard errors that a pilot may be off by
+_DOUBT = 1.5
 # logits of a larger variance, over the whole head, are not worth a pilot
 _LARGEST_VARIANCE = 4.0
 # nor are heads whose error comes from fewer of the queries than this share
@@ -37,7 +41,7 @@ _PILOT_QUERIES = 128
 _PILOT_KEYS = 2048
 # a share of the trace that is no more than rounding
 _NOTHING = 1e-7
-# heads with fewer keys get half of everything, since planning must stay cheap
+# heads with no more keys get half of everything, since planning must stay cheap
 _SMALL = 16384
 # the error falls faster than the root of the trace on real heads, slower on flat ones
 _BEND = 1.4
@@ -144,9 +148,10 @@ class _Search:
         self.cost, self.limit = cost, limit
         self.frame = Frame.of(sample)
         n, m, _, _ = head.sizes
-        self.small = m < _SMALL
+        self.small = m <= _SMALL
         self.keys = _PILOT_KEYS // 2 if self.small else _PILOT_KEYS
         self.truth: dict[bool, Array] = {}
+        self.aim = _CAUTION * tol
         self.largest_rank = min(max(n * m // _LOGITS, _RANK), _LARGEST_RANK)
 
     def start(self) -> Prediction | None:
@@ -177,16 +182,17 @@ class _Search:
             return self._end(empty, error, reason)
         if len(pivots) > most:
             return self._end(empty, error, "other sizes cost less")
-        aim, left = SAFETY * self.tol, pivots.left
+        left = pivots.left
         while True:
-            if error > aim:
+            if error > self.aim:
                 left = pivots.left
-                if not _grow(pivots, left * (aim / error) ** (1 / bend), most):
+                target = left * (self.aim / error) ** (1 / bend)
+                if not _grow(pivots, target, most):
                     error *= (pivots.left / left) ** bend if left else 1.0
                     return self._end(empty, error, _too_many(f"{most} landmarks"))
             empty, before = self._with_landmarks(), error
             error = self._pilot(empty, thorough=True)
-            if error <= aim:
+            if error <= self.aim:
                 return self._end(empty, error, "")
             if not error <= _HOPELESS * self.tol:
                 reason = f"{len(pivots)} landmarks err by {error:.1e} in a pilot"
@@ -211,14 +217,14 @@ class _Search:
         if not error <= _FAR * self.tol:
             reason = f"{most} polynomials err by {error:.1e} in a pilot"
             return self._end(empty, error, reason)
-        if error > SAFETY * self.tol:
+        if error > self.aim:
             most = self._most(lambda size: (size, 0), self.largest_rank)
             hermite = Hermite.of(self.frame.spread, most)
             left = self._energies(hermite)
         left = np.maximum(left, _NOTHING)
         unit = error / float(left[empty.rank - 1])
         for thorough in (True, False):
-            enough = np.flatnonzero(unit * left <= SAFETY * self.tol)
+            enough = np.flatnonzero(unit * left <= self.aim)
             rank = int(enough[0]) + 1 if len(enough) else most
             empty = self._without_landmarks(hermite.prefix(rank))
             if thorough and len(enough):
@@ -261,11 +267,20 @@ class _Search:
             answer, _, good = empty.insert(key, value).query(query)
         except RefusalError:
             return math.inf
-        off = np.linalg.norm((answer - truth)[good].astype(np.float64))
-        size = float(np.linalg.norm(truth.astype(np.float64)))
         if not good.any():
             return math.inf
-        return float(off) / size if size else 0.0
+        squares = np.sum((answer - truth)[good].astype(np.float64) ** 2, axis=1)
+        size = float(np.linalg.norm(truth.astype(np.float64)))
+        if thorough:
+            self._set_aim(squares)
+        return math.sqrt(float(squares.sum())) / size if size else 0.0
+
+    def _set_aim(self, squares: Array) -> None:
+        """Leave what the certificate will add for its sampling, and a pilot's doubt."""
+        mean = float(squares.mean())
+        spread = float(squares.std()) / mean if mean > 0 else 0.0
+        doubt = MARGIN / math.sqrt(ROWS) + _DOUBT / math.sqrt(len(squares))
+        self.aim = self.tol * _BOLD / math.sqrt(1 + spread * doubt)
 
     def _most(self, sizes: Callable[[int], tuple[int, int]], cap: int) -> int:
         """The largest size up to ``cap`` that is within the cost allowed."""
@@ -298,18 +313,28 @@ class _Search:
 def _grow(pivots: Pivots, target: float, most: int) -> bool:
     """Add pivots until ``target`` is left of the trace, if that is within reach."""
     start, first = len(pivots), pivots.left
+    # the constant alone leaves all of it
+    if not _within_reach(pivots, target, most, (1, 1.0)):
+        return False
     while pivots.grow(most):
         if pivots.left <= target:
             return True
-        if len(pivots) == start:
-            continue
-        # the slope so far says how far the rest may lead
-        slope = math.log(first / pivots.left) / math.log(len(pivots) / start)
-        reach = math.log(most / len(pivots)) * _STEEPER * slope
-        if math.log(pivots.left / target) > reach:
+        if not _within_reach(pivots, target, most, (start, first)):
             return False
     return False
 
 
+def _within_reach(
+    pivots: Pivots, target: float, most: int, before: tuple[int, float]
+) -> bool:
+    """Whether the slope since ``before`` may lead to the target."""
+    size, left = before
+    if pivots.left <= target or len(pivots) <= size:
+        return True
+    slope = math.log(left / pivots.left) / math.log(len(pivots) / size)
+    reach = math.log(most / len(pivots)) * _STEEPER * slope
+    return math.log(pivots.left / target) <= reach
+
+
 def _too_many(what: str) -> str:
-    return f"{what}, the most that pay, leave an error above {SAFETY:g} tol"
+    return f"{what}, the most that pay, leave too large an error"

@@ -13,14 +13,13 @@ from fastattn._rounding import (
     EXP,
     deviation,
     gamma,
-    largest_norm,
     largest_number,
+    largest_row,
     smallest_number,
     unit_roundoff,
     value_range,
 )
 from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
-from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
@@ -94,7 +93,8 @@ class Exact:
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
-        error = _relative_bound(head, value)
+        size = scaled_frobenius(value)
+        error = _relative_bound(head, *size)
         if error <= tol:
             return HeadAnswer(
                 value,
@@ -105,7 +105,7 @@ class Exact:
                 f"exact attention in {head.dtype}: a-priori rounding bound",
                 self.plan(head, reason),
             )
-        sampled = certify_rows(head, value, tol, rng)
+        sampled = certify_rows(head, value, tol, rng, size=size)
         if math.isinf(sampled.upper):
             raise RefusalError(
                 f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}; "
@@ -147,12 +147,11 @@ class Exact:
         )
 
 
-def _relative_bound(head: Head, value: Array) -> float:
-    """Rounding bound of the head over the norm of its answer."""
+def _relative_bound(head: Head, peak: float, norm: float) -> float:
+    """Rounding bound of the head over the norm of its answer, in units of ``peak``."""
     n, m, _, p = head.sizes
     if m == 0:
         return 0.0
-    peak, norm = scaled_frobenius(value)
     if not math.isfinite(peak):
         return math.inf
     bound = rounding_bound(head, head.dtype)
@@ -172,9 +171,9 @@ def rounding_bound(head: Head, dtype: Any) -> float:
     if m == 0:
         return 0.0
     u, tiny = unit_roundoff(xp, dtype), smallest_number(xp, dtype)
-    zeros, extent = np.zeros(d), value_range(head)
-    query_norm = abs(head.scale) * largest_norm(head.query, zeros)
-    key_norm = largest_norm(head.key, zeros)
+    extent = value_range(head)
+    query_norm = abs(head.scale) * largest_row(head.query)
+    key_norm = largest_row(head.key)
     reach = query_norm * key_norm
     if max(reach, query_norm, m * extent.peak) > largest_number(xp, dtype) / 4:
         return math.inf

@@ -56,7 +56,8 @@ def single_threaded_blas() -> Iterator[int]:
         if _held == 0:
             controller = _controller()
             info = controller.info()
-            _threads = max((int(pool["num_threads"]) for pool in info), default=1)
+            # a BLAS that was loaded after the user set a limit does not know of it
+            _threads = min((int(pool["num_threads"]) for pool in info), default=1)
             _release()
             _limiter = controller.limit(limits=1)
         _held += 1

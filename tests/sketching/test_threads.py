@@ -156,3 +156,16 @@ with single_threaded_blas():
     assert all(x["num_threads"] == 1 for x in pools), pools
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_blas_that_is_loaded_after_the_limit_does_not_add_threads():
+    program = """
+import numpy as np
+from threadpoolctl import threadpool_limits
+from sketching._lib.threads import single_threaded_blas
+with threadpool_limits(1, user_api="blas"):
+    import scipy.linalg
+    with single_threaded_blas() as threads:
+        assert threads == 1, threads
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,7 +1,7 @@
 """How the passes over keys and queries are cut: into blocks, and blocks into tasks."""
 
 # rows whose functions exist at once, on each thread: they stay in cache
-ROWS = 256
+ROWS = 384
 # tasks: a number that does not depend on the threads, so that the answer does not
 _TASKS = 16
 # all partial sums of the tasks together stay below this many bytes

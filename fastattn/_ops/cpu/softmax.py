@@ -19,8 +19,8 @@ def attend(query, key, value, *, scale, visible, rows=None):
     out = np.empty((heads, n, value.shape[2]), dtype=dtype)
     normalizer = np.empty((heads, n), dtype=dtype)
     if rows is None:
-        # few rows: smaller blocks keep every thread busy
-        rows = min(ROWS, max(64, -(-heads * n // 8)))
+        # few rows: smaller blocks keep more threads busy, too small ones starve BLAS
+        rows = min(ROWS, max(128, -(-heads * n // 4)))
     keys = min(LONGEST, max(KEYS, ROWS * KEYS // min(rows, n)))
     per_head = -(-n // rows)
 
