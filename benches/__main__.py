@@ -1,11 +1,13 @@
 """`python -m benches STUDY ...`: measure, print a table, keep JSON and markdown."""
 
 import argparse
+import inspect
 import json
 import os
 import sys
 from pathlib import Path
 
+from benches.figures import FIGURES
 from benches.measure import environment, threads
 from benches.studies import STUDIES
 
@@ -23,7 +25,13 @@ def main(argv=None) -> int:
         "--data",
         nargs="*",
         default=[],
-        help="files of q, k, v beside the packaged ones",
+        metavar="FILE[@N]",
+        help="files of q, k, v beside the packaged ones; @N: their first N rows",
+    )
+    parser.add_argument(
+        "--heads-each",
+        type=int,
+        help="of each file at most so many heads, in the studies of seeds and peers",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
@@ -33,11 +41,16 @@ def main(argv=None) -> int:
     arguments.results.mkdir(parents=True, exist_ok=True)
     for name in arguments.study or STUDIES:
         with threads(arguments.threads):
-            rows = STUDIES[name](quick=arguments.quick, data=arguments.data)
+            rows = STUDIES[name](**wanted(STUDIES[name], vars(arguments)))
         table = markdown(rows)
         print(f"\n## {name}\n\n{table}", flush=True)
         keep(arguments, name, rows, table)
     return 0
+
+
+def wanted(study, options: dict) -> dict:
+    """Pick the options that a study takes."""
+    return {name: options[name] for name in inspect.signature(study).parameters}
 
 
 def markdown(rows: list[dict]) -> str:
@@ -54,9 +67,14 @@ def cell(value) -> str:
 
 
 def keep(arguments, name: str, rows: list[dict], table: str) -> None:
-    """Write the result beside, then rename."""
+    """Write the result beside, then rename; draw it where it has a picture."""
     command = f"python -m benches {name} --threads {arguments.threads}"
     command += " --quick" if arguments.quick else ""
+    if arguments.heads_each:
+        command += f" --heads-each {arguments.heads_each}"
+    if arguments.data:
+        # where the files lie is nobody else's business
+        command += " --data " + " ".join(Path(path).name for path in arguments.data)
     record = {
         "study": name,
         "command": command,
@@ -75,6 +93,8 @@ def keep(arguments, name: str, rows: list[dict], table: str) -> None:
         beside = path.with_suffix(f".{ending}.part")
         beside.write_text(text)
         os.replace(beside, path)
+    if name in FIGURES:
+        FIGURES[name](record, arguments.results / f"{name}{suffix}.png")
 
 
 if __name__ == "__main__":

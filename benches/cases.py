@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -55,24 +56,59 @@ def worst_points(n, rng, *, d=8):
     return tuple(x.astype(np.float32) for x in (query, key, value))
 
 
+def iid(n, rng, *, largest, d=64):
+    """Gaussian rows whose largest ``|logit|`` at scale ``d ** -0.5`` is given."""
+    query, key, value = gaussian(n, rng, d=d)
+    return *_stretched(query, key, largest), value
+
+
+def low_dimensional(n, rng, *, largest, d=64, within=8, noise=0.05):
+    """Query and key near one subspace of ``within`` dimensions."""
+    basis = np.linalg.qr(rng.standard_normal((d, within)))[0].T
+    query, key = (
+        (rng.standard_normal((n, within)) @ basis + noise * rng.standard_normal((n, d)))
+        for _ in range(2)
+    )
+    value = rng.standard_normal((n, d)).astype(np.float32)
+    query, key = query.astype(np.float32), key.astype(np.float32)
+    return *_stretched(query, key, largest), value
+
+
+def _stretched(query, key, largest):
+    """Scale both alike so that no logit of 1024 queries exceeds ``largest``."""
+    logits = query[:1024] @ key.T / query.shape[1] ** 0.5
+    factor = np.float32((largest / np.abs(logits).max()) ** 0.5)
+    return query * factor, key * factor
+
+
 CASES = {
     case.name: case
     for case in (
         Case("bounded", gaussian, 0.3 / 8, 3e-2),
         Case("unit", unit_rows, 1.0, 1e-4, {"guarantee": "proven"}),
         Case("worst", worst_points, 1.0, 1e-4, {"guarantee": "proven"}),
+        Case("iid1", partial(iid, largest=1.0), 1 / 8, 1e-1),
+        Case("iid4", partial(iid, largest=4.0), 1 / 8, 1e-1),
+        Case("lowdim", partial(low_dimensional, largest=4.0), 1 / 8, 1e-1),
     )
 }
 
 
 def heads_of(path: str):
-    """Yield name, query, key, value, scale of every head of a file of q, k, v."""
+    """Yield name, query, key, value, scale of every head of a file of q, k, v.
+
+    ``FILE@N`` takes the first N rows of each.
+    """
     from fastattn.formats import read_inputs
 
+    path, mark, rows = path.partition("@")
     query, key, value, _ = read_inputs(path)
-    stem = path.rpartition("/")[2].removesuffix(".npz")
+    stem = path.rpartition("/")[2].removesuffix(".npz") + mark + rows
+    end = int(rows) if mark else None
     for h in range(len(query)):
-        arrays = tuple(np.asarray(x[h], dtype=np.float32) for x in (query, key, value))
+        arrays = tuple(
+            np.asarray(x[h, :end], dtype=np.float32) for x in (query, key, value)
+        )
         yield f"{stem}[{h}]", *arrays, query.shape[-1] ** -0.5
 
 

@@ -16,6 +16,8 @@ from benches.measure import (
     relative_error,
     sdpa,
 )
+from benches.peers import peers
+from benches.seeds import seeds
 
 
 def _rows_error(answer, query, key, value, scale):
@@ -38,7 +40,7 @@ def exact(*, quick, data):
 
             error = _rows_error(call(), *arrays, d**-0.5)
             assert error < 1e-5
-            ratio = faster(call, sdpa(*arrays, scale=d**-0.5))
+            ratio = faster(call, sdpa(*arrays, scale=d**-0.5), pairs=max(5, 65536 // n))
             rows.append(
                 {
                     "n": n,
@@ -64,7 +66,7 @@ def bounded(*, quick, data):
         answer = call()
         error = _rows_error(answer.value, *arrays, case.scale)
         assert error <= case.tol
-        ratio = faster(call, sdpa(*arrays, scale=case.scale), pairs=3)
+        ratio = faster(call, sdpa(*arrays, scale=case.scale), pairs=7)
         rows.append(
             {
                 "n": n,
@@ -230,4 +232,6 @@ STUDIES = {
     "growth": growth,
     "real": real,
     "imports": imports,
+    "peers": peers,
+    "seeds": seeds,
 }

@@ -57,6 +57,7 @@ class Pivots:
         self._whole = whole
         self._rows = np.empty((0, len(y)), dtype=np.float32)
         self._picks = np.empty(0, dtype=np.int64)
+        self._trace = [(0, self.left)]
 
     def __len__(self) -> int:
         return len(self._picks)
@@ -76,6 +77,13 @@ class Pivots:
     def landmarks(self) -> Array:
         """Coordinates of the pivots: ``(c, t)``."""
         return self.y[self._picks]
+
+    def size_for(self, left: float) -> int:
+        """Number of the first pivots that leave so much, by what each batch left."""
+        sizes, lefts = np.array(self._trace).T
+        # a batch may leave a little more than the one before on the other keys
+        lefts = np.minimum.accumulate(lefts)
+        return max(1, math.ceil(np.interp(-left, -lefts, sizes)))
 
     def grow(self, count: int) -> bool:
         """Add one batch of pivots, up to ``count`` in all; say if there may be more."""
@@ -97,6 +105,7 @@ class Pivots:
             self._reserve(count)
         self._rows[start : start + len(kept)] = new
         self._picks = np.append(self._picks, picks[kept])
+        self._trace.append((len(self), self.left))
         return True
 
     def _residual(self, picks: Array) -> Array:

@@ -27,7 +27,7 @@ from sketching._lib.arrays import (
 from sketching._lib.certificate import RefusalError
 
 # keys that landmarks are drawn from: more would crowd at the extremes
-PIVOT_KEYS = 1792
+PIVOT_KEYS = 2304
 # of logits: their exponentials would leave the range of float32
 _LARGEST_VARIANCE = 25.0
 # of the mean weight of a key, in float64
@@ -82,13 +82,15 @@ class LowRank:
         pivots = Pivots(*frame.coordinates(few), hermite, rng)
         while pivots.grow(landmarks):
             pass
-        return LowRank.over(frame, hermite, pivots, sample)
+        return LowRank.over(frame, hermite, pivots.landmarks, sample)
 
     @staticmethod
     def over(
-        frame: Frame, hermite: Hermite, pivots: Pivots | None, sample: Sample
+        frame: Frame, hermite: Hermite, pivots: Array | None, sample: Sample
     ) -> "LowRank":
         """Make an empty structure from what a planner has found.
+
+        ``pivots`` are coordinates of keys, which the landmarks start from.
 
         Raises
         ------
@@ -103,7 +105,7 @@ class LowRank:
         marks = np.zeros((0, len(frame.spread)), dtype=np.float32)
         if pivots is not None:
             y, log_weight = frame.coordinates(sample.key)
-            marks = one_lloyd_step(y, relative_weights(log_weight), pivots.landmarks)
+            marks = one_lloyd_step(y, relative_weights(log_weight), pivots)
         basis = Basis(frame, hermite, marks)
         d, p = sample.key.shape[1], sample.value.shape[1]
         empty = np.zeros((len(hermite) + len(marks), p + 1))

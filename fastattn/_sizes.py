@@ -30,7 +30,7 @@ _LARGEST_VARIANCE = 4.0
 # nor are heads whose error comes from fewer of the queries than this share
 _LEAST_SHARE = 0.1
 # a pilot that misses the tolerance by this factor ends the search
-_HOPELESS = 5.0
+_HOPELESS = 6.0
 # so does this factor for the polynomials of a pilot, which are more to begin with
 _FAR = 4.0
 # pilots: landmarks of one, polynomials of the other, queries and keys; the pilot of
@@ -44,15 +44,19 @@ _NOTHING = 1e-7
 # heads with no more keys get half of everything, since planning must stay cheap
 _SMALL = 16384
 # the error falls faster than the root of the trace on real heads, slower on flat ones
-_BEND = 1.4
+_BEND = 1.7
 _LEAST_BEND = 0.4
+# where a step went further than it had to: what is aimed at instead, as a share of the
+# aim, and the share of the landmarks that must be left for another pilot to pay
+_TIGHT = 0.95
+_WORTHWHILE = 0.8
 # the largest rank that is ever planned, one for so many logits
 _LARGEST_RANK = 2304
 _LOGITS = 1 << 16
 # keys that energies of many polynomials are summed over
 _ENERGY_KEYS = 512
 # traces go on to fall up to this much faster, on a doubly logarithmic scale
-_STEEPER = 2.0
+_STEEPER = 4.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +173,8 @@ class _Search:
         some = replace(
             self.sample, key=self.sample.key[few], value=self.sample.value[few]
         )
-        self.empty = LowRank.over(self.narrow, self.constant, self.pivots, some)
+        marks = self.pivots.landmarks
+        self.empty = LowRank.over(self.narrow, self.constant, marks, some)
         self.error = self._pilot(self.empty)
         return None
 
@@ -177,30 +182,38 @@ class _Search:
         """A constant and as many landmarks as it takes."""
         pivots, empty, error, bend = self.pivots, self.empty, self.error, _BEND
         most = self._most(lambda size: (1, size), 2 * pivots.most // 3)
-        if not error <= _HOPELESS * self.tol:
-            reason = f"{len(pivots)} landmarks err by {error:.1e} in a pilot"
-            return self._end(empty, error, reason)
-        if len(pivots) > most:
+        size, left = len(pivots), pivots.left
+        if size > most and error <= _HOPELESS * self.tol:
             return self._end(empty, error, "other sizes cost less")
-        left = pivots.left
         while True:
+            if not error <= _HOPELESS * self.tol:
+                reason = f"{size} landmarks err by {error:.1e} in a pilot"
+                return self._end(empty, error, reason)
             if error > self.aim:
-                left = pivots.left
                 target = left * (self.aim / error) ** (1 / bend)
                 if not _grow(pivots, target, most):
-                    error *= (pivots.left / left) ** bend if left else 1.0
                     return self._end(empty, error, _too_many(f"{most} landmarks"))
-            empty, before = self._with_landmarks(), error
+            size = len(pivots)
+            before = left, error
+            empty, left = self._with_landmarks(size), pivots.left
             error = self._pilot(empty, thorough=True)
-            if error <= self.aim:
-                return self._end(empty, error, "")
-            if not error <= _HOPELESS * self.tol:
-                reason = f"{len(pivots)} landmarks err by {error:.1e} in a pilot"
-                return self._end(empty, error, reason)
-            if pivots.left < left:
+            if left < before[0]:
                 # the next step follows what this one did for the error
-                slope = math.log(before / error) / math.log(left / pivots.left)
+                slope = math.log(before[1] / error) / math.log(before[0] / left)
                 bend = min(max(slope, _LEAST_BEND), _BEND)
+            if error <= self.aim:
+                return self._fewer(empty, error, bend)
+
+    def _fewer(self, empty: LowRank, error: float, bend: float) -> Prediction:
+        """Take back the landmarks that the last step added beyond need."""
+        left = self.pivots.left * (_TIGHT * self.aim / error) ** (1 / bend)
+        size = self.pivots.size_for(left)
+        if size < _WORTHWHILE * empty.landmarks:
+            few = self._with_landmarks(size)
+            now = self._pilot(few, thorough=True)
+            if now <= self.aim:
+                return self._end(few, now, "")
+        return self._end(empty, error, "")
 
     def polynomials(self) -> Prediction:
         """As many polynomials as it takes, without landmarks."""
@@ -245,8 +258,9 @@ class _Search:
             return "a single landmark costs more than exact attention"
         return ""
 
-    def _with_landmarks(self) -> LowRank:
-        return LowRank.over(self.narrow, self.constant, self.pivots, self.sample)
+    def _with_landmarks(self, size: int) -> LowRank:
+        marks = self.pivots.landmarks[:size]
+        return LowRank.over(self.narrow, self.constant, marks, self.sample)
 
     def _without_landmarks(self, hermite: Hermite) -> LowRank:
         frame = Basis.fitting(self.frame, hermite, landmarks=False)

@@ -1,0 +1,111 @@
+"""How often the error keeps the tolerance, over heads, tolerances and seeds."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+import fastattn
+import sketching
+from benches.heads import real_heads
+
+TOLS = (2e-1, 1e-1, 5e-2, 2e-2, 1e-2)
+
+
+def seeds(*, quick, data, heads_each, results):
+    """Count realised error <= tol over (head, tol, seed), and list the misses.
+
+    What was measured is kept line by line in ``seeds.part.jsonl`` until the study is
+    complete; a run that was stopped goes on from there, if the code is the same.
+    """
+    part = Path(results) / f"seeds{'-quick' if quick else ''}.part.jsonl"
+    code = fingerprint()
+    done = recall(part, code)
+    count, rows = 2 if quick else 20, []
+    heads = list(real_heads(data, each=heads_each))
+    with Progress() as progress, part.open("a") as file:
+        task = progress.add_task("seeds", total=len(heads) * len(TOLS) * count)
+        for number, head in enumerate(heads):
+            for tol in TOLS:
+                trials = []
+                for seed in range(count):
+                    key = (head.name, len(head), tol, seed)
+                    if key not in done:
+                        done[key] = trial(head, tol, seed)
+                        line = {"code": code, "key": key, "trial": done[key]}
+                        file.write(json.dumps(line) + "\n")
+                        file.flush()
+                    trials.append(done[key])
+                    progress.advance(task)
+                rows.append(summary(head.name, len(head), tol, trials))
+            # the truth of a long head is large
+            heads[number] = None
+    part.unlink()
+    rows.append(total(rows))
+    print(f"{rows[-1]['within']} of {rows[-1]['seeds']} within their tolerance")
+    return rows
+
+
+def trial(head, tol: float, seed: int) -> dict:
+    """Run one seed."""
+    answer = fastattn.approximate(*head.arrays, scale=head.scale, tol=tol, rng=seed)
+    return {
+        "seed": seed,
+        "realised": head.error(answer.value),
+        "certified": float(answer.certificate.error),
+        "method": type(answer.plan.method).__name__,
+    }
+
+
+def summary(name: str, n: int, tol: float, trials: list[dict]) -> dict:
+    """Count the seeds of one head at one tolerance."""
+    realised = [x["realised"] for x in trials]
+    methods = Counter(x["method"] for x in trials)
+    misses = [x for x in trials if not x["realised"] <= tol]
+    return {
+        "head": name,
+        "n": n,
+        "tol": tol,
+        "seeds": len(trials),
+        "within": len(trials) - len(misses),
+        "certificate holds": sum(x["realised"] <= x["certified"] for x in trials),
+        "median over tol": float(np.median(realised)) / tol,
+        "worst over tol": max(realised) / tol,
+        "methods": ", ".join(f"{m} {c}" for m, c in sorted(methods.items())),
+        "misses": "; ".join(
+            f"seed {x['seed']}: {x['realised']:.3e} of {x['method']}, certified "
+            f"{x['certified']:.3e}"
+            for x in misses
+        ),
+    }
+
+
+def total(rows: list[dict]) -> dict:
+    """Sum the rows up: counts, and the worst."""
+    counted = ("seeds", "within", "certificate holds")
+    last = dict.fromkeys(rows[0], "")
+    last |= {name: sum(row[name] for row in rows) for name in counted}
+    worst = max(row["worst over tol"] for row in rows)
+    return last | {"head": "all", "worst over tol": worst}
+
+
+def recall(part: Path, code: str) -> dict:
+    """Read what an earlier run of the same code left."""
+    if not part.exists():
+        return {}
+    # a run that was killed may have left half a line
+    lines = [x for x in part.read_text().splitlines() if x.endswith("}")]
+    records = [json.loads(line) for line in lines]
+    return {tuple(x["key"]): x["trial"] for x in records if x["code"] == code}
+
+
+def fingerprint() -> str:
+    """Digest of the sources that make an answer."""
+    digest = hashlib.sha256()
+    for package in (fastattn, sketching):
+        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
