@@ -1,20 +1,23 @@
 """The public calls: validate, choose, run, assemble."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastattn._batch import Batch
-from fastattn._explanation import Explanation
+from fastattn._explanation import Explanation, run_candidates
 from fastattn._planner import Auto
-from fastattn._problem import Head, Method
+from fastattn._problem import Candidate, Head, HeadAnswer, Method
 from fastattn.exact import Exact
-from sketching._lib.arrays import Array
+from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource, as_generator
+from sketching._lib.threads import run_blocks
 from sketching._lib.validation import check_choice, check_number
 
 GUARANTEES = ("sampled", "proven")
+_T = TypeVar("_T")
 
 
 def attention(
@@ -148,13 +151,11 @@ def approximate(
     """
     problem = Batch.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = _check_options(tol, method, guarantee, rng)
-    answers = [
-        _solver(method, head).solve(head, tol, guarantee, child)
-        for head, child in zip(
-            problem.heads(), generator.spawn(problem.count), strict=True
-        )
-    ]
-    return problem.assemble(answers)
+
+    def solve(head: Head, child: np.random.Generator) -> HeadAnswer:
+        return _solver(method, head).solve(head, tol, guarantee, child)
+
+    return problem.assemble(_each_head(problem, generator.spawn(problem.count), solve))
 
 
 def explain(
@@ -169,8 +170,9 @@ def explain(
     method: Method | None = None,
     guarantee: str = "sampled",
     rng: RandomSource = None,
+    run: bool = False,
 ) -> Explanation:
-    """Say what :func:`approximate` would run for each head, and why; run nothing.
+    """Say what :func:`approximate` would run for each head, and why.
 
     Parameters
     ----------
@@ -178,12 +180,15 @@ def explain(
         As in :func:`attention`.
     tol, scale, is_causal, key_mask, method, guarantee, rng
         As in :func:`attention`.
+    run : bool, default False
+        Run every candidate, the refused ones too, to see what they would have done:
+        the time taken, the certified and the measured error.
 
     Returns
     -------
     Explanation
         ``str()`` of it is a table: per head, each method, accepted or why not,
-        predicted time and error.
+        predicted time and error; with ``run``, also what came out.
 
     Examples
     --------
@@ -196,15 +201,45 @@ def explain(
     """
     problem = Batch.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = _check_options(tol, method, guarantee, rng)
-    return Explanation(
-        problem.lead,
-        tuple(
-            tuple(_solver(method, head).candidates(head, tol, guarantee, child))
-            for head, child in zip(
-                problem.heads(), generator.spawn(problem.count), strict=True
-            )
-        ),
+
+    def consider(head: Head, child: np.random.Generator) -> tuple[Candidate, ...]:
+        return tuple(_solver(method, head).candidates(head, tol, guarantee, child))
+
+    streams = generator.spawn(problem.count)
+    heads = tuple(_each_head(problem, streams, consider))
+    if not run:
+        return Explanation(problem.lead, heads)
+    # one after the other: times are to be those of a head that is alone
+    runs = tuple(
+        run_candidates(head, candidates, tol, guarantee, stream)
+        for head, candidates, stream in zip(
+            problem.heads(), heads, streams, strict=True
+        )
     )
+    return Explanation(problem.lead, heads, runs)
+
+
+def _each_head(
+    problem: Batch,
+    streams: list[np.random.Generator],
+    work: Callable[[Head, np.random.Generator], _T],
+) -> list[_T]:
+    """Call ``work`` for every head with a stream of its own, side by side on the CPU.
+
+    BLAS is held to one thread even for one head: what several threads compute may
+    differ in the last place from what one does.
+    """
+    if place_of(problem.query) != "cpu":
+        return [
+            work(head, rng) for head, rng in zip(problem.heads(), streams, strict=True)
+        ]
+    found: list[Any] = [None] * problem.count
+
+    def one(number: int) -> None:
+        found[number] = work(problem.head(number), streams[number])
+
+    run_blocks(one, range(problem.count))
+    return found
 
 
 def _solver(method: Method, head: Head) -> Method:

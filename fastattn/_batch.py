@@ -66,25 +66,29 @@ class Batch:
         return math.prod(self.lead)
 
     def heads(self) -> Iterator[Head]:
-        """Yield the heads in C order; nothing is copied but masked keys."""
+        """Yield the heads in C order."""
+        return map(self.head, range(self.count))
+
+    def head(self, number: int) -> Head:
+        """Return one head, in C order; nothing is copied but masked keys."""
         xp = array_namespace(self.query)
-        for place in np.ndindex(*self.lead):
-            query, key, value = (
-                _pick(x, place, 2) for x in (self.query, self.key, self.value)
-            )
-            visible = None
-            n, m = query.shape[0], key.shape[0]
-            if self.is_causal:
-                number = xp.arange(1, n + 1, device=device_of(query))
-                visible = xp.where(number < m, number, xp.full_like(number, m))
-            if self.key_mask is not None:
-                mask = _pick(self.key_mask, place, 1)
-                if visible is not None:
-                    seen = xp.cumulative_sum(xp.astype(mask, xp.int64))
-                    visible = xp.take(seen, visible - 1)
-                kept = xp.nonzero(mask)[0]
-                key, value = xp.take(key, kept, axis=0), xp.take(value, kept, axis=0)
-            yield Head(query, key, value, self.scale, visible)
+        place = tuple(int(i) for i in np.unravel_index(number, self.lead))
+        query, key, value = (
+            _pick(x, place, 2) for x in (self.query, self.key, self.value)
+        )
+        visible = None
+        n, m = query.shape[0], key.shape[0]
+        if self.is_causal:
+            count = xp.arange(1, n + 1, device=device_of(query))
+            visible = xp.where(count < m, count, xp.full_like(count, m))
+        if self.key_mask is not None:
+            mask = _pick(self.key_mask, place, 1)
+            if visible is not None:
+                seen = xp.cumulative_sum(xp.astype(mask, xp.int64))
+                visible = xp.take(seen, visible - 1)
+            kept = xp.nonzero(mask)[0]
+            key, value = xp.take(key, kept, axis=0), xp.take(value, kept, axis=0)
+        return Head(query, key, value, self.scale, visible)
 
     def assemble(self, answers: list[HeadAnswer]) -> Approximation:
         """Put the heads' answers back into the shape of the batch."""

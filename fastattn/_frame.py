@@ -17,8 +17,9 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
 # rows of a sample
-_QUERIES = 1152
-_HELD = 256
+_QUERIES = 896
+_HELD = (256, 512)
+_HELD_OF = 64
 _FEWEST_KEYS = 2048
 _MOST_KEYS = 8192
 # keys from which the denominators of the sampled queries are judged
@@ -61,11 +62,11 @@ class Sample:
     def of(head: Head, rng: np.random.Generator) -> "Sample":
         """Draw the rows; they are copied to the host, in float32 or float64."""
         n, m, _, _ = head.sizes
-        rows = rng.choice(n, min(n, _QUERIES), replace=False)
+        held = min(max(_HELD[0], min(_HELD[1], n // _HELD_OF)), n // 4)
+        rows = rng.choice(n, min(n, _QUERIES + held), replace=False)
         keys = rng.choice(
             m, min(m, _MOST_KEYS, max(_FEWEST_KEYS, m // 2)), replace=False
         )
-        held = min(_HELD, n // 4)
         query = host_rows(head.query, rows)
         return Sample(
             query[held:],

@@ -83,7 +83,7 @@ class Pivots:
         sizes, lefts = np.array(self._trace).T
         # a batch may leave a little more than the one before on the other keys
         lefts = np.minimum.accumulate(lefts)
-        return max(1, math.ceil(np.interp(-left, -lefts, sizes)))
+        return max(1, math.ceil(float(np.interp(-left, -lefts, sizes))))
 
     def grow(self, count: int) -> bool:
         """Add one batch of pivots, up to ``count`` in all; say if there may be more."""

@@ -78,7 +78,8 @@ class LowRank:
         frame = Basis.fitting(full, hermite, landmarks=landmarks > 0)
         if landmarks == 0:
             return LowRank.over(frame, hermite, None, sample)
-        few = sample.key[: max(PIVOT_KEYS, 5 * landmarks // 2)]
+        few = min(PIVOT_KEYS, len(sample.key) // 4)
+        few = sample.key[: max(few, 5 * landmarks // 2)]
         pivots = Pivots(*frame.coordinates(few), hermite, rng)
         while pivots.grow(landmarks):
             pass

@@ -13,6 +13,7 @@ from fastattn._proven import proven_recipe
 from fastattn._recipes import Attempt
 from fastattn._sizes import predict
 from fastattn.exact import Exact
+from fastattn.multipole import Multipole, multipole_attempt
 from fastattn.polynomial import Polynomial, answer_of, attempt_of, lowrank_attempt
 from sketching._lib.certificate import RefusalError
 
@@ -20,6 +21,10 @@ from sketching._lib.certificate import RefusalError
 _WORTH = 0.8
 # heads with fewer logits than this are computed exactly: planning costs as much
 _SMALL = 1 << 24
+# with fewer logits clusters are not tried: a refusal would cost too much
+_LARGE = 1 << 28
+# nor are they where a low rank takes less than this share of exact attention's time
+_QUICK = 0.15
 # answers that may miss their certificate before the head is computed exactly
 _TRIES = 2
 
@@ -31,7 +36,8 @@ class Auto:
     Notes
     -----
     With ``guarantee="sampled"`` small structures over a sample of the keys predict how
-    many polynomials or landmarks a head needs. The cheapest that is predicted to meet
+    many polynomials or landmarks a head needs; where those do not pay, clusters of the
+    keys are tried on sampled rows. The cheapest that is predicted to meet
     the tolerance in clearly less work than exact attention runs and is checked on
     fresh rows; if it misses, a larger one gets a chance, then exact attention. With
     ``"proven"`` the least proven polynomial runs if it is cheaper than exact attention.
@@ -126,6 +132,35 @@ def _proven(
 
 
 def _sampled(
+    head: Head, wanted: float, rng: np.random.Generator
+) -> Iterator[tuple[Attempt | None, Candidate]]:
+    """What is predicted to meet the tolerance, the cheapest first."""
+    tried = list(_lowrank(head, wanted, rng))
+    exact = Exact().plan(head).predicted_seconds
+    accepted = [c.plan.predicted_seconds for _, c in tried if c.accepted]
+    share = min(accepted, default=exact) / exact
+    n, m, _, _ = head.sizes
+    if n * m >= _LARGE and share > _QUICK:
+        limit = _WORTH * share * exact_work(*head.sizes)
+        found = _multipole(head, wanted, rng, limit)
+        tried.insert(0 if found[1].accepted else len(tried), found)
+    yield from tried
+
+
+def _multipole(
+    head: Head, wanted: float, rng: np.random.Generator, limit: float
+) -> tuple[Attempt | None, Candidate]:
+    """Near keys and far clusters, if they are predicted to cost less than the limit."""
+    reason = "predicted to meet the tolerance"
+    try:
+        attempt = multipole_attempt(head, wanted, rng, limit=limit, reason=reason)
+    except RefusalError as error:
+        plan = Plan(Multipole(), math.nan, math.nan, str(error))
+        return None, Candidate(plan, accepted=False)
+    return attempt, Candidate(attempt.plan, accepted=True)
+
+
+def _lowrank(
     head: Head, wanted: float, rng: np.random.Generator
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """Low ranks that are predicted to meet the tolerance, the cheapest first."""

@@ -1,13 +1,15 @@
 """A low-rank softmax with every choice made, and how it is run."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fastattn._moments import Moments
-from fastattn._problem import Head, Plan, host_rows
+from fastattn._problem import Head, HeadAnswer, Plan, host_rows
+from fastattn._sampling import FAILURE, certify_rows, hardest_rows
 from fastattn.expansions import (
     LARGEST_DEGREE,
     IndexSet,
@@ -129,6 +131,26 @@ def run_mended(head: Head, attempt: Attempt, hard: Array) -> tuple[Array, Array,
     if len(settled):
         value, normalizer = _mend(head, value, normalizer, settled)
     return *head.finish(value, normalizer), settled
+
+
+def certified(
+    head: Head, attempt: Attempt, tol: float, rng: np.random.Generator
+) -> HeadAnswer:
+    """Run an attempt that has no proven bound; its error is that of sampled rows."""
+    plan = attempt.plan
+    value, normalizer, settled = run_mended(head, attempt, hardest_rows(head, rng))
+    sampled = certify_rows(head, value, tol, rng, settled=settled)
+    if math.isnan(plan.predicted_error):
+        plan = replace(plan, predicted_error=sampled.estimate)
+    return HeadAnswer(
+        value,
+        normalizer,
+        sampled.upper,
+        FAILURE,
+        "relative-frobenius",
+        sampled.source,
+        plan,
+    )
 
 
 def _in_range(head: Head, value: Array) -> Array:

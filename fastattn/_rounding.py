@@ -78,7 +78,7 @@ def largest_row(x: Array) -> float:
     # squares that underflowed are lost in the rounding of larger ones, if there are any
     if not float(xp.finfo(dtype).smallest_normal) / eps**2 < square < math.inf:
         return largest_norm(x, np.zeros(d))
-    return math.sqrt(square) * (1 + (d + 2) * eps)
+    return float(math.sqrt(square) * (1 + (d + 2) * eps))
 
 
 def largest_entries(x: Array, center: Array, projection: Array) -> Array:

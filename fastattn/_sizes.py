@@ -32,9 +32,9 @@ _LEAST_SHARE = 0.1
 # a pilot that misses the tolerance by this factor ends the search
 _HOPELESS = 6.0
 # so does this factor for the polynomials of a pilot, which are more to begin with
-_FAR = 4.0
+_FAR = 8.0
 # pilots: landmarks of one, polynomials of the other, queries and keys; the pilot of
-# what is about to be taken has twice as many
+# what is about to be taken has all queries that are held out, and twice the keys
 _LANDMARKS = 64
 _RANK = 128
 _PILOT_QUERIES = 128
@@ -269,7 +269,7 @@ class _Search:
     def _pilot(self, empty: LowRank, *, thorough: bool = False) -> float:
         """Error of a structure over a few keys, on queries that were held out."""
         double = 2 if thorough else 1
-        query = self.sample.held[: double * _PILOT_QUERIES]
+        query = self.sample.held if thorough else self.sample.held[:_PILOT_QUERIES]
         # the last keys: landmarks come from the first
         some = slice(-double * self.keys, None)
         key, value = self.sample.key[some], self.sample.value[some]

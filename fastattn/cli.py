@@ -7,17 +7,15 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeAlias
 
-import numpy as np
-
 import fastattn
 from fastattn import formats
-from sketching._lib.arrays import Array
+from fastattn._explanation import Run, brief
+from fastattn._file_heads import METHODS, FileHeads, name_of, progress
 
 # what a command has to say: for machines, and for people
 _Answer: TypeAlias = tuple[dict[str, Any], str]
@@ -45,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(argv)
-        report, text = options.run(options)
+        report, text = options.answer(options)
         print(json.dumps(report, allow_nan=False) if options.json else text, flush=True)
     except KeyboardInterrupt:
         return 130
@@ -83,11 +81,6 @@ def _number(
     return parse
 
 
-_METHODS = {
-    "auto": fastattn.Auto,
-    "exact": fastattn.Exact,
-    "polynomial": fastattn.Polynomial,
-}
 _FINITE = _number(float, "a finite number", math.isfinite)
 _POSITIVE = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 _NATURAL = _number(int, "an integer >= 0", lambda x: x >= 0)
@@ -99,11 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, run: Callable[[Any], _Answer], text: str) -> Any:
+    def command(name: str, answer: Callable[[Any], _Answer], text: str) -> Any:
         made = commands.add_parser(
             name, help=text, description=text, allow_abbrev=False
         )
-        made.set_defaults(run=run)
+        made.set_defaults(answer=answer)
         made.add_argument(
             "--json", action="store_true", help="print one JSON object and nothing else"
         )
@@ -121,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain = command("explain", _explain, "say what attend would run, and why")
     _add_problem(explain)
+    explain.add_argument(
+        "--run", action="store_true", help="run every candidate, the refused ones too"
+    )
+    command("calibrate", _calibrate, "measure what work costs on this machine")
     command("info", _info, "describe this machine and what is installed")
     return parser
 
@@ -138,7 +135,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--method",
-        choices=list(_METHODS),
+        choices=list(METHODS),
         default="auto",
         help="how to compute (default: auto)",
     )
@@ -148,7 +145,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
 def _attend(options: Any) -> _Answer:
     """Answer every head and write the outputs with their certificates."""
     formats.check_output(options.output)
-    problem = _Problem.of(options)
+    problem = FileHeads.of(options)
     heads = []
     with _scratch(options) as values, _scratch(options) as normalizers:
         for place, answer in problem.each(fastattn.approximate):
@@ -163,7 +160,7 @@ def _attend(options: Any) -> _Answer:
         report = {**problem.describe(), "heads": heads}
         formats.write_output(options.output, arrays, report)
     rows = [
-        [_name(x["head"]), x["method"], f"{x['error']:.1e}", f"{x['failure']:g}",
+        [name_of(x["head"]), x["method"], f"{x['error']:.1e}", f"{x['failure']:g}",
          x["norm"]]
         for x in heads
     ]  # fmt: skip
@@ -174,27 +171,60 @@ def _attend(options: Any) -> _Answer:
 
 def _explain(options: Any) -> _Answer:
     """Say what would run for every head."""
-    problem = _Problem.of(options)
-    found = list(problem.each(fastattn.explain))
+    problem = FileHeads.of(options)
+    found = list(problem.each(partial(fastattn.explain, run=options.run)))
     heads = tuple(explanation.heads[0] for _, explanation in found)
+    runs = tuple(explanation.runs[0] for _, explanation in found if explanation.runs)
     described = [
         {
             "head": place,
             "candidates": [
-                {
-                    "method": str(candidate.plan.method),
-                    "accepted": bool(candidate.accepted),
-                    "predicted_error": _or_null(candidate.plan.predicted_error),
-                    "predicted_seconds": _or_null(candidate.plan.predicted_seconds),
-                    "reason": candidate.plan.reason,
-                }
-                for candidate in candidates
+                {**_considered(candidate), **_came_out(run)}
+                for candidate, run in zip(candidates, ran, strict=True)
             ],
         }
-        for (place, _), candidates in zip(found, heads, strict=True)
+        for (place, _), candidates, ran in zip(
+            found, heads, runs or ((None,) * len(x) for x in heads), strict=True
+        )
     ]
-    text = str(fastattn.Explanation(problem.lead, heads))
+    text = str(fastattn.Explanation(problem.lead, heads, runs))
     return {**problem.describe(), "heads": described}, text
+
+
+def _considered(candidate: Any) -> dict[str, Any]:
+    plan = candidate.plan
+    return {
+        "method": str(plan.method),
+        "accepted": bool(candidate.accepted),
+        "predicted_error": _or_null(plan.predicted_error),
+        "predicted_seconds": _or_null(plan.predicted_seconds),
+        "reason": plan.reason,
+    }
+
+
+def _came_out(run: Run | None) -> dict[str, Any]:
+    if run is None:
+        return {}
+    return {
+        "seconds": _or_null(run.seconds),
+        "certified": _or_null(run.certified),
+        "measured": _or_null(run.error),
+        "failure": run.failure,
+    }
+
+
+def _calibrate(options: Any) -> _Answer:  # noqa: ARG001
+    """Measure the rates of the cost model and keep them."""
+    from fastattn._calibration import calibrate
+    from fastattn._rates import Rates, keep
+
+    found, product = calibrate()
+    path = str(keep(found, product))
+    built_in, rates = dataclasses.asdict(Rates()), dataclasses.asdict(found)
+    rows = [[x, f"{built_in[x]:g}", f"{rates[x]:.3g}"] for x in rates]
+    table = _table(["rate", "built in", "measured"], rows)
+    report = {"rates": rates, "seconds a product": product, "path": path}
+    return report, f"{table}\nwrote {path}"
 
 
 def _demo(options: Any) -> _Answer:
@@ -205,14 +235,14 @@ def _demo(options: Any) -> _Answer:
     names = options.samples or demo.case_names()
     cases = list(demo.load_cases(names))
     found: list[demo.Measurement] = []
-    with _progress("measuring", len(cases)) as step:
+    with progress("measuring", len(cases)) as step:
         demo.warm_up()
         for sample, head, inputs in cases:
             found += demo.measure(sample, head, inputs, options.tol)
             step()
     demo.draw(found, options.picture)
     rows = [
-        [x.sample, str(x.head), f"{x.tol:g}", _brief(x.method), f"{x.certified:.1e}",
+        [x.sample, str(x.head), f"{x.tol:g}", brief(x.method), f"{x.certified:.1e}",
          f"{x.measured:.1e}", f"{x.time_ratio:.2f}"]
         for x in found
     ]  # fmt: skip
@@ -223,7 +253,7 @@ def _demo(options: Any) -> _Answer:
     held = sum(x.measured <= x.certified <= x.tol for x in found)
     report = {
         "measurements": [
-            {**dataclasses.asdict(x), "method": _brief(x.method)} for x in found
+            {**dataclasses.asdict(x), "method": brief(x.method)} for x in found
         ],
         "held": held,
         "picture": options.picture,
@@ -239,7 +269,7 @@ def _info(options: Any) -> _Answer:  # noqa: ARG001
 
     from threadpoolctl import threadpool_info
 
-    from fastattn._costs import seconds_a_product
+    from fastattn._rates import seconds_a_product, speed
 
     report = {
         "fastattn": fastattn.__version__,
@@ -255,80 +285,13 @@ def _info(options: Any) -> _Answer:  # noqa: ARG001
             for pool in threadpool_info()
         },
         "seconds a product": seconds_a_product(),
+        "rates": speed().source,
+        **{f"rate {x}": v for x, v in dataclasses.asdict(speed().rates).items()},
     }
     shown = {
-        name: f"{x:.2e}" if isinstance(x, float) else x for name, x in report.items()
+        name: f"{x:.3g}" if isinstance(x, float) else x for name, x in report.items()
     }
     return report, "\n".join(f"{name:<24} {x}" for name, x in shown.items())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Problem:
-    """The inputs of a file with the options of a command."""
-
-    arrays: tuple[Array, Array, Array]
-    meta: dict[str, Any]
-    lead: tuple[int, ...]
-    options: Any
-
-    @staticmethod
-    def of(options: Any) -> "_Problem":
-        *arrays, meta = formats.read_inputs(options.input)
-        shapes = [x.shape for x in arrays]
-        try:
-            lead = np.broadcast_shapes(*(shape[:-2] for shape in shapes))
-        except ValueError as error:
-            raise ValueError(
-                f"{options.input}: leading dimensions of query, key and value do not "
-                f"broadcast: {shapes}"
-            ) from error
-        if 0 in lead:
-            raise ValueError(f"{options.input}: there are no heads: {shapes}")
-        return _Problem((arrays[0], arrays[1], arrays[2]), meta, lead, options)
-
-    def each(self, function: Callable[..., Any]) -> Iterator[tuple[list[int], Any]]:
-        """Call ``function`` for one head after the other, each copied into memory."""
-        options = self.options
-        arrays = [np.broadcast_to(x, self.lead + x.shape[-2:]) for x in self.arrays]
-        # every call spawns its stream from this one, as one call for all heads would
-        rng = np.random.default_rng(options.seed)
-        with _progress("heads", math.prod(self.lead)) as step:
-            for place in np.ndindex(*self.lead):
-                try:
-                    result = function(
-                        *(np.array(x[place]) for x in arrays),
-                        tol=options.tol,
-                        scale=options.scale,
-                        is_causal=options.causal,
-                        method=_METHODS[options.method](),
-                        guarantee=options.guarantee,
-                        rng=rng,
-                    )
-                except (ValueError, TypeError) as error:
-                    where = f"head {_name(place)}: " if place else ""
-                    raise ValueError(f"{options.input}: {where}{error}") from error
-                yield list(place), result
-                step()
-
-    def gather(self, file: IO[bytes], last: Array) -> Array:
-        """Map what the heads left in a scratch file, given the last of them."""
-        file.flush()
-        return np.memmap(file, last.dtype, "r", shape=self.lead + last.shape)
-
-    def describe(self) -> dict[str, Any]:
-        """Say what was asked for, for the record."""
-        options = self.options
-        return {
-            "fastattn": fastattn.__version__,
-            "input": options.input,
-            "input_meta": self.meta,
-            "tol": options.tol,
-            "scale": options.scale,
-            "is_causal": options.causal,
-            "guarantee": options.guarantee,
-            "method": options.method,
-            "seed": options.seed,
-        }
 
 
 def _scratch(options: Any) -> IO[bytes]:
@@ -340,45 +303,13 @@ def _certificate(answer: Any) -> dict[str, Any]:
     """Describe the answer of one head."""
     certificate = answer.certificate
     return {
-        "method": _brief(answer.plan.method),
+        "method": brief(answer.plan.method),
         "error": float(certificate.error),
         "failure": float(certificate.failure),
         "norm": certificate.norm,
         "source": certificate.source,
         "reason": answer.plan.reason,
     }
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Give a function to call after each step; it moves a bar on a terminal."""
-    bar = None
-    if sys.stderr.isatty():
-        with suppress(ImportError):
-            from rich.console import Console
-            from rich.progress import Progress
-
-            bar = Progress(console=Console(stderr=True), transient=True)
-    if bar is None:
-        yield lambda: None
-        return
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
-
-
-def _brief(method: Any) -> str:
-    """Write a method without the settings that were left as they are."""
-    changed = ", ".join(
-        f"{field.name}={getattr(method, field.name)!r}"
-        for field in dataclasses.fields(method)
-        if getattr(method, field.name) != field.default
-    )
-    return f"{type(method).__name__}({changed})"
-
-
-def _name(place: Sequence[int]) -> str:
-    return ",".join(str(i) for i in place) or "-"
 
 
 def _or_null(value: float) -> float | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,13 +14,12 @@ from fastattn._proven import proven_recipe
 from fastattn._recipes import (
     Attempt,
     Recipe,
+    certified,
     check_rank,
     coefficients_of,
-    run_mended,
     run_proven,
     sample_rows,
 )
-from fastattn._sampling import FAILURE, certify_rows, hardest_rows
 from fastattn.expansions import (
     LARGEST_BOUND,
     LARGEST_DEGREE,
@@ -233,16 +232,4 @@ def answer_of(
             "logits (Alman and Song 2023; relative error of weights)",
             plan,
         )
-    value, normalizer, settled = run_mended(head, attempt, hardest_rows(head, rng))
-    sampled = certify_rows(head, value, tol, rng, settled=settled)
-    if math.isnan(plan.predicted_error):
-        plan = replace(plan, predicted_error=sampled.estimate)
-    return HeadAnswer(
-        value,
-        normalizer,
-        sampled.upper,
-        FAILURE,
-        "relative-frobenius",
-        sampled.source,
-        plan,
-    )
+    return certified(head, attempt, tol, rng)

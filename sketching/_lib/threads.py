@@ -3,20 +3,25 @@
 A block calls BLAS on small matrices, where BLAS's own threads help little. So
 while blocks run, BLAS is held to one thread and the blocks are spread instead. The
 user's settings (``OPENBLAS_NUM_THREADS``, ``threadpoolctl``) say how many.
+
+Blocks may run blocks: heads side by side, each of which spreads its own. There is one
+crew of threads for all of them. It takes from the oldest blocks, whole heads, first;
+where those have run out, it helps with the blocks within.
 """
 
 import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 _lock = threading.Lock()
 _held = 0
 _limiter: Any = None
 _threads = 1
+_crew: Any = None
 
 
 def _controller() -> Any:
@@ -51,7 +56,7 @@ def single_threaded_blas() -> Iterator[int]:
     The setting is the process's, so nested and concurrent uses are counted: the
     first in changes it, the last out restores it.
     """
-    global _held, _limiter, _threads  # noqa: PLW0603
+    global _crew, _held, _limiter, _threads  # noqa: PLW0603
     with _lock:
         if _held == 0:
             controller = _controller()
@@ -60,30 +65,141 @@ def single_threaded_blas() -> Iterator[int]:
             _threads = min((int(pool["num_threads"]) for pool in info), default=1)
             _release()
             _limiter = controller.limit(limits=1)
+            _crew = _Crew(_threads - 1)
         _held += 1
         threads = _threads
+    done = None
     try:
         yield threads
     finally:
         with _lock:
             _held -= 1
             if _held == 0:
+                done, _crew = _crew, None
                 _release()
                 _limiter.restore_original_limits()
                 _limiter = None
                 _release()
+        if done:
+            done.dismiss()
 
 
 def run_blocks(work: Callable[[int], None], starts: range) -> None:
     """Call ``work(start)`` for every start, spread over threads.
 
-    The calls must write to disjoint memory. An exception of any call is raised.
+    The calls must write to disjoint memory. They begin in order; the exception of the
+    first that fails is raised, as it would be by a loop.
     """
     with single_threaded_blas() as threads:
         if threads == 1 or len(starts) <= 1:
             for start in starts:
                 work(start)
             return
-        with ThreadPoolExecutor(min(threads, len(starts))) as pool:
-            for _ in pool.map(work, starts):
-                pass
+        _crew.run(_Work(work, starts))
+
+
+class _Work:
+    """Calls that are handed out in order until there are no more, or one fails."""
+
+    def __init__(self, call: Callable[[int], None], starts: range) -> None:
+        self.call, self.starts = call, starts
+        self.taken = self.running = 0
+        self.errors: dict[int, BaseException] = {}
+        self.parent = _current.get()
+        # what NumPy was told about overflows holds in every thread
+        self.context = copy_context()
+        self.context.run(_current.set, self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a call left to begin."""
+        return self.taken < len(self.starts) and not self.errors
+
+    def is_within(self, other: "_Work | None") -> bool:
+        """Whether a call of the other's, or of those within, opened this work."""
+        work: _Work | None = self
+        while work is not None and work is not other:
+            work = work.parent
+        return work is other
+
+    def raise_first(self) -> None:
+        """Raise what a loop would have raised; an interrupt before all else."""
+        if self.errors:
+            first = min(self.errors)
+            for number, error in self.errors.items():
+                if not isinstance(error, Exception):
+                    first = number
+            raise self.errors[first]
+
+
+# whose call this thread, or the one that it works for, is in
+_current: ContextVar[_Work | None] = ContextVar("_current", default=None)
+
+
+class _Crew:
+    """Threads that live while BLAS is held, and the work that lies open to them."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.threads: list[threading.Thread] = []
+        self.works: list[_Work] = []
+        self.dismissed = False
+        self.changed = threading.Condition()
+
+    def run(self, work: _Work) -> None:
+        """Do the work together with the crew."""
+        with self.changed:
+            self.works.append(work)
+            missing = min(self.size, len(work.starts) - 1) - len(self.threads)
+            for _ in range(missing):
+                self.threads.append(threading.Thread(target=self._serve))
+                self.threads[-1].start()
+            self.changed.notify_all()
+            try:
+                while work.is_open or work.running:
+                    # a head that others compute may leave blocks to help with
+                    if not (self._step(work) or self._step(within=work)):
+                        self.changed.wait()
+            finally:
+                self.works.remove(work)
+        work.raise_first()
+
+    def dismiss(self) -> None:
+        """Let the threads end; their work is done."""
+        with self.changed:
+            self.dismissed = True
+            self.changed.notify_all()
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _serve(self) -> None:
+        with self.changed:
+            while not self.dismissed:
+                if not self._step():
+                    self.changed.wait()
+
+    def _step(self, work: _Work | None = None, within: _Work | None = None) -> bool:
+        """Do one call, of the oldest work by default; False if there is none."""
+        if work is None:
+            open_ = (x for x in self.works if x.is_open and x.is_within(within))
+            work = next(open_, None)
+        if work is None or not work.is_open:
+            return False
+        number = work.taken
+        work.taken += 1
+        work.running += 1
+        error = None
+        try:
+            self.changed.release()
+            work.context.copy().run(work.call, work.starts[number])
+        except BaseException as caught:
+            error = caught
+        finally:
+            self.changed.acquire()
+        work.running -= 1
+        if error is not None:
+            work.errors[number] = error
+        if not (work.running or work.is_open):
+            self.changed.notify_all()
+        return True

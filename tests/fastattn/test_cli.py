@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import _demo, cli, formats
+from fastattn import _calibration, _demo, _rates, cli, formats
 from fastattn.cli import main
 from tests import oracles
 
@@ -128,6 +128,43 @@ def test_explain_has_no_number_for_a_refusal(capsys, source):
     assert candidate["accepted"] is False
     assert candidate["predicted_error"] is None
     assert "is_causal" in candidate["reason"]
+
+
+def test_explain_runs_what_it_explains(capsys, source):
+    report = json.loads(run(capsys, "explain", source, "--run", "--json"))
+    for head in report["heads"]:
+        (candidate,) = head["candidates"]
+        assert candidate["seconds"] > 0
+        assert 0 < candidate["measured"] <= candidate["certified"]
+        assert candidate["failure"] == ""
+    assert "measured" in run(capsys, "explain", source, "--run").splitlines()[0]
+
+
+def test_calibrate_puts_rates_in_force(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
+    _rates.speed.cache_clear()
+    monkeypatch.setattr(_calibration, "_ROUNDS", 1)
+    try:
+        assert json.loads(run(capsys, "info", "--json"))["rates"] == "built in"
+        report = json.loads(run(capsys, "calibrate", "--json"))
+        assert report["path"] == str(tmp_path / "rates.json")
+        info = json.loads(run(capsys, "info", "--json"))
+        assert info["rates"] == report["path"]
+        assert info["seconds a product"] == report["seconds a product"]
+        for name, rate in report["rates"].items():
+            assert info[f"rate {name}"] == rate > 0
+        lines = run(capsys, "calibrate").splitlines()
+        assert lines[0].split() == ["rate", "built", "in", "measured"]
+        assert len(lines) == len(report["rates"]) + 2
+    finally:
+        _rates.speed.cache_clear()
+
+
+def test_calibrate_says_where_it_may_not_write(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(_calibration, "calibrate", lambda: (_rates.Rates(), 1e-11))
+    assert "Not a directory" in refused(capsys, "calibrate")
 
 
 def test_info_knows_this_machine(capsys):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -169,3 +170,118 @@ with threadpool_limits(1, user_api="blas"):
         assert threads == 1, threads
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_exception_of_the_first_block_that_fails_is_raised():
+    later = threading.Event()
+
+    def work(i):
+        if i == 1:
+            later.set()
+            raise ValueError("later")
+        assert later.wait(10)
+        raise KeyError("first")
+
+    with threadpool_limits(2, user_api="blas"), pytest.raises(KeyError, match="first"):
+        run_blocks(work, range(2))
+
+
+def test_no_block_begins_after_one_has_failed():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_blocks(work, range(100))
+    assert len(begun) <= blas_threads()
+
+
+def test_an_interrupt_is_raised_whatever_else_went_wrong():
+    started = threading.Barrier(2)
+
+    def work(i):
+        started.wait(10)
+        raise KeyboardInterrupt if i else ValueError
+
+    with threadpool_limits(2, user_api="blas"), pytest.raises(KeyboardInterrupt):
+        run_blocks(work, range(2))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_there_are_never_more_threads_than_blas_had(threads):
+    lock, running, most = threading.Lock(), set(), []
+
+    def inner(j):
+        with lock:
+            running.add(threading.get_ident())
+            most.append(len(running))
+        np.linalg.norm(np.ones((300, 300)) * j)
+        with lock:
+            running.discard(threading.get_ident())
+
+    def outer(_):
+        run_blocks(inner, range(6))
+
+    before = threading.active_count()
+    with threadpool_limits(threads, user_api="blas"):
+        run_blocks(outer, range(7))
+    assert max(most) <= threads
+    # and they are gone
+    assert threading.active_count() == before
+
+
+def test_no_more_outer_blocks_are_in_flight_than_there_are_threads():
+    lock, flight, most = threading.Lock(), set(), []
+
+    def outer(i):
+        with lock:
+            flight.add(i)
+            most.append(len(flight))
+        run_blocks(lambda _: time.sleep(0.001), range(5))
+        with lock:
+            flight.discard(i)
+
+    with threadpool_limits(3, user_api="blas"):
+        run_blocks(outer, range(12))
+    assert max(most) <= 3
+
+
+def test_who_has_nothing_left_helps_with_the_blocks_of_others():
+    helped = threading.Barrier(2)
+
+    def outer(i):
+        if i == 1:
+            # both blocks must be under way at once for either to end
+            run_blocks(lambda _: helped.wait(10), range(2))
+
+    with threadpool_limits(2, user_api="blas"):
+        run_blocks(outer, range(2))
+    assert not helped.broken
+
+
+def test_nested_exceptions_come_out_where_they_belong():
+    def inner(j):
+        raise LookupError(j)
+
+    def outer(i):
+        if i % 2:
+            with pytest.raises(LookupError, match="0"):
+                run_blocks(inner, range(3))
+        elif i == 4:
+            run_blocks(inner, range(3))
+
+    with threadpool_limits(2, user_api="blas"), pytest.raises(LookupError):
+        run_blocks(outer, range(6))
+
+
+def test_blocks_see_what_numpy_was_told_about_errors():
+    told = {}
+
+    def work(i):
+        told[i] = np.geterr()["over"]
+
+    with threadpool_limits(2, user_api="blas"), np.errstate(over="raise"):
+        run_blocks(work, range(8))
+    assert set(told.values()) == {"raise"}

@@ -1,0 +1,153 @@
+"""The derivative of exact attention: five products by BLAS, two fused passes.
+
+A block of queries keeps its logits and the products ``grad V^T`` with all keys, so
+that each is computed once: weights are made relative to the peak of a block of keys,
+and set right on the way back, when the row's own peak, sum and drift are known.
+"""
+
+import numpy as np
+from numba import njit
+
+from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
+
+# a block of logits, 512 x 256 float32, and the products beside it stay in cache
+ROWS = 512
+KEYS = 256
+# queries in a block are fewer, down to this, where there are many keys
+FEWEST = 32
+# the products that a block of queries keeps stay below this many bytes
+_LARGEST_KEPT = 1 << 27
+# tasks, each with its own sums over queries: a number that does not depend on the
+# threads, so that the answer does not; fewer where sums would exceed so many bytes
+_TASKS = 16
+_FEWEST_TASKS = 4
+_LARGEST_PARTS = 1 << 26
+
+
+def attend_vjp(
+    query, key, value, grad, *, scale, visible, log_normalizer=None, drift=None
+):
+    (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
+    kept, part = 2 * m * dtype.itemsize, m * (d + p) * dtype.itemsize
+    rows = min(ROWS, max(FEWEST, _LARGEST_KEPT // max(kept, 1)))
+    tasks = min(_TASKS, max(_FEWEST_TASKS, _LARGEST_PARTS // max(part, 1)))
+    span = rows * max(1, -(-n // (rows * tasks)))
+    tasks = -(-n // span)
+    query_slope = np.zeros((n, d), dtype=dtype)
+    key_parts = np.zeros((tasks, m, d), dtype=dtype)
+    value_parts = np.zeros((tasks, m, p), dtype=dtype)
+
+    # sums that overflow leave numbers that are not finite, which the caller looks for
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
+    def work(task):
+        sums = key_parts[task], value_parts[task]
+        # once a task: fresh memory costs as much as a product
+        buffers = np.empty((2, min(rows, n) * m), dtype=dtype)
+        for start in range(task * span, min((task + 1) * span, n), rows):
+            block = slice(start, min(start + rows, n))
+            seen = None if visible is None else visible[block]
+            known = None
+            if log_normalizer is not None:
+                known = log_normalizer[block], drift[block]
+            # in float64: a scale, and a query, of extreme size may only meet halfway
+            scaled = np.multiply(query[block], scale, dtype=np.float64).astype(dtype)
+            _add_rows(
+                scaled, key, value, grad[block].astype(dtype, copy=False),
+                seen, known, buffers, query_slope[block], *sums,
+            )  # fmt: skip
+            slope = query_slope[block]
+            np.multiply(slope, scale, out=slope, dtype=np.float64, casting="same_kind")
+
+    run_blocks(work, range(tasks))
+    return query_slope, _total(key_parts), _total(value_parts)
+
+
+def _total(parts):
+    return parts[0] if len(parts) == 1 else parts.sum(axis=0)
+
+
+def _add_rows(
+    query, key, value, grad, visible, known, buffers, query_sum, key_sum, value_sum
+):
+    """Add what one block of rows has to say to the three sums."""
+    n, dtype = len(query), query.dtype
+    last = len(key) if visible is None else min(len(key), int(visible.max()))
+    spans = [slice(start, min(start + KEYS, last)) for start in range(0, last, KEYS)]
+    if not spans:
+        return
+    peak, total, mean = np.empty((3, len(spans), n), dtype=dtype)
+    blocks = []
+    for c, keys in enumerate(spans):
+        # contiguous, the last one too: strided rows would not vectorise
+        place, shape = slice(n * keys.start, n * keys.stop), (n, keys.stop - keys.start)
+        weights, change = (buffer[place].reshape(shape) for buffer in buffers)
+        np.matmul(query, key[keys].astype(dtype, copy=False).T, out=weights)
+        np.matmul(grad, value[keys].astype(dtype, copy=False).T, out=change)
+        count = np.full(n, shape[1]) if visible is None else visible - keys.start
+        if known is None:
+            _soften(weights, change, count, peak[c], total[c], mean[c])
+        else:
+            _exponentiate(weights, count, known[0])
+        blocks.append((keys, weights, change))
+    if known is None:
+        factor, drift = _combine(peak, total, mean)
+    else:
+        factor, drift = np.ones_like(peak), known[1].astype(dtype, copy=False)
+    for c, (keys, weights, change) in enumerate(blocks):
+        _differentiate(weights, change, factor[c], drift)
+        value_sum[keys] += weights.T @ grad
+        key_sum[keys] += change.T @ query
+        query_sum += change @ key[keys].astype(dtype, copy=False)
+
+
+def _combine(peak, total, mean):
+    """Factors of the weights of each block of keys, and the drift of each row."""
+    top = peak.max(axis=0)
+    factor = np.exp(peak - np.where(np.isfinite(top), top, 0))
+    whole = np.sum(factor * total, axis=0)
+    factor /= np.where(whole == 0, 1, whole)
+    return factor, np.sum(factor * mean, axis=0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _soften(logits, change, count, peak, total, mean):
+    # turns logits into weights relative to the largest of their row in this block
+    for i in range(logits.shape[0]):
+        size = min(max(count[i], 0), logits.shape[1])
+        logits[i, size:] = 0
+        peak[i], total[i], mean[i] = -np.inf, 0, 0
+        if size == 0:
+            continue
+        row, slope = logits[i, :size], change[i, :size]
+        largest = row[0]
+        for j in range(size):
+            largest = maximum(largest, row[j])
+        part, moment = row[0] * 0, row[0] * 0
+        for j in range(size):
+            weight = exp(row[j] - largest)
+            row[j] = weight
+            part += weight
+            moment += weight * slope[j]
+        peak[i], total[i], mean[i] = largest, part, moment
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _exponentiate(logits, count, normalizer):
+    for i in range(logits.shape[0]):
+        size = min(max(count[i], 0), logits.shape[1])
+        logits[i, size:] = 0
+        row, shift = logits[i, :size], normalizer[i]
+        for j in range(size):
+            # no weight exceeds 1
+            row[j] = exp(-maximum(shift - row[j], row[j] * 0))
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _differentiate(weights, change, factor, drift):
+    for i in range(weights.shape[0]):
+        row, slope, w, shift = weights[i], change[i], factor[i], drift[i]
+        for j in range(row.size):
+            weight = row[j] * w
+            row[j] = weight
+            slope[j] = weight * (slope[j] - shift)

@@ -1,0 +1,193 @@
+"""Both passes of the derivative in blocks that stay in cache.
+
+Functions are kept one to a row, as in the passes forward, and so are the derivatives
+by them, which fused loops hand back from each function to the one it was made from.
+"""
+
+import numpy as np
+from numba import njit
+
+from fastattn._ops.cpu.blocks import span_of
+from fastattn._ops.lowrank import CLAMP
+from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
+
+# rows whose functions and derivatives exist at once, on each thread
+_ROWS = 128
+
+
+def query_vjp(
+    query, grad, drift, logarithm, projection, origin, landmarks, weights, *,
+    parent, coordinate, power,
+):  # fmt: skip
+    dtype, n = projection.dtype, len(query)
+    r, size = len(parent), len(weights)
+    width = weights.shape[1]
+    span = span_of(n, size * width * 8)
+    tasks = -(-n // span)
+    parts = np.zeros((tasks, size, width))
+    out = np.empty((n, query.shape[1]), dtype=dtype)
+    half = 0.5 * np.sum(landmarks**2, axis=1)
+    lower = np.sqrt((power - 1) / power).astype(dtype)
+    recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
+    origin, clamp = origin[:, None], dtype.type(CLAMP)
+
+    @np.errstate(over="ignore", invalid="ignore", under="ignore")
+    def work(task):
+        buffers = np.empty((2, size * _ROWS), dtype=dtype)
+        part = np.empty((size, width), dtype=dtype)
+        for lo in range(task * span, min((task + 1) * span, n), _ROWS):
+            rows = slice(lo, min(lo + _ROWS, n))
+            features, slope = _cut(buffers, size, rows)
+            x = projection.T @ query[rows].astype(dtype, copy=False).T
+            x -= origin
+            _leave_out(x, logarithm[rows])
+            right = np.column_stack([grad[rows], -drift[rows]])
+            right *= np.exp(x[-1] - logarithm[rows])[:, None]
+            np.matmul(landmarks, x[:-1], out=features[r:])
+            features[0] = 1
+            _polynomials(x, *recipe, lower, features)
+            _at_landmarks(half, clamp, features[r:])
+            np.matmul(features, right, out=part)
+            parts[task] += part
+            np.matmul(weights, right.T, out=slope)
+            x[-1] = _pull_back(x, *recipe, lower, features, slope)
+            x[:-1] += landmarks.T @ slope[r:]
+            np.matmul(x.T, projection.T, out=out[rows])
+
+    run_blocks(work, range(tasks))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return out, parts.sum(axis=0)
+
+
+def key_vjp(
+    key, value, far, center, projection, landmarks, middle, weights, *,
+    offset, parent, coordinate, power,
+):  # fmt: skip
+    dtype, (m, p) = projection.dtype, value.shape
+    r, size = len(parent), len(weights)
+    span = span_of(m)
+    out = np.empty((m, key.shape[1]), dtype=dtype)
+    values = np.empty((m, p), dtype=dtype)
+    recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
+    lower, offset = np.zeros(r, dtype=dtype), dtype.type(offset)
+    readout = np.ascontiguousarray(weights[:, :p])
+    far = np.array(far)
+
+    @np.errstate(over="ignore", invalid="ignore", under="ignore")
+    def work(task):
+        buffers = np.empty((2, size * _ROWS), dtype=dtype)
+        for lo in range(task * span, min((task + 1) * span, m), _ROWS):
+            rows = slice(lo, min(lo + _ROWS, m))
+            features, slope = _cut(buffers, size, rows)
+            y = projection.T @ np.subtract(key[rows], center, dtype=dtype).T
+            _weigh(y, offset, far[rows])
+            np.matmul(landmarks, y[:-1], out=features[r:])
+            _start(y[-1], features, r)
+            _polynomials(y, *recipe, lower, features)
+            np.matmul(features.T, readout, out=values[rows])
+            right = np.ones((features.shape[1], p + 1), dtype=dtype)
+            np.subtract(value[rows], middle, out=right[:, :p], dtype=dtype)
+            np.matmul(weights, right.T, out=slope)
+            coordinates = y[:-1].copy()
+            y[-1] = _pull_back(y, *recipe, lower, features, slope)
+            y[:-1] += landmarks.T @ slope[r:]
+            y[:-1] += coordinates * y[-1]
+            np.matmul(y.T, projection.T, out=out[rows])
+
+    run_blocks(work, range(-(-m // span)))
+    return out, values
+
+
+def _cut(buffers, size, rows):
+    """Matrices with a column for each row of a block."""
+    count = rows.stop - rows.start
+    return buffers[:, : size * count].reshape(2, size, count)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _leave_out(x, logarithm):
+    # nothing that a row without a finite logarithm is put into may overflow
+    for i in range(x.shape[1]):
+        if not np.isfinite(logarithm[i]):
+            for l in range(x.shape[0]):
+                x[l, i] = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _weigh(y, offset, far):
+    # completes log a in the last row of y; far keys get no coordinates and no weight
+    t, half = y.shape[0] - 1, y.dtype.type(0.5)
+    log = y[t]
+    for i in range(y.shape[1]):
+        log[i] += offset
+    for l in range(t):
+        for i in range(y.shape[1]):
+            log[i] += half * y[l, i] * y[l, i]
+    for i in range(y.shape[1]):
+        if far[i]:
+            log[i] = -np.inf
+            for l in range(t):
+                y[l, i] = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _start(log, features, r):
+    for i in range(log.size):
+        features[0, i] = exp(log[i])
+    for j in range(r, features.shape[0]):
+        row = features[j]
+        for i in range(log.size):
+            row[i] = exp(row[i] + log[i])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _at_landmarks(half, clamp, features):
+    for j in range(features.shape[0]):
+        row, h = features[j], half[j]
+        for i in range(row.size):
+            row[i] = exp(-maximum(h - row[i], -clamp))
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _polynomials(x, parent, grandparent, coordinate, factor, lower, features):
+    n = features.shape[1]
+    for j in range(1, parent.size):
+        row, source, side = features[j], features[parent[j]], x[coordinate[j]]
+        w = factor[j]
+        if lower[j] == 0:
+            for i in range(n):
+                row[i] = source[i] * side[i] * w
+        else:
+            back, v = features[grandparent[j]], lower[j]
+            for i in range(n):
+                row[i] = source[i] * side[i] * w - v * back[i]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _pull_back(x, parent, grandparent, coordinate, factor, lower, features, slope):
+    # puts the derivatives by the coordinates in their place, leaves slope times
+    # function of the landmarks in slope, and returns the sum of all such products
+    n, r, t = features.shape[1], parent.size, x.shape[0] - 1
+    total = np.zeros(n, dtype=x.dtype)
+    for j in range(features.shape[0]):
+        row, push = features[j], slope[j]
+        for i in range(n):
+            total[i] += row[i] * push[i]
+    for j in range(r, features.shape[0]):
+        row, push = features[j], slope[j]
+        for i in range(n):
+            push[i] *= row[i]
+    back = np.zeros((t, n), dtype=x.dtype)
+    for j in range(r - 1, 0, -1):
+        push, source, side = slope[j], features[parent[j]], x[coordinate[j]]
+        left, sum_, w = slope[parent[j]], back[coordinate[j]], factor[j]
+        for i in range(n):
+            sum_[i] += w * push[i] * source[i]
+            left[i] += w * push[i] * side[i]
+        if lower[j] != 0:
+            older, v = slope[grandparent[j]], lower[j]
+            for i in range(n):
+                older[i] -= v * push[i]
+    x[:t] = back
+    return total

@@ -1,0 +1,72 @@
+"""The derivative of exact softmax attention over blocks of rows."""
+
+from sketching._lib.arrays import Array, array_namespace, device_of
+from sketching._lib.op import op
+
+# queries in a block of the reference
+_BLOCK = 1024
+
+
+@op("cpu")
+def attend_vjp(
+    query: Array,
+    key: Array,
+    value: Array,
+    grad: Array,
+    *,
+    scale: float,
+    visible: Array | None,
+    log_normalizer: Array | None = None,
+    drift: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    r"""Derivatives of ``sum(grad * attention)`` by query, key and value of one head.
+
+    With the weights :math:`P`, ``dV = P^T grad``, ``dP = grad V^T``, ``dS = P * (dP -
+    drift)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``; the drift of a row is
+    ``sum(P * dP)``. ``query`` is ``(n, d)``, ``key`` ``(m, d)``, ``value`` ``(m, p)``,
+    ``grad`` ``(n, p)``. Row ``i`` sees the first ``visible[i]`` keys, all where it is
+    None; a row that sees none adds nothing. Where ``log_normalizer`` and ``drift``,
+    ``(n,)``, are given the keys are some of those that made them, and ``P`` is
+    ``exp(logits - log_normalizer)``. Computed in the dtype of ``query``.
+    """
+    xp = array_namespace(query, key, value, grad)
+    dtype, n, m = query.dtype, query.shape[0], key.shape[0]
+    key, value, grad = (xp.astype(x, dtype, copy=False) for x in (key, value, grad))
+    number = xp.arange(m, device=device_of(query))
+    query_parts, key_sum, value_sum = [], xp.zeros_like(key), xp.zeros_like(value)
+    for start in range(0, n, _BLOCK):
+        block = slice(start, min(start + _BLOCK, n))
+        # in float64: a scale, and a query, of extreme size may only meet halfway
+        scaled = xp.astype(xp.astype(query[block, :], xp.float64) * scale, dtype)
+        logits, change = _products(scaled, key), _products(grad[block, :], value)
+        if visible is not None:
+            hidden = number[None, :] >= visible[block, None]
+            logits = xp.where(hidden, xp.full_like(logits, -xp.inf), logits)
+        if log_normalizer is None or drift is None:
+            weights = _softmax(logits)
+            mean = xp.sum(weights * change, axis=1)
+        else:
+            logits = logits - log_normalizer[block, None]
+            weights = xp.exp(xp.where(logits < 0, logits, xp.zeros_like(logits)))
+            mean = drift[block]
+        change = weights * (change - mean[:, None])
+        value_sum = value_sum + _products(weights.T, grad[block, :].T)
+        key_sum = key_sum + _products(change.T, scaled.T)
+        slope = xp.astype(xp.matmul(change, key), xp.float64) * scale
+        query_parts.append(xp.astype(slope, dtype))
+    return xp.concat(query_parts, axis=0), key_sum, value_sum
+
+
+def _softmax(logits: Array) -> Array:
+    """Weights of each row; zeros where no logit is finite."""
+    xp = array_namespace(logits)
+    peak = xp.max(logits, axis=1, keepdims=True)
+    weights = xp.exp(logits - xp.where(xp.isfinite(peak), peak, xp.zeros_like(peak)))
+    total = xp.sum(weights, axis=1, keepdims=True)
+    return weights / xp.where(total == 0, xp.ones_like(total), total)
+
+
+def _products(x: Array, y: Array) -> Array:
+    """Inner products of the rows of two matrices."""
+    xp = array_namespace(x, y)
+    return xp.matmul(x, xp.matrix_transpose(y))

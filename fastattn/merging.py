@@ -1,0 +1,300 @@
+"""Merging answers over disjoint sets of keys, with what the parts' bounds promise.
+
+Row by row, the answer over the union of the keys is the mean of the parts' answers
+weighted by ``exp(log_normalizer)``. Each part errs in its answer, which its certificate
+bounds, and in its weight. If every log weight is off by at most ``eta``, odds between
+two groups of parts are off by a factor of ``exp(2 eta)`` at most, so that a mean of
+numbers within a range R moves by at most ``R tanh(eta / 2)``. Where nothing is known of
+the weights, ``eta`` is infinite and the whole range between the parts remains.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastattn._rounding import smallest_number, unit_roundoff
+from fastattn._sampling import relative, scaled_frobenius
+from fastattn.exact import Exact
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.certificate import Approximation, Certificate
+
+# no number of keys has a larger logarithm
+_LOG_COUNT = 50.0
+# roundings of one weight and its share in the sums, in float64: that of an exponent x
+# counts |x| exp(x), less than one
+_ROUNDINGS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The plan of a merged answer.
+
+    Parameters
+    ----------
+    parts : tuple
+        The plans of the parts.
+    log_error : float
+        Bound on the error of every log-sum-exp; infinite where none is known.
+    """
+
+    parts: tuple[Any, ...]
+    log_error: float
+
+
+def merge_answers(answers: Sequence[Approximation]) -> Approximation:
+    r"""Merge answers to the same queries over disjoint sets of keys.
+
+    With answers :math:`o_i` and log-sum-exps :math:`L_i` of the parts, the answer over
+    all keys is :math:`\sum_i e^{L_i - L} o_i` with :math:`L = \log \sum_i e^{L_i}`.
+
+    Parameters
+    ----------
+    answers : sequence of Approximation
+        What :func:`approximate` gave for each set of keys. Values, and
+        log-normalizers, have one shape, dtype and library.
+
+    Returns
+    -------
+    Approximation
+        ``value`` and ``log_normalizer`` over all keys. The certificate has norm "max"
+        if all parts have, else "relative-frobenius"; ``failure`` is at most the sum of
+        the parts'. ``plan`` holds the parts' plans.
+
+    Raises
+    ------
+    TypeError
+        If an answer is no Approximation, or the parts differ in library or dtype.
+    ValueError
+        If there is no answer, shapes differ, or an answer has no log-normalizers or
+        NaN among them.
+
+    Notes
+    -----
+    The error is bounded from the certificates of the parts alone. What those bound is
+    the parts' answers, not their weights: where these are not known to be right, the
+    bound is the distance between the parts' answers and can be large. The weights are
+    known where every part is by ``Exact()`` with ``failure=0``: its bound is one on the
+    relative error of weights times half the range of the values, and the answers show
+    how large that range is at least, if rows differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import approximate, merge_answers
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 100, 4))
+    >>> halves = slice(0, 50), slice(50, 100)
+    >>> parts = [approximate(query, key[x], value[x]) for x in halves]
+    >>> merged = merge_answers(parts)
+    >>> whole = approximate(query, key, value)
+    >>> np.allclose(merged.value, whole.value, rtol=0, atol=1e-14)
+    True
+    >>> bool(merged.certificate.error < 1e-11)
+    True
+
+    References
+    ----------
+    Milakov and Gimelshein, Online normalizer calculation for softmax,
+    arXiv 1805.02867.
+    """
+    answers = _checked(answers)
+    first = answers[0]
+    normalizer: Any = first.log_normalizer
+    xp = array_namespace(first.value)
+    logs = xp.stack([xp.astype(x.log_normalizer, xp.float64) for x in answers])
+    values = xp.stack([xp.astype(x.value, xp.float64) for x in answers])
+    seen = logs > -xp.inf
+    # a part without keys has no say; where no part has any, the answer is zero
+    values = xp.where(seen[..., None], values, xp.zeros_like(values))
+    peak = xp.max(logs, axis=0)
+    weights = xp.exp(logs - xp.where(peak > -xp.inf, peak, xp.zeros_like(peak)))
+    total = xp.sum(weights, axis=0)
+    some = total > 0
+    total = xp.where(some, total, xp.ones_like(total))
+    value = xp.sum((weights / total)[..., None] * values, axis=0)
+    logarithm = xp.where(some, xp.log(total) + peak, xp.full_like(peak, -xp.inf))
+    low = xp.min(xp.where(seen[..., None], values, xp.inf), axis=0)
+    high = xp.max(xp.where(seen[..., None], values, -xp.inf), axis=0)
+    spread = xp.where(some[..., None], high - low, xp.zeros_like(value))
+    merged = Approximation(
+        xp.astype(value, first.value.dtype),
+        first.certificate,
+        None,
+        xp.astype(logarithm, normalizer.dtype),
+    )
+    certificate, plan = _certified(merged, answers, spread)
+    return replace(merged, certificate=certificate, plan=plan)
+
+
+def _checked(given: Any) -> list[Approximation]:
+    """Return the answers as a list; raise unless they fit together."""
+    answers: list[Approximation] = list(given)
+    if not answers:
+        raise ValueError("answers: expected at least one answer, got none")
+    for i, x in enumerate(answers):
+        if not isinstance(x, Approximation):
+            raise TypeError(
+                f"answers: expected what approximate() gives, got {type(x).__name__} "
+                f"at {i}"
+            )
+        if x.log_normalizer is None:
+            raise ValueError(f"answers: the answer at {i} has no log_normalizer")
+    first = answers[0]
+    for name in ("value", "log_normalizer"):
+        arrays = [getattr(x, name) for x in answers]
+        xp = array_namespace(*arrays)
+        for i, x in enumerate(arrays):
+            if x.shape != arrays[0].shape:
+                raise ValueError(
+                    f"answers: {name} has shape {tuple(x.shape)} at {i}, but "
+                    f"{tuple(arrays[0].shape)} at 0"
+                )
+            if x.dtype != arrays[0].dtype:
+                raise TypeError(
+                    f"answers: {name} is {x.dtype} at {i}, but {arrays[0].dtype} at 0"
+                )
+            # minus infinity says that a row saw no key
+            bad = xp.logical_not(xp.isfinite(x))
+            if name == "log_normalizer":
+                bad = xp.logical_and(bad, x != -xp.inf)
+            if bool(xp.any(bad)):
+                raise ValueError(f"answers: {name} has NaN or infinities at {i}")
+    wanted, got = first.value.shape[:-1], arrays[0].shape
+    if tuple(got) != tuple(wanted):
+        raise ValueError(
+            f"answers: expected log_normalizer of shape {tuple(wanted)}, got "
+            f"{tuple(got)}"
+        )
+    return answers
+
+
+def _certified(
+    merged: Approximation, answers: list[Approximation], spread: Array
+) -> tuple[Certificate, Any]:
+    """Bound the error of each head, and say what was merged."""
+    lead = tuple(spread.shape[:-2])
+    largest = all(x.certificate.norm == "max" for x in answers)
+    normalizer: Any = merged.log_normalizer
+    error, failure = np.empty(lead), np.empty(lead)
+    source, plan = np.empty(lead, dtype=object), np.empty(lead, dtype=object)
+    for place in np.ndindex(*lead):
+        parts = [_Part.of(x, place) for x in answers]
+        eta = max(x.log_error for x in parts)
+        value = merged.value[(*place, ...)]
+        error[place] = _bound(value, parts, spread[(*place, ...)], eta, largest)
+        failure[place] = min(1.0, sum(x.failure for x in parts))
+        log_error = eta + _log_rounding(normalizer[(*place, ...)])
+        log_error += _ROUNDINGS * len(parts) * unit_roundoff(np, np.float64)
+        plan[place] = Merged(tuple(x.plan for x in parts), log_error)
+        known = f"within {eta:.1e}" if math.isfinite(eta) else "not"
+        source[place] = (
+            f"merge of {len(parts)} answers: their bounds and, the logarithms of their "
+            f"weights {known} known, the distance between them"
+        )
+    norm = "max" if largest else "relative-frobenius"
+    if lead:
+        return Certificate(error, failure, norm, source), plan
+    certificate = Certificate(float(error[()]), float(failure[()]), norm, source[()])
+    return certificate, plan[()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one answer promises for one head.
+
+    Parameters
+    ----------
+    largest, frobenius : float
+        Bounds on the error of the answer, entrywise and in all; infinite if unknown.
+    log_error : float
+        Bound on the error of its log-sum-exps.
+    failure : float
+        Probability that the bounds do not hold.
+    plan : object
+        What was run.
+    """
+
+    largest: float
+    frobenius: float
+    log_error: float
+    failure: float
+    plan: Any
+
+    @staticmethod
+    def of(answer: Approximation, place: tuple[int, ...]) -> "_Part":
+        """Read the head at ``place`` of an answer."""
+        certificate = answer.certificate
+        value = answer.value[(*place, ...)]
+        plan = answer.plan[place] if place else answer.plan
+        error, failure = (
+            float(np.asarray(x)[place])
+            for x in (certificate.error, certificate.failure)
+        )
+        root = math.sqrt(math.prod(value.shape))
+        if certificate.norm == "max":
+            largest, frobenius = error, error * root
+        else:
+            peak, norm = scaled_frobenius(value)
+            size = peak * norm
+            largest = math.inf
+            frobenius = error / (1 - error) * size if error < 1 else math.inf
+        normalizer: Any = answer.log_normalizer
+        logarithm = normalizer[(*place, ...)]
+        if isinstance(plan, Merged):
+            log_error = plan.log_error
+        elif failure == 0 and isinstance(getattr(plan, "method", None), Exact):
+            # a relative bound of Exact() is its bound on every entry in other units
+            entry = error * size / root if math.isinf(largest) else largest
+            log_error = _exact_log_error(value, logarithm, entry)
+        else:
+            log_error = math.inf
+        return _Part(largest, frobenius, log_error, failure, plan)
+
+
+def _exact_log_error(value: Array, logarithm: Array, error: float) -> float:
+    """Bound the error of the log-sum-exps of exact attention.
+
+    The bound on its answers is at least the relative error of its weights and their sum
+    times half the range of the values, within which the true answers vary.
+    """
+    xp = array_namespace(value)
+    rows = np.flatnonzero(to_host(xp.isfinite(logarithm)))
+    if len(rows) == 0:
+        return 0.0
+    value = xp.take(value, xp.asarray(rows, device=device_of(value)), axis=0)
+    value = xp.astype(value, xp.float64)
+    half = float(xp.max(xp.max(value, axis=0) - xp.min(value, axis=0))) / 2 - error
+    return error / half + _log_rounding(logarithm) if half > 0 else math.inf
+
+
+def _log_rounding(logarithm: Array) -> float:
+    """What the last steps to a log-sum-exp may have rounded."""
+    xp = array_namespace(logarithm)
+    finite = xp.isfinite(logarithm)
+    size = xp.abs(xp.where(finite, logarithm, xp.zeros_like(logarithm)))
+    return 4 * unit_roundoff(xp, logarithm.dtype) * (float(xp.max(size)) + _LOG_COUNT)
+
+
+def _bound(
+    value: Array, parts: list[_Part], spread: Array, eta: float, largest: bool
+) -> float:
+    """Bound the error of a merged head, in the largest entry or relative to all."""
+    xp = array_namespace(value)
+    peak = float(xp.max(xp.abs(value)))
+    moved = math.tanh(eta / 2)
+    rounding = 2 * unit_roundoff(xp, value.dtype)
+    rounding += _ROUNDINGS * len(parts) * unit_roundoff(xp, xp.float64)
+    # parts may be larger than their mean, where they cancel
+    reach = peak + float(xp.max(spread))
+    rounded = rounding * reach + smallest_number(xp, value.dtype)
+    if largest:
+        own = max(x.largest for x in parts)
+        return own + moved * float(xp.max(spread)) + rounded
+    sizes = [scaled_frobenius(x) for x in (spread, value)]
+    between, whole = (unit * norm for unit, norm in sizes)
+    own = math.sqrt(sum(x.frobenius**2 for x in parts))
+    total = own + moved * between + rounded * math.sqrt(math.prod(value.shape))
+    return relative(total, whole) if whole else (total and math.inf)

@@ -1,0 +1,246 @@
+"""The multipole method: near keys exactly, far ones by the moments of clusters."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastattn._clusters import Blocks, Clusters
+from fastattn._costs import multipole_work, seconds
+from fastattn._problem import Candidate, Head, HeadAnswer, Plan
+from fastattn._recipes import Attempt, certified, sample_rows
+from fastattn._sampling import ROWS
+from fastattn._thresholds import Counts, Trial, choose
+from fastattn.transforms import balance
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import RefusalError
+from sketching._lib.validation import check_integer, check_number
+
+# keys of a cluster where it is not given, and what holds the number of clusters down
+_KEYS = 128
+_MOST = 2.0
+# clusters of a group, and most groups
+_CLUSTERS = 16
+_GROUPS = 16
+# queries of a block: a multiple of the root of their number, fewer where they spread,
+# but no fewer than the last
+_QUERIES = 2.83
+_FEWER = 4
+_FEWEST = 16
+# the largest mean square of logits between centred queries and keys
+_REACH = 1.5
+# answers that may miss their certificate where the threshold is not given
+_TRIES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Multipole:
+    r"""Softmax attention with near keys exactly and far ones by clusters.
+
+    Keys are clustered, queries are cut into blocks of similar ones. In a block with
+    the mean :math:`a` the weight of a key is :math:`e^{a \cdot k} e^{(q - a) \cdot
+    k}`: the first factor is taken as it is for every key, the second is expanded about
+    the weighted centre of the key's cluster, as in a treecode. Keys whose remainder may
+    exceed a share of a row's weight are near, and done exactly. It serves rows of
+    attention that are sharp, where no low rank does.
+
+    Parameters
+    ----------
+    clusters : int, optional
+        Number of clusters; by default one for about a hundred keys, or fewer.
+    threshold : float, optional
+        The share of a row's weight beyond which a key's remainder makes it near. By
+        default what the tolerance needs, judged on a few rows.
+
+    Notes
+    -----
+    The answer is no convex combination of the values; a row outside their range is
+    computed exactly. Nothing is proven: ``guarantee="proven"`` is refused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import Multipole, approximate
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 512, 8))
+    >>> answer = approximate(query, key, value, tol=0.05, method=Multipole(), rng=0)
+    >>> bool(answer.certificate.error <= 0.05)
+    True
+
+    References
+    ----------
+    Hooper et al., Multipole Attention for Efficient Long Context Reasoning,
+    arXiv 2506.13059.
+    """
+
+    clusters: int | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clusters is not None:
+            check_integer("clusters", self.clusters, least=1)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, least=0)
+
+    def candidates(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Iterator[Candidate]:
+        """Say what would run, or why it would be refused."""
+        try:
+            yield Candidate(self.attempt(head, tol, guarantee, rng).plan, True)
+        except RefusalError as error:
+            yield Candidate(Plan(self, math.nan, math.nan, str(error)), False)
+
+    def solve(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> HeadAnswer:
+        """Run the method and certify the answer, or refuse."""
+        wanted = tol
+        for _ in range(_TRIES if self.threshold is None else 1):
+            attempt = self.attempt(head, wanted, guarantee, rng)
+            answer = certified(head, attempt, tol, rng)
+            if answer.error <= tol:
+                return answer
+            # what was certified says how much more to ask for
+            wanted *= 0.9 * tol / answer.error
+        raise RefusalError(
+            f"{answer.plan.method} misses tol={tol:g}: {answer.error:.2e} on sampled "
+            "rows; raise tol, lower threshold, or use Auto()"
+        )
+
+    def attempt(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Attempt:
+        """Make every choice for one head."""
+        if guarantee == "proven":
+            raise RefusalError(
+                "Multipole() has no proven bound: use guarantee='sampled', "
+                "Polynomial() or Exact()"
+            )
+        if head.visible is not None:
+            raise RefusalError(
+                "Multipole() does not take is_causal=True: use Exact() or Auto()"
+            )
+        return multipole_attempt(head, tol, rng, method=self)
+
+
+def multipole_attempt(
+    head: Head,
+    wanted: float,
+    rng: np.random.Generator,
+    *,
+    limit: float = math.inf,
+    method: Multipole | None = None,
+    reason: str = "asked for",
+) -> Attempt:
+    """Cluster the keys of a head and choose the threshold.
+
+    Parameters
+    ----------
+    head : Head
+        One head.
+    wanted : float
+        The relative Frobenius error that a certificate should show.
+    rng : Generator
+        Draws the rows that the threshold is judged on.
+    limit : float
+        Most work that is of interest, in multiply-adds.
+    method : Multipole, optional
+        Choices that are made already.
+    reason : str
+        Goes into the plan.
+
+    Raises
+    ------
+    RefusalError
+        As soon as the work is predicted to exceed ``limit``, or if no threshold
+        meets ``wanted``.
+    """
+    method = Multipole() if method is None else method
+    n, m, d, p = head.sizes
+    if m == 0:
+        raise RefusalError("there is no key to cluster: use Exact() or Auto()")
+    count = method.clusters or _clusters_for(m)
+    cost = _Cost(n, m, d, p)
+    clusters, blocks = _arrange(head, count, cost, limit, rng)
+    cost = replace(cost, blocks=len(blocks.cuts) - 1)
+    threshold, error, counts = method.threshold, math.nan, Counts(0, 0, count)
+    if threshold is None:
+        found = choose(Trial.of(clusters, blocks, rng), wanted, cost, limit)
+        threshold, error, counts = found.threshold, found.error, found.counts
+    made = Multipole(len(clusters.group), threshold)
+    plan = Plan(made, error, seconds(cost(counts)), reason)
+
+    def run(head: Head) -> tuple[Array, Array, Array]:
+        return clusters.query(head.query, threshold, blocks)
+
+    return Attempt(plan, run, math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Predicted work of one head from what its blocks count."""
+
+    n: int
+    m: int
+    d: int
+    p: int
+    blocks: int = 1
+
+    def __call__(self, counts: Counts) -> float:
+        return multipole_work(
+            self.n,
+            self.m,
+            self.d,
+            self.p,
+            blocks=self.blocks,
+            clusters=counts.clusters,
+            near=counts.near,
+            middle=counts.middle,
+        )
+
+
+def _clusters_for(m: int) -> int:
+    return max(1, min(m // _KEYS, int(_MOST * math.sqrt(m))))
+
+
+def _arrange(
+    head: Head, count: int, cost: _Cost, limit: float, rng: np.random.Generator
+) -> tuple[Clusters, Blocks]:
+    """Cluster the keys and cut the queries into blocks that are small enough."""
+    n, size = head.sizes[0], max(_FEWEST, int(_QUERIES * math.sqrt(head.sizes[0])))
+    clusters = None
+    while True:
+        floor = replace(cost, blocks=-(-n // size))(Counts(0, 0, count))
+        if floor > limit:
+            raise RefusalError(
+                f"{count} clusters and {-(-n // size)} blocks of queries take "
+                f"{floor / limit:.1f} times the work allowed"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            clusters = clusters or _cluster(head, count, rng)
+            blocks = clusters.arrange(head.query, size)
+            reach = clusters.reach(blocks)
+        if reach <= _REACH:
+            return clusters, blocks
+        # smaller blocks serve more heads, but seldom cheaply
+        if size == _FEWEST or math.isfinite(limit):
+            break
+        size = max(size // _FEWER, _FEWEST)
+    # a certificate that samples all rows is true in any case
+    if n <= ROWS:
+        return clusters, blocks
+    raise RefusalError(
+        f"logits within {size} similar queries and a cluster have a mean square of "
+        f"{reach:.2g}, beyond {_REACH}: give more clusters, or use Exact()"
+    )
+
+
+def _cluster(head: Head, count: int, rng: np.random.Generator) -> Clusters:
+    query, key = sample_rows(head, rng)
+    transform = balance(query, key, head.scale, queries=False)
+    groups = min(_GROUPS, max(1, count // _CLUSTERS))
+    return Clusters.of(
+        head.key, head.value, transform, head.scale, clusters=count, groups=groups
+    )
