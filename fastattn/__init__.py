@@ -1,39 +1,53 @@
 """Fast approximate attention with a certificate on every answer."""
 
-from fastattn._attention import approximate as approximate
-from fastattn._attention import attention as attention
-from fastattn._attention import explain as explain
-from fastattn._explanation import Explanation as Explanation
-from fastattn._planner import Auto as Auto
-from fastattn.exact import Exact as Exact
-from fastattn.gradients import attention_vjp as attention_vjp
-from fastattn.gradients import loss_gradient as loss_gradient
-from fastattn.merging import merge_answers as merge_answers
-from fastattn.multipole import Multipole as Multipole
-from fastattn.polynomial import Polynomial as Polynomial
-from fastattn.samples import load_sample as load_sample
-from fastattn.samples import sample_names as sample_names
-from sketching._lib.certificate import Approximation as Approximation
-from sketching._lib.certificate import Certificate as Certificate
-from sketching._lib.certificate import RefusalError as RefusalError
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Approximation",
-    "Auto",
-    "Certificate",
-    "Exact",
-    "Explanation",
-    "Multipole",
-    "Polynomial",
-    "RefusalError",
-    "approximate",
-    "attention",
-    "attention_vjp",
-    "explain",
-    "load_sample",
-    "loss_gradient",
-    "merge_answers",
-    "sample_names",
-]
+if TYPE_CHECKING:
+    from fastattn._attention import approximate as approximate
+    from fastattn._attention import attention as attention
+    from fastattn._attention import explain as explain
+    from fastattn._explanation import Explanation as Explanation
+    from fastattn._planner import Auto as Auto
+    from fastattn.exact import Exact as Exact
+    from fastattn.gradients import attention_vjp as attention_vjp
+    from fastattn.gradients import loss_gradient as loss_gradient
+    from fastattn.merging import merge_answers as merge_answers
+    from fastattn.multipole import Multipole as Multipole
+    from fastattn.polynomial import Polynomial as Polynomial
+    from fastattn.samples import load_sample as load_sample
+    from fastattn.samples import sample_names as sample_names
+    from sketching._lib.certificate import Approximation as Approximation
+    from sketching._lib.certificate import Certificate as Certificate
+    from sketching._lib.certificate import RefusalError as RefusalError
+
+# where each public name lives; a module is imported when one of its names is first used
+_HOMES = {
+    "fastattn._attention": ("approximate", "attention", "explain"),
+    "fastattn._explanation": ("Explanation",),
+    "fastattn._planner": ("Auto",),
+    "fastattn.exact": ("Exact",),
+    "fastattn.gradients": ("attention_vjp", "loss_gradient"),
+    "fastattn.merging": ("merge_answers",),
+    "fastattn.multipole": ("Multipole",),
+    "fastattn.polynomial": ("Polynomial",),
+    "fastattn.samples": ("load_sample", "sample_names"),
+    "sketching._lib.certificate": ("Approximation", "Certificate", "RefusalError"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
