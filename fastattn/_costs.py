@@ -4,11 +4,8 @@ Which method runs compares counts alone; only the seconds that ``explain`` print
 the speed of this machine.
 """
 
-from fastattn._rates import Rates, rates, seconds_a_product
+from fastattn._rates import rates, seconds_a_product
 from sketching._lib.threads import single_threaded_blas
-
-# what the built-in rate of one softmax is
-SOFTMAX = Rates().softmax
 
 
 def exact_work(n: int, m: int, d: int, p: int) -> float:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn._costs import SOFTMAX, lowrank_work
+from fastattn._costs import lowrank_work
 from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
 from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.lowrank import key_sums
 from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
 from fastattn._problem import Head, host_rows
+from fastattn._rates import rates
 from fastattn._recipes import run_mended
 from fastattn._sampling import MARGIN, ROWS, hardest_rows
 from fastattn._sizes import predict
@@ -134,7 +135,7 @@ def worth_a_try(head: Head, tol: float, rng: np.random.Generator) -> list[LowRan
     n, m, d, p = head.sizes
     if head.visible is not None or n * m < _SMALL:
         return []
-    limit = _WORTH * n * m * (3 * d + 2 * p + SOFTMAX)
+    limit = _WORTH * n * m * (3 * d + 2 * p + rates().softmax)
 
     def cost(rank: int, landmarks: int) -> float:
         return _PASSES * lowrank_work(n, m, d, p, rank, landmarks)

@@ -1,6 +1,7 @@
 """Profiles, array libraries and compiled code that all tests share."""
 
 import os
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ settings.register_profile(
 settings.register_profile(
     "explore", deadline=None, max_examples=500, suppress_health_check=_SUITES
 )
+# rates that a developer has calibrated would change which method runs
+os.environ["FASTATTN_CACHE"] = tempfile.mkdtemp(prefix="fastattn-tests-")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
