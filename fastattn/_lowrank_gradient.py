@@ -39,6 +39,8 @@ _PASSES = 3.5
 # error of the answer over that of its derivatives, in standard deviations of a logit:
 # 1/sqrt(g + 1) for Hermite polynomials up to degree g of normal logits, here g = 2
 _LOST = 3.0**-0.5
+# the share of what that allows which is aimed at: pilots show the answer's error only
+_AIM = 0.7
 # derivatives by query, key and value
 Slopes = tuple[Array, Array, Array]
 
@@ -143,7 +145,7 @@ def worth_a_try(head: Head, tol: float, rng: np.random.Generator) -> list[LowRan
     try:
         sample = Sample.of(head, rng)
         deviation = math.sqrt(float(Frame.of(sample).spread.sum()))
-        wanted = tol * min(1.0, SLACK * _LOST * deviation)
+        wanted = _AIM * tol * min(1.0, SLACK * _LOST * deviation)
         found = predict(head, sample, wanted, rng, cost, limit)
         structures = [x.empty for x in found if x.accepted and x.empty is not None]
         if structures:

@@ -17,12 +17,12 @@ from fastattn._landmarks import Pivots
 from fastattn._lowrank import PIVOT_KEYS, LowRank
 from fastattn._problem import Head
 from fastattn._sampling import MARGIN, ROWS
-from sketching._lib.arrays import Array
+from sketching._lib.arrays import Array, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
 # what is aimed at, as a share of the tolerance, before anything is known and at most
 _CAUTION = 0.75
-_BOLD = 0.95
+_BOLD = 0.93
 # standard errors that a pilot may be off by
 _DOUBT = 1.5
 # logits of a larger variance, over the whole head, are not worth a pilot
@@ -39,6 +39,8 @@ _LANDMARKS = 64
 _RANK = 128
 _PILOT_QUERIES = 128
 _PILOT_KEYS = 2048
+# rows over all keys that show how large answers are
+_DRIFT_ROWS = 64
 # a share of the trace that is no more than rounding
 _NOTHING = 1e-7
 # heads with no more keys get half of everything, since planning must stay cheap
@@ -148,13 +150,13 @@ class _Search:
         cost: Callable[[int, int], float],
         limit: float,
     ) -> None:
-        self.sample, self.tol, self.rng = sample, tol, rng
+        self.head, self.sample, self.tol, self.rng = head, sample, tol, rng
         self.cost, self.limit = cost, limit
         self.frame = Frame.of(sample)
         n, m, _, _ = head.sizes
         self.small = m <= _SMALL
         self.keys = _PILOT_KEYS // 2 if self.small else _PILOT_KEYS
-        self.truth: dict[bool, Array] = {}
+        self.truth: dict[bool, tuple[Array, float]] = {}
         self.aim = _CAUTION * tol
         self.largest_rank = min(max(n * m // _LOGITS, _RANK), _LARGEST_RANK)
 
@@ -275,8 +277,10 @@ class _Search:
         key, value = self.sample.key[some], self.sample.value[some]
         if thorough not in self.truth:
             truth, _ = Head(query, key, value, self.sample.scale).attend()
-            self.truth[thorough] = truth
-        truth = self.truth[thorough]
+            size = float(np.linalg.norm(truth.astype(np.float64)))
+            size *= self._drift(truth) if thorough else 1.0
+            self.truth[thorough] = truth, size
+        truth, size = self.truth[thorough]
         try:
             answer, _, good = empty.insert(key, value).query(query)
         except RefusalError:
@@ -284,10 +288,21 @@ class _Search:
         if not good.any():
             return math.inf
         squares = np.sum((answer - truth)[good].astype(np.float64) ** 2, axis=1)
-        size = float(np.linalg.norm(truth.astype(np.float64)))
         if thorough:
             self._set_aim(squares)
         return math.sqrt(float(squares.sum())) / size if size else 0.0
+
+    def _drift(self, part: Array) -> float:
+        """How much larger answers over all keys are, next to what varies in them.
+
+        The errors follow what varies. Where the rows share one mean, its size over few
+        keys says little about its size over all.
+        """
+        head, few = self.head, self.sample.held[:_DRIFT_ROWS]
+        move = {"dtype": head.query.dtype, "device": device_of(head.query)}
+        whole, _ = replace(head, query=head.xp.asarray(few, **move)).attend()
+        varies, varied = _varying(to_host(whole)), _varying(part[:_DRIFT_ROWS])
+        return varied / varies if varies > 0 and varied > 0 else 1.0
 
     def _set_aim(self, squares: Array) -> None:
         """Leave what the certificate will add for its sampling, and a pilot's doubt."""
@@ -322,6 +337,13 @@ class _Search:
         return Prediction(
             rank, landmarks, error, self.cost(rank, landmarks), reason, empty
         )
+
+
+def _varying(answer: Array) -> float:
+    """The share of rows that their mean does not explain."""
+    answer = answer.astype(np.float64)
+    size = float(np.linalg.norm(answer))
+    return float(np.linalg.norm(answer - answer.mean(axis=0))) / size if size else 0.0
 
 
 def _grow(pivots: Pivots, target: float, most: int) -> bool:
