@@ -37,7 +37,7 @@ _SECOND_MARGIN = 4.65
 # below this tolerance float32 rows are no longer a truth to compare with
 _FLOAT64_BELOW = 1e-4
 # rows that confirm what exact attention rounded
-_EXACT_ROWS = 16
+_EXACT_ROWS = 8
 # keys that the spread of a row's logits is judged from
 _KEYS = 2048
 _BLOCK = 2048

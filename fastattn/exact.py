@@ -94,7 +94,7 @@ class Exact:
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
         size = scaled_frobenius(value)
-        error = _relative_bound(head, *size)
+        error = _relative_bound(head, *size, tol)
         if error <= tol:
             return HeadAnswer(
                 value,
@@ -147,44 +147,53 @@ class Exact:
         )
 
 
-def _relative_bound(head: Head, peak: float, norm: float) -> float:
-    """Rounding bound of the head over the norm of its answer, in units of ``peak``."""
+def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
+    """Rounding bound of the head over the norm of its answer, in units of ``peak``.
+
+    Infinite where it is sure to exceed ``tol``.
+    """
     n, m, _, p = head.sizes
     if m == 0:
         return 0.0
     if not math.isfinite(peak):
         return math.inf
-    bound = rounding_bound(head, head.dtype)
-    return relative(bound / peak * math.sqrt(n * p), norm) if peak else bound
+    if peak == 0:
+        return rounding_bound(head, head.dtype)
+    root = math.sqrt(n * p)
+    bound = rounding_bound(head, head.dtype, tol / (1 + tol) * norm * peak / root)
+    return relative(bound / peak * root, norm)
 
 
-def rounding_bound(head: Head, dtype: Any) -> float:
+def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     r"""Bound ``max |computed - exact|`` of streaming attention in ``dtype``.
 
     A logit is off by at most :math:`(\gamma_{d+2} + 4u) L` with
     :math:`L = s \max\|q\| \max\|k\|`, an exp by 8u, and every rescaling of the running
     sums by another 8u: a relative error of the weights. The weighted sums add
     :math:`\gamma` of the number of terms, relative to the largest value. What
-    underflows adds the smallest number, what could overflow makes the bound infinite.
+    underflows adds the smallest number, what could overflow makes the bound infinite,
+    and so do sums that alone exceed ``most``.
     """
     xp, (_, m, d, _) = head.xp, head.sizes
     if m == 0:
         return 0.0
     u, tiny = unit_roundoff(xp, dtype), smallest_number(xp, dtype)
     extent = value_range(head)
+    least, longest = _KEYS_A_BLOCK
+    blocks = -(-m // least) if head.has_fast_body else 1
+    terms = min(m, longest) + 2 * blocks if head.has_fast_body else m
+    sums = 2 * gamma(terms + 2, u) + 2 * u
+    if sums * extent.peak > most:
+        return math.inf
     query_norm = abs(head.scale) * largest_row(head.query)
     key_norm = largest_row(head.key)
     reach = query_norm * key_norm
     if max(reach, query_norm, m * extent.peak) > largest_number(xp, dtype) / 4:
         return math.inf
-    least, most = _KEYS_A_BLOCK
-    blocks = -(-m // least) if head.has_fast_body else 1
-    terms = min(m, most) + 2 * blocks if head.has_fast_body else m
     # the query is scaled, the product summed, the peak subtracted
     exponent = (gamma(d + 2, u) + 4 * u) * reach + EXP * (blocks + 1) * u
     exponent += d * tiny * (1 + key_norm)
     weights = math.expm1(exponent) if exponent < 1 else math.inf
-    sums = 2 * gamma(terms + 2, u) + 2 * u
     own = head.query.dtype
     out = unit_roundoff(xp, own) * extent.peak + smallest_number(xp, own)
     return deviation(weights, extent.half) + sums * extent.peak + 2 * m * tiny + out
