@@ -24,7 +24,7 @@ from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
 # keys that the fast body sums before it adds to the running sums: least and most
-_KEYS_A_BLOCK = (256, 1024)
+_KEYS_A_BLOCK = (320, 1024)
 
 
 @dataclass(frozen=True, slots=True)

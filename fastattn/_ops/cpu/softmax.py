@@ -6,9 +6,9 @@ from numba import njit
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
-# a block of logits, 1024 x 256 float32, is what a core's second-level cache holds
+# a block of logits, 1024 x 320 float32, is what a core's second-level cache holds
 ROWS = 1024
-KEYS = 256
+KEYS = 320
 # fewer rows take longer blocks of keys, up to this
 LONGEST = 1024
 
