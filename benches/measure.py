@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastattn._rates import processor
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -93,37 +95,18 @@ def exact_rows(query, key, value, rows, *, scale):
     return weights @ value.astype(np.float64) / weights.sum(axis=1, keepdims=True)
 
 
-def relative_error(answer, query, key, value, *, scale, block=512):
-    """Relative Frobenius error of a whole head, in float64."""
-    wrong = total = 0.0
-    for start in range(0, len(query), block):
-        rows = slice(start, start + block)
-        truth = exact_rows(query, key, value, rows, scale=scale)
-        wrong += float(np.sum((answer[rows] - truth) ** 2))
-        total += float(np.sum(truth**2))
-    return (wrong / total) ** 0.5
-
-
 def environment() -> dict:
     """Versions, processor and threads."""
     import numba
     from threadpoolctl import threadpool_info
 
     torch = torch_or_none()
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in _processor_lines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "numba": numba.__version__,
         "torch": None if torch is None else torch.__version__,
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "blas": [
             {key: pool[key] for key in ("internal_api", "version", "num_threads")}
@@ -132,14 +115,6 @@ def environment() -> dict:
         ],
         "commit": _commit(),
     }
-
-
-def _processor_lines() -> list[str]:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
 
 
 def _commit() -> str | None:

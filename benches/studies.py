@@ -7,13 +7,13 @@ import sys
 import numpy as np
 
 import fastattn
-from benches.cases import CASES, heads_of, packaged_heads
+from benches.cases import CASES
+from benches.heads import real_heads
 from benches.measure import (
     exact_rows,
     exponent,
     faster,
     peak_memory,
-    relative_error,
     sdpa,
 )
 from benches.peers import peers
@@ -170,24 +170,22 @@ def growth(*, quick, data):
 def real(*, quick, data):
     """Every real head at three tolerances: realised error, method, times faster."""
     rows = []
-    heads = list(packaged_heads())
-    for path in data:
-        heads += heads_of(path)
-    for name, query, key, value, scale in heads:
-        arrays = (query, key, value)
+    for head in real_heads(data):
         for tol in (1e-1, 3e-2, 1e-2):
 
-            def call(arrays=arrays, scale=scale, tol=tol):
-                return fastattn.approximate(*arrays, scale=scale, tol=tol, rng=0)
+            def call(head=head, tol=tol):
+                return fastattn.approximate(
+                    *head.arrays, scale=head.scale, tol=tol, rng=0
+                )
 
             answer = call()
-            error = relative_error(answer.value, *arrays, scale=scale)
-            pairs = 1 if quick or len(query) > 8192 else 3
-            ratio = faster(call, sdpa(*arrays, scale=scale), pairs=pairs)
+            error = head.error(answer.value)
+            pairs = 1 if quick or len(head) > 8192 else 3
+            ratio = faster(call, sdpa(*head.arrays, scale=head.scale), pairs=pairs)
             rows.append(
                 {
-                    "head": name,
-                    "n": len(query),
+                    "head": head.name,
+                    "n": len(head),
                     "tol": tol,
                     "realised": error,
                     "certified": answer.certificate.error,

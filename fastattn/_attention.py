@@ -150,7 +150,7 @@ def approximate(
     (True, 'relative-frobenius')
     """
     problem = Batch.of(query, key, value, scale, is_causal, key_mask)
-    tol, method, generator = _check_options(tol, method, guarantee, rng)
+    tol, method, generator = check_options(tol, method, guarantee, rng)
 
     def solve(head: Head, child: np.random.Generator) -> HeadAnswer:
         return _solver(method, head).solve(head, tol, guarantee, child)
@@ -200,7 +200,7 @@ def explain(
     True
     """
     problem = Batch.of(query, key, value, scale, is_causal, key_mask)
-    tol, method, generator = _check_options(tol, method, guarantee, rng)
+    tol, method, generator = check_options(tol, method, guarantee, rng)
 
     def consider(head: Head, child: np.random.Generator) -> tuple[Candidate, ...]:
         return tuple(_solver(method, head).candidates(head, tol, guarantee, child))
@@ -247,7 +247,7 @@ def _solver(method: Method, head: Head) -> Method:
     return method if head.sizes[1] else Exact()
 
 
-def _check_options(
+def check_options(
     tol: Any, method: Any, guarantee: Any, rng: RandomSource
 ) -> tuple[float, Method, np.random.Generator]:
     """Check what is common to all calls."""

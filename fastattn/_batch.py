@@ -73,16 +73,14 @@ class Batch:
         """Return one head, in C order; nothing is copied but masked keys."""
         xp = array_namespace(self.query)
         place = tuple(int(i) for i in np.unravel_index(number, self.lead))
-        query, key, value = (
-            _pick(x, place, 2) for x in (self.query, self.key, self.value)
-        )
+        query, key, value = (pick(x, place) for x in (self.query, self.key, self.value))
         visible = None
         n, m = query.shape[0], key.shape[0]
         if self.is_causal:
             count = xp.arange(1, n + 1, device=device_of(query))
             visible = xp.where(count < m, count, xp.full_like(count, m))
         if self.key_mask is not None:
-            mask = _pick(self.key_mask, place, 1)
+            mask = pick(self.key_mask, place, 1)
             if visible is not None:
                 seen = xp.cumulative_sum(xp.astype(mask, xp.int64))
                 visible = xp.take(seen, visible - 1)
@@ -122,14 +120,16 @@ class Batch:
         )
 
 
-def _pick(x: Array, place: tuple[int, ...], trailing: int) -> Array:
+def own_place(x: Array, place: tuple[int, ...], trailing: int = 2) -> tuple[int, ...]:
+    """Where the head at ``place`` is in an array whose leading dimensions broadcast."""
+    lead = x.shape[: x.ndim - trailing]
+    place = place[len(place) - len(lead) :]
+    return tuple(i if size > 1 else 0 for i, size in zip(place, lead, strict=True))
+
+
+def pick(x: Array, place: tuple[int, ...], trailing: int = 2) -> Array:
     """Take the head at ``place`` of an array whose leading dimensions broadcast."""
-    own = x.ndim - trailing
-    index = place[len(place) - own :]
-    return x[
-        tuple(i if size > 1 else 0 for i, size in zip(index, x.shape, strict=False))
-        + (slice(None),) * trailing
-    ]
+    return x[own_place(x, place, trailing) + (slice(None),) * trailing]
 
 
 def _check_unmasked(name: str, x: Array) -> None:

@@ -140,8 +140,10 @@ class LowRank:
 
     def insert(self, key: Array, value: Array) -> "LowRank":
         """Add keys and their values; returns the new structure."""
-        if key.shape[0] == 0:
-            return self
+        return self.filled(key, value)[0] if key.shape[0] else self
+
+    def filled(self, key: Array, value: Array) -> tuple["LowRank", Array]:
+        """Add keys, at least one, as ``insert`` does; also says which are far."""
         frame = self.basis.frame
         move = mover(key, _dtype_of(key))
         sums, bounds, far = key_sums(
@@ -164,7 +166,7 @@ class LowRank:
             far_key=host_rows(key, rows) - frame.center,
             far_value=host_rows(value, rows) - self.middle,
         )
-        return self.merge(part)
+        return self.merge(part), far
 
     def merge(self, other: "LowRank") -> "LowRank":
         """Add the keys of another structure; returns the new structure.

@@ -16,9 +16,8 @@ from fastattn._costs import lowrank_work
 from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
 from fastattn._ops.gradient import attend_vjp
-from fastattn._ops.lowrank import key_sums
 from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
-from fastattn._problem import Head, host_rows
+from fastattn._problem import Head
 from fastattn._rates import rates
 from fastattn._recipes import run_mended
 from fastattn._sampling import MARGIN, ROWS, hardest_rows
@@ -111,7 +110,7 @@ def lowrank_slopes(
         If the low rank fails in too many rows, or sums overflow.
     """
     xp, (n, m, _, _) = head.xp, head.sizes
-    structure, far = _filled(empty, head)
+    structure, far = empty.filled(head.key, head.value)
     attempt = lowrank_attempt(head, empty, math.nan, "derivative")
     attempt = replace(attempt, run=lambda some: structure.query(some.query))
     value, normalizer, settled = run_mended(head, attempt, hardest_rows(head, rng))
@@ -179,33 +178,6 @@ def spread(part: Array, rows: Array, n: int) -> Array:
     zero = xp.zeros((1, width), dtype=part.dtype, device=device)
     take = xp.asarray(source, device=device)
     return xp.take(xp.concat([part, zero]), take, axis=0)
-
-
-def _filled(empty: LowRank, head: Head) -> tuple[LowRank, Array]:
-    """Insert the keys of a head; also says which of them are far."""
-    frame = empty.basis.frame
-    move = mover(head.key, head.dtype)
-    sums, bounds, far = key_sums(
-        head.key,
-        head.value,
-        move(frame.center),
-        move(frame.to_key),
-        move(empty.basis.landmarks),
-        move(empty.middle),
-        offset=frame.offset,
-        longest=frame.longest,
-        **empty.basis.hermite.recipe,
-    )
-    rows = np.flatnonzero(to_host(far))
-    part = replace(
-        empty,
-        count=head.sizes[1] - len(rows),
-        sums=to_host(sums),
-        bounds=to_host(bounds).astype(np.float64),
-        far_key=host_rows(head.key, rows) - frame.center,
-        far_value=host_rows(head.value, rows) - empty.middle,
-    )
-    return empty.merge(part), far
 
 
 def _near(state: _Backward, structure: LowRank, far: Array) -> Slopes:

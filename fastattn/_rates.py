@@ -204,10 +204,11 @@ def _fitting() -> dict[str, Any]:
     """What a file must agree with to be of use here."""
     # an import of the package by its own part would be a circle
     version = sys.modules[__package__].__version__
-    return {"format": _FORMAT, "fastattn": version, "processor": _processor()}
+    return {"format": _FORMAT, "fastattn": version, "processor": processor()}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(":")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._moments import Moments
-from fastattn._problem import Head, HeadAnswer, Plan, host_rows
+from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._sampling import FAILURE, certify_rows, hardest_rows
 from fastattn.expansions import (
     LARGEST_DEGREE,
@@ -131,6 +131,14 @@ def run_mended(head: Head, attempt: Attempt, hard: Array) -> tuple[Array, Array,
     if len(settled):
         value, normalizer = _mend(head, value, normalizer, settled)
     return *head.finish(value, normalizer), settled
+
+
+def candidate_of(method: Any, plan: Callable[[], Plan]) -> Candidate:
+    """Say what a method plans to run, or why it would be refused."""
+    try:
+        return Candidate(plan(), accepted=True)
+    except RefusalError as error:
+        return Candidate(Plan(method, math.nan, math.nan, str(error)), accepted=False)
 
 
 def certified(

@@ -4,14 +4,13 @@ Exact ones are computed in blocks, with nothing of size n x m. Where attention i
 near-linear by a low rank, its derivative is too.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fastattn._attention import GUARANTEES, attention
-from fastattn._batch import Batch
-from fastattn._frame import Sample
-from fastattn._lowrank import LowRank
+from fastattn._attention import attention, check_options
+from fastattn._batch import Batch, own_place, pick
 from fastattn._lowrank_gradient import (
     SLACK,
     Slopes,
@@ -28,10 +27,8 @@ from sketching._lib.arrays import Array, array_namespace, plain, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.random import RandomSource, as_generator
 from sketching._lib.validation import (
-    check_choice,
     check_finite,
     check_float_array,
-    check_number,
 )
 
 
@@ -122,10 +119,9 @@ def attention_vjp(
     """
     batch = Batch.of(query, key, value, scale, is_causal, key_mask)
     grad_output = _check_grad(batch, grad_output)
-    tol = check_number("tol", tol, above=0)
-    check_choice("guarantee", guarantee, GUARANTEES)
+    tol, method, generator = check_options(tol, method, guarantee, rng)
     _check_method(method, guarantee)
-    children = as_generator(rng).spawn(batch.count)
+    children = generator.spawn(batch.count)
     total: list[dict[tuple[int, ...], Array]] = [{}, {}, {}]
     inputs = batch.query, batch.key, batch.value
     for place, head, child in zip(
@@ -135,7 +131,7 @@ def attention_vjp(
         slopes = _slopes(head, grad, tol, method, guarantee, child)
         slopes = _unmasked(batch, place, slopes)
         for sums, x, slope in zip(total, inputs, slopes, strict=True):
-            own = _own_place(x, place)
+            own = own_place(x, place)
             sums[own] = sums[own] + slope if own in sums else slope
     names = "query", "key", "value"
     first, second, third = (
@@ -251,13 +247,8 @@ def _check_grad(batch: Batch, grad: Array) -> Array:
 
 def _check_method(method: Any, guarantee: str) -> None:
     """Raise unless the method has a derivative, under this guarantee."""
-    if method is None or isinstance(method, Auto | Exact):
+    if isinstance(method, Auto | Exact):
         return
-    if isinstance(method, type) or not hasattr(method, "solve"):
-        raise TypeError(
-            "method: expected a method object such as Auto(), Exact() or "
-            f"Polynomial(), got {method!r}"
-        )
     if not isinstance(method, Polynomial):
         raise RefusalError(f"{method} has no derivative: use Auto() or Exact()")
     if method.basis != "hermite" and not method.landmarks:
@@ -273,19 +264,16 @@ def _slopes(
     head: Head,
     grad: Array,
     tol: float,
-    method: Method | None,
+    method: Method,
     guarantee: str,
     rng: np.random.Generator,
 ) -> Slopes:
     """Differentiate one head by the method, by a low rank that pays, or exactly."""
     if isinstance(method, Polynomial) and head.sizes[1]:
-        chosen = method.attempt(head, tol, guarantee, rng).plan.method
-        sample = Sample.of(head, rng)
-        empty = LowRank.plan(
-            sample, rank=chosen.rank, landmarks=chosen.landmarks, rng=rng
-        )
+        empty = method.structure(head, rng)
         slopes, error = lowrank_slopes(head, grad, empty, rng)
         if not error <= SLACK * tol:
+            chosen = replace(method, rank=empty.rank, landmarks=empty.landmarks)
             raise RefusalError(
                 f"derivatives of {chosen} miss 3 * tol with tol={tol:g}: {error:.2e} "
                 "on sampled rows; raise tol or rank, or use Auto()"
@@ -335,17 +323,9 @@ def _unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:
     """Give masked keys, which the head was not told of, derivatives of zero."""
     if batch.key_mask is None:
         return slopes
-    xp, m = array_namespace(batch.query), batch.key.shape[-2]
-    mask = xp.broadcast_to(batch.key_mask, (*batch.lead, m))[(*place, ...)]
-    kept = np.flatnonzero(to_host(mask))
+    m = batch.key.shape[-2]
+    kept = np.flatnonzero(to_host(pick(batch.key_mask, place, 1)))
     return slopes[0], spread(slopes[1], kept, m), spread(slopes[2], kept, m)
-
-
-def _own_place(x: Array, place: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the head at ``place`` of the batch is in an array that was broadcast."""
-    lead = x.shape[:-2]
-    place = place[len(place) - len(lead) :]
-    return tuple(i if size > 1 else 0 for i, size in zip(place, lead, strict=True))
 
 
 def _assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from fastattn._clusters import Blocks, Clusters
 from fastattn._costs import multipole_work, seconds
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
-from fastattn._recipes import Attempt, certified, sample_rows
+from fastattn._recipes import Attempt, candidate_of, certified, sample_rows
 from fastattn._sampling import ROWS
 from fastattn._thresholds import Counts, Trial, choose
 from fastattn.transforms import balance
@@ -87,10 +87,7 @@ class Multipole:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Say what would run, or why it would be refused."""
-        try:
-            yield Candidate(self.attempt(head, tol, guarantee, rng).plan, True)
-        except RefusalError as error:
-            yield Candidate(Plan(self, math.nan, math.nan, str(error)), False)
+        yield candidate_of(self, lambda: self.attempt(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator

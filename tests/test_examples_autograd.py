@@ -1,22 +1,11 @@
 """The torch example: derivatives that gradcheck accepts, and a loss that falls."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-PATH = Path(__file__).parent.parent / "examples" / "torch_autograd.py"
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("torch_autograd", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXAMPLE = "torch_autograd"
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

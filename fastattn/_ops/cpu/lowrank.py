@@ -187,6 +187,20 @@ def _settle(x, spread, good):
                 x[l, i] = x.dtype.type(0)
 
 
+@njit(nogil=True, error_model="numpy", fastmath=REASSOCIATE, inline="always")
+def add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features):
+    # number j from the one it was made from, and for Hermite that one's own
+    row, source, side = features[j], features[parent[j]], x[coordinate[j]]
+    w = factor[j]
+    if lower[j] == 0:
+        for i in range(row.size):
+            row[i] = source[i] * side[i] * w
+    else:
+        back, v = features[grandparent[j]], lower[j]
+        for i in range(row.size):
+            row[i] = source[i] * side[i] * w - v * back[i]
+
+
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _query_features(
     x, half, shares, parent, grandparent, coordinate, factor, lower, clamp,
@@ -197,15 +211,8 @@ def _query_features(
         features[0, i] = x.dtype.type(1)
         total[i] = shares[0]
     for j in range(1, r):
-        row, source, side = features[j], features[parent[j]], x[coordinate[j]]
-        w, share = factor[j], shares[j]
-        if lower[j] == 0:
-            for i in range(n):
-                row[i] = source[i] * side[i] * w
-        else:
-            back, v = features[grandparent[j]], lower[j]
-            for i in range(n):
-                row[i] = source[i] * side[i] * w - v * back[i]
+        add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features)
+        row, share = features[j], shares[j]
         for i in range(n):
             total[i] += share * row[i]
     for j in range(r, features.shape[0]):

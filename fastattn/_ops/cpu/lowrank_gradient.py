@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import span_of
+from fastattn._ops.cpu.lowrank import add_polynomial
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -151,17 +152,8 @@ def _at_landmarks(half, clamp, features):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _polynomials(x, parent, grandparent, coordinate, factor, lower, features):
-    n = features.shape[1]
     for j in range(1, parent.size):
-        row, source, side = features[j], features[parent[j]], x[coordinate[j]]
-        w = factor[j]
-        if lower[j] == 0:
-            for i in range(n):
-                row[i] = source[i] * side[i] * w
-        else:
-            back, v = features[grandparent[j]], lower[j]
-            for i in range(n):
-                row[i] = source[i] * side[i] * w - v * back[i]
+        add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
