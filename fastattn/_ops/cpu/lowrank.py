@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
+from fastattn._ops.cpu.recurrence import add_polynomial
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -185,20 +186,6 @@ def _settle(x, spread, good):
         if not good[i]:
             for l in range(spread.size):
                 x[l, i] = x.dtype.type(0)
-
-
-@njit(nogil=True, error_model="numpy", fastmath=REASSOCIATE, inline="always")
-def add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features):
-    # number j from the one it was made from, and for Hermite that one's own
-    row, source, side = features[j], features[parent[j]], x[coordinate[j]]
-    w = factor[j]
-    if lower[j] == 0:
-        for i in range(row.size):
-            row[i] = source[i] * side[i] * w
-    else:
-        back, v = features[grandparent[j]], lower[j]
-        for i in range(row.size):
-            row[i] = source[i] * side[i] * w - v * back[i]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

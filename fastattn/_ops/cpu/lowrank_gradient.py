@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import span_of
-from fastattn._ops.cpu.lowrank import add_polynomial
+from fastattn._ops.cpu.recurrence import add_polynomial
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
