@@ -8,6 +8,7 @@ import numpy as np
 
 import fastattn
 from benches.cases import CASES
+from benches.gradients import gradients
 from benches.heads import real_heads
 from benches.measure import (
     exact_rows,
@@ -229,6 +230,7 @@ STUDIES = {
     "proven": proven,
     "growth": growth,
     "real": real,
+    "gradients": gradients,
     "imports": imports,
     "peers": peers,
     "seeds": seeds,
