@@ -43,6 +43,11 @@ class Head:
         return float(np.linalg.norm(difference) / np.linalg.norm(self.truth))
 
 
+def file_heads(data) -> Iterator[Head]:
+    """Yield the heads of files."""
+    return (Head(*head) for path in data for head in heads_of(path))
+
+
 def real_heads(data, *, each=None, least=0) -> Iterator[Head]:
     """Yield the packaged heads and those of files: ``each`` of one file at most."""
     every = [packaged_heads(), *(heads_of(path) for path in data)]

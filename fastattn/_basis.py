@@ -168,6 +168,24 @@ class Basis:
         solution /= self._size[:, None]
         return np.concatenate([head - self._mixed.T @ solution, solution])
 
+    def first(self, count: int) -> "Basis":
+        """Keep the first functions only: the polynomials come before the landmarks."""
+        rank = min(count, len(self.hermite))
+        marks = max(count - len(self.hermite), 0)
+        # the Cholesky factor of a leading block is the leading block of the factor
+        kept = {
+            "frame": self.frame,
+            "hermite": self.hermite.prefix(rank),
+            "landmarks": self.landmarks[:marks],
+            "_mixed": self._mixed[:marks, :rank],
+            "_size": self._size[:marks],
+            "_factor": self._factor[:marks, :marks],
+        }
+        basis = object.__new__(Basis)
+        for name, part in kept.items():
+            object.__setattr__(basis, name, part)
+        return basis
+
     def equals(self, other: "Basis") -> bool:
         """Whether sums over this basis and the other may be added."""
         if self is other:

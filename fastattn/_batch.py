@@ -37,9 +37,9 @@ class Batch:
         xp = array_namespace(query, key, value)
         query, key, value = plain(query), plain(key), plain(value)
         for name, x in (("query", query), ("key", key), ("value", value)):
-            _check_unmasked(name, x)
+            check_unmasked(name, x)
             check_float_array(name, x, least_ndim=2)
-        _check_shapes(query, key, value)
+        check_shapes(query, key, value)
         if not isinstance(is_causal, (bool, np.bool_)):
             raise TypeError(
                 f"is_causal: expected True or False, got {type(is_causal).__name__}"
@@ -48,7 +48,7 @@ class Batch:
         factor = d**-0.5 if scale is None else check_number("scale", scale)
         shapes = [x.shape[:-2] for x in (query, key, value)]
         if key_mask is not None:
-            _check_mask(xp, key_mask, key, query)
+            check_mask(xp, key_mask, key, query)
             shapes.append(key_mask.shape[:-1])
         try:
             lead = np.broadcast_shapes(*shapes)
@@ -132,7 +132,7 @@ def pick(x: Array, place: tuple[int, ...], trailing: int = 2) -> Array:
     return x[own_place(x, place, trailing) + (slice(None),) * trailing]
 
 
-def _check_unmasked(name: str, x: Array) -> None:
+def check_unmasked(name: str, x: Array) -> None:
     """Raise ``TypeError`` for NumPy's masked arrays, whose mask would be lost."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
@@ -141,7 +141,7 @@ def _check_unmasked(name: str, x: Array) -> None:
         )
 
 
-def _check_shapes(query: Array, key: Array, value: Array) -> None:
+def check_shapes(query: Array, key: Array, value: Array) -> None:
     """Raise ``ValueError`` where the last two dimensions do not fit together."""
     dtypes = {str(x.dtype) for x in (query, key, value)}
     if len(dtypes) > 1:
@@ -153,19 +153,24 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
         raise ValueError(
             f"query has {query.shape[-1]} columns and key has {key.shape[-1]}"
         )
+    check_rows(key, value)
+
+
+def check_rows(key: Array, value: Array) -> None:
+    """Raise ``ValueError`` unless there is a value for each key."""
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"key has {key.shape[-2]} rows and value has {value.shape[-2]}"
         )
 
 
-def _check_mask(xp: Any, key_mask: Array, key: Array, query: Array) -> None:
+def check_mask(xp: Any, key_mask: Array, key: Array, query: Array) -> None:
     """Raise unless the mask is boolean, of the inputs' library, one entry a key."""
     try:
         array_namespace(key_mask, query)
     except TypeError as error:
         raise TypeError(f"key_mask: {error}") from error
-    _check_unmasked("key_mask", key_mask)
+    check_unmasked("key_mask", key_mask)
     if key_mask.dtype != xp.bool:
         raise TypeError(
             f"key_mask: expected a boolean array (True keeps a key), got "

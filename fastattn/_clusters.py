@@ -25,9 +25,10 @@ from sketching._lib.certificate import RefusalError
 
 # rows of a block that stand for it where the weights of clusters are estimated
 _PROBES = 64
-# rows are not good where the estimated square of their error is so many times the mean,
-# but no more than this share of them
-_OUTLYING = 8.0
+# rows are not good where the estimated square of their error is so many times the mean
+# over the share of the keys that the others take, which is the share of near ones and a
+# little more; but no more than this share of the rows
+_OUTLYING, _MORE = 2.0, 0.05
 _DOUBTED = 0.018
 # rounds of k-means over the queries: distances from the mean of a block make the error
 _ROUNDS = 2
@@ -179,7 +180,7 @@ class Clusters:
 
     def query(
         self, query: Array, threshold: float, blocks: Blocks
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Array, Array, Array]:
         """Answer queries.
 
         Returns
@@ -190,25 +191,34 @@ class Clusters:
         good : boolean array, shape (n,)
             The other rows are to be computed exactly: their sums are not finite, or
             their errors are estimated to be the largest by far.
+        doubt : array, shape (n,)
+            How the squares of the rows' errors are estimated to compare.
         """
         xp = array_namespace(query)
-        value, logarithm, error, _ = self.answer(blocks, threshold)
-        good = xp.logical_and(xp.isfinite(logarithm), error <= doubtful(error))
+        value, logarithm, error, counts = self.answer(blocks, threshold)
+        near = float(np.average(counts[:, 0], weights=np.diff(blocks.cuts)))
+        limit = doubtful(error, near / self.key.shape[0])
+        good = xp.logical_and(xp.isfinite(logarithm), error <= limit)
         back = xp.argsort(blocks.order)
-        value, logarithm, good = (
-            xp.take(x, back, axis=0) for x in (value, logarithm, good)
+        value, logarithm, good, error = (
+            xp.take(x, back, axis=0) for x in (value, logarithm, good, error)
         )
         query = xp.astype(query, self.key.dtype, copy=False)
-        return value, logarithm + xp.matmul(query, self.offset), good
+        return value, logarithm + xp.matmul(query, self.offset), good, error
 
 
-def doubtful(error: Array) -> float:
-    """Return the estimate beyond which rows are not good."""
+def doubtful(error: Array, near: float) -> float:
+    """Return the estimate beyond which rows are not good.
+
+    Where ``near``, the share of the keys that are near, is small, the others are cheap
+    and a row must hold much of the error before it is worth being computed exactly.
+    """
     xp, n = array_namespace(error), error.shape[0]
     # a sum of estimates that are not finite leaves none to compare with
     mean = float(xp.mean(error))
     most = float(xp.sort(error)[n - 1 - int(_DOUBTED * n)])
-    return max(most, _OUTLYING * mean) if math.isfinite(mean) else most
+    large = _OUTLYING / (near + _MORE) * mean
+    return max(most, large) if math.isfinite(mean) else most
 
 
 def _by_group(

@@ -8,9 +8,9 @@ from fastattn._rates import rates, seconds_a_product
 from sketching._lib.threads import single_threaded_blas
 
 
-def exact_work(n: int, m: int, d: int, p: int) -> float:
-    """Work of exact attention."""
-    return n * m * (d + p + rates().softmax)
+def exact_work(n: int, m: int, d: int, p: int, *, logits: int | None = None) -> float:
+    """Work of exact attention, over so many logits where rows see some keys only."""
+    return (n * m if logits is None else logits) * (d + p + rates().softmax)
 
 
 def polynomial_work(n: int, m: int, d: int, p: int, rank: int) -> float:

@@ -19,7 +19,7 @@ from sketching._lib.certificate import RefusalError
 # rows of a sample
 _QUERIES = 896
 _HELD = (256, 512)
-_HELD_OF = 64
+_HELD_OF = 16
 _FEWEST_KEYS = 2048
 _MOST_KEYS = 8192
 # keys from which the denominators of the sampled queries are judged

@@ -7,6 +7,7 @@ that span it; one step of weighted k-means over more keys then moves them.
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _BLOCK = 1024
 
 
 class Pivots:
-    """A pivoted Cholesky factorization of the residual kernel that can be continued.
+    """Pivoted Cholesky factorizations of the residual kernel that can be continued.
 
     Parameters
     ----------
@@ -37,14 +38,69 @@ class Pivots:
         The polynomials.
     rng : Generator
         Draws the pivots, with chances in proportion to the root of what is left.
+    parts : int, optional
+        The keys are cut into so many, each of which is factorized by itself: as many
+        pivots then take so many times less work.
     """
 
     def __init__(
-        self, y: Array, log_weight: Array, hermite: Hermite, rng: np.random.Generator
+        self,
+        y: Array,
+        log_weight: Array,
+        hermite: Hermite,
+        rng: np.random.Generator,
+        parts: int = 1,
     ) -> None:
-        self.y = y.astype(np.float32, copy=False)
+        y = y.astype(np.float32, copy=False)
+        weight = relative_weights(log_weight)
+        cuts = [len(y) * i // parts for i in range(parts + 1)]
+        self._parts = [
+            _Factorization(y[lo:hi], weight[lo:hi], hermite, rng)
+            for lo, hi in pairwise(cuts)
+        ]
+        self.landmarks = y[:0]
+
+    def __len__(self) -> int:
+        return len(self.landmarks)
+
+    @property
+    def left(self) -> float:
+        """Square root of the share of the other keys' trace that is not explained."""
+        left, others = np.sum([part.traces for part in self._parts], axis=0)
+        return math.sqrt(left / others) if others > 0 else 0.0
+
+    @property
+    def most(self) -> int:
+        """Number of keys that may become pivots."""
+        return sum(part.open for part in self._parts)
+
+    def grow(self, count: int) -> bool:
+        """Add one batch of pivots, up to ``count`` in all; say if there may be more."""
+        before = len(self)
+        wanted = min(_BATCH, count - before)
+        for i, part in enumerate(self._parts):
+            share = wanted * (i + 1) // len(self._parts)
+            share -= wanted * i // len(self._parts)
+            fresh = part.grow(share, count)
+            self.landmarks = np.concatenate([self.landmarks, fresh])
+        return len(self) > before
+
+    def fill(self, count: int) -> bool:
+        """Add pivots up to ``count`` in all; say if there are more than before."""
+        before = len(self)
+        while self.grow(count):
+            pass
+        return len(self) > before
+
+
+class _Factorization:
+    """One pivoted Cholesky factorization, of keys of the given weights."""
+
+    def __init__(
+        self, y: Array, weight: Array, hermite: Hermite, rng: np.random.Generator
+    ) -> None:
+        self.y, self._weight = y, weight
         self._rng = rng
-        self._weight = relative_weights(log_weight)
         self._features = hermite.features(self.y) * self._weight[:, None]
         square = np.sum(self.y.astype(np.float64) ** 2, axis=1)
         whole = np.exp(np.minimum(square, _LARGEST)) * self._weight.astype(float) ** 2
@@ -53,60 +109,38 @@ class Pivots:
         self._floor = _FLOOR * whole
         self._left[self._left < self._floor] = 0
         self._root = np.sqrt(np.maximum(whole, np.finfo(np.float64).tiny))
-        self._open = len(y) - len(y) // _HELD
+        self.open = len(y) - len(y) // _HELD
         self._whole = whole
         self._rows = np.empty((0, len(y)), dtype=np.float32)
         self._picks = np.empty(0, dtype=np.int64)
-        self._trace = [(0, self.left)]
-
-    def __len__(self) -> int:
-        return len(self._picks)
 
     @property
-    def left(self) -> float:
-        """Square root of the share of the other keys' trace that is not explained."""
+    def traces(self) -> tuple[float, float]:
+        """What is not explained, and all, of the trace of the keys but the pivots."""
         others = float(self._whole.sum() - self._whole[self._picks].sum())
-        return math.sqrt(float(self._left.sum()) / others) if others > 0 else 0.0
+        return float(self._left.sum()), others
 
-    @property
-    def most(self) -> int:
-        """Number of keys that may become pivots."""
-        return self._open
-
-    @property
-    def landmarks(self) -> Array:
-        """Coordinates of the pivots: ``(c, t)``."""
-        return self.y[self._picks]
-
-    def size_for(self, left: float) -> int:
-        """Number of the first pivots that leave so much, by what each batch left."""
-        sizes, lefts = np.array(self._trace).T
-        # a batch may leave a little more than the one before on the other keys
-        lefts = np.minimum.accumulate(lefts)
-        return max(1, math.ceil(float(np.interp(-left, -lefts, sizes))))
-
-    def grow(self, count: int) -> bool:
-        """Add one batch of pivots, up to ``count`` in all; say if there may be more."""
+    def grow(self, size: int, room: int) -> Array:
+        """Add so many pivots, or fewer; ``room`` is made for so many in all."""
         # plain chances, as in the literature, would crowd a batch at the extremes
-        chance = np.sqrt(self._left[: self._open])
-        size = min(_BATCH, count - len(self), int(np.count_nonzero(chance)))
+        chance = np.sqrt(self._left[: self.open])
+        size = min(size, int(np.count_nonzero(chance)))
         if size <= 0:
-            return False
+            return self.y[:0]
         chance /= chance.sum()
-        picks = self._rng.choice(self._open, size, replace=False, p=chance)
+        picks = self._rng.choice(self.open, size, replace=False, p=chance)
         rows = self._residual(picks)
         inverse, kept = _independent(rows[:, picks], self._root[picks])
         self._left[picks] = 0
         new = inverse @ rows[kept]
         self._left -= np.einsum("ij,ij->j", new, new)
         self._left[self._left < self._floor] = 0
-        start = len(self)
+        start = len(self._picks)
         if start + len(kept) > len(self._rows):
-            self._reserve(count)
+            self._reserve(max(room, start + len(kept)))
         self._rows[start : start + len(kept)] = new
         self._picks = np.append(self._picks, picks[kept])
-        self._trace.append((len(self), self.left))
-        return True
+        return self.y[picks[kept]]
 
     def _residual(self, picks: Array) -> Array:
         """Rows of the kernel less what the polynomials and earlier pivots explain."""
@@ -116,15 +150,15 @@ class Pivots:
         rows *= self._weight
         rows *= self._weight[picks, None]
         rows -= self._features[picks] @ self._features.T
-        if len(self):
-            have = self._rows[: len(self)]
+        if len(self._picks):
+            have = self._rows[: len(self._picks)]
             rows -= have[:, picks].T @ have
         return rows
 
     def _reserve(self, count: int) -> None:
         """Make room for the rows of ``count`` pivots."""
         rows = np.empty((count, len(self.y)), dtype=np.float32)
-        rows[: len(self)] = self._rows[: len(self)]
+        rows[: len(self._picks)] = self._rows[: len(self._picks)]
         self._rows = rows
 
 

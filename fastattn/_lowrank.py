@@ -81,8 +81,7 @@ class LowRank:
         few = min(PIVOT_KEYS, len(sample.key) // 4)
         few = sample.key[: max(few, 5 * landmarks // 2)]
         pivots = Pivots(*frame.coordinates(few), hermite, rng)
-        while pivots.grow(landmarks):
-            pass
+        pivots.fill(landmarks)
         return LowRank.over(frame, hermite, pivots.landmarks, sample)
 
     @staticmethod
@@ -115,7 +114,7 @@ class LowRank:
             sample.value.mean(axis=0, dtype=np.float64),
             0,
             empty,
-            np.outer([math.inf, -math.inf], np.ones(p)),
+            _no_bounds(p),
             np.zeros((0, d)),
             np.zeros((0, p)),
             empty,
@@ -138,12 +137,36 @@ class LowRank:
         far = (self.far_key, self.far_value)
         return self.basis.nbytes + sum(int(x.nbytes) for x in mine + far)
 
+    def first(self, count: int) -> "LowRank":
+        """Return the same keys over the first functions of the basis only."""
+        basis, sums = self.basis.first(count), self.sums[:count]
+        return replace(self, basis=basis, sums=sums, weights=basis.project(sums))
+
+    def emptied(self) -> "LowRank":
+        """Return the structure without its keys."""
+        p = len(self.middle)
+        nothing = np.zeros_like(self.sums)
+        return replace(
+            self,
+            count=0,
+            sums=nothing,
+            bounds=_no_bounds(p),
+            far_key=self.far_key[:0],
+            far_value=self.far_value[:0],
+            weights=nothing,
+        )
+
     def insert(self, key: Array, value: Array) -> "LowRank":
         """Add keys and their values; returns the new structure."""
         return self.filled(key, value)[0] if key.shape[0] else self
 
     def filled(self, key: Array, value: Array) -> tuple["LowRank", Array]:
         """Add keys, at least one, as ``insert`` does; also says which are far."""
+        part, far = self.part(key, value)
+        return self.merge(part), far
+
+    def part(self, key: Array, value: Array) -> tuple["LowRank", Array]:
+        """Sum over keys, at least one, without projecting; also says which are far."""
         frame = self.basis.frame
         move = mover(key, _dtype_of(key))
         sums, bounds, far = key_sums(
@@ -166,7 +189,7 @@ class LowRank:
             far_key=host_rows(key, rows) - frame.center,
             far_value=host_rows(value, rows) - self.middle,
         )
-        return self.merge(part), far
+        return part, far
 
     def merge(self, other: "LowRank") -> "LowRank":
         """Add the keys of another structure; returns the new structure.
@@ -186,24 +209,30 @@ class LowRank:
             weights = self.basis.project(sums)
         if not np.isfinite(weights).all():
             raise RefusalError("sums over keys overflow: the inputs are too extreme")
-        return LowRank(
-            self.basis,
-            self.middle,
-            self.count + other.count,
-            sums,
-            np.stack(
+        return self.joined(other, sums, weights)
+
+    def joined(self, other: "LowRank", sums: Array, weights: Array) -> "LowRank":
+        """Add the keys of another structure, whose sums are added already."""
+        return replace(
+            self,
+            count=self.count + other.count,
+            sums=sums,
+            bounds=np.stack(
                 [
                     np.minimum(self.bounds[0], other.bounds[0]),
                     np.maximum(self.bounds[1], other.bounds[1]),
                 ]
             ),
-            np.concatenate([self.far_key, other.far_key]),
-            np.concatenate([self.far_value, other.far_value]),
-            weights,
+            far_key=np.concatenate([self.far_key, other.far_key]),
+            far_value=np.concatenate([self.far_value, other.far_value]),
+            weights=weights,
         )
 
-    def query(self, query: Array) -> tuple[Array, Array, Array]:
+    def query(self, query: Array, *, slack: float = 0.0) -> tuple[Array, Array, Array]:
         """Answer queries.
+
+        Sums of weights may be ``exp(slack)`` times smaller than convexity promises
+        of keys like those that the basis was made from.
 
         Returns
         -------
@@ -218,7 +247,7 @@ class LowRank:
         xp, frame = array_namespace(query), self.basis.frame
         move = mover(query, _dtype_of(query))
         # in units of what convexity promises at least: count exp(offset)
-        unit = 1 / max(self.count, 1)
+        unit = math.exp(slack) / max(self.count, 1)
         bounds = np.where(np.isfinite(self.bounds), self.bounds, 0.0)
         far = np.column_stack([self.far_value, np.ones(len(self.far_value))])
         value, logarithm = query_means(
@@ -235,6 +264,10 @@ class LowRank:
             **self.basis.hermite.recipe,
         )
         return value, logarithm, xp.logical_not(xp.isnan(logarithm))
+
+
+def _no_bounds(p: int) -> Array:
+    return np.outer([math.inf, -math.inf], np.ones(p))
 
 
 def _dtype_of(x: Array) -> Any:

@@ -40,6 +40,9 @@ _PASSES = 3.5
 _LOST = 3.0**-0.5
 # the share of what that allows which is aimed at: pilots show the answer's error only
 _AIM = 0.7
+# tries, how far the first may miss, and what is left to the second
+_TRIES = 2
+_HOPELESS, _TIGHTER = 3.0, 0.7
 # derivatives by query, key and value
 Slopes = tuple[Array, Array, Array]
 
@@ -131,7 +134,31 @@ def lowrank_slopes(
     return slopes, _sampled_error(whole, slopes, settled, rng)
 
 
-def worth_a_try(head: Head, tol: float, rng: np.random.Generator) -> list[LowRank]:
+def slopes_if_they_pay(
+    head: Head, grad: Array, tol: float, rng: np.random.Generator
+) -> Slopes | None:
+    """Differentiate by a low rank that pays and meets ``3 * tol``, if there is one."""
+    aim = _AIM
+    for _ in range(_TRIES):
+        least = math.inf
+        for empty in worth_a_try(head, tol, rng, aim):
+            try:
+                slopes, error = lowrank_slopes(head, grad, empty, rng)
+            except RefusalError:
+                return None
+            if error <= SLACK * tol:
+                return slopes
+            least = min(least, error)
+        if not least <= _HOPELESS * SLACK * tol:
+            return None
+        # what the derivatives lacked says how much more to ask for
+        aim *= _TIGHTER * SLACK * tol / least
+    return None
+
+
+def worth_a_try(
+    head: Head, tol: float, rng: np.random.Generator, aim: float = _AIM
+) -> list[LowRank]:
     """List low ranks whose derivatives may meet ``3 * tol`` and should pay."""
     n, m, d, p = head.sizes
     if head.visible is not None or n * m < _SMALL:
@@ -144,7 +171,7 @@ def worth_a_try(head: Head, tol: float, rng: np.random.Generator) -> list[LowRan
     try:
         sample = Sample.of(head, rng)
         deviation = math.sqrt(float(Frame.of(sample).spread.sum()))
-        wanted = _AIM * tol * min(1.0, SLACK * _LOST * deviation)
+        wanted = aim * tol * min(1.0, SLACK * _LOST * deviation)
         found = predict(head, sample, wanted, rng, cost, limit)
         structures = [x.empty for x in found if x.accepted and x.empty is not None]
         if structures:

@@ -61,8 +61,12 @@ class Moments:
         )
         return Moments(transform, index, middle, scale, sums)
 
-    def query(self, query: Array, coefficients: Array) -> tuple[Array, Array, Array]:
+    def query(
+        self, query: Array, coefficients: Array, *, centred: bool = False
+    ) -> tuple[Array, Array, Array]:
         """Answer queries with the polynomial of the given coefficients.
+
+        ``centred`` leaves the logit of the centre out of the log-sum-exps.
 
         Returns
         -------
@@ -86,10 +90,14 @@ class Moments:
             coordinate=self.index.coordinate,
         )
         positive = xp.logical_and(total > 0, xp.isfinite(total))
-        shift = xp.matmul(
-            xp.astype(query, self.sums.dtype, copy=False),
-            move(self.scale * self.transform.key_center),
-        )
         logarithm = xp.log(xp.where(positive, total, xp.ones_like(total)))
+        if not centred:
+            logarithm = logarithm + self.center_logits(query)
         nothing = xp.full_like(total, xp.nan)
-        return value, xp.where(positive, logarithm + shift, nothing), positive
+        return value, xp.where(positive, logarithm, nothing), positive
+
+    def center_logits(self, query: Array) -> Array:
+        """Return the logit of each query and the centre of the keys."""
+        xp, dtype = array_namespace(query), self.sums.dtype
+        center = mover(query, dtype)(self.scale * self.transform.key_center)
+        return xp.matmul(xp.astype(query, dtype, copy=False), center)

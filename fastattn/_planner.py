@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn._costs import exact_work, lowrank_work, seconds
+from fastattn._causal_plan import leniency, lowrank_cost
+from fastattn._costs import exact_work, seconds
 from fastattn._frame import Sample
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._proven import proven_recipe
@@ -25,8 +26,9 @@ _SMALL = 1 << 24
 _LARGE = 1 << 28
 # nor are they where a low rank takes less than this share of exact attention's time
 _QUICK = 0.15
-# answers that may miss their certificate before the head is computed exactly
-_TRIES = 2
+# answers that may miss their certificate before the head is computed exactly, and where
+# one serves to make the next
+_TRIES, _TRIES_AGAIN = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Auto:
     many polynomials or landmarks a head needs; where those do not pay, clusters of the
     keys are tried on sampled rows. The cheapest that is predicted to meet
     the tolerance in clearly less work than exact attention runs and is checked on
-    fresh rows; if it misses, a larger one gets a chance, then exact attention. With
+    fresh rows; if it misses, a larger one gets a chance, then exact attention. Causal
+    heads are planned alike, but for what their first rows, which are exact, allow. With
     ``"proven"`` the least proven polynomial runs if it is cheaper than exact attention.
 
     Examples
@@ -71,12 +74,18 @@ class Auto:
         if reason is not None:
             return Exact().solve(head, tol, guarantee, rng, reason)
         reason, aim = "nothing cheaper meets the tolerance", 1.0
-        for _ in range(_TRIES):
-            considered = _considered(head, tol, aim, guarantee, rng)
-            attempt = next((x for x, c in considered if x and c.accepted), None)
-            if attempt is None:
-                break
+        attempt, more = None, 1.0
+        for number in range(_TRIES_AGAIN):
             try:
+                if attempt is not None and attempt.again:
+                    attempt = attempt.again(more)
+                elif number == _TRIES:
+                    break
+                else:
+                    considered = _considered(head, tol, aim, guarantee, rng)
+                    attempt = next((x for x, c in considered if x and c.accepted), None)
+                if attempt is None:
+                    break
                 answer = answer_of(head, attempt, tol, rng)
             except RefusalError as error:
                 reason = str(error)
@@ -88,18 +97,18 @@ class Auto:
                 f"{attempt.plan.predicted_error:.2e} was predicted"
             )
             # what was certified says how much more to ask for
-            aim *= 0.9 * tol / answer.error
+            more = 0.9 * tol / answer.error
+            aim *= more
         return Exact().solve(head, tol, guarantee, rng, reason)
 
 
 def _why_exact(head: Head) -> str | None:
     """Say why a head goes to exact attention without planning, if it does."""
+    if head.logits >= _SMALL:
+        return None
     n, m, _, _ = head.sizes
-    if head.visible is not None:
-        return "is_causal=True is served by exact attention"
-    if n * m < _SMALL:
-        return f"{n} x {m} logits are too few for planning to pay"
-    return None
+    logits = f"{n} x {m}" if head.visible is None else head.logits
+    return f"{logits} logits are too few for planning to pay"
 
 
 def _considered(
@@ -139,9 +148,8 @@ def _sampled(
     exact = Exact().plan(head).predicted_seconds
     accepted = [c.plan.predicted_seconds for _, c in tried if c.accepted]
     share = min(accepted, default=exact) / exact
-    n, m, _, _ = head.sizes
-    if n * m >= _LARGE and share > _QUICK:
-        limit = _WORTH * share * exact_work(*head.sizes)
+    if head.logits >= _LARGE and share > _QUICK:
+        limit = _WORTH * share * exact_work(*head.sizes, logits=head.logits)
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
     yield from tried
@@ -164,14 +172,17 @@ def _lowrank(
     head: Head, wanted: float, rng: np.random.Generator
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """Low ranks that are predicted to meet the tolerance, the cheapest first."""
+    # pilots see all keys; rows that see some may err by so many times more
+    factor = 1.0 if head.visible is None else leniency(head, rng)
+    whole = head.unmasked()
     try:
         predictions = predict(
-            head,
-            Sample.of(head, rng),
-            wanted,
+            whole,
+            Sample.of(whole, rng),
+            factor * wanted,
             rng,
-            lambda rank, landmarks: lowrank_work(*head.sizes, rank, landmarks),
-            _WORTH * exact_work(*head.sizes),
+            lowrank_cost(head),
+            _WORTH * exact_work(*head.sizes, logits=head.logits),
         )
     except RefusalError as error:
         plan = Plan(Polynomial(basis="hermite"), math.nan, math.nan, str(error))
@@ -186,5 +197,5 @@ def _lowrank(
             yield None, Candidate(plan, accepted=False)
             continue
         reason = found.reason or "predicted to meet the tolerance"
-        attempt = lowrank_attempt(head, found.empty, found.error, reason)
+        attempt = lowrank_attempt(head, found.empty, found.error / factor, reason)
         yield attempt, Candidate(attempt.plan, found.accepted)

@@ -55,9 +55,26 @@ class Head:
         return n, m, d, p
 
     @property
+    def logits(self) -> int:
+        """Number of pairs of a query and a key that it sees."""
+        n, m, _, _ = self.sizes
+        return n * m if self.visible is None else int(self.xp.sum(self.visible))
+
+    @property
     def has_fast_body(self) -> bool:
         """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
         return place_of(self.query) is not None
+
+    def trimmed(self) -> "Head":
+        """Return the same head without the last keys, which no row sees."""
+        if self.visible is None:
+            return self
+        seen = int(self.xp.max(self.visible))
+        return replace(self, key=self.key[:seen, :], value=self.value[:seen, :])
+
+    def unmasked(self) -> "Head":
+        """Return the head whose rows all see all keys."""
+        return replace(self, visible=None)
 
     def with_rows(self, rows: Array) -> "Head":
         """Return the same head for the queries numbered ``rows`` only."""

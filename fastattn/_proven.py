@@ -23,10 +23,12 @@ from fastattn._rounding import (
     largest_entries,
     largest_norm,
     largest_number,
+    largest_row,
     smallest_number,
     unit_roundoff,
     value_range,
 )
+from fastattn.causal import largest_chunk
 from fastattn.expansions import (
     LARGEST_BOUND,
     LARGEST_DEGREE,
@@ -42,6 +44,10 @@ from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import RefusalError
 
 _LARGEST_TILT = 60.0
+# keys of a sum that is made at once, where several are added up
+PIECE = 4096
+# fewest keys that exact attention sums before it rescales
+_LEAST_BLOCK = 320
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +72,7 @@ def proven_recipe(
     rng: np.random.Generator,
     degree: int | None = None,
     rank: int | None = None,
+    pieces: int | None = None,
 ) -> Recipe:
     """Find the least degree and precision whose proven bound meets ``tol``.
 
@@ -79,6 +86,9 @@ def proven_recipe(
         Draws the rows that centres and maps are made from; any would be valid.
     degree, rank : int, optional
         Fixed by the caller.
+    pieces : int, optional
+        The bound is to hold for other keys that reach no further too: for as many sums
+        over ``PIECE`` keys, added up in float64.
 
     Raises
     ------
@@ -106,7 +116,7 @@ def proven_recipe(
     for g in range(first, last + 1):
         check_rank(head.sizes[2], g, rank)
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            recipe = _recipe(head, reach, extent, g, rank, dtype)
+            recipe = _recipe(head, reach, extent, g, rank, dtype, pieces)
             constant = extent.half == 0 and math.isfinite(recipe.bound)
             if recipe.bound <= tol * extent.half or constant:
                 return recipe
@@ -152,6 +162,7 @@ def _recipe(
     degree: int,
     rank: int | None,
     dtype: Any,
+    pieces: int | None,
 ) -> Recipe:
     """Make the recipe of one degree and precision and bound its error."""
     bound = max(reach.bound, 1e-3)
@@ -164,8 +175,19 @@ def _recipe(
         delta += _dropped(head, reach, index, coefficients)
     u = unit_roundoff(head.xp, dtype)
     exponent = _exponent_rounding(head, reach, u)
-    sums = _sum_rounding(head, reach, coefficients, degree, len(index), u)
+    # other bodies may sum all keys in working precision
+    m = head.sizes[1] if pieces is None else PIECE
+    summed = min(m, ROWS) + 2 if place_of(head.query) == "cpu" else m
+    if pieces is not None:
+        # each is rounded once, they are added up in float64, and that is rounded
+        summed += 2 + math.ceil(pieces * unit_roundoff(np, np.float64) / u)
+    sums = _sum_rounding(reach, coefficients, degree, summed + len(index), u)
     weights = (1 + delta) * (math.exp(exponent) if exponent < 1 else math.inf) - 1
+    own_sums = 0.0
+    if head.visible is not None:
+        within, own_sums, share = _chunk_rounding(head, reach, u)
+        weights = (1 + max(weights, within)) * (1 + share) - 1
+        sums = max(sums, own_sums)
     off = weights + 2 * sums
     error = math.inf
     if off < 1 and not _may_overflow(head, reach, extent, degree, dtype):
@@ -173,6 +195,11 @@ def _recipe(
         error = deviation(off, extent.half)
         error += (2 * u + unit_roundoff(head.xp, own)) * extent.peak
         error += smallest_number(head.xp, own)
+        # within a chunk, values are summed as they are; then two means are merged
+        error += 2 * own_sums * extent.peak
+        if head.visible is not None:
+            lost = head.sizes[1] * smallest_number(head.xp, dtype)
+            error += 16 * u * extent.peak + 2 * lost
     return Recipe(reach.transform, index, coefficients, extent.middle, dtype, error)
 
 
@@ -228,19 +255,36 @@ def _exponent_rounding(head: Head, reach: _Reach, u: float) -> float:
     return logit + g * tilt + EXP * u if tilt < _LARGEST_TILT else math.inf
 
 
+def _chunk_rounding(head: Head, reach: _Reach, u: float) -> tuple[float, float, float]:
+    """Relative errors of exact weights within a chunk, their sum, and a part's share.
+
+    The first two as in ``exact.rounding_bound``, with keys that are centred. A share is
+    ``exp`` of a log-sum-exp, which is no larger than the logits and the logarithm of
+    the number of keys, and is off by a few roundings of that size.
+    """
+    m, d = head.sizes[1:3]
+    keys = largest_chunk(m)
+    # no fast body sums fewer keys at once
+    blocks = -(-keys // _LEAST_BLOCK)
+    logits = abs(head.scale) * largest_row(head.query) * reach.key_input
+    exponent = (gamma(d + 2, u) + 5 * u) * logits + EXP * (blocks + 1) * u
+    exponent += d * smallest_number(head.xp, head.dtype) * (1 + reach.key_input)
+    sums = gamma(keys + 2 * blocks + 2, u) + u
+    share = (8 * (logits + math.log(m) + 1) + 2 * EXP) * u
+    if not max(exponent, share) < 1:
+        return math.inf, sums, math.inf
+    return math.expm1(exponent), sums, math.expm1(share)
+
+
 def _sum_rounding(
-    head: Head, reach: _Reach, coefficients: Array, degree: int, rank: int, u: float
+    reach: _Reach, coefficients: Array, degree: int, terms: int, u: float
 ) -> float:
     """Rounding of the sums over monomials and keys, relative to the sum of weights.
 
     Every computed term is within ``gamma`` of its absolute value, the absolute terms of
     a weight add up to ``sum_g |c_g| B^g``, and the weight is at least ``exp(-B)``.
     """
-    m = head.sizes[1]
-    # other bodies may sum all keys in working precision
-    summed = min(m, ROWS) + 2 if place_of(head.query) == "cpu" else m
-    roundings = 2 * degree + summed + rank + 8
     absolute = float(
         np.polynomial.polynomial.polyval(reach.bound, np.abs(coefficients))
     )
-    return gamma(roundings, u) * absolute * math.exp(reach.bound)
+    return gamma(2 * degree + terms + 8, u) * absolute * math.exp(reach.bound)

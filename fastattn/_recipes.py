@@ -7,9 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._causal_prefixes import moments_by_prefixes, prefix_doubt
 from fastattn._moments import Moments
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
-from fastattn._sampling import FAILURE, certify_rows, hardest_rows
+from fastattn._sampling import (
+    FAILURE,
+    ROWS,
+    certify_rows,
+    logit_spread,
+    outlying_rows,
+    series_doubt,
+)
 from fastattn.expansions import (
     LARGEST_DEGREE,
     IndexSet,
@@ -58,7 +66,13 @@ class Recipe:
 
     def answer(self, head: Head) -> tuple[Array, Array, Array]:
         """Sum the monomials over the keys and answer the queries."""
-        prepared = Moments.of(
+        if head.visible is not None:
+            return moments_by_prefixes(head, self.moments, self.coefficients)
+        return self.moments(head).query(head.query, self.coefficients)
+
+    def moments(self, head: Head) -> Moments:
+        """Sum the monomials over the keys of a head."""
+        return Moments.of(
             head.key,
             head.value,
             self.transform,
@@ -67,7 +81,6 @@ class Recipe:
             head.scale,
             self.dtype,
         )
-        return prepared.query(head.query, self.coefficients)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,19 +92,23 @@ class Attempt:
     plan : Plan
         What will run.
     run : callable
-        From a head to values, log-sum-exps, and whether each row can be trusted.
+        From a head to values, log-sum-exps, whether each row can be trusted and, where
+        the method knows, how the squares of the rows' errors are guessed to compare.
     bound : float
         Proven bound on the largest absolute error; infinite where none is claimed.
+    again : callable, optional
+        From a factor to an attempt with that many times the error.
     """
 
     plan: Plan
-    run: Callable[[Head], tuple[Array, Array, Array]]
+    run: Callable[[Head], tuple[Array, ...]]
     bound: float
+    again: "Callable[[float], Attempt] | None" = None
 
 
 def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
     """Answer all queries by the attempt alone: for a bound that covers every row."""
-    value, normalizer, good = attempt.run(head)
+    value, normalizer, good, *_ = attempt.run(head)
     if not bool(head.xp.all(good)):
         raise RefusalError(
             "a sum of weights is not positive although the bound says so: the inputs "
@@ -117,9 +134,19 @@ def run_mended(head: Head, attempt: Attempt, hard: Array) -> tuple[Array, Array,
     RefusalError
         If more than two per cent of the rows went wrong.
     """
+    return _mended(head, attempt, attempt.run(head), hard)
+
+
+def _mended(
+    head: Head, attempt: Attempt, answer: tuple[Array, ...], hard: Array
+) -> tuple[Array, Array, Array]:
     xp, n = head.xp, head.sizes[0]
-    value, normalizer, good = attempt.run(head)
-    good = xp.logical_and(good, _in_range(head, value))
+    value, normalizer, good, *_ = answer
+    inside = _in_range(head, value)
+    if head.visible is not None:
+        # zeros, where a row sees no key
+        inside = xp.logical_or(inside, head.visible == 0)
+    good = xp.logical_and(good, inside)
     wrong = np.flatnonzero(~to_host(good))
     if len(wrong) > _MENDED * n + len(hard):
         raise RefusalError(
@@ -146,8 +173,17 @@ def certified(
 ) -> HeadAnswer:
     """Run an attempt that has no proven bound; its error is that of sampled rows."""
     plan = attempt.plan
-    value, normalizer, settled = run_mended(head, attempt, hardest_rows(head, rng))
-    sampled = certify_rows(head, value, tol, rng, settled=settled)
+    answer = attempt.run(head)
+    spread = logit_spread(head, rng)
+    value, normalizer, settled = _mended(head, attempt, answer, outlying_rows(spread))
+    if len(answer) > 3:
+        doubt, first = to_host(answer[3]), None
+    else:
+        # what polynomials and landmarks leave grows like that
+        doubt, first = series_doubt(spread) * prefix_doubt(head), ROWS
+    sampled = certify_rows(
+        head, value, tol, rng, settled=settled, doubt=doubt, first=first
+    )
     if math.isnan(plan.predicted_error):
         plan = replace(plan, predicted_error=sampled.estimate)
     return HeadAnswer(
@@ -167,6 +203,11 @@ def _in_range(head: Head, value: Array) -> Array:
     low = xp.astype(xp.min(head.value, axis=0), value.dtype)
     high = xp.astype(xp.max(head.value, axis=0), value.dtype)
     slack = 16 * xp.finfo(value.dtype).eps * xp.max(xp.abs(xp.concat([low, high])))
+    if bool(
+        xp.all(xp.min(value, axis=0) >= low - slack)
+        and xp.all(xp.max(value, axis=0) <= high + slack)
+    ):
+        return xp.ones(value.shape[0], dtype=xp.bool, device=device_of(value))
     inside = []
     for start in range(0, value.shape[0], SAMPLE):
         block = value[start : min(start + SAMPLE, value.shape[0]), :]

@@ -6,8 +6,11 @@ so they are not left to chance: they are computed exactly and *written into* the
 answer. A random sample of the others then gives an upper estimate of the relative
 Frobenius error and the distribution-free statement of Wilks (1941): with confidence
 ``1 - f``, at least a share ``f ** (1/m)`` of those rows has an error no larger than the
-largest of ``m`` sampled ones. Where the estimate meets the tolerance and its margin
-does not, more rows are drawn once; the two looks share the chance of failure.
+largest of ``m`` sampled ones. Where the method says how the rows' errors compare, rows
+of larger ones are drawn more often (Hansen and Hurwitz, 1943), but every row at least
+half as often as before, so that a wrong guess does little harm. Where the estimate
+meets the tolerance and its margin does not, more rows are drawn once; the two looks
+share the chance of failure.
 """
 
 import math
@@ -23,26 +26,30 @@ from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 FAILURE = 0.05
 # rows of a sample
 ROWS = 128
+# where the errors are guessed: one row in so many, and most; and the share of the draws
+# that are made without the guess
+_GUESSED, _MOST_GUESSED = 128, 256
+BLIND = 0.5
 # rows of a second one, where the first leaves it open: one row in so many, and most
 _SECOND = 32
 _MOST = 1024
 # rows that are computed exactly because their logits spread most: so many at most,
 # those whose variance is so many times the median
 HARD = 128
-_OUTLYING = 2.0
+OUTLYING = 2.0
 # standard errors added to the sampled mean square: twice the normal quantiles of .04
 # and .01, which make up FAILURE, because squared errors are skewed to the right
 MARGIN = 3.5
-_SECOND_MARGIN = 4.65
+SECOND_MARGIN = 4.65
 # below this tolerance float32 rows are no longer a truth to compare with
-_FLOAT64_BELOW = 1e-4
+FLOAT64_BELOW = 1e-4
 # rows that confirm what exact attention rounded
 _EXACT_ROWS = 8
 # keys that the spread of a row's logits is judged from
 _KEYS = 2048
 _BLOCK = 2048
 # rounding of the truth itself, in units of eps times the size of the exponents
-_TRUTH = 4
+TRUTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +72,27 @@ class SampledError:
 
 
 def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
-    """Numbers of the few rows whose logits vary far more than those of the others.
+    """Numbers of the few rows whose logits vary far more than those of the others."""
+    return outlying_rows(logit_spread(head, rng))
 
-    The variance is that over a sample of the keys, from their covariance: it costs
+
+def outlying_rows(spread: Array) -> Array:
+    """Numbers of the few rows whose spread is far larger than that of the others."""
+    n = len(spread)
+    middle = np.partition(spread, n // 2)[n // 2]
+    outlying = np.flatnonzero(spread > OUTLYING * middle)
+    # few rows: the answer must not become exact attention under another name
+    count = min(HARD, n // 4)
+    if len(outlying) > count:
+        order = np.argpartition(-spread[outlying], count)
+        outlying = np.sort(outlying[order[:count]])
+    return outlying
+
+
+def logit_spread(head: Head, rng: np.random.Generator) -> Array:
+    """How much the logits of each row vary over the keys, up to a factor.
+
+    It is the variance over a sample of the keys, from their covariance: it costs
     ``d * d`` products a row.
     """
     xp, (n, m, _, _) = head.xp, head.sizes
@@ -88,14 +113,7 @@ def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):
             spread[rows] = to_host(xp.sum(xp.matmul(block, root) ** 2, axis=1))
     spread[np.isnan(spread)] = np.inf
-    middle = np.partition(spread, n // 2)[n // 2]
-    outlying = np.flatnonzero(spread > _OUTLYING * middle)
-    # few rows: the answer must not become exact attention under another name
-    count = min(HARD, n // 4)
-    if len(outlying) > count:
-        order = np.argpartition(-spread[outlying], count)
-        outlying = np.sort(outlying[order[:count]])
-    return outlying
+    return spread
 
 
 def certify_rows(
@@ -106,13 +124,17 @@ def certify_rows(
     *,
     settled: Array | None = None,
     size: tuple[float, float] | None = None,
+    doubt: Array | None = None,
+    first: int | None = None,
 ) -> SampledError:
     """Compare ``value`` with exact attention on a fresh sample of rows.
 
     Rows numbered ``settled`` are known to be exact. Where it is None, all are up to
     rounding: they are compared with float64, on few rows, because the same arithmetic
     again would show no error at all. ``size`` is what ``scaled_frobenius`` says of
-    ``value``, where that is known.
+    ``value``, where that is known; ``doubt`` is how the squares of the rows' errors are
+    guessed to compare. ``first`` rows are drawn, by default ``ROWS``, or by
+    ``guessed_rows`` where there is a guess.
     """
     n = head.sizes[0]
     others = np.arange(n)
@@ -120,37 +142,71 @@ def certify_rows(
         others = np.delete(others, settled)
     # where every row is settled, they are compared among themselves
     others = others if len(others) else np.arange(n)
-    first = min(len(others), _EXACT_ROWS if settled is None else ROWS)
-    second = 0 if settled is None else min(len(others) - first, n // _SECOND, _MOST)
-    rows = rng.choice(others, size=first + second, replace=False)
+    if first is None:
+        first = _EXACT_ROWS if settled is None else ROWS
+        first = first if doubt is None else guessed_rows(n)
+    first = min(len(others), first)
+    second = 0 if settled is None else min(len(others) - first, second_rows(n))
+    # a sample of all the rows needs no guess
+    odds = None if doubt is None or not second else guessed_odds(doubt[others])
+    rows = rng.choice(len(others), first + second, replace=odds is not None, p=odds)
+    counts = np.ones(len(rows)) if odds is None else 1 / (odds[rows] * len(others))
+    rows = others[rows]
     peak, norm = scaled_frobenius(value) if size is None else size
     xp = head.xp
-    dtype = xp.float64 if settled is None or tol < _FLOAT64_BELOW else head.dtype
+    dtype = xp.float64 if settled is None or tol < FLOAT64_BELOW else head.dtype
     # an exact answer is off by its own rounding, which few rows may not show; settled
     # rows are not sampled, but they too were rounded to the query's dtype
     eps = float(xp.finfo(head.dtype if settled is None else dtype).eps)
     own = float(xp.finfo(head.query.dtype).eps) / 2
 
-    def judge(rows: Array, before: Array, margin: float) -> tuple[SampledError, Array]:
-        squares, exponent = _squares(head, value, rows, dtype, peak)
+    def judge(look: slice, before: Array, margin: float) -> tuple[SampledError, Array]:
+        squares, exponent = _squares(head, value, rows[look], dtype, peak)
         squares = np.append(before, squares)
         if not (math.isfinite(peak) and np.isfinite(squares).all()):
             nothing = SampledError(math.inf, math.inf, "the answer is not finite")
             return nothing, squares
-        rounding = _TRUTH * eps * (1 + exponent) + own
-        return _judge(squares, norm, len(others), rounding, margin), squares
+        rounding = TRUTH * eps * (1 + exponent) + own
+        weights = None if odds is None else counts[: len(squares)]
+        return _judge(squares, weights, norm, len(others), rounding, margin), squares
 
-    found, squares = judge(rows[:first], np.zeros(0), MARGIN)
+    found, squares = judge(slice(0, first), np.zeros(0), MARGIN)
     if second and found.estimate <= tol < found.upper:
-        found, _ = judge(rows[first:], squares, _SECOND_MARGIN)
+        found, _ = judge(slice(first, None), squares, SECOND_MARGIN)
     return found
+
+
+def second_rows(n: int) -> int:
+    """Rows of a second look at ``n`` rows."""
+    return min(n // _SECOND, _MOST)
+
+
+def guessed_rows(n: int) -> int:
+    """Rows of a first sample of ``n``, drawn by how their errors are guessed."""
+    return max(ROWS, min(_MOST_GUESSED, n // _GUESSED))
+
+
+def series_doubt(spread: Array) -> Array:
+    """How the squared errors of a series of the exponential compare, by the spread."""
+    # that of the first terms left out is a power of it; the third did best
+    with np.errstate(over="ignore"):
+        return np.asarray(spread) ** 3
+
+
+def guessed_odds(doubt: Array) -> Array:
+    """Probabilities of the rows from how the squares of their errors compare."""
+    doubt = np.where(np.isfinite(doubt), np.maximum(doubt, 0), 0).astype(np.float64)
+    largest = float(doubt.max())
+    # where nothing is known all rows are alike
+    doubt = doubt / largest if largest > 0 else np.ones(len(doubt))
+    odds = BLIND / len(doubt) + (1 - BLIND) * doubt / doubt.sum()
+    return odds / odds.sum()
 
 
 def _squares(
     head: Head, value: Array, rows: Array, dtype: Any, peak: float
 ) -> tuple[Array, float]:
     """Squared errors of rows in units of ``peak``, and the largest log-sum-exp."""
-    rows = np.sort(rows)
     truth, normalizer = (
         to_host(x).astype(np.float64) for x in head.with_rows(rows).attend(dtype)
     )
@@ -177,18 +233,29 @@ def scaled_frobenius(x: Array) -> tuple[float, float]:
 
 
 def _judge(
-    squares: Array, answer: float, n: int, rounding: float, margins: float
+    squares: Array,
+    weights: Array | None,
+    answer: float,
+    n: int,
+    rounding: float,
+    margins: float,
 ) -> SampledError:
-    """Turn the squared errors of sampled rows into the statement about ``n`` rows."""
+    """Turn the squared errors of sampled rows into the statement about ``n`` rows.
+
+    Rows that were drawn with unequal odds, and with replacement, have ``weights``.
+    """
     count = len(squares)
-    mean = float(np.mean(squares))
-    spread = float(np.std(squares, ddof=1)) if count > 1 else 0.0
+    weighted = squares if weights is None else weights * squares
+    mean = float(np.mean(weighted))
+    spread = float(np.std(weighted, ddof=1)) if count > 1 else 0.0
     # without replacement: a sample of all the rows leaves nothing to chance
-    left_out = math.sqrt(1 - count / n)
+    left_out = math.sqrt(1 - count / n) if weights is None else 1.0
     margin = margins * spread / math.sqrt(count) * left_out
     estimate = relative(math.sqrt(n * mean), answer)
     upper = relative(math.sqrt(n * (mean + margin)), answer) + rounding
-    share = 1.0 if count == n else FAILURE ** (1 / count)
+    share = 1.0 if count == n and weights is None else FAILURE ** (1 / count)
+    # rows are drawn at least so many times as often as with equal odds
+    share = share if weights is None else 1 - (1 - share) / BLIND
     return SampledError(
         estimate,
         upper,

@@ -14,17 +14,11 @@ import numpy as np
 from fastattn._basis import Basis, Hermite
 from fastattn._frame import Frame, Sample
 from fastattn._landmarks import Pivots
-from fastattn._lowrank import PIVOT_KEYS, LowRank
+from fastattn._lowrank import LowRank
+from fastattn._pilots import Pilots
 from fastattn._problem import Head
-from fastattn._sampling import MARGIN, ROWS
-from sketching._lib.arrays import Array, device_of, to_host
-from sketching._lib.certificate import RefusalError
+from sketching._lib.arrays import Array
 
-# what is aimed at, as a share of the tolerance, before anything is known and at most
-_CAUTION = 0.75
-_BOLD = 0.93
-# standard errors that a pilot may be off by
-_DOUBT = 1.5
 # logits of a larger variance, over the whole head, are not worth a pilot
 _LARGEST_VARIANCE = 4.0
 # nor are heads whose error comes from fewer of the queries than this share
@@ -33,32 +27,44 @@ _LEAST_SHARE = 0.1
 _HOPELESS = 6.0
 # so does this factor for the polynomials of a pilot, which are more to begin with
 _FAR = 8.0
-# pilots: landmarks of one, polynomials of the other, queries and keys; the pilot of
-# what is about to be taken has all queries that are held out, and twice the keys
+# keys that landmarks are drawn from: at least and at most, one in so many between;
+# they are factorized in parts
+_PIVOT_KEYS = 1152, 4096
+_PIVOT_SHARE = 8
+_PARTS = 2
+# landmarks of a first pilot, polynomials of the other
 _LANDMARKS = 64
 _RANK = 128
-_PILOT_QUERIES = 128
-_PILOT_KEYS = 2048
-# rows over all keys that show how large answers are
-_DRIFT_ROWS = 64
-# a share of the trace that is no more than rounding
+# indices that are looked at before all of them, and the share taken beyond what is
+# likely to be enough: a pilot tells the error of any prefix, but of no more
+_MANY = 640
+_MORE = 1.2
+# a share of the trace, and an error, that are no more than rounding
 _NOTHING = 1e-7
-# heads with no more keys get half of everything, since planning must stay cheap
-_SMALL = 16384
-# the error falls faster than the root of the trace on real heads, slower on flat ones
-_BEND = 1.7
-_LEAST_BEND = 0.4
-# where a step went further than it had to: what is aimed at instead, as a share of the
-# aim, and the share of the landmarks that must be left for another pilot to pay
-_TIGHT = 0.95
-_WORTHWHILE = 0.8
+_TINY = 1e-30
+# the error falls faster than the root of the trace, and so much faster at last than
+# from the first pilot on, on a doubly logarithmic scale
+_BEND = 2.1
+_FASTER = 1.5
+# parts of the keys of a pilot: few keys flatter no polynomial, but blame landmarks
+_POLYNOMIAL_KEYS = 2
+_LANDMARK_KEYS = 3
+# where a step went further than it had to: how close to the aim is close enough, the
+# share that must be left for another trial, of polynomials and of landmarks, which
+# cost a solution each, and the most trials
+_TIGHT = 0.98
+_WORTHWHILE = 0.97, 0.93
+_PROBES = 8
+# the least slope that is believed: two errors may be alike by chance
+_FLATTEST = 0.1
 # the largest rank that is ever planned, one for so many logits
 _LARGEST_RANK = 2304
 _LOGITS = 1 << 16
 # keys that energies of many polynomials are summed over
 _ENERGY_KEYS = 512
-# traces go on to fall up to this much faster, on a doubly logarithmic scale
-_STEEPER = 4.0
+# traces go on to fall up to this much faster, on a doubly logarithmic scale: than up to
+# the first pilot, and than from there on
+_STEEPER = 4.0, 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +137,8 @@ def predict(
         found = [search.polynomials()]
         # landmarks are looked for where they may be cheaper by half
         search.limit = found[0].cost / 2 if found[0].accepted else limit
-        found.append(search.landmarks())
+        if search.landmarks_may_pay or not found[0].accepted:
+            found.append(search.landmarks())
     accepted = [x for x in found if x.accepted]
     if accepted:
         return sorted(accepted, key=lambda x: x.cost)
@@ -150,14 +157,13 @@ class _Search:
         cost: Callable[[int, int], float],
         limit: float,
     ) -> None:
-        self.head, self.sample, self.tol, self.rng = head, sample, tol, rng
+        self.sample, self.tol, self.rng = sample, tol, rng
         self.cost, self.limit = cost, limit
         self.frame = Frame.of(sample)
+        self.pilots = Pilots(head, sample, self.frame, tol)
         n, m, _, _ = head.sizes
-        self.small = m <= _SMALL
-        self.keys = _PILOT_KEYS // 2 if self.small else _PILOT_KEYS
-        self.truth: dict[bool, tuple[Array, float]] = {}
-        self.aim = _CAUTION * tol
+        self.keys = min(max(m // _PIVOT_SHARE, _PIVOT_KEYS[0]), _PIVOT_KEYS[1])
+        self.landmarks_may_pay = True
         self.largest_rank = min(max(n * m // _LOGITS, _RANK), _LARGEST_RANK)
 
     def start(self) -> Prediction | None:
@@ -167,85 +173,132 @@ class _Search:
             return Prediction(1, 0, math.inf, self.cost(1, 0), reason, None)
         self.constant = Hermite.of(self.frame.spread, 1)
         self.narrow = Basis.fitting(self.frame, self.constant, landmarks=True)
-        keys = PIVOT_KEYS // 2 if self.small else PIVOT_KEYS
-        y, log_weight = self.narrow.coordinates(self.sample.key[:keys])
-        self.pivots = Pivots(y, log_weight, self.constant, self.rng)
+        y, log_weight = self.narrow.coordinates(self.sample.key[: self.keys])
+        self.pivots = Pivots(y, log_weight, self.constant, self.rng, _PARTS)
         self.pivots.grow(_LANDMARKS)
-        few = slice(-self.keys, None)
-        some = replace(
-            self.sample, key=self.sample.key[few], value=self.sample.value[few]
-        )
+        key, value = self.pilots.few(1)
+        few = replace(self.sample, key=key, value=value)
         marks = self.pivots.landmarks
-        self.empty = LowRank.over(self.narrow, self.constant, marks, some)
-        self.error = self._pilot(self.empty)
+        self.empty = LowRank.over(self.narrow, self.constant, marks, few)
+        self.error = self.pilots.judge(self.pilots.fill(self.empty, 1), 1)
         return None
 
     def landmarks(self) -> Prediction:
         """A constant and as many landmarks as it takes."""
-        pivots, empty, error, bend = self.pivots, self.empty, self.error, _BEND
+        pivots, empty, error = self.pivots, self.empty, self.error
         most = self._most(lambda size: (1, size), 2 * pivots.most // 3)
-        size, left = len(pivots), pivots.left
+        size = len(pivots)
         if size > most and error <= _HOPELESS * self.tol:
             return self._end(empty, error, "other sizes cost less")
-        while True:
-            if not error <= _HOPELESS * self.tol:
-                reason = f"{size} landmarks err by {error:.1e} in a pilot"
-                return self._end(empty, error, reason)
-            if error > self.aim:
-                target = left * (self.aim / error) ** (1 / bend)
-                if not _grow(pivots, target, most):
-                    return self._end(empty, error, _too_many(f"{most} landmarks"))
-            size = len(pivots)
-            before = left, error
-            empty, left = self._with_landmarks(size), pivots.left
-            error = self._pilot(empty, thorough=True)
-            if left < before[0]:
-                # the next step follows what this one did for the error
-                slope = math.log(before[1] / error) / math.log(before[0] / left)
-                bend = min(max(slope, _LEAST_BEND), _BEND)
-            if error <= self.aim:
-                return self._fewer(empty, error, bend)
+        hopeful = error <= _HOPELESS * self.tol
+        share = min(self.pilots.aim / max(error, _TINY), 1.0)
+        left = pivots.left * share ** (1 / _BEND)
+        grown = hopeful and _grow(pivots, left, most)
+        while grown and error <= _HOPELESS * self.tol:
+            before, size = (size, error), len(pivots)
+            empty = self._with_landmarks(size)
+            filled = self.pilots.fill(empty, _LANDMARK_KEYS)
+            error = self.pilots.judge(filled, _LANDMARK_KEYS)
+            if filled is not None and error <= self.pilots.enough:
+                return self._least(filled, error, before, _LANDMARK_KEYS)
+            grown = self._continue(before, (size, error), most)
+        if not error <= _HOPELESS * self.tol:
+            reason = f"{size} landmarks err by {error:.1e} in a pilot"
+        elif error <= self.pilots.last:
+            reason = ""
+        else:
+            reason = _too_many(most, "landmarks")
+        return self._end(empty, error, reason)
 
-    def _fewer(self, empty: LowRank, error: float, bend: float) -> Prediction:
-        """Take back the landmarks that the last step added beyond need."""
-        left = self.pivots.left * (_TIGHT * self.aim / error) ** (1 / bend)
-        size = self.pivots.size_for(left)
-        if size < _WORTHWHILE * empty.landmarks:
-            few = self._with_landmarks(size)
-            now = self._pilot(few, thorough=True)
-            if now <= self.aim:
-                return self._end(few, now, "")
-        return self._end(empty, error, "")
+    def _continue(
+        self, before: tuple[int, float], now: tuple[int, float], most: int
+    ) -> bool:
+        """Add as many pivots as two errors ask for, if they are not too many."""
+        if not (now[0] > before[0] and _TINY < now[1] < before[1]):
+            return False
+        slope = _FASTER * math.log(before[1] / now[1]) / math.log(now[0] / before[0])
+        for wanted in (self.pilots.aim, self.pilots.last):
+            # nothing more to do for what is met, though not comfortably
+            if now[1] <= wanted:
+                return False
+            size = now[0] * (now[1] / wanted) ** (1 / slope)
+            if size <= most:
+                return self.pivots.fill(math.ceil(size))
+        return False
 
     def polynomials(self) -> Prediction:
         """As many polynomials as it takes, without landmarks."""
-        most = self._most(lambda size: (size, 0), _RANK)
-        hermite = Hermite.of(self.frame.spread, most)
-        left = self._energies(hermite)
+        most = self._most(lambda size: (size, 0), self.largest_rank)
+        few = min(_RANK, most)
+        hermite, left = self._indices(few)
         # the pilot of the landmarks tells whether one of the polynomials may pay
         guess = self.error * float(left[-1]) / max(self.pivots.left, _NOTHING)
         if not guess <= _HOPELESS * self.tol:
-            reason = f"{most} polynomials leave too much of the kernel"
-            return Prediction(most, 0, math.inf, self.cost(most, 0), reason, None)
+            reason = f"{few} polynomials leave too much of the kernel"
+            return Prediction(few, 0, math.inf, self.cost(few, 0), reason, None)
         empty = self._without_landmarks(hermite)
-        error = self._pilot(empty)
+        error = self.pilots.judge(self.pilots.fill(empty, 1), 1)
+        # as many as cost what the pilot of the landmarks did
+        self.landmarks_may_pay = self.error < error
         if not error <= _FAR * self.tol:
-            reason = f"{most} polynomials err by {error:.1e} in a pilot"
+            reason = f"{few} polynomials err by {error:.1e} in a pilot"
             return self._end(empty, error, reason)
-        if error > self.aim:
-            most = self._most(lambda size: (size, 0), self.largest_rank)
-            hermite = Hermite.of(self.frame.spread, most)
-            left = self._energies(hermite)
-        left = np.maximum(left, _NOTHING)
-        unit = error / float(left[empty.rank - 1])
-        for thorough in (True, False):
-            enough = np.flatnonzero(unit * left <= self.aim)
-            rank = int(enough[0]) + 1 if len(enough) else most
-            empty = self._without_landmarks(hermite.prefix(rank))
-            if thorough and len(enough):
-                unit = self._pilot(empty, thorough=True) / float(left[rank - 1])
-        reason = "" if len(enough) else _too_many(f"{most} polynomials")
-        return self._end(empty, unit * float(left[rank - 1]), reason)
+        for _ in range(2):
+            enough = self._enough(empty.rank, error, most)
+            if enough is None:
+                break
+            known = empty.rank, error
+            empty = self._without_landmarks(enough)
+            filled = self.pilots.fill(empty, _POLYNOMIAL_KEYS)
+            error = self.pilots.judge(filled, _POLYNOMIAL_KEYS)
+            if filled is not None and error <= self.pilots.enough:
+                return self._least(filled, error, known, _POLYNOMIAL_KEYS)
+        met = error <= self.pilots.last
+        return self._end(empty, error, "" if met else _too_many(most, "polynomials"))
+
+    def _enough(self, rank: int, error: float, most: int) -> Hermite | None:
+        """Somewhat more indices than meet the aim, by the error of ``rank`` of them."""
+        for many in (min(_MANY, most), most):
+            hermite, left = self._indices(many)
+            if rank <= many:
+                unit = error / float(left[rank - 1])
+                met = np.flatnonzero(unit * left <= self.pilots.aim)
+                if len(met):
+                    return hermite.prefix(min(math.ceil(_MORE * (met[0] + 1)), many))
+        return None
+
+    def _least(
+        self, filled: LowRank, error: float, low: tuple[int, float], share: int
+    ) -> Prediction:
+        """The first functions of a structure that meet the aim by themselves.
+
+        ``low`` is a number of functions with an error that is too large.
+        """
+        count, error = filled.rank + filled.landmarks, max(error, _TINY)
+        if not (low[0] < count and low[1] > error):
+            low = 1, max(1.0, 2 * error)
+        marks = filled.landmarks > 0
+        worth = _WORTHWHILE[marks]
+        failed = False
+        for _ in range(_PROBES if count > low[0] else 0):
+            aim = _TIGHT * self.pilots.aim
+            slope = math.log(low[1] / error) / math.log(count / low[0])
+            slope = max(slope, _FLATTEST)
+            size = math.ceil(count * min(error / max(aim, _TINY), 1.0) ** (1 / slope))
+            if failed:
+                # the error may fall in steps: a chord alone would creep
+                size = max(size, (low[0] + count) // 2)
+            size = max(size, low[0] + 1)
+            if size > worth * count:
+                break
+            few = filled.first(size)
+            now = self.pilots.judge(few, share)
+            failed = now > (self.pilots.enough if marks else self.pilots.aim)
+            if failed:
+                low = size, now
+            else:
+                filled, count, error = few, size, max(now, _TINY)
+        return self._end(filled.emptied(), error, "")
 
     def _refusal(self) -> str:
         """Say what rules out a low rank before anything is tried."""
@@ -268,49 +321,6 @@ class _Search:
         frame = Basis.fitting(self.frame, hermite, landmarks=False)
         return LowRank.over(frame, hermite, None, self.sample)
 
-    def _pilot(self, empty: LowRank, *, thorough: bool = False) -> float:
-        """Error of a structure over a few keys, on queries that were held out."""
-        double = 2 if thorough else 1
-        query = self.sample.held if thorough else self.sample.held[:_PILOT_QUERIES]
-        # the last keys: landmarks come from the first
-        some = slice(-double * self.keys, None)
-        key, value = self.sample.key[some], self.sample.value[some]
-        if thorough not in self.truth:
-            truth, _ = Head(query, key, value, self.sample.scale).attend()
-            size = float(np.linalg.norm(truth.astype(np.float64)))
-            size *= self._drift(truth) if thorough else 1.0
-            self.truth[thorough] = truth, size
-        truth, size = self.truth[thorough]
-        try:
-            answer, _, good = empty.insert(key, value).query(query)
-        except RefusalError:
-            return math.inf
-        if not good.any():
-            return math.inf
-        squares = np.sum((answer - truth)[good].astype(np.float64) ** 2, axis=1)
-        if thorough:
-            self._set_aim(squares)
-        return math.sqrt(float(squares.sum())) / size if size else 0.0
-
-    def _drift(self, part: Array) -> float:
-        """How much larger answers over all keys are, next to what varies in them.
-
-        The errors follow what varies. Where the rows share one mean, its size over few
-        keys says little about its size over all.
-        """
-        head, few = self.head, self.sample.held[:_DRIFT_ROWS]
-        move = {"dtype": head.query.dtype, "device": device_of(head.query)}
-        whole, _ = replace(head, query=head.xp.asarray(few, **move)).attend()
-        varies, varied = _varying(to_host(whole)), _varying(part[:_DRIFT_ROWS])
-        return varied / varies if varies > 0 and varied > 0 else 1.0
-
-    def _set_aim(self, squares: Array) -> None:
-        """Leave what the certificate will add for its sampling, and a pilot's doubt."""
-        mean = float(squares.mean())
-        spread = float(squares.std()) / mean if mean > 0 else 0.0
-        doubt = MARGIN / math.sqrt(ROWS) + _DOUBT / math.sqrt(len(squares))
-        self.aim = self.tol * _BOLD / math.sqrt(1 + spread * doubt)
-
     def _most(self, sizes: Callable[[int], tuple[int, int]], cap: int) -> int:
         """The largest size up to ``cap`` that is within the cost allowed."""
         low, high = 1, cap
@@ -322,15 +332,16 @@ class _Search:
                 high = middle - 1
         return low
 
-    def _energies(self, hermite: Hermite) -> Array:
-        """Root of the share of the trace that the first polynomials leave."""
+    def _indices(self, rank: int) -> tuple[Hermite, Array]:
+        """Indices, and the root of the share of the trace that the first ones leave."""
+        hermite = Hermite.of(self.frame.spread, rank)
         y, log_weight = self.frame.coordinates(self.sample.key[:_ENERGY_KEYS])
         weight = np.exp(log_weight - log_weight.max())
         taken = np.sum((hermite.features(y) * weight[:, None]) ** 2, axis=0)
         square = np.sum(y.astype(np.float64) ** 2, axis=1)
         whole = np.sum(np.exp(square) * weight.astype(np.float64) ** 2)
         left = 1 - np.cumsum(taken, dtype=np.float64) / whole
-        return np.sqrt(np.maximum(left, 0.0))
+        return hermite, np.sqrt(np.maximum(left, _NOTHING**2))
 
     def _end(self, empty: LowRank, error: float, reason: str) -> Prediction:
         rank, landmarks = empty.rank, empty.landmarks
@@ -339,38 +350,35 @@ class _Search:
         )
 
 
-def _varying(answer: Array) -> float:
-    """The share of rows that their mean does not explain."""
-    answer = answer.astype(np.float64)
-    size = float(np.linalg.norm(answer))
-    return float(np.linalg.norm(answer - answer.mean(axis=0))) / size if size else 0.0
-
-
 def _grow(pivots: Pivots, target: float, most: int) -> bool:
     """Add pivots until ``target`` is left of the trace, if that is within reach."""
     start, first = len(pivots), pivots.left
     # the constant alone leaves all of it
-    if not _within_reach(pivots, target, most, (1, 1.0)):
+    if not _within_reach(pivots, target, most, (1, 1.0), _STEEPER[0]):
         return False
     while pivots.grow(most):
         if pivots.left <= target:
             return True
-        if not _within_reach(pivots, target, most, (start, first)):
+        if not _within_reach(pivots, target, most, (start, first), _STEEPER[1]):
             return False
     return False
 
 
 def _within_reach(
-    pivots: Pivots, target: float, most: int, before: tuple[int, float]
+    pivots: Pivots,
+    target: float,
+    most: int,
+    before: tuple[int, float],
+    steeper: float,
 ) -> bool:
     """Whether the slope since ``before`` may lead to the target."""
     size, left = before
     if pivots.left <= target or len(pivots) <= size:
         return True
     slope = math.log(left / pivots.left) / math.log(len(pivots) / size)
-    reach = math.log(most / len(pivots)) * _STEEPER * slope
+    reach = math.log(most / len(pivots)) * steeper * slope
     return math.log(pivots.left / target) <= reach
 
 
-def _too_many(what: str) -> str:
-    return f"{what}, the most that pay, leave too large an error"
+def _too_many(most: int, what: str) -> str:
+    return f"{most} {what}, the most that pay, leave too large an error"

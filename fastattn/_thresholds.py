@@ -12,26 +12,23 @@ import numpy as np
 
 from fastattn._clusters import Blocks, Clusters, doubtful
 from fastattn._ops.softmax import attend
-from fastattn._sampling import MARGIN, ROWS
+from fastattn._sampling import MARGIN, guessed_odds, guessed_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
-# blocks of a sample, and its rows
+# blocks of a sample, and queries for each: fewer are not worth a larger one
 _BLOCKS = 16
-_ROWS = 256
-# queries for each block of a sample and each row: fewer are not worth a larger one
 _QUERIES_A_BLOCK = 1024
-_QUERIES_A_ROW = 128
 # a threshold and the error that it often makes with so many keys; the threshold of an
 # error falls with the keys, the error of a threshold is a power of it
-_TYPICAL, _KEYS = (1.4e-4, 0.045), 1 << 15
+_TYPICAL, _KEYS = (2.4e-4, 0.045), 1 << 15
 _THINNER = 0.85
 _SLOPE, _SLOPES = 0.8, (0.4, 1.2)
 # near keys ~ threshold ** -_CROWD
 _CROWD = 0.9
 _TRIES = 4
 # the share of the wanted error that is aimed at
-_AIM = 0.8
+_AIM = 0.85
 # a trial whose error is within this factor of the aim says enough
 _CLOSE = 1.5
 # thresholds that are tried
@@ -87,7 +84,7 @@ class Trial:
         xp, n = array_namespace(blocks.query), int(blocks.cuts[-1])
         sizes = np.diff(blocks.cuts)
         count = min(len(sizes), max(4, min(_BLOCKS, n // _QUERIES_A_BLOCK)))
-        total = max(ROWS, min(_ROWS, n // _QUERIES_A_ROW))
+        total = guessed_rows(n)
         # large blocks more often: each then stands for as many rows
         some = np.sort(rng.choice(len(sizes), count, replace=False))
         few = np.minimum(sizes[some], -(-total // count))
@@ -122,17 +119,23 @@ class Trial:
     def run(self, threshold: float) -> tuple[float, Counts]:
         """The error that a certificate is expected to show, and the counts."""
         value, _, error, counts = self.clusters.answer(self.blocks, threshold)
+        weight = np.add.reduceat(self.share, self.blocks.cuts[:-1])
+        found = Counts(*(float(x) for x in weight @ counts))
+        limit = doubtful(error, found.near / self.clusters.key.shape[0])
         with np.errstate(all="ignore"):
             squares = np.sum((_double(value) - self.truth) ** 2, axis=1)
             # those rows are going to be computed exactly
-            squares[to_host(error > doubtful(error))] = 0
+            squares[to_host(error) > limit] = 0
             size = float(self.share @ np.sum(self.truth**2, axis=1))
             mean = float(self.share @ squares)
-            spread = math.sqrt(float(self.share @ (squares - mean) ** 2))
-            upper = mean + MARGIN * spread / math.sqrt(ROWS)
+            # rows of larger errors are going to be drawn more often
+            guess = to_host(error)
+            often = guessed_odds(np.where(guess > limit, 0, guess)) * len(guess)
+            spread = float(self.share @ (squares**2 / often)) - mean**2
+            rows = guessed_rows(self.blocks.order.shape[0])
+            upper = mean + MARGIN * math.sqrt(max(spread, 0.0) / rows)
         upper = math.sqrt(upper / size) if size else math.inf if upper else 0.0
-        weight = np.add.reduceat(self.share, self.blocks.cuts[:-1])
-        return upper, Counts(*(float(x) for x in weight @ counts))
+        return upper, found
 
 
 def choose(

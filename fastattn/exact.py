@@ -69,7 +69,8 @@ class Exact:
 
     def plan(self, head: Head, reason: str = "asked for") -> Plan:
         """Say what exact attention costs for this head."""
-        return Plan(self, 0.0, seconds(exact_work(*head.sizes)), reason)
+        work = exact_work(*head.sizes, logits=head.logits)
+        return Plan(self, 0.0, seconds(work), reason)
 
     def candidates(
         self,
@@ -179,21 +180,45 @@ def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
         return 0.0
     u, tiny = unit_roundoff(xp, dtype), smallest_number(xp, dtype)
     extent = value_range(head)
-    least, longest = _KEYS_A_BLOCK
-    blocks = -(-m // least) if head.has_fast_body else 1
-    terms = min(m, longest) + 2 * blocks if head.has_fast_body else m
-    sums = 2 * gamma(terms + 2, u) + 2 * u
+    sums = sums_error(m, u, is_fast=head.has_fast_body)
     if sums * extent.peak > most:
         return math.inf
-    query_norm = abs(head.scale) * largest_row(head.query)
-    key_norm = largest_row(head.key)
-    reach = query_norm * key_norm
-    if max(reach, query_norm, m * extent.peak) > largest_number(xp, dtype) / 4:
+    norms = abs(head.scale) * largest_row(head.query), largest_row(head.key)
+    if m * extent.peak > largest_number(xp, dtype) / 4:
         return math.inf
-    # the query is scaled, the product summed, the peak subtracted
-    exponent = (gamma(d + 2, u) + 4 * u) * reach + EXP * (blocks + 1) * u
-    exponent += d * tiny * (1 + key_norm)
-    weights = math.expm1(exponent) if exponent < 1 else math.inf
+    weights = weights_error(m, d, *norms, xp, dtype, is_fast=head.has_fast_body)
     own = head.query.dtype
     out = unit_roundoff(xp, own) * extent.peak + smallest_number(xp, own)
     return deviation(weights, extent.half) + sums * extent.peak + 2 * m * tiny + out
+
+
+def _blocks(m: int, is_fast: bool) -> int:
+    """Blocks of keys that are summed one after the other."""
+    return -(-m // _KEYS_A_BLOCK[0]) if is_fast else 1
+
+
+def sums_error(m: int, u: float, *, is_fast: bool) -> float:
+    """Bound the error of the weighted sums over m keys, relative to the values."""
+    terms = min(m, _KEYS_A_BLOCK[1]) + 2 * _blocks(m, is_fast) if is_fast else m
+    return 2 * gamma(terms + 2, u) + 2 * u
+
+
+def weights_error(
+    m: int,
+    d: int,
+    query_norm: float,
+    key_norm: float,
+    xp: Any,
+    dtype: Any,
+    *,
+    is_fast: bool,
+) -> float:
+    """Bound the relative error of weights; ``query_norm`` is that times the scale."""
+    u, reach = unit_roundoff(xp, dtype), query_norm * key_norm
+    if max(reach, query_norm) > largest_number(xp, dtype) / 4:
+        return math.inf
+    # the query is scaled, the product summed, the peak subtracted
+    exponent = (gamma(d + 2, u) + 4 * u) * reach
+    exponent += EXP * (_blocks(m, is_fast) + 1) * u
+    exponent += d * smallest_number(xp, dtype) * (1 + key_norm)
+    return math.expm1(exponent) if exponent < 1 else math.inf

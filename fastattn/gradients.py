@@ -15,8 +15,8 @@ from fastattn._lowrank_gradient import (
     SLACK,
     Slopes,
     lowrank_slopes,
+    slopes_if_they_pay,
     spread,
-    worth_a_try,
 )
 from fastattn._ops.gradient import attend_vjp
 from fastattn._planner import Auto
@@ -270,6 +270,11 @@ def _slopes(
 ) -> Slopes:
     """Differentiate one head by the method, by a low rank that pays, or exactly."""
     if isinstance(method, Polynomial) and head.sizes[1]:
+        if head.visible is not None:
+            raise RefusalError(
+                "derivatives of Polynomial() do not take is_causal=True: use Exact() "
+                "or Auto()"
+            )
         empty = method.structure(head, rng)
         slopes, error = lowrank_slopes(head, grad, empty, rng)
         if not error <= SLACK * tol:
@@ -280,13 +285,9 @@ def _slopes(
             )
         return slopes
     if not isinstance(method, Exact) and guarantee == "sampled":
-        for empty in worth_a_try(head, tol, rng):
-            try:
-                slopes, error = lowrank_slopes(head, grad, empty, rng)
-            except RefusalError:
-                break
-            if error <= SLACK * tol:
-                return slopes
+        found = slopes_if_they_pay(head, grad, tol, rng)
+        if found is not None:
+            return found
     return _exact_slopes(head, grad)
 
 

@@ -1,17 +1,18 @@
 """The multipole method: near keys exactly, far ones by the moments of clusters."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastattn._causal_halves import halves_attempt
 from fastattn._clusters import Blocks, Clusters
 from fastattn._costs import multipole_work, seconds
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._recipes import Attempt, candidate_of, certified, sample_rows
 from fastattn._sampling import ROWS
-from fastattn._thresholds import Counts, Trial, choose
+from fastattn._thresholds import Choice, Counts, Trial, choose
 from fastattn.transforms import balance
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
@@ -31,7 +32,9 @@ _FEWEST = 16
 # the largest mean square of logits between centred queries and keys
 _REACH = 1.5
 # answers that may miss their certificate where the threshold is not given
-_TRIES = 2
+_TRIES = 3
+# the share of the tolerance that all but the first aim at
+_LESS = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Multipole:
     Notes
     -----
     The answer is no convex combination of the values; a row outside their range is
-    computed exactly. Nothing is proven: ``guarantee="proven"`` is refused.
+    computed exactly. Nothing is proven: ``guarantee="proven"`` is refused. With
+    ``is_causal=True`` the keys are halved: rows behind a half meet all of it.
 
     Examples
     --------
@@ -93,14 +97,16 @@ class Multipole:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the method and certify the answer, or refuse."""
-        wanted = tol
-        for _ in range(_TRIES if self.threshold is None else 1):
-            attempt = self.attempt(head, wanted, guarantee, rng)
-            answer = certified(head, attempt, tol, rng)
-            if answer.error <= tol:
-                return answer
+        attempt = self.attempt(head, tol, guarantee, rng)
+        answer = certified(head, attempt, tol, rng)
+        for _ in range(_TRIES - 1):
+            if answer.error <= tol or attempt.again is None:
+                break
             # what was certified says how much more to ask for
-            wanted *= 0.9 * tol / answer.error
+            attempt = attempt.again(_LESS * tol / answer.error)
+            answer = certified(head, attempt, tol, rng)
+        if answer.error <= tol:
+            return answer
         raise RefusalError(
             f"{answer.plan.method} misses tol={tol:g}: {answer.error:.2e} on sampled "
             "rows; raise tol, lower threshold, or use Auto()"
@@ -114,10 +120,6 @@ class Multipole:
             raise RefusalError(
                 "Multipole() has no proven bound: use guarantee='sampled', "
                 "Polynomial() or Exact()"
-            )
-        if head.visible is not None:
-            raise RefusalError(
-                "Multipole() does not take is_causal=True: use Exact() or Auto()"
             )
         return multipole_attempt(head, tol, rng, method=self)
 
@@ -155,6 +157,8 @@ def multipole_attempt(
         meets ``wanted``.
     """
     method = Multipole() if method is None else method
+    if head.visible is not None:
+        return _by_halves(head, wanted, rng, limit, method, reason)
     n, m, d, p = head.sizes
     if m == 0:
         raise RefusalError("there is no key to cluster: use Exact() or Auto()")
@@ -162,17 +166,49 @@ def multipole_attempt(
     cost = _Cost(n, m, d, p)
     clusters, blocks = _arrange(head, count, cost, limit, rng)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
-    threshold, error, counts = method.threshold, math.nan, Counts(0, 0, count)
-    if threshold is None:
-        found = choose(Trial.of(clusters, blocks, rng), wanted, cost, limit)
-        threshold, error, counts = found.threshold, found.error, found.counts
-    made = Multipole(len(clusters.group), threshold)
-    plan = Plan(made, error, seconds(cost(counts)), reason)
 
-    def run(head: Head) -> tuple[Array, Array, Array]:
-        return clusters.query(head.query, threshold, blocks)
+    def attempt(found: Choice, again: Callable[[float], Attempt] | None) -> Attempt:
+        made = Multipole(len(clusters.group), found.threshold)
+        plan = Plan(made, found.error, seconds(cost(found.counts)), reason)
 
-    return Attempt(plan, run, math.inf)
+        def run(head: Head) -> tuple[Array, ...]:
+            return clusters.query(head.query, found.threshold, blocks)
+
+        return Attempt(plan, run, math.inf, again)
+
+    if method.threshold is not None:
+        return attempt(Choice(method.threshold, math.nan, Counts(0, 0, count)), None)
+    trial = Trial.of(clusters, blocks, rng)
+
+    def search(wanted: float) -> Attempt:
+        found = choose(trial, wanted, cost, limit)
+        return attempt(found, lambda factor: search(factor * wanted))
+
+    return search(wanted)
+
+
+def _by_halves(
+    head: Head,
+    wanted: float,
+    rng: np.random.Generator,
+    limit: float,
+    method: Multipole,
+    reason: str,
+) -> Attempt:
+    """Cluster the keys of every rectangle of a causal head."""
+    # one stream for all rectangles: they are answered in no fixed order
+    seed = int(rng.integers(2**63))
+
+    def make(part: Head, limit: float, like: Attempt | None) -> Attempt:
+        chosen = method
+        if like is not None and method.threshold is None:
+            chosen = replace(method, threshold=like.plan.method.threshold)
+        own = np.random.default_rng(seed)
+        return multipole_attempt(
+            part, wanted, own, limit=limit, method=chosen, reason=reason
+        )
+
+    return halves_attempt(head, make, limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastattn._costs import lowrank_work, polynomial_work, seconds
+from fastattn._causal_plan import chunk_work, lowrank_cost
+from fastattn._causal_prefixes import lowrank_by_prefixes
+from fastattn._costs import polynomial_work, seconds
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
@@ -70,6 +72,8 @@ class Polynomial:
     -----
     Keys and queries are centred and balanced first. With ``guarantee="sampled"`` the
     rows whose logits spread most, and rows that went wrong, are computed exactly.
+    With ``is_causal=True`` sums run over the chunks of keys before a row's own, within
+    which it is computed exactly; a proven bound holds for every row all the same.
 
     Examples
     --------
@@ -126,23 +130,37 @@ class Polynomial:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Attempt:
         """Make every choice for one head."""
-        _check_whole(head)
-        if guarantee == "proven":
-            if self.basis != "minimax" or self.landmarks:
-                raise RefusalError(
-                    f"basis={self.basis!r} has no proven bound, nor have landmarks: "
-                    "use 'minimax' without them"
-                )
-            recipe = proven_recipe(head, tol, rng, self.degree, self.rank)
-            return attempt_of(head, recipe, "minimax", "asked for")
-        if self.basis != "hermite" and not self.landmarks:
-            recipe = self._sampled_recipe(head, rng)
-            return attempt_of(head, recipe, self.basis, "asked for")
-        return lowrank_attempt(head, self.structure(head, rng), math.nan, "asked for")
+        if guarantee == "sampled" and self.fits_a_basis:
+            empty = self.structure(head, rng)
+            return lowrank_attempt(head, empty, math.nan, "asked for")
+        recipe = self.recipe(head, tol, guarantee, rng)
+        return attempt_of(head, recipe, self.basis, "asked for")
+
+    @property
+    def fits_a_basis(self) -> bool:
+        """Whether a ``structure`` answers, with a basis fitted to queries and keys."""
+        return self.basis == "hermite" or self.landmarks > 0
+
+    def recipe(
+        self,
+        head: Head,
+        tol: float,
+        guarantee: str,
+        rng: np.random.Generator,
+        pieces: int | None = None,
+    ) -> Recipe:
+        """Choose monomials and a polynomial; ``pieces`` is of ``proven_recipe``."""
+        if guarantee != "proven":
+            return self._sampled_recipe(head, rng)
+        if self.basis != "minimax" or self.landmarks:
+            raise RefusalError(
+                f"basis={self.basis!r} has no proven bound, nor have landmarks: "
+                "use 'minimax' without them"
+            )
+        return proven_recipe(head, tol, rng, self.degree, self.rank, pieces)
 
     def structure(self, head: Head, rng: np.random.Generator) -> LowRank:
         """Make the empty low-rank structure of a basis fitted to the head."""
-        _check_whole(head)
         if self.basis == "taylor":
             raise RefusalError("landmarks do not correct a Taylor polynomial")
         rank = self._hermite_rank(head.sizes[2])
@@ -187,19 +205,13 @@ class Polynomial:
         )
 
 
-def _check_whole(head: Head) -> None:
-    """Raise ``RefusalError`` where rows see some of the keys only."""
-    if head.visible is not None:
-        raise RefusalError(
-            "Polynomial() does not take is_causal=True: use Exact() or Auto()"
-        )
-
-
 def attempt_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Attempt:
     """Describe a recipe by the method that it makes concrete."""
     degree = int(recipe.index.degree.max())
     method = Polynomial(degree=degree, rank=len(recipe.index), basis=basis)
     work = polynomial_work(*head.sizes, len(recipe.index))
+    if head.visible is not None:
+        work += chunk_work(head)[1]
     if recipe.dtype == head.xp.float64 != head.dtype:
         work *= 2
     error = math.nan if math.isinf(recipe.bound) else recipe.bound
@@ -213,10 +225,12 @@ def lowrank_attempt(
     """Describe an empty low-rank structure by the method that it makes concrete."""
     rank, landmarks = empty.rank, empty.landmarks
     method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
-    work = lowrank_work(*head.sizes, rank, landmarks)
+    work = lowrank_cost(head)(rank, landmarks)
     plan = Plan(method, predicted_error, seconds(work), reason)
 
     def run(head: Head) -> tuple[Array, Array, Array]:
+        if head.visible is not None:
+            return lowrank_by_prefixes(head, empty)
         return empty.insert(head.key, head.value).query(head.query)
 
     return Attempt(plan, run, math.inf)

@@ -19,10 +19,12 @@ from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
 # share of the threshold beyond which a key has its first moment counted
-MIDDLE = 0.1
+MIDDLE = 0.03
 # E[(exp(x) - 1 - x)^2] of a normal x with variance z is about 3/4 (z exp(BEND z))^2, to
 # a tenth up to z = 3; larger z are cut off
 BEND, LARGEST = 0.7, 20.0
+# the signs of the remainders of a cluster are random but for this share of their square
+ALIKE = 0.1
 
 
 @op("cpu")
@@ -140,9 +142,9 @@ class _Field:
         self.middle = xp.logical_and(remainder > MIDDLE * threshold, ~self.near)
         self.total = xp.matmul(member, self.weight)
         total = xp.where(self.total > 0, self.total, xp.ones_like(self.total))
-        # squares of the keys' remainders, as if their signs were random
+        # squares of the remainders of clusters
         rest = xp.where(self.near, nothing, rest) / keys.spread(total)
-        self.error = xp.matmul(member, rest**2)
+        self.error = xp.matmul(member, rest**2) + ALIKE * xp.matmul(member, rest) ** 2
         tiny = xp.finfo(mean.dtype).smallest_normal
         self.distance = metric / (length + tiny)
         self._sum_moments(total)

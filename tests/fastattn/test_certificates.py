@@ -4,6 +4,8 @@ Sampled certificates hold at the rate that they claim, by exact binomial bounds 
 seeds. Proven ones hold on inputs made to break them, and are not vacuous.
 """
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -78,6 +80,69 @@ def test_sampled_certificate_holds_at_its_rate_on_real_heads(head, rank, basis):
 def test_sampled_certificate_holds_at_its_rate_on_gaussian_heads(spread, degree, basis):
     method = Polynomial(degree=degree, basis=basis)
     assert_certified(gaussian(1, 600, spread), method)
+
+
+GUESSES = {
+    "right": lambda squares, rng: squares,  # noqa: ARG005
+    "noisy": lambda squares, rng: squares * rng.chisquare(2, len(squares)),
+    "of no use": lambda squares, rng: rng.chisquare(1, len(squares)),
+    "upside down": lambda squares, rng: 1 / (squares + 1e-9),  # noqa: ARG005
+    "zero": lambda squares, rng: 0 * squares,  # noqa: ARG005
+    "not finite": lambda squares, rng: np.where(
+        rng.random(len(squares)) < 0.1, np.inf, squares
+    ),
+    "one row": lambda squares, rng: squares == squares.max(),  # noqa: ARG005
+}
+
+
+def with_errors(tail):
+    """A head, and errors of its rows whose sizes follow a log-normal law."""
+    rng = np.random.default_rng(3)
+    inputs = gaussian(2, 1500, 0.5)
+    truth, _ = oracles.attention(*inputs)
+    off = rng.standard_normal(truth.shape)
+    off *= np.exp(rng.standard_normal(len(off)) * tail)[:, None]
+    off *= 0.05 * root(truth) / root(off)
+    (head,) = Batch.of(*inputs, None, False, None).heads()
+    return head, truth + off, np.sum(off**2, axis=1), 0.05
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("tail", [0.5, 1.0])
+def test_certificate_holds_whatever_the_errors_are_guessed_to_be(guess, tail):
+    head, value, squares, error = with_errors(tail)
+    doubt = GUESSES[guess](squares, np.random.default_rng(4))
+
+    def draw(rng):
+        settled = np.zeros(0, int)
+        return certify_rows(head, value, 1e-9, rng, settled=settled, doubt=doubt)
+
+    def bounds_the_error(rng):
+        return error <= draw(rng).upper
+
+    def bounds_most_rows(rng):
+        source = draw(rng).source
+        share = float(re.search(r"least ([\d.]+)%", source)[1]) / 100
+        largest = float(re.search(r"at most (\S+) of", source)[1])
+        # both were rounded for print
+        below = np.sqrt(squares) <= 1.005 * largest * np.abs(value).max()
+        return np.mean(below) >= share - 5e-4
+
+    for trial in (bounds_the_error, bounds_most_rows):
+        assert_fails_rarely(trial, failure=0.05, trials=150, false_alarm=ALARM)
+
+
+def test_a_right_guess_makes_the_margin_small():
+    head, value, squares, error = with_errors(1.0)
+
+    def excess(doubt):
+        rows = {"settled": np.zeros(0, int), "doubt": doubt}
+        seeds = np.random.default_rng(0).spawn(20)
+        drawn = [certify_rows(head, value, 1e-9, rng, **rows) for rng in seeds]
+        return np.median([x.upper for x in drawn]) / error
+
+    assert excess(squares) < 1.2
+    assert excess(None) > 1.4
 
 
 @pytest.mark.parametrize("method", [Polynomial(degree=2), None])

@@ -113,7 +113,7 @@ def test_a_threshold_of_zero_is_exact():
     query, key, value = problem()
     structure = prepare(query, key, value)
     blocks = structure.arrange(query, 64)
-    got, normalizer, _ = structure.query(query, 0.0, blocks)
+    got, normalizer, _, _ = structure.query(query, 0.0, blocks)
     truth, log_sum = oracles.attention(query, key, value, scale=0.5)
     np.testing.assert_allclose(got, truth, rtol=0, atol=1e-12)
     np.testing.assert_allclose(normalizer, log_sum, rtol=0, atol=1e-12)
@@ -127,7 +127,7 @@ def test_error_falls_with_the_threshold(scale):
     truth, log_sum = oracles.attention(query, key, value, scale=scale)
     errors, logs = [], []
     for threshold in (1e-2, 1e-3, 1e-4, 1e-5):
-        got, normalizer, _ = structure.query(query, threshold, blocks)
+        got, normalizer, _, _ = structure.query(query, threshold, blocks)
         errors.append(oracles.frobenius_error(got, truth))
         logs.append(np.abs(normalizer - log_sum).max())
     # where all logits are equal, clusters are exact
@@ -151,7 +151,7 @@ def test_equal_keys_of_one_cluster_with_opposite_values_are_exact(rng):
     value = np.tile([[1.0], [-1.0]], (100, 1)) * rng.standard_normal((200, 2))
     query = rng.standard_normal((100, 4))
     structure = prepare(query, key, value, clusters=10, groups=2)
-    got, _, _ = structure.query(query, 1e-9, structure.arrange(query, 50))
+    got, _, _, _ = structure.query(query, 1e-9, structure.arrange(query, 50))
     truth, _ = oracles.attention(query, key, value, scale=0.5)
     np.testing.assert_allclose(got, truth, rtol=0, atol=1e-9)
 

@@ -258,12 +258,6 @@ def test_a_proof_is_refused_with_what_would_help(rng):
         approximate(query, key, value, method=Multipole(), guarantee="proven")
 
 
-def test_causal_attention_is_refused(rng):
-    query, key, value = rng.standard_normal((3, 10, 4))
-    with pytest.raises(RefusalError, match=r"does not take is_causal=True: use Exact"):
-        approximate(query, key, value, is_causal=True, method=Multipole())
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [

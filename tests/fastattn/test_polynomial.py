@@ -176,12 +176,6 @@ def test_sharp_logits_are_refused_with_their_number(rng):
         approximate(query, key, value, method=Polynomial(degree=3), rng=0)
 
 
-def test_causal_attention_is_refused(rng):
-    query, key, value = rng.standard_normal((3, 10, 4))
-    with pytest.raises(RefusalError, match=r"does not take is_causal=True"):
-        approximate(query, key, value, is_causal=True, method=Polynomial())
-
-
 @pytest.mark.parametrize("basis", ["taylor", "hermite"])
 def test_only_minimax_is_proven(rng, basis):
     query, key, value = rng.standard_normal((3, 10, 4))

@@ -1,5 +1,7 @@
 """Predicted sizes of low ranks, and the landmarks and coordinates behind them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,24 +9,41 @@ from fastattn import load_sample
 from fastattn._basis import Basis, Hermite
 from fastattn._frame import Frame, Sample
 from fastattn._landmarks import Pivots, one_lloyd_step
+from fastattn._pilots import Pilots
 from fastattn._problem import Head
 from fastattn._sizes import predict
-from tests.fastattn.test_lowrank import error_of, gaussian
+from tests import oracles
+from tests.fastattn.test_lowrank import PLANS, error_of, gaussian, plan
 
 
-def test_more_pivots_continue_where_fewer_stopped():
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_more_pivots_continue_where_fewer_stopped(parts):
     _, key, _ = gaussian()
     hermite = Hermite.of(np.ones(6), 1)
     logs = np.zeros(len(key))
-    pivots = Pivots(key, logs, hermite, np.random.default_rng(0))
+    pivots = Pivots(key, logs, hermite, np.random.default_rng(0), parts)
     left, few = [1.0], None
     for count in (64, 128, 192):
-        assert pivots.grow(count)
+        assert pivots.fill(count)
+        assert len(pivots) == count
         left.append(pivots.left)
         few = pivots.landmarks if few is None else few
     assert np.all(np.diff(left) < 0)
     np.testing.assert_array_equal(pivots.landmarks[:64], few)
     assert len(np.unique(pivots.landmarks, axis=0)) == 192
+    assert not pivots.fill(192)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pivots_stop_where_keys_have_no_more_to_tell(parts):
+    key = np.eye(3, 6, dtype=np.float32)[np.arange(300) % 3]
+    hermite = Hermite.of(np.ones(6), 1)
+    pivots = Pivots(key, np.zeros(300), hermite, np.random.default_rng(0), parts)
+    while pivots.fill(100):
+        pass
+    assert len(np.unique(pivots.landmarks, axis=0)) == 3
+    assert len(pivots) <= 3 * parts
+    assert pivots.left < 1e-2
 
 
 def test_lloyd_moves_landmarks_to_the_means_of_their_keys():
@@ -87,6 +106,38 @@ def test_predictions_are_true_for_gaussian_heads():
     assert_predicted(inputs, 0.05)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_more_polynomials_than_needed(seed):
+    query, key, value = gaussian(n=8192, m=8192, d=8, p=16, spread=0.7, seed=seed)
+    head, rng = Head(query, key, value, 8**-0.5), np.random.default_rng(seed)
+    found, *_ = predict(head, Sample.of(head, rng), 0.02, rng, small_cost, 2000)
+    assert found.accepted
+    assert found.landmarks == 0
+    filled = found.empty.insert(key, value)
+    # rows of the largest spread are computed exactly and do not count
+    spread = np.linalg.norm(query - query.mean(axis=0), axis=1)
+    easy = query[spread <= np.sort(spread)[-129]]
+    truth, _ = oracles.attention(easy, key, value)
+
+    def error(structure):
+        return oracles.frobenius_error(structure.query(easy)[0], truth)
+
+    assert error(filled) <= 0.02
+    assert error(filled.first(found.rank // 2)) > 0.02
+
+
+def test_pilots_leave_out_what_is_computed_exactly():
+    query, key, value = gaussian(n=4096, m=4096)
+    query[:100] *= 4
+    head, rng = Head(query, key, value, 6**-0.5), np.random.default_rng(0)
+    sample = Sample.of(head, rng)
+    pilots = Pilots(head, sample, Frame.of(sample), 0.1)
+    held = np.linalg.norm(sample.held, axis=1)
+    assert len(pilots.held) < len(held)
+    assert np.linalg.norm(pilots.held, axis=1).max() < held.max()
+    assert len(pilots.odds) == len(pilots.held)
+
+
 @pytest.mark.parametrize("head", [0, 1])
 def test_sharp_heads_are_refused_at_once(head):
     query, key, value = (x[head] for x in load_sample("minilm-sharp"))
@@ -117,3 +168,21 @@ def test_few_distinct_keys_are_planned_for(distinct):
             if one.accepted:
                 structure = one.empty.insert(key, value)
                 assert error_of(structure, query, key, value)[0] < 1.25 * tol + 1e-6
+
+
+@PLANS
+def test_first_functions_are_a_structure_of_their_own(rank, landmarks):
+    query, key, value = gaussian()
+    whole = plan(query, key, value, rank, landmarks).insert(key, value)
+    for count in (1, rank, rank + landmarks // 2, rank + landmarks):
+        few = whole.first(count)
+        assert few.rank == min(count, rank)
+        assert few.rank + few.landmarks == count
+        again = few.emptied()
+        assert again.query(query)[2].sum() == 0
+        # the basis made anew from its parts
+        old = few.basis
+        again = replace(again, basis=Basis(old.frame, old.hermite, old.landmarks))
+        got, want = few.query(query), again.insert(key, value).query(query)
+        for mine, theirs in zip(got, want, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)

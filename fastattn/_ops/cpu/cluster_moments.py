@@ -67,8 +67,8 @@ def growths(logit, top, mass, distance, growth):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def classify(
-    weight, remainder, growth, start, threshold, least, near, middle, spans, total,
-    error,
+    weight, remainder, growth, start, threshold, least, alike, near, middle, spans,
+    total, error,
 ):  # fmt: skip
     # lists near and middle keys; weights of near keys become 0; returns their number
     zero, a, b = weight.dtype.type(0), 0, 0
@@ -88,12 +88,13 @@ def classify(
                 b += (s > least) & (not is_near)
                 if is_near:
                     weight[j] = zero
-        s, squares = zero, zero
+        s, rest, squares = zero, zero, zero
         for j in range(lo, hi):
             s += weight[j]
+            rest += weight[j] * remainder[j]
             squares += (weight[j] * remainder[j]) ** 2
         total[c] = s
-        error[c] = squares / s / s if s > 0 else zero
+        error[c] = (squares + alike * rest * rest) / s / s if s > 0 else zero
     spans[growth.size] = b
     return a
 

@@ -12,7 +12,7 @@ from fastattn._ops.cpu.cluster_moments import (
     tilt,
 )
 from fastattn._ops.cpu.softmax import _soften
-from fastattn._ops.multipole import BEND, LARGEST, MIDDLE
+from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE
 
@@ -41,7 +41,7 @@ def multipole(
     counts = np.empty((blocks, 3), np.int64)
     query, key, value = _plain(query), _plain(key), _plain(value)
     keys = _Keys(key, value, metric, start, group)
-    limits = [dtype.type(x) for x in (threshold, MIDDLE * threshold)]
+    limits = [dtype.type(x) for x in (threshold, MIDDLE * threshold, ALIKE)]
     rates = [dtype.type(x) for x in (BEND, LARGEST)]
     shared = max(1, min(_SHARED, _KEPT // m))
 
@@ -71,6 +71,8 @@ class _Keys:
     def __init__(self, key, value, metric, start, group):
         self.key, self.value, self.start, self.group = key, value, start, group
         self.metric = metric
+        # groups by their clusters
+        self.cuts = np.searchsorted(group, np.arange(group[-1] + 2))
         self.centre = np.empty((len(group), key.shape[1]), key.dtype)
         self.local = np.empty_like(key)
         localise(key, start, self.centre, self.local)
@@ -111,6 +113,31 @@ class _Field:
             self.weight, keys.local, keys.value, keys.start, self.total, self.shift,
             self.variance, self.average,
         )  # fmt: skip
+        self._sum_first_moments()
+
+    def _sum_first_moments(self):
+        """First moments of middle keys, by groups."""
+        keys, (r, c, d), dtype = self.keys, self.shift.shape, self.shift.dtype
+        cuts = keys.cuts
+        lengths = np.diff(self.spans[:, cuts])
+        left = np.empty((lengths.max(), d), dtype)
+        right = np.empty((len(left), self.average.shape[2]), dtype)
+        self.moment = np.zeros((r, len(cuts) - 1, d, right.shape[1]), dtype)
+        own = np.zeros((r, c), dtype)
+        # within a group, relative to one key
+        common = np.exp(self.top - self.top.max(axis=1)[:, None])
+        # groups are outermost, so that their keys stay in cache for all blocks
+        for g, i in np.argwhere(lengths.T > 0):
+            _gather_middle(
+                cuts[g], cuts[g + 1], self.middle[i], self.spans[i], self.weight[i],
+                keys.local, self.shift[i], keys.value, self.average[i], common[i],
+                left, right, own[i],
+            )  # fmt: skip
+            size = lengths[i, g]
+            np.matmul(left[:size].T, right[:size], out=self.moment[i, g])
+        whole = np.add.reduceat(own * common, cuts[:-1], axis=1)
+        whole = np.repeat(np.where(whole > 0, whole, 1), np.diff(cuts), axis=1)
+        self.factor = own / np.where(self.total > 0, self.total, 1) / whole
 
     def answer(self, r, query, out, norm, error):
         """Answer queries of block ``r``; returns what was counted."""
@@ -148,29 +175,11 @@ class _Field:
         return len(active)
 
     def _add_first_moments(self, r, active, weights, step, out):
-        keys, spans = self.keys, self.spans[r]
-        d, p, dtype = step.shape[1], out.shape[1], out.dtype
-        left, right = np.empty((spans[-1], d), dtype), np.empty((spans[-1], p), dtype)
-        own = np.empty(len(active), dtype)
-        # within a group, relative to one key
-        common = np.exp(self.top[r, active] - self.top[r].max())
-        _gather_middle(
-            active, self.middle[r], spans, self.weight[r], keys.local, self.shift[r],
-            keys.value, self.average[r], common, left, right, own,
-        )  # fmt: skip
-        of = keys.group[active]
-        cuts = np.append(np.flatnonzero(np.diff(of, prepend=-1)), len(of))
-        whole = np.add.reduceat(own * common, cuts[:-1])
-        whole = np.repeat(np.where(whole > 0, whole, 1), np.diff(cuts))
-        factor = own / self.total[r, active] / whole
-        ends = np.append(spans[active[cuts[:-1]]], spans[-1])
-        moment = np.empty((len(cuts) - 1, d, p), dtype)
-        for g in range(len(moment)):
-            rows = slice(ends[g], ends[g + 1])
-            np.matmul(left[rows].T, right[rows], out=moment[g])
-        wide = np.empty((len(step), len(moment) * d), dtype)
-        _widen(weights, factor, cuts, step, wide)
-        out += wide @ moment.reshape(-1, p)
+        moment = self.moment[r]
+        cuts = np.searchsorted(self.keys.group[active], np.arange(len(moment) + 1))
+        wide = np.empty((len(step), len(moment) * step.shape[1]), out.dtype)
+        _widen(weights, self.factor[r, active], cuts, step, wide)
+        out += wide @ moment.reshape(-1, out.shape[1])
 
     def _add_near(self, near, query, peak, total, out):
         keys, b, dtype = self.keys, len(query), query.dtype
@@ -248,22 +257,22 @@ def _estimate(weight, error, step, distance, out):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _gather_middle(
-    active, middle, spans, weight, local, shift, value, average, common, left, right,
-    own,
+    first, last, middle, spans, weight, local, shift, value, average, common, left,
+    right, own,
 ):  # fmt: skip
     n = 0
-    for i in range(active.size):
-        c, mass = active[i], weight.dtype.type(0)
+    for c in range(first, last):
+        mass = weight.dtype.type(0)
         for b in range(spans[c], spans[c + 1]):
             j = middle[b]
             w = weight[j]
             mass += w
             for l in range(left.shape[1]):
-                left[n, l] = w * common[i] * (local[j, l] - shift[c, l])
+                left[n, l] = w * common[c] * (local[j, l] - shift[c, l])
             for l in range(right.shape[1]):
                 right[n, l] = value[j, l] - average[c, l]
             n += 1
-        own[i] = mass
+        own[c] = mass
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

@@ -1,0 +1,158 @@
+"""Low-rank structures over every prefix of the keys, from sums over chunks."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from fastattn._lowrank import LowRank
+from fastattn._moments import Moments
+from fastattn._ops.lowrank import LEAST
+from fastattn._problem import Head
+from fastattn.causal import Answer, Prefix, by_prefixes, cuts_of, each
+from sketching._lib.arrays import Array, array_namespace, mover, to_host
+from sketching._lib.certificate import RefusalError
+
+# sums over chunks that exist at once stay below this many bytes
+_LARGEST_PANEL = 1 << 25
+# a sum of weights may be so much smaller than all keys let expect
+_SLACK = 20.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LowRankPrefix:
+    """A low-rank structure with the mean of the keys that it holds.
+
+    Parameters
+    ----------
+    structure : LowRank
+        Over the keys of the prefix.
+    mean : array, shape (d,)
+        Of all of its keys, in units of the scale.
+    """
+
+    structure: LowRank
+    mean: Array
+
+    def query(self, query: Array) -> Answer:
+        """Answer queries; the least sum that is true follows from the mean key."""
+        value, logarithm, good = self.structure.query(query, slack=_SLACK)
+        xp, dtype = array_namespace(query), logarithm.dtype
+        move = mover(query, dtype)
+        count = self.structure.count + len(self.structure.far_key)
+        # by convexity, the mean weight is at least the weight of the mean key
+        least = xp.matmul(xp.astype(query, dtype, copy=False), move(self.mean))
+        least = least + math.log(LEAST * count)
+        return value, logarithm, xp.logical_and(good, logarithm > least)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _MomentsPrefix:
+    """Moments with the coefficients of their polynomial; log-sum-exps are centred."""
+
+    moments: Moments
+    coefficients: Array
+
+    def query(self, query: Array) -> Answer:
+        """Answer queries."""
+        return self.moments.query(query, self.coefficients, centred=True)
+
+
+def lowrank_by_prefixes(head: Head, empty: LowRank) -> Answer:
+    """Answer a causal head by a low-rank structure, given without keys."""
+
+    def part(keys: slice) -> tuple[LowRank, Array]:
+        key, value = head.key[keys, :], head.value[keys, :]
+        total = to_host(head.xp.sum(key, axis=0, dtype=head.xp.float64))
+        return empty.part(key, value)[0], head.scale * total
+
+    def prefixes(counts: list[int]) -> Iterator[list[Prefix]]:
+        before, total = empty, np.zeros(head.sizes[2])
+        for panel in _panels(counts, empty.sums.nbytes):
+            parts = each(head, part, panel)
+            structures = _accumulated(before, [one for one, _ in parts])
+            totals = total + np.cumsum([key for _, key in parts], axis=0)
+            yield [
+                _LowRankPrefix(structure, total / keys.stop)
+                for structure, total, keys in zip(
+                    structures, totals, panel, strict=True
+                )
+            ]
+            before, total = structures[-1], totals[-1]
+
+    return by_prefixes(head, prefixes)
+
+
+def moments_by_prefixes(
+    head: Head, moments: Callable[[Head], Moments], coefficients: Array
+) -> Answer:
+    """Answer a causal head by sums of monomials and a polynomial of them.
+
+    Keys are centred within the chunks too, so that no logit of the centre, which may be
+    large, is rounded before the answers are merged.
+    """
+    xp = head.xp
+
+    def part(keys: slice) -> Moments:
+        return moments(replace(head, key=head.key[keys, :], value=head.value[keys, :]))
+
+    def prefixes(counts: list[int]) -> Iterator[list[Prefix]]:
+        total = None
+        for panel in _panels(counts, 8 * len(first.index) * (head.sizes[3] + 1)):
+            some: list[Prefix] = []
+            for one in each(head, part, panel):
+                sums = xp.astype(one.sums, xp.float64)
+                total = sums if total is None else total + sums
+                whole = replace(one, sums=xp.astype(total, one.sums.dtype))
+                some.append(_MomentsPrefix(whole, coefficients))
+            yield some
+
+    first = part(slice(0, 1))
+    dtype = first.sums.dtype
+    center = mover(head.key, dtype)(first.transform.key_center)
+    centred = replace(
+        head,
+        query=xp.astype(head.query, dtype, copy=False),
+        key=xp.astype(head.key, dtype, copy=False) - center,
+    )
+    value, logarithm, good = by_prefixes(centred, prefixes)
+    return value, logarithm + first.center_logits(head.query), good
+
+
+def prefix_doubt(head: Head) -> Array:
+    """How the squared errors of rows compare that see different numbers of keys."""
+    if head.visible is None:
+        return np.ones(head.sizes[0])
+    visible = to_host(head.visible)
+    # the first chunk is exact; beyond it, errors average out with the keys
+    first = cuts_of(int(visible[-1]))[1]
+    return np.where(visible < first, 0.0, 1 / np.maximum(visible, 1))
+
+
+def _panels(counts: list[int], nbytes: int) -> Iterator[list[slice]]:
+    """Yield the keys between the counts, a few chunks at a time."""
+    size = max(1, _LARGEST_PANEL // max(nbytes, 1))
+    chunks = [slice(*pair) for pair in pairwise([0, *counts])]
+    for start in range(0, len(chunks), size):
+        yield chunks[start : start + size]
+
+
+def _accumulated(before: LowRank, parts: list[LowRank]) -> list[LowRank]:
+    """Add parts one after the other; their sums are projected all at once."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = list(accumulate((part.sums for part in parts), initial=before.sums))[1:]
+        weights = sums
+        if before.landmarks:
+            # one solve with many columns
+            wide = before.basis.project(np.concatenate(sums, axis=1))
+            weights = np.split(wide, len(parts), axis=1)
+    # what is not finite stays so
+    if not np.isfinite(weights[-1]).all():
+        raise RefusalError("sums over keys overflow: the inputs are too extreme")
+    structures = []
+    for part, total, weight in zip(parts, sums, weights, strict=True):
+        before = before.joined(part, total, weight)
+        structures.append(before)
+    return structures
