@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("tests.laws", "tests.chance")
+pytest.register_assert_rewrite("tests.laws", "tests.prepared_laws", "tests.chance")
 
 # a law is one function that every subclass of its suite runs
 _SUITES = [HealthCheck.differing_executors, HealthCheck.too_slow]

@@ -1,0 +1,85 @@
+"""Keys and values that are kept as they are, in arrays that grow."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sketching._lib.arrays import Array, array_namespace, place_of
+
+# rows of a first buffer, and how much larger than its rows every later one is
+_LEAST = 16
+_GROWTH = 1.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """Rows of keys and values, at the front of buffers with room for more.
+
+    Of what ``append`` returns one is to be used at most: they share the buffers.
+
+    Parameters
+    ----------
+    keys, values : array, shapes (c, d), (c, p)
+        The buffers.
+    count : int
+        Rows that are there.
+    """
+
+    keys: Array
+    values: Array
+    count: int
+
+    @staticmethod
+    def none(key: Array, value: Array) -> "Kept":
+        """Start without rows, beside arrays of the right kind."""
+        return Kept(key[:0, :], value[:0, :], 0)
+
+    @property
+    def key(self) -> Array:
+        """The keys, ``(m, d)``."""
+        return self.keys[: self.count, :]
+
+    @property
+    def value(self) -> Array:
+        """The values, ``(m, p)``."""
+        return self.values[: self.count, :]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return bytes_of(self.keys) + bytes_of(self.values)
+
+    def empty(self) -> "Kept":
+        """Start again without rows."""
+        return Kept.none(self.keys, self.values)
+
+    def append(self, key: Array, value: Array) -> "Kept":
+        """Copy rows to the end; returns what has them too."""
+        count = self.count + key.shape[0]
+        if place_of(self.keys) != "cpu":
+            # array libraries agree on concat, not on writing
+            xp = array_namespace(self.keys)
+            key = xp.concat([self.key, key], axis=0)
+            return Kept(key, xp.concat([self.value, value], axis=0), count)
+        keys, values = self.keys, self.values
+        if count > len(keys):
+            # many rows at once are seldom followed by a few
+            size = max(count, int(self.count * _GROWTH), _LEAST)
+            keys, values = (_moved(x, self.count, size) for x in (keys, values))
+        keys[self.count : count] = key
+        values[self.count : count] = value
+        return Kept(keys, values, count)
+
+
+def bytes_of(x: Array) -> int:
+    """Bytes of an array of any library."""
+    size = int(math.prod(x.shape))
+    return size * int(array_namespace(x).finfo(x.dtype).bits) // 8
+
+
+def _moved(x: Array, count: int, size: int) -> Array:
+    """Copy the first rows to a buffer of another size."""
+    buffer = np.empty((size, x.shape[1]), x.dtype)
+    buffer[:count] = x[:count]
+    return buffer

@@ -1,0 +1,273 @@
+"""The class of what is prepared: structures of heads behind checked arguments."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastattn._batch import Batch, check_mask, check_rows, check_unmasked, pick
+from fastattn._prepared_files import write_prepared
+from fastattn._prepared_heads import PreparedHead, same_plan
+from fastattn._prepared_rows import Rows, side_by_side
+from fastattn.formats import PathLike
+from sketching._lib.arrays import Array, array_namespace, device_of, plain
+from sketching._lib.certificate import Approximation, Certificate
+from sketching._lib.validation import check_float_array
+
+_T = TypeVar("_T")
+
+
+class Prepared:
+    """Keys and values as a data structure for each head, made by :func:`prepare`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import prepare
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = 0.3 * rng.standard_normal((3, 4096, 16))
+    >>> prepared = prepare(key, value, queries=query[:512], tol=0.1, rng=0)
+    >>> prepared.query(query[512:]).value.shape
+    (3584, 16)
+    """
+
+    def __init__(
+        self, heads: list[PreparedHead], like: Array, options: dict[str, Any]
+    ) -> None:
+        self._heads, self._like, self._options = heads, like, options
+
+    def __repr__(self) -> str:
+        return (
+            f"<Prepared: {len(self._heads)} heads, {np.max(self.count)} keys, "
+            f"{self.nbytes} bytes>"
+        )
+
+    @property
+    def plan(self) -> Any:
+        """What was chosen; for a batch an object array over the leading dimensions."""
+        return self._field([head.plan for head in self._heads], object)
+
+    @property
+    def count(self) -> Any:
+        """Number of keys; for a batch an array over the leading dimensions."""
+        return self._field([head.count for head in self._heads], np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, probes and recent keys among them."""
+        return sum(head.nbytes for head in self._heads)
+
+    @property
+    def certificate(self) -> Certificate:
+        """What an answer is worth now, whether or not that meets the tolerance.
+
+        Where the keys are kept, it is that of the sampled queries, which are answered
+        for it.
+        """
+        tol, guarantee = self._options["tol"], self._options["guarantee"]
+        found = self._each(
+            lambda i: self._heads[i].certificate(tol, guarantee, self._rng(i))
+        )
+        return Certificate(
+            self._field([x.error for x in found], np.float64),
+            self._field([x.failure for x in found], np.float64),
+            found[0].norm,
+            self._field([x.source for x in found], object),
+        )
+
+    def query(self, query: Array) -> Approximation:
+        """Answer queries.
+
+        Parameters
+        ----------
+        query : array, shape (..., n, d)
+            Queries, drawn like those that ``prepare`` was given; the leading
+            dimensions broadcast to those of the structure.
+
+        Returns
+        -------
+        Approximation
+            As of :func:`approximate`. Where keys are gone, the certificate rests on
+            probes: it is a statement about queries drawn like those of ``prepare``.
+
+        Raises
+        ------
+        TypeError
+            If the library or the dtype differs from that of the keys.
+        ValueError
+            If shapes do not match or the array is empty or not finite.
+        RefusalError
+            If the tolerance is not kept for the keys inserted so far, or if queries
+            are too far from those of ``prepare`` and there are no keys to answer from.
+        """
+        query = self._checked("query", query, self._options["d"])
+        tol, guarantee = self._options["tol"], self._options["guarantee"]
+
+        def answer(i: int) -> Any:
+            own = pick(query, self._place(i))
+            return self._heads[i].answer(own, tol, guarantee, self._rng(i))
+
+        xp, p = array_namespace(query), self._options["p"]
+        value = xp.empty((1, p), dtype=query.dtype, device=device_of(query))
+        scale = self._options["scale"]
+        batch = Batch(query, query, value, None, scale, False, self._lead)
+        return batch.assemble(self._each(answer))
+
+    def insert(
+        self, key: Array, value: Array, *, key_mask: Array | None = None
+    ) -> "Prepared":
+        """Add keys and their values, all of them or none.
+
+        Parameters
+        ----------
+        key, value : array, shapes (..., m, d), (..., m, p)
+            The leading dimensions broadcast to those of the structure. Memory maps
+            are read a block at a time, and copied only where keys are kept.
+        key_mask : boolean array, shape (..., m), optional
+            True for keys that take part.
+
+        Returns
+        -------
+        Prepared
+            The structure itself.
+
+        Raises
+        ------
+        TypeError
+            If the library or a dtype differs from that of the structure.
+        ValueError
+            If shapes do not match or an array is empty or not finite.
+        RefusalError
+            If keys or values are beyond what a proven bound was made for.
+        """
+        key = self._checked("key", key, self._options["d"])
+        value = self._checked("value", value, self._options["p"])
+        check_rows(key, value)
+        if key_mask is not None:
+            check_mask(array_namespace(key), key_mask, key, key)
+            self._check_lead("key_mask", key_mask.shape[:-1])
+
+        def added(i: int) -> PreparedHead:
+            own = Rows.of(key, value, key_mask, self._place(i))
+            return own.insert_into(self._heads[i], fold=False)
+
+        self._heads = self._each(added)
+        return self
+
+    def merge(self, other: "Prepared") -> "Prepared":
+        """Add the keys of another structure of the same plan.
+
+        Parameters
+        ----------
+        other : Prepared
+            Made by :meth:`empty` of this structure, or of one with the same plan; it
+            stays as it is.
+
+        Returns
+        -------
+        Prepared
+            The structure itself.
+
+        Raises
+        ------
+        ValueError
+            If the plans differ.
+        """
+        if not isinstance(other, Prepared):
+            raise TypeError(f"other: expected a Prepared, got {type(other).__name__}")
+        array_namespace(self._like, other._like)
+        for name, mine in self._options.items():
+            if name != "seed" and other._options[name] != mine:
+                raise ValueError(
+                    f"other: expected a structure with {name}={mine!r}, got "
+                    f"{other._options[name]!r}"
+                )
+        for one, two in zip(self._heads, other._heads, strict=True):
+            if not same_plan(one, two):
+                raise ValueError(
+                    f"other: {two.plan.method} was planned apart from "
+                    f"{one.plan.method}, so that their sums cannot be added: prepare "
+                    "once, start every other structure from prepared.empty(), which "
+                    "can be saved and loaded elsewhere, and insert into that"
+                )
+        self._heads = self._each(lambda i: self._heads[i].merge(other._heads[i]))
+        return self
+
+    def empty(self) -> "Prepared":
+        """Return a structure with the same plan and without keys.
+
+        Returns
+        -------
+        Prepared
+            Two structures from one plan can be merged.
+        """
+        heads = [head.empty() for head in self._heads]
+        return Prepared(heads, self._like, self._options)
+
+    def save(self, path: PathLike) -> None:
+        """Write the structure to a file, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or path
+            A name that ends in ``.npz``. The file holds plain arrays and a header in
+            JSON, no pickles.
+
+        Raises
+        ------
+        ValueError
+            If the suffix is another.
+        OSError
+            If the file cannot be written.
+        """
+        write_prepared(path, self._heads, self._options)
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        return tuple(self._options["lead"])
+
+    def _place(self, number: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in np.unravel_index(number, self._lead))
+
+    def _rng(self, number: int) -> np.random.Generator:
+        # the same whatever was asked before, and after a load
+        return np.random.default_rng([self._options["seed"], number])
+
+    def _field(self, values: list[Any], dtype: Any) -> Any:
+        if not self._lead:
+            return values[0]
+        array = np.empty(len(values), dtype=dtype)
+        array[:] = values
+        return array.reshape(self._lead)
+
+    def _each(self, work: Callable[[int], _T]) -> list[_T]:
+        return side_by_side(self._like, len(self._heads), work)
+
+    def _checked(self, name: str, x: Array, width: int) -> Array:
+        """Check an array against the structure; NaN too, a block at a time."""
+        like = self._like
+        array_namespace(like, x)
+        check_unmasked(name, x)
+        x = plain(x)
+        if x.dtype != like.dtype:
+            raise TypeError(f"{name}: expected {like.dtype}, got {x.dtype}")
+        if device_of(x) != device_of(like):
+            raise TypeError(
+                f"{name}: expected an array on {device_of(like)}, got {device_of(x)}"
+            )
+        check_float_array(name, x, least_ndim=2)
+        if x.shape[-1] != width:
+            raise ValueError(f"{name}: expected {width} columns, got shape {x.shape}")
+        self._check_lead(name, x.shape[:-2])
+        return x
+
+    def _check_lead(self, name: str, lead: tuple[int, ...]) -> None:
+        try:
+            fits = np.broadcast_shapes(lead, self._lead) == self._lead
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name}: leading dimensions {tuple(lead)} do not broadcast to "
+                f"{self._lead}"
+            )
