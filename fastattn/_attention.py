@@ -9,6 +9,8 @@ from fastattn._batch import Batch
 from fastattn._explanation import Explanation, run_candidates
 from fastattn._planner import Auto
 from fastattn._problem import Candidate, Head, HeadAnswer, Method
+from fastattn._tensor_methods import solve_tensor
+from fastattn._tensor_problem import TensorBatch, TensorHead
 from fastattn.exact import Exact
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import Approximation
@@ -128,7 +130,8 @@ def approximate(
     Parameters
     ----------
     query, key, value : array, shapes (..., n, d), (..., m, d), (..., m, p)
-        As in :func:`attention`.
+        As in :func:`attention`; tuples of keys and of values, and of masks, mean
+        :func:`tensor_attention`.
     tol, scale, is_causal, key_mask, method, guarantee, rng
         As in :func:`attention`.
 
@@ -149,10 +152,14 @@ def approximate(
     >>> bool(answer.certificate.error <= 5e-2), answer.certificate.norm
     (True, 'relative-frobenius')
     """
-    problem = Batch.of(query, key, value, scale, is_causal, key_mask)
+    # a tuple of keys stands for the factors of tensor attention
+    kind = TensorBatch if isinstance(key, tuple) else Batch
+    problem = kind.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = check_options(tol, method, guarantee, rng)
 
-    def solve(head: Head, child: np.random.Generator) -> HeadAnswer:
+    def solve(head: Any, child: np.random.Generator) -> HeadAnswer:
+        if isinstance(head, TensorHead):
+            return solve_tensor(method, head, tol, guarantee, child)
         return _solver(method, head).solve(head, tol, guarantee, child)
 
     return problem.assemble(_each_head(problem, generator.spawn(problem.count), solve))
@@ -211,7 +218,7 @@ def explain(
         return Explanation(problem.lead, heads)
     # one after the other: times are to be those of a head that is alone
     runs = tuple(
-        run_candidates(head, candidates, tol, guarantee, stream)
+        run_candidates(head.trimmed(), candidates, tol, guarantee, stream)
         for head, candidates, stream in zip(
             problem.heads(), heads, streams, strict=True
         )
@@ -220,9 +227,9 @@ def explain(
 
 
 def _each_head(
-    problem: Batch,
+    problem: Batch | TensorBatch,
     streams: list[np.random.Generator],
-    work: Callable[[Head, np.random.Generator], _T],
+    work: Callable[[Any, np.random.Generator], _T],
 ) -> list[_T]:
     """Call ``work`` for every head with a stream of its own, side by side on the CPU.
 
@@ -231,12 +238,13 @@ def _each_head(
     """
     if place_of(problem.query) != "cpu":
         return [
-            work(head, rng) for head, rng in zip(problem.heads(), streams, strict=True)
+            work(problem.head(number).trimmed(), rng)
+            for number, rng in enumerate(streams)
         ]
     found: list[Any] = [None] * problem.count
 
     def one(number: int) -> None:
-        found[number] = work(problem.head(number), streams[number])
+        found[number] = work(problem.head(number).trimmed(), streams[number])
 
     run_blocks(one, range(problem.count))
     return found

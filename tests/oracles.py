@@ -98,3 +98,28 @@ def error_in(norm, answer, truth):
     """Error of an answer in the norm that a certificate names."""
     measure = {"relative-frobenius": frobenius_error, "max": largest_error}[norm]
     return measure(answer, truth)
+
+
+def tensor_attention(
+    query, keys, values, *, scale=None, is_causal=False, key_mask=None, window=None
+):
+    """Softmax over all tuples of keys of one head, and the log-sum-exps.
+
+    ``window`` has one length for each factor: the last so many keys up to the row's.
+    """
+    query, *keys = (np.asarray(x, np.float64) for x in (query, *keys))
+    n, d = query.shape
+    lengths = [len(key) for key in keys]
+    product, value = np.ones((1, d)), np.ones((1, np.shape(values[0])[1]))
+    seen = np.ones((n, 1), bool)
+    for s, (key, m) in enumerate(zip(keys, lengths, strict=True)):
+        mask = None if key_mask is None else key_mask[s]
+        own = visible(np.arange(n), m, is_causal, mask)
+        if window is not None:
+            own = own & (np.arange(m) > np.arange(n)[:, None] - window[s])
+        product = (product[:, None] * key).reshape(-1, d)
+        other = np.asarray(values[s], np.float64)
+        value = (value[:, None] * other).reshape(-1, other.shape[1])
+        seen = (seen[:, :, None] & own[:, None, :]).reshape(n, -1)
+    logits = (1 / d if scale is None else scale) * (query @ product.T)
+    return softmax_mean(np.where(seen, logits, -np.inf), value)

@@ -1,0 +1,299 @@
+r"""The polynomial method for tensor attention, with worst-case bounds.
+
+With :math:`p` near exp on the logits, :math:`p(\sum_l q_l k_l k'_l) = \sum_\alpha
+c_{|\alpha|} \frac{|\alpha|!}{\alpha!} q^\alpha k^\alpha k'^\alpha`: the sum over all
+tuples of keys of one monomial times ``v o v'`` is the Hadamard product of sums over the
+keys of each factor.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._costs import polynomial_work, seconds
+from fastattn._ops.cpu.blocks import ROWS
+from fastattn._ops.monomials import means, moments
+from fastattn._ops.tensor_prefixes import prefix_means
+from fastattn._problem import Plan
+from fastattn._recipes import check_rank
+from fastattn._rounding import (
+    deviation,
+    gamma,
+    largest_number,
+    smallest_number,
+    unit_roundoff,
+)
+from fastattn._tensor_extent import Extent
+from fastattn._tensor_problem import TensorHead
+from fastattn.expansions import (
+    LARGEST_BOUND,
+    LARGEST_DEGREE,
+    IndexSet,
+    by_energy,
+    least_degree,
+    rank_of,
+    relative_minimax,
+    total_degree,
+)
+from fastattn.polynomial import Polynomial
+from sketching._lib.arrays import Array, mover, place_of
+from sketching._lib.certificate import RefusalError
+
+# the least half width of an interval of logits
+NARROWEST = 1e-3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorRecipe:
+    """Coordinates, monomials and coefficients of a polynomial tensor softmax.
+
+    Parameters
+    ----------
+    maps : tuple of array, shape (d,)
+        What query and keys are multiplied by.
+    index : IndexSet
+        The monomials.
+    coefficients : array, shape (g + 1,)
+        Of the polynomial that stands for ``exp(logit - center)``, lowest first.
+    center : float
+        What the log-sum-exps need added.
+    dtype : dtype
+        Precision of the sums.
+    bound : float
+        Proven bound on the largest absolute error; infinite where none is claimed.
+    low, high : float
+        Every logit lies between them, which may be further than the polynomial serves.
+    """
+
+    maps: tuple[Array, ...]
+    index: IndexSet
+    coefficients: Array
+    center: float
+    dtype: Any
+    bound: float
+    low: float
+    high: float
+
+    @property
+    def degree(self) -> int:
+        """The largest degree of a monomial."""
+        return int(self.index.degree.max())
+
+    def plan(self, head: TensorHead, reason: str, predicted: float = math.nan) -> Plan:
+        """Describe the recipe by the method that it makes concrete."""
+        n, _, d, p = head.sizes
+        rank = len(self.index)
+        method = Polynomial(degree=self.degree, rank=rank)
+        work = polynomial_work(n, sum(head.lengths), d, p, rank)
+        if self.dtype == head.xp.float64 != head.dtype:
+            work *= 2
+        if head.visible is not None:
+            # prefixes are summed without BLAS
+            work *= 2 * head.order
+        predicted = self.bound if math.isfinite(self.bound) else predicted
+        return Plan(method, predicted, seconds(work), reason)
+
+    def answer(self, head: TensorHead) -> tuple[Array, Array, Array]:
+        """Values, log-sum-exps, and whether each row's sum of weights is positive."""
+        if head.visible is not None:
+            return self._causal_answer(head, head.visible)
+        xp, p = head.xp, head.values[0].shape[1]
+        move = mover(head.query, self.dtype)
+        plain = move(np.zeros(head.query.shape[1]))
+        middle = move(np.zeros(p))
+        options = {"parent": self.index.parent, "coordinate": self.index.coordinate}
+        sums = move(self.index.weights(self.coefficients))[:, None]
+        for key, value, scales in zip(
+            head.keys, head.values, self.maps[1:], strict=True
+        ):
+            diagonal = move(np.diag(scales))
+            part = moments(key, value, plain, diagonal, plain, middle, **options)
+            # means instead of sums: a product of many sums might overflow
+            sums = sums * (part / key.shape[0])
+        value, total = means(
+            head.query, plain, move(np.diag(self.maps[0])), sums, middle, **options
+        )
+        good = xp.logical_and(total > 0, xp.isfinite(total))
+        logarithm = xp.log(xp.where(good, total, xp.ones_like(total)))
+        logarithm = logarithm + (self.center + math.log(head.sizes[1]))
+        return value, xp.where(good, logarithm, xp.full_like(total, xp.nan)), good
+
+    def _causal_answer(
+        self, head: TensorHead, visible: tuple[Array, ...]
+    ) -> tuple[Array, Array, Array]:
+        """Answer rows that see a prefix of each factor: zeros where one is empty."""
+        xp, cast = head.xp, head.xp.astype
+        move = mover(head.query, self.dtype)
+        value, total = prefix_means(
+            cast(head.query, self.dtype, copy=False),
+            tuple(cast(x, self.dtype, copy=False) for x in head.keys),
+            tuple(cast(x, self.dtype, copy=False) for x in head.values),
+            tuple(move(x) for x in self.maps),
+            mover(head.query, xp.float64)(self.index.weights(self.coefficients)),
+            visible,
+            parent=self.index.parent,
+            coordinate=self.index.coordinate,
+        )
+        blind = visible[0] == 0
+        for seen in visible[1:]:
+            blind = xp.logical_or(blind, seen == 0)
+        positive = xp.logical_and(total > 0, xp.isfinite(total))
+        logarithm = xp.log(xp.where(positive, total, xp.ones_like(total))) + self.center
+        logarithm = xp.where(positive, logarithm, xp.full_like(total, xp.nan))
+        logarithm = xp.where(blind, xp.full_like(total, -xp.inf), logarithm)
+        return value, logarithm, xp.logical_or(positive, blind)
+
+
+def proven_recipe(
+    head: TensorHead,
+    extent: Extent,
+    tol: float,
+    degree: int | None = None,
+    rank: int | None = None,
+) -> TensorRecipe:
+    """Find the least degree and precision whose proven bound meets ``tol``.
+
+    Raises
+    ------
+    RefusalError
+        With the bound of the logits and the degree and rank that would be needed.
+    """
+    bound = max(extent.bound, NARROWEST)
+    where = f"logits between {extent.low:.3g} and {extent.high:.3g}"
+    if not bound <= LARGEST_BOUND:
+        raise RefusalError(
+            f"{where} are wider than +-{LARGEST_BOUND:g}: no degree up to "
+            f"{LARGEST_DEGREE} serves them; scale the inputs down, or use Exact()"
+        )
+    first = least_degree(bound, tol / (1 + tol)) if degree is None else degree
+    if first is None:
+        raise RefusalError(
+            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for {where}: raise "
+            "tol, scale the inputs down, or use Exact()"
+        )
+    last = min(first + 2, LARGEST_DEGREE) if degree is None else degree
+    best = math.inf
+    for g in range(first, last + 1):
+        check_rank(head.sizes[2], g, rank)
+        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
+            recipe = bounded_recipe(head, extent, g, rank, dtype)
+            constant = extent.half == 0 and math.isfinite(recipe.bound)
+            if recipe.bound <= tol * extent.half or constant:
+                return recipe
+            best = min(best, recipe.bound)
+    raise RefusalError(
+        f"tol={tol:g} cannot be proven: {where}, degree {last}, rank "
+        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where the "
+        f"half range of the products of values is {extent.half:.1e}; raise tol, degree "
+        "or rank, or use Exact()"
+    )
+
+
+def bounded_recipe(
+    head: TensorHead, extent: Extent, degree: int, rank: int | None, dtype: Any
+) -> TensorRecipe:
+    """Make the recipe of one degree and precision and bound its error."""
+    bound, d = max(extent.bound, NARROWEST), head.sizes[2]
+    coefficients, delta = relative_minimax(degree, bound)
+    coefficients = shifted(coefficients, extent.center)
+    index = index_set(extent, coefficients, rank)
+    if len(index) < rank_of(d, degree):
+        delta += _dropped(extent, index, coefficients)
+    error = _error(head, extent, index, coefficients, delta, dtype)
+    return TensorRecipe(
+        extent.maps,
+        index,
+        coefficients,
+        extent.center,
+        dtype,
+        error,
+        extent.low,
+        extent.high,
+    )
+
+
+def index_set(extent: Extent, coefficients: Array, rank: int | None) -> IndexSet:
+    """All monomials, or the ``rank`` that carry most where every side is alike."""
+    d, degree = len(extent.terms), len(coefficients) - 1
+    if rank is None or rank >= rank_of(d, degree):
+        return total_degree(d, degree)
+    return by_energy(extent.terms, np.abs(coefficients), rank)
+
+
+def shifted(coefficients: Array, center: float) -> Array:
+    """Coefficients of ``p(x - center)`` in powers of x."""
+    line = np.polynomial.Polynomial([-center, 1.0])
+    shifted: Array = np.polynomial.Polynomial(coefficients)(line).coef
+    return np.pad(shifted, (0, len(coefficients) - len(shifted)))
+
+
+def _dropped(extent: Extent, index: IndexSet, coefficients: Array) -> float:
+    """Relative error of leaving monomials out: all of them less the kept ones.
+
+    The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l terms_l^alpha_l``.
+    """
+    size = np.abs(coefficients)
+    everything = float(np.polynomial.polynomial.polyval(extent.terms.sum(), size))
+    term = np.ones(len(index))
+    for j in range(1, len(index)):
+        term[j] = term[index.parent[j]] * extent.terms[index.coordinate[j]]
+    kept = float(np.sum(term * index.weights(size)))
+    return max(everything - kept, 0.0) * math.exp(extent.bound)
+
+
+def _error(
+    head: TensorHead,
+    extent: Extent,
+    index: IndexSet,
+    coefficients: Array,
+    delta: float,
+    dtype: Any,
+) -> float:
+    """Bound the largest error of a row: of the weights, and of the sums.
+
+    Every computed term is within ``gamma`` of its absolute value, the absolute terms
+    of a weight add up to ``sum_g |c_g| reach^g``, and the weight is at least
+    ``(1 - delta) exp(-bound)``.
+    """
+    u, own = unit_roundoff(head.xp, dtype), head.query.dtype
+    degree, order = len(coefficients) - 1, head.order
+    absolute = float(
+        np.polynomial.polynomial.polyval(extent.reach, np.abs(coefficients))
+    )
+    lengths = head.lengths
+    if place_of(head.query) == "cpu":
+        # the fast body adds its blocks in float64
+        lengths = tuple(min(m, ROWS) + 2 for m in lengths)
+    terms = (degree + 2) * order * 2 + sum(lengths) + len(index) + 8
+    sums = gamma(terms, u) * absolute * math.exp(extent.bound)
+    off = delta + sums
+    if not off < 1 or not _fits(head, extent, absolute, degree, dtype):
+        return math.inf
+    return (
+        deviation(delta, extent.half)
+        + (2 * sums / (1 - off) + 2 * u) * extent.peak
+        + unit_roundoff(head.xp, own) * extent.peak
+        + smallest_number(head.xp, own)
+    )
+
+
+def _fits(
+    head: TensorHead, extent: Extent, absolute: float, degree: int, dtype: Any
+) -> bool:
+    """Whether no sum of monomials times values leaves the range of ``dtype``.
+
+    Values far below one underflow in sums with small monomials: they are not served.
+    """
+    xp = head.xp
+    least = smallest_number(xp, dtype) * 1e20
+    most = largest_number(xp, dtype) / 16
+    tops = [float(xp.max(xp.abs(value))) for value in head.values]
+    if any(0 < top < least for top in (extent.half, *tops)):
+        return False
+    # balanced sides reach the same
+    side = max(1.0, float(extent.terms.max()) ** (1 / head.order)) ** degree
+    size = absolute * math.prod(max(1.0, top) for top in tops) * side**head.order
+    largest = max(float(np.abs(scales).max()) for scales in extent.maps)
+    return bool(max(size * max(head.lengths), largest) < most)

@@ -1,0 +1,214 @@
+r"""What samples say about the error of a polynomial answer of tensor attention.
+
+A row computed exactly costs as much as there are tuples of keys, so few rows can be.
+Where they are too dear, tuples are sampled. The answer ``o`` of a row is a mean with
+the polynomial's weights ``p``, and ``sum_t p_t (v_t - o) = 0``, so that its error is
+
+.. math:: \frac{\sum_t (w_t - p_t)(v_t - o)}{\sum_t w_t},\quad w_t = \exp(x_t):
+
+a mean over tuples of terms as small as the error of the polynomial. Few tuples estimate
+it without bias; the squared estimate is too large on average, never too small.
+"""
+
+import math
+
+import numpy as np
+
+from fastattn._costs import exact_work
+from fastattn._ops.monomials import monomials
+from fastattn._problem import host_rows
+from fastattn._sampling import (
+    FAILURE,
+    FLOAT64_BELOW,
+    MARGIN,
+    TRUTH,
+    SampledError,
+    relative,
+    scaled_frobenius,
+)
+from fastattn._tensor_extent import furthest_rows
+from fastattn._tensor_polynomial import TensorRecipe
+from fastattn._tensor_problem import TensorHead
+from fastattn.expansions import rank_of
+from sketching._lib.arrays import Array, to_host
+
+# rows that are computed exactly, and the work that all of them may be
+_ROWS, _FEWEST = 64, 16
+_ROW_WORK = 1e11
+# samples of tuples: each with rows and tuples of its own
+_GROUPS, _GROUP_ROWS, _TUPLES = 24, 8, 1024
+# what a share of this over the size of the sample has, it shows but for one time in
+# twenty (rule of three)
+_UNSEEN = 3.0
+# logits where the polynomial is compared with exp
+_GRID = 1001
+
+
+def certify_tuples(
+    head: TensorHead,
+    recipe: TensorRecipe,
+    value: Array,
+    normalizer: Array,
+    rng: np.random.Generator,
+    groups: int = _GROUPS,
+) -> SampledError:
+    """Estimate the error of ``value`` from sampled tuples of sampled rows.
+
+    Sums and coordinates are taken to be those of the recipe up to rounding.
+    """
+    peak, norm = scaled_frobenius(value)
+    if not (math.isfinite(peak) and peak > 0):
+        return SampledError(math.inf, math.inf, "the answer is not finite, or all zero")
+    squares = np.empty(groups)
+    weights = np.empty(groups)
+    for group in range(groups):
+        rows = np.sort(rng.choice(head.sizes[0], _GROUP_ROWS))
+        off, weights[group] = _errors(head, recipe, value, normalizer, rows, rng)
+        squares[group] = np.mean(np.sum((off / peak) ** 2, axis=1))
+    n, mean = head.sizes[0], float(squares.mean())
+    margin = MARGIN * float(squares.std(ddof=1)) / math.sqrt(groups)
+    rows = furthest_rows(head, recipe.maps[0], _GROUP_ROWS)
+    off, _ = _errors(head, recipe, value, normalizer, rows, rng)
+    # rows that none was drawn of may err as the furthest do
+    furthest = float(np.max(np.sum((off / peak) ** 2, axis=1)))
+    margin += _UNSEEN / (groups * _GROUP_ROWS) * max(furthest - mean, 0.0)
+    unseen = _unseen_tuples(head, recipe, float(weights.min()), groups) / peak
+    eps = float(head.xp.finfo(recipe.dtype).eps)
+    # the sums' own rounding, of which nothing is seen here
+    rounding = TRUTH * eps * (1 + recipe.degree * head.order) * math.sqrt(n) / norm
+    estimate = relative(math.sqrt(n * mean), norm)
+    upper = math.sqrt(n * (mean + margin)) + math.sqrt(n) * unseen
+    upper = relative(upper, norm) + rounding
+    return SampledError(
+        estimate,
+        upper,
+        f"{groups} x {_GROUP_ROWS} rows, {_TUPLES} of {head.sizes[1]} tuples of keys "
+        f"each, sampled after the answer: estimated error {estimate:.2e}; the bound "
+        f"adds {MARGIN:g} standard errors and the worst of what was too rare to see",
+    )
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _unseen_tuples(
+    head: TensorHead, recipe: TensorRecipe, weight: float, groups: int
+) -> float:
+    """Bound the error of a row from tuples too rare to be among those sampled.
+
+    Each may have any logit that there is. ``weight`` is a mean weight.
+    """
+    xp, (_, _, d, p) = head.xp, head.sizes
+    polyval = np.polynomial.polynomial.polyval
+    if len(recipe.index) == rank_of(d, recipe.degree):
+        logits = np.linspace(recipe.low, recipe.high, _GRID)
+        off = np.exp(logits - recipe.center) - polyval(logits, recipe.coefficients)
+        worst = float(np.max(np.abs(off)))
+    else:
+        # monomials are left out: what is kept is no function of the logit
+        reach = max(abs(recipe.low), abs(recipe.high))
+        worst = float(np.exp(recipe.high - recipe.center))
+        worst += float(polyval(reach, np.abs(recipe.coefficients)))
+    values = math.prod(float(xp.max(xp.abs(x))) for x in head.values)
+    share = _UNSEEN / (groups * _TUPLES)
+    unseen = share * worst / weight * 2 * values * math.sqrt(p)
+    return unseen if math.isfinite(unseen) else math.inf
+
+
+def _errors(
+    head: TensorHead,
+    recipe: TensorRecipe,
+    value: Array,
+    normalizer: Array,
+    rows: Array,
+    rng: np.random.Generator,
+) -> tuple[Array, float]:
+    """Errors of the given rows, ``(b, p)``, by a sample of tuples; the least weight.
+
+    That is the least mean weight of a row.
+    """
+    places = [np.sort(rng.choice(m, _TUPLES)) for m in head.lengths]
+    # each factor is drawn apart: sorted for memory's sake, then shuffled
+    places = [rng.permutation(place) for place in places]
+    query = host_rows(head.query, rows).astype(np.float64)
+    keys = [
+        host_rows(x, place).astype(np.float64)
+        for x, place in zip(head.keys, places, strict=True)
+    ]
+    product = np.prod(
+        [
+            host_rows(x, place).astype(np.float64)
+            for x, place in zip(head.values, places, strict=True)
+        ],
+        axis=0,
+    )
+    logits = head.scale * (query @ np.prod(keys, axis=0).T) - recipe.center
+    index = {"parent": recipe.index.parent, "coordinate": recipe.index.coordinate}
+    sides = [
+        monomials(x * scales, **index)
+        for x, scales in zip((query, *keys), recipe.maps, strict=True)
+    ]
+    weighted = sides[0] * recipe.index.weights(recipe.coefficients)
+    off = np.exp(logits) - weighted @ np.prod(sides[1:], axis=0).T
+    answer = host_rows(value, rows).astype(np.float64)
+    sums = (off @ product - off.sum(axis=1)[:, None] * answer) / _TUPLES
+    # the mean weight: that of the polynomial, corrected
+    log_mean = host_rows(normalizer, rows).astype(np.float64)
+    mean = np.exp(log_mean - recipe.center - math.log(head.sizes[1]))
+    mean = mean + off.mean(axis=1)
+    return sums / mean[:, None], float(mean.min())
+
+
+def row_work(head: TensorHead) -> float:
+    """Work of the rows that are computed exactly where that is no matter."""
+    n, *rest = head.sizes
+    return exact_work(min(_ROWS, n), *rest)
+
+
+def rows_within_budget(head: TensorHead) -> int:
+    """How many rows may be computed exactly; 0 where too few to tell anything."""
+    n = head.sizes[0]
+    most = min(_ROWS, n)
+    count = min(most, int(most * _ROW_WORK / row_work(head)))
+    return count if count >= min(_FEWEST, n) else 0
+
+
+def certify_few_rows(
+    head: TensorHead,
+    recipe: TensorRecipe,
+    value: Array,
+    count: int,
+    tol: float,
+    rng: np.random.Generator,
+) -> SampledError:
+    """Compare ``value`` with exact attention on random rows and the furthest ones."""
+    n = head.sizes[0]
+    rows = rng.choice(n, count, replace=False)
+    rows = np.append(rows, furthest_rows(head, recipe.maps[0], _GROUP_ROWS))
+    peak, norm = scaled_frobenius(value)
+    dtype = head.xp.float64 if tol < FLOAT64_BELOW else head.dtype
+    truth, normalizer = (
+        to_host(x).astype(np.float64) for x in head.with_rows(rows).attend(dtype)
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        off = (host_rows(value, rows).astype(np.float64) - truth) / (peak or 1.0)
+        squares = np.sum(off**2, axis=1)
+    if not (math.isfinite(peak) and np.isfinite(squares).all()):
+        return SampledError(math.inf, math.inf, "the answer is not finite")
+    squares, furthest = squares[:count], float(squares[count:].max())
+    spread = float(np.std(squares, ddof=1)) if count > 1 else 0.0
+    margin = MARGIN * spread / math.sqrt(count) * math.sqrt(1 - count / n)
+    mean = float(np.mean(squares))
+    if count < n:
+        margin += _UNSEEN / count * max(furthest - mean, 0.0)
+    eps = float(head.xp.finfo(dtype).eps)
+    rounding = TRUTH * eps * (1 + float(np.abs(normalizer).max()))
+    rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
+    estimate = relative(math.sqrt(n * mean), norm)
+    share = 1.0 if count == n else FAILURE ** (1 / count)
+    return SampledError(
+        estimate,
+        relative(math.sqrt(n * (mean + margin)), norm) + rounding,
+        f"{count} of {n} rows of {head.sizes[1]} tuples computed exactly after the "
+        f"answer: estimated error {estimate:.2e}; with confidence {1 - FAILURE:.0%} at "
+        f"least {share:.1%} of the rows err by at most "
+        f"{math.sqrt(float(squares.max())):.2e} of the largest entry",
+    )
