@@ -54,8 +54,8 @@ def wanted(study, options: dict) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Lay rows out as a markdown table."""
-    columns = list(rows[0])
+    """Lay rows out as a markdown table; lists are for pictures."""
+    columns = [name for name, x in rows[0].items() if not isinstance(x, list)]
     lines = [columns, ["---"] * len(columns)]
     lines += [[cell(row[column]) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -83,7 +83,8 @@ def keep(arguments, name: str, rows: list[dict], table: str) -> None:
         "environment": environment(),
         "rows": rows,
     }
-    page = f"# {name}\n\n`{command}`\n\n{table}\n"
+    notes = inspect.getdoc(STUDIES[name])
+    page = f"# {name}\n\n{notes}\n\n`{command}`\n\n{table}\n"
     suffix = "-quick" if arguments.quick else ""
     for ending, text in (
         ("json", json.dumps(record, indent=1, default=str) + "\n"),

@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benches.linear_figures import draw_heads, draw_recall, draw_two_classes
+from benches.threshold_figures import draw_decisions, draw_threshold
+
 _COLUMNS = 4
 # errors outside are drawn on the edge
 _ERRORS = (5e-4, 3.0)
@@ -97,7 +100,14 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-FIGURES = {"peers": draw_peers}
+FIGURES = {
+    "decisions": draw_decisions,
+    "threshold": draw_threshold,
+    "peers": draw_peers,
+    "softmax-vs-linear": draw_two_classes,
+    "recall": draw_recall,
+    "linear-heads": draw_heads,
+}
 
 
 def main(argv=None) -> int:

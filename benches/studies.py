@@ -8,8 +8,16 @@ import numpy as np
 
 import fastattn
 from benches.cases import CASES
+from benches.causal import causal
+from benches.decoding import decoding
+from benches.distances import distances
 from benches.gradients import gradients
+from benches.hardness import audit, decisions, reductions
 from benches.heads import real_heads
+from benches.kernel_features import kernel_features
+from benches.linear import linear
+from benches.linear_heads import linear_heads
+from benches.lowdim import lowdim
 from benches.measure import (
     exact_rows,
     exponent,
@@ -18,7 +26,12 @@ from benches.measure import (
     sdpa,
 )
 from benches.peers import peers
+from benches.real_heads import diffuse, sharp
 from benches.seeds import seeds
+from benches.softmax_vs_linear import recall, softmax_vs_linear
+from benches.streaming import streaming
+from benches.tensor import tensor, tensor_order, tensor_wide
+from benches.threshold import threshold
 
 
 def _rows_error(answer, query, key, value, scale):
@@ -227,11 +240,30 @@ def imports(*, quick):
 STUDIES = {
     "exact": exact,
     "bounded": bounded,
+    "causal": causal,
+    "lowdim": lowdim,
     "proven": proven,
+    "decoding": decoding,
     "growth": growth,
+    "streaming": streaming,
     "real": real,
+    "sharp": sharp,
+    "diffuse": diffuse,
+    "distances": distances,
     "gradients": gradients,
+    "tensor": tensor,
+    "tensor-wide": tensor_wide,
+    "tensor-order": tensor_order,
+    "reductions": reductions,
+    "audit": audit,
+    "decisions": decisions,
+    "threshold": threshold,
     "imports": imports,
+    "linear": linear,
+    "softmax-vs-linear": softmax_vs_linear,
+    "linear-heads": linear_heads,
+    "recall": recall,
+    "kernel-features": kernel_features,
     "peers": peers,
     "seeds": seeds,
 }

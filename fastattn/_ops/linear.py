@@ -1,0 +1,131 @@
+r"""Linear attention: feature maps of rows, and causal products by chunks.
+
+With features of queries and keys, a causal row is :math:`\sum_{j \le i} (\phi_i \cdot
+\psi_j) v_j`. Chunks of rows see earlier keys by one sum, :math:`\sum_j \psi_j
+v_j^\top`, and only their own keys one by one (Katharopoulos et al., 2020).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from sketching._lib.arrays import Array, array_namespace, mover
+from sketching._lib.op import op
+
+# rows that see each other's keys one by one: about the width of the values is best
+CHUNK = 64
+
+
+@op("cpu")
+def elu_plus_one(x: Array) -> Array:
+    """``x + 1`` where ``x`` is positive, ``exp(x)`` elsewhere."""
+    xp = array_namespace(x)
+    return xp.where(x > 0, x + 1, xp.exp(xp.where(x > 0, xp.zeros_like(x), x)))
+
+
+@op("cpu")
+def exponentials(x: Array) -> tuple[Array, Array]:
+    """``exp(x - peak)`` with the largest entry of each row, ``(..., n, 1)``."""
+    xp = array_namespace(x)
+    peak = xp.max(x, axis=-1, keepdims=True)
+    return xp.exp(x - peak), peak
+
+
+@op("cpu")
+def squares(x: Array) -> Array:
+    """One, the entries of ``x``, their squares over ``sqrt(2)`` and their products.
+
+    ``x`` is ``(..., d)``, the answer ``(..., 1 + d + d (d + 1) / 2)``: the product of
+    two rows is ``1 + t + t^2 / 2`` of the product ``t`` of theirs.
+    """
+    xp = array_namespace(x)
+    d = x.shape[-1]
+    half = [x[..., a : a + 1] * x[..., a:] for a in range(d)]
+    # the first of each run is a square, the others are pairs
+    half = [xp.concat([y[..., :1] * 0.5**0.5, y[..., 1:]], axis=-1) for y in half]
+    return xp.concat([xp.ones_like(x[..., :1]), x, *half], axis=-1)
+
+
+@op("cpu")
+def prefix_products(
+    left: Array,
+    right: Array,
+    value: Array,
+    state: Array,
+    *,
+    visible: Any,
+    decay: float | None = None,
+    row: Any = None,
+    column: Any = None,
+    origin: int = 0,
+) -> tuple[Array, Array]:
+    """``left_i @ state + sum_j (left_i . right_j) value_j`` over the keys of row i.
+
+    ``left`` is ``(n, r)``, ``right`` ``(m, r)``, ``value`` ``(m, p)`` and ``state``,
+    the sum of ``right_j value_j^T`` over earlier keys, ``(r, p)``. Row ``i`` sees the
+    first ``visible[i]`` keys, a number that does not fall. A key loses the factor
+    ``decay`` for every position that the row is ahead of it: rows are at ``row``, which
+    does not fall, keys at ``column``, and ``state`` is as seen from ``origin``. These
+    are NumPy integer arrays. Returns the sums, ``(n, p)``, and the state of the keys
+    that the last row sees, as seen from it.
+    """
+    xp = array_namespace(left, right, value, state)
+    move = mover(left, left.dtype)
+    fading = _Fading(1.0 if decay is None else decay, row, column)
+    n, out, done, seen = left.shape[0], [], 0, origin
+    for start in range(0, n, CHUNK):
+        end = min(start + CHUNK, n)
+        early, last = int(visible[start]), int(visible[end - 1])
+        # a few keys that all rows of the chunk see are done with its own
+        if early - done > CHUNK:
+            keys = slice(done, early)
+            state = state * float(fading.row(start, seen))
+            state = state + _outer(right, value, keys, move(fading.keys(keys, start)))
+            done, seen = early, fading.place(start)
+        some, keys = left[start:end, :], slice(done, last)
+        near = xp.matmul(some, xp.matrix_transpose(right[keys, :]))
+        near = near * move(fading.weights(visible, start, end, keys))
+        far = (
+            xp.matmul(some, state) * move(fading.row(slice(start, end), seen))[:, None]
+        )
+        out.append(far + xp.matmul(near, value[keys, :]))
+        state = state * float(fading.row(end - 1, seen))
+        state = state + _outer(right, value, keys, move(fading.keys(keys, end - 1)))
+        done, seen = last, fading.place(end - 1)
+    return xp.concat(out, axis=0), state
+
+
+class _Fading:
+    """What keys lose to rows: the factors, on the host."""
+
+    def __init__(self, decay: float, row: Any, column: Any) -> None:
+        self.decay, self.rows, self.columns = decay, row, column
+
+    def place(self, number: int) -> int:
+        """Where a row is; 0 where positions do not matter."""
+        return 0 if self.rows is None else int(self.rows[number])
+
+    def row(self, rows: Any, seen: int) -> Any:
+        """Factors of a state that was seen from an earlier position."""
+        if self.rows is None:
+            return np.ones(rows.stop - rows.start if isinstance(rows, slice) else ())
+        return self.decay ** (self.rows[rows] - seen)
+
+    def keys(self, keys: slice, number: int) -> Any:
+        """Factors of some keys for one row that sees them, ``(c, 1)``."""
+        if self.rows is None:
+            return np.ones((keys.stop - keys.start, 1))
+        return self.decay ** (self.rows[number] - self.columns[keys, None])
+
+    def weights(self, visible: Any, start: int, end: int, keys: slice) -> Any:
+        """Factors of some keys for each row, zero where it does not see them."""
+        seen = np.arange(keys.start, keys.stop) < visible[start:end, None]
+        if self.rows is None:
+            return seen
+        gap = self.rows[start:end, None] - self.columns[keys]
+        return seen * self.decay ** np.maximum(gap, 0)
+
+
+def _outer(right: Array, value: Array, keys: slice, fade: Array) -> Array:
+    xp = array_namespace(right, value)
+    return xp.matmul(xp.matrix_transpose(right[keys, :]), value[keys, :] * fade)
