@@ -5,13 +5,16 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 import fastattn
+import sketching
 from benches.heads import Head, case_head, real_heads
 from benches.measure import seconds
 from benches.opponents import opponents, sdpa, torch
+from benches.resume import fingerprint, recall, record
 
 OURS = "fastattn"
 UNIT = "torch SDPA"
@@ -36,20 +39,32 @@ class Entry:
     ours: bool
 
 
-def peers(*, quick, data, heads_each):
-    """Every peer and ours on every head: relative error, time over torch's SDPA."""
+def peers(*, quick, data, heads_each, results):
+    """Every peer and ours on every head: relative error, time over torch's SDPA.
+
+    The rows of a head are kept in ``peers.part.jsonl`` until the study is complete; a
+    run that was stopped goes on from there, if the code is the same.
+    """
     if torch is None:
         raise SystemExit("peers: torch is not installed: pip install 'fastattn[bench]'")
     names = ("iid1", "lowdim") if quick else ("iid1", "iid4", "lowdim")
     sizes = (4096,) if quick else (8192, 32768)
     heads = [case_head(name, n) for n in sizes for name in names]
     heads += real_heads(data, each=1 if quick else heads_each, least=_LEAST)
-    rows = []
-    for number, head in enumerate(heads):
-        print(f"{number + 1} of {len(heads)}: {head.name}, n={len(head)}", flush=True)
-        rows += measured(head, quick=quick)
-        # the truth of a long head is large
-        heads[number] = None
+    part = Path(results) / f"peers{'-quick' if quick else ''}.part.jsonl"
+    code = fingerprint(fastattn, sketching)
+    done, rows = recall(part, code), []
+    with part.open("a") as file:
+        for number, head in enumerate(heads):
+            key = (head.name, len(head))
+            print(f"{number + 1} of {len(heads)}: {head.name}", flush=True)
+            if key not in done:
+                done[key] = measured(head, quick=quick)
+                record(file, code, key, done[key])
+            rows += done[key]
+            # the truth of a long head is large
+            heads[number] = None
+    part.unlink()
     for line in unmatched(rows):
         print(line)
     return rows

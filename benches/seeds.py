@@ -1,7 +1,5 @@
 """How often the error keeps the tolerance, over heads, tolerances and seeds."""
 
-import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from rich.progress import Progress
 import fastattn
 import sketching
 from benches.heads import real_heads
+from benches.resume import fingerprint, recall, record
 
 TOLS = (2e-1, 1e-1, 5e-2, 2e-2, 1e-2)
 
@@ -22,7 +21,7 @@ def seeds(*, quick, data, heads_each, results):
     complete; a run that was stopped goes on from there, if the code is the same.
     """
     part = Path(results) / f"seeds{'-quick' if quick else ''}.part.jsonl"
-    code = fingerprint()
+    code = fingerprint(fastattn, sketching)
     done = recall(part, code)
     count, rows = 2 if quick else 20, []
     heads = list(real_heads(data, each=heads_each))
@@ -35,9 +34,7 @@ def seeds(*, quick, data, heads_each, results):
                     key = (head.name, len(head), tol, seed)
                     if key not in done:
                         done[key] = trial(head, tol, seed)
-                        line = {"code": code, "key": key, "trial": done[key]}
-                        file.write(json.dumps(line) + "\n")
-                        file.flush()
+                        record(file, code, key, done[key])
                     trials.append(done[key])
                     progress.advance(task)
                 rows.append(summary(head.name, len(head), tol, trials))
@@ -90,22 +87,3 @@ def total(rows: list[dict]) -> dict:
     last |= {name: sum(row[name] for row in rows) for name in counted}
     worst = max(row["worst over tol"] for row in rows)
     return last | {"head": "all", "worst over tol": worst}
-
-
-def recall(part: Path, code: str) -> dict:
-    """Read what an earlier run of the same code left."""
-    if not part.exists():
-        return {}
-    # a run that was killed may have left half a line
-    lines = [x for x in part.read_text().splitlines() if x.endswith("}")]
-    records = [json.loads(line) for line in lines]
-    return {tuple(x["key"]): x["trial"] for x in records if x["code"] == code}
-
-
-def fingerprint() -> str:
-    """Digest of the sources that make an answer."""
-    digest = hashlib.sha256()
-    for package in (fastattn, sketching):
-        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]

@@ -1,11 +1,12 @@
 """What the benches compute from measurements, and that opponents are themselves."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benches import figures, peers, seeds
+from benches import figures, peers, resume, seeds
 from benches.__main__ import wanted
 from benches.cases import CASES, heads_of
 from benches.heads import Head, case_head, real_heads
@@ -89,15 +90,22 @@ def test_seeds_are_counted_and_misses_listed():
 
 def test_partial_results_are_recalled_for_the_same_code_only(tmp_path):
     part = tmp_path / "part.jsonl"
-    lines = [
-        {"code": code, "key": ["h", 4, 0.1, seed], "trial": {"seed": seed}}
-        for code, seed in (("old", 0), ("new", 1))
-    ]
-    # a killed run leaves half a line
-    part.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"code": "new"')
-    assert seeds.recall(part, "new") == {("h", 4, 0.1, 1): {"seed": 1}}
-    assert seeds.recall(tmp_path / "none", "new") == {}
-    assert seeds.fingerprint() == seeds.fingerprint()
+    with part.open("a") as file:
+        for code, seed in (("old", 0), ("new", 1)):
+            resume.record(file, code, ("h", 4, 0.1, seed), {"seed": seed})
+        # a killed run leaves half a line
+        file.write('{"code": "new"')
+    assert resume.recall(part, "new") == {("h", 4, 0.1, 1): {"seed": 1}}
+    assert resume.recall(tmp_path / "none", "new") == {}
+
+
+def test_a_fingerprint_follows_the_sources(tmp_path):
+    package = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
+    found = set()
+    for text in ("", "x = 1\n"):
+        (tmp_path / "module.py").write_text(text)
+        found |= {resume.fingerprint(package), resume.fingerprint(package)}
+    assert len(found) == 2
 
 
 def test_seeds_go_on_where_they_stopped(tmp_path, monkeypatch, rng):
