@@ -20,6 +20,15 @@ _T = TypeVar("_T")
 class Prepared:
     """Keys and values as a data structure for each head, made by :func:`prepare`.
 
+    Parameters
+    ----------
+    heads : list of PreparedHead
+        One structure for each head, the last leading dimension fastest.
+    like : array
+        Of the library, dtype and device of the queries to come; it is empty.
+    options : dict
+        Sizes and what was asked of :func:`prepare`.
+
     Examples
     --------
     >>> import numpy as np
