@@ -21,6 +21,7 @@ class Certificate:
     norm : str
         ``"relative-frobenius"``: ``||answer - truth||_F / ||truth||_F`` of a head.
         ``"max"``: the largest absolute difference of a head.
+        ``"relative"``: of each distance, ``|answer - truth| / truth``.
     source : str or array of str
         The theorem or the sampling rule that the bound rests on.
     """

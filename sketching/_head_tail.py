@@ -1,0 +1,228 @@
+r"""Short codes of points that bound their distances for certain.
+
+Orthonormal rows P split a mapped point into its head :math:`P y` and a tail of which
+only the length is kept. Then :math:`|P y - P z|^2 + (|t_y| \mp |t_z|)^2` bounds
+:math:`|y - z|^2` from below and, with a plus, from above, whoever picks the query.
+"""
+
+import numpy as np
+
+from sketching._exact_scan import Queries, nearest
+from sketching._lib.arrays import Array
+from sketching._ops.distances import brackets, lower_bounds
+from sketching._points import Points, Rounding, grown
+
+# rows that the directions of the head are found from
+SAMPLE = 4096
+# share of the points beyond which a scan of all costs less than picking
+_MANY = 0.25
+# share of queries that bounds do not settle beyond which no more bounds are tried
+_FUTILE = 0.5
+# numbers of one block of bounds
+_BLOCK = 1 << 22
+
+
+class HeadTail:
+    """Heads, and the lengths of tails, of every point."""
+
+    def __init__(self, basis: Array, dtype: type) -> None:
+        self.basis = basis
+        self.rounding = Rounding.of(dtype, len(basis)).unit
+        self._eps = float(np.finfo(dtype).eps)
+        self._codes: Array = np.empty((0, len(basis)), dtype)
+        # squared norm of the code, how far squares may be off, least and most tail
+        self._stats = np.empty((4, 0))
+        # how far updates may have moved a code from where it belongs
+        self._slip = np.empty(0)
+        self.size = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (self.basis, self._codes, self._stats, self._slip)
+        return sum(x.nbytes for x in arrays)
+
+    @property
+    def fits(self) -> tuple[int, int]:
+        """Number of points and of the rows of the factor."""
+        return self.size, self.basis.shape[1]
+
+    def arrays(self) -> dict[str, Array]:
+        """What a file keeps."""
+        return {
+            "basis": self.basis,
+            "codes": self._codes[: self.size],
+            "stats": self._stats[:, : self.size],
+            "slip": self._slip[: self.size],
+        }
+
+    @staticmethod
+    def of_arrays(arrays: dict[str, Array]) -> "HeadTail":
+        """Build from what a file kept."""
+        codes = arrays["codes"]
+        sketch = HeadTail(arrays["basis"], codes.dtype)
+        sketch.size = len(codes)
+        sketch._codes, sketch._stats = codes, arrays["stats"]
+        sketch._slip = arrays["slip"]
+        return sketch
+
+    def resize(self, size: int) -> None:
+        """Make room for so many points."""
+        self._codes = grown(self._codes, size, 0)
+        self._stats = grown(self._stats, size, 1)
+        self._slip = grown(self._slip, size, 0)
+        self.size = size
+
+    def encode(self, slots: Array, images: Array) -> None:
+        """Write the codes of mapped points."""
+        heads = images @ self.basis.T
+        self._codes[slots] = heads
+        self._slip[slots] = 0
+        square = np.einsum("nk,nk->n", images, images)
+        tail = square - np.einsum("np,np->n", heads, heads)
+        off = 1e-15 * images.shape[1] * square
+        self._measure(slots, tail, off)
+
+    def move(self, movers: Array, holes: Array, size: int) -> None:
+        """Follow the points that took the place of removed ones."""
+        self._codes[holes] = self._codes[movers]
+        self._stats[:, holes] = self._stats[:, movers]
+        self._slip[holes] = self._slip[movers]
+        self.size = size
+
+    def absorb(self, left: Array, right: Array, w: Array, points: Points) -> None:
+        """Follow updates ``U += a b^T``, given the products with ``b``."""
+        heads = left @ self.basis.T
+        slots = np.arange(self.size)
+        self._codes[: self.size] += w @ heads.astype(w.dtype)
+        square = self._square(slots)
+        lengths = np.linalg.norm(heads, axis=1) * np.linalg.norm(right, axis=1)
+        off_products = points.rounding.unit * points.stats[2] * lengths.sum()
+        self._slip[: self.size] += off_products + self._eps * np.sqrt(square)
+        h, off, _ = points.stats
+        slip = self._slip[: self.size]
+        off = off + 2 * np.sqrt(square) * slip + 2 * self._eps * h
+        self._measure(slots, h - square, off)
+
+    def refresh(self, factor: Array) -> None:
+        """Nothing: the directions of the head serve any metric."""
+
+    def _square(self, slots: Array) -> Array:
+        codes = self._codes[slots].astype(np.float64)
+        return np.einsum("np,np->n", codes, codes)
+
+    def _measure(self, slots: Array, tail: Array, off: Array) -> None:
+        """Keep the norms of codes and what the square of the tail bounds it by."""
+        slip = self._slip[slots]
+        self._stats[0, slots] = self._square(slots)
+        # 2 x s <= u x^2 + s^2 / u: the first part goes with the rounding of scans
+        self._stats[1, slots] = slip**2 * (1 + 1 / self.rounding)
+        self._stats[2, slots] = np.sqrt(np.maximum(tail - off, 0))
+        self._stats[3, slots] = np.sqrt(np.maximum(tail + off, 0))
+
+    def _coded(self, queries: Queries) -> tuple[Array, Array]:
+        """Heads of the queries; their squared norms and the lengths of their tails."""
+        heads = queries.images @ self.basis.T
+        codes = heads.astype(self._codes.dtype)
+        tail = queries.squares - np.einsum("qp,qp->q", heads, heads)
+        own = np.einsum("qp,qp->q", codes.astype(np.float64), codes)
+        return codes, np.stack([own, np.sqrt(np.maximum(tail, 0))])
+
+    def distances(self, queries: Queries, eps: float) -> tuple[Array, float]:
+        """Distances to all points and the bound on their relative error."""
+        out, worst, counts = self._brackets(queries, eps)
+        for j in map(int, np.flatnonzero(counts)):
+            if counts[j] > _MANY * self.size:
+                out[j] = queries[j : j + 1].distances()[0]
+            else:
+                slots = np.flatnonzero(np.isnan(out[j]))
+                out[j, slots] = queries.some_distances(j, slots)
+        return out, max(float(worst.max(initial=0)), queries.points.rounding.tolerance)
+
+    def open_share(self, queries: Queries, eps: float) -> float:
+        """Share of distances that is computed exactly."""
+        _, _, counts = self._brackets(queries, eps)
+        computed = np.where(counts > _MANY * self.size, self.size, counts)
+        return float(computed.mean()) / self.size
+
+    def _brackets(self, queries: Queries, eps: float) -> tuple[Array, Array, Array]:
+        codes, of_queries = self._coded(queries)
+        found: tuple[Array, Array, Array] = brackets(
+            self._codes[: self.size],
+            codes,
+            self._stats[:, : self.size],
+            of_queries,
+            rounding=4 * self.rounding,
+            tolerance=eps,
+        )
+        return found
+
+    def nearest(self, queries: Queries, k: int) -> tuple[Array, Array, Array]:
+        """The ``k`` nearest points, where they are, and how many were looked at."""
+        q, n = len(queries), self.size
+        values = np.empty((q, k), self._codes.dtype)
+        slots, looked = np.empty((q, k), np.int64), np.full(q, n)
+        step, start = max(1, _BLOCK // n), 0
+        is_open = np.ones(q, bool)
+        while start < q:
+            part = np.arange(start, min(start + step, q))
+            row, at, counts = self._search(queries[start : start + step], k)
+            is_settled = counts >= 0
+            done = part[is_settled]
+            values[done], chosen = nearest(row[is_settled], k)
+            slots[done] = np.take_along_axis(at[is_settled], chosen, axis=1)
+            looked[done], is_open[done] = counts[is_settled], False
+            start += step
+            if is_open[part].mean() > _FUTILE:
+                break
+        # where bounds rule out little, all points in one product of matrices
+        rest = np.flatnonzero(is_open)
+        for some in (rest[i : i + step] for i in range(0, len(rest), step)):
+            exact = queries.chosen(some).distances()
+            values[some], slots[some] = nearest(exact, k)
+        return values, slots, looked
+
+    def _search(self, queries: Queries, k: int) -> tuple[Array, Array, Array]:
+        """Distances and places of what bounds leave open, how many; -1 if too many."""
+        codes, of_queries = self._coded(queries)
+        bounds = lower_bounds(
+            self._codes[: self.size],
+            codes,
+            self._stats[:, : self.size],
+            of_queries,
+            rounding=4 * self.rounding,
+        )
+        first = min(self.size, max(2 * k, 32))
+        most = max(first, int(_MANY * self.size))
+        slots, values, counts = queries.search(bounds, k=k, first=first, most=most)
+        counts = np.where(counts > most, -1, counts)
+        width = max(k, int(counts.max()))
+        slots, values = slots[:, :width], values[:, :width]
+        values[slots < 0] = np.inf
+        for j in map(int, np.flatnonzero(np.isnan(values).any(axis=1))):
+            doubtful = np.flatnonzero(np.isnan(values[j]))
+            values[j, doubtful] = queries.by_difference(j, slots[j, doubtful])
+        return values, slots, counts
+
+
+def principal_basis(images: Array, size: int, rng: np.random.Generator) -> Array:
+    """Orthonormal rows that hold most of the points' squared lengths, ``(size, k)``."""
+    k = images.shape[1]
+    if size >= k:
+        return np.eye(k)
+    # subspace iteration: a few products with a thin matrix in place of all directions
+    spare = min(k, size + 16)
+    basis = np.linalg.qr(rng.standard_normal((k, spare)))[0]
+    for _ in range(3):
+        basis = np.linalg.qr(images.T @ (images @ basis))[0]
+    small = images @ basis
+    _, vectors = np.linalg.eigh(small.T @ small)
+    rows: Array = (basis @ vectors[:, ::-1][:, :size]).T
+    return np.ascontiguousarray(rows)
+
+
+def sampled(size: int, rng: np.random.Generator) -> Array:
+    """Pick the points that the directions of the head are found from."""
+    if size <= SAMPLE:
+        return np.arange(size)
+    return np.sort(rng.choice(size, SAMPLE, replace=False))

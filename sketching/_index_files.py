@@ -1,0 +1,110 @@
+"""Indexes as files: an ``.npz`` with a JSON header, and no code in it."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from sketching._ensemble import Ensemble
+from sketching._head_tail import HeadTail
+from sketching._index_engine import Engine, Mode
+from sketching._lib.arrays import Array
+from sketching._lib.files import naming_the_file, read_arrays, write_arrays
+from sketching._points import Points
+from sketching.distance_modes import Adaptive, Exact, Filter
+from sketching.metric import MahalanobisMetric
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+_KIND = "sketching.MahalanobisIndex"
+_VERSION = 1
+_MODES: dict[str, type[Mode]] = {x.__name__: x for x in (Exact, Filter, Adaptive)}
+_SKETCHES: dict[str, type[HeadTail | Ensemble]] = {
+    "Filter": HeadTail,
+    "Adaptive": Ensemble,
+}
+
+
+def write_index(path: Path, engine: Engine) -> None:
+    """Write the parts of an index that holds points."""
+    engine.filled  # noqa: B018 (raises where there are none)
+    engine.flush()
+    sketch = {} if engine.sketch is None else engine.sketch.arrays()
+    arrays = {
+        "factor": engine.metric.factor,
+        **{f"points.{name}": x for name, x in engine.filled.arrays().items()},
+        **{f"sketch.{name}": x for name, x in sketch.items()},
+    }
+    streams = (engine.draws, engine.samples)
+    header = {
+        "format": _KIND,
+        "version": _VERSION,
+        "mode": type(engine.running).__name__,
+        "options": asdict(engine.running),
+        "eps": engine.eps,
+        "delta": engine.delta,
+        "answered": engine.answered,
+        "picks": engine.picks,
+        "drawn_from": engine.drawn_from,
+        "streams": [x.bit_generator.state for x in streams],
+    }
+    with naming_the_file(path):
+        write_arrays(path, arrays, header)
+
+
+def read_index(path: Path) -> Engine:
+    """Read the parts of an index."""
+    with naming_the_file(path):
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty")
+        arrays, header = read_arrays(path, kind=_KIND, version=_VERSION)
+        for name, x in arrays.items():
+            if x.dtype.kind == "f" and not np.isfinite(x).all():
+                raise ValueError(f"{name} has entries that are not finite")
+        return _engine_of(arrays, header)
+
+
+def _engine_of(arrays: dict[str, Array], header: dict[str, Any]) -> Engine:
+    mode = _MODES[header["mode"]](**header["options"])
+    metric = MahalanobisMetric(arrays["factor"])
+    promise = float(header["eps"]), float(header["delta"])
+    engine = Engine(metric, mode, promise, np.random.default_rng(0))
+    engine.points = Points.of_arrays(_part(arrays, "points."))
+    if header["mode"] in _SKETCHES:
+        kind = _SKETCHES[header["mode"]]
+        engine.sketch = kind.of_arrays(_part(arrays, "sketch."))
+    for stream, state in zip(
+        (engine.draws, engine.samples), header["streams"], strict=True
+    ):
+        stream.bit_generator.state = state
+    engine.answered = int(header["answered"])
+    engine.picks, engine.drawn_from = header["picks"], int(header["drawn_from"])
+    _check_shapes(engine)
+    return engine
+
+
+def _part(arrays: dict[str, Array], prefix: str) -> dict[str, Array]:
+    found = {name: x for name, x in arrays.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): x for name, x in found.items()}
+
+
+def _check_shapes(engine: Engine) -> None:
+    """Raise where the parts do not belong to one index."""
+    points, (k, d) = engine.filled, engine.metric.shape
+    n = points.size
+    wanted = {
+        "stats": (points.stats.shape, (3, n)),
+        "numbers": (points.numbers.shape, (n,)),
+        "center": (points.center.shape, (d,)),
+        "rows": (points.rows.shape, (n, d)),
+    }
+    if engine.sketch is not None:
+        wanted["sketch"] = (engine.sketch.fits, (n, k))
+    for name, (got, want) in wanted.items():
+        if got != want:
+            raise ValueError(f"{name} has shape {got}, expected {want}")
+    known = points.slots("numbers", points.numbers)
+    if not np.array_equal(known, np.arange(n)):
+        raise ValueError("the numbers of the points contradict each other")

@@ -1,0 +1,176 @@
+"""Scans over all points in tiles: a product by BLAS, then one pass while it is hot."""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from sketching._ops.cpu.elementary import REASSOCIATE, maximum
+from sketching._ops.cpu.spans import over_spans
+
+# numbers of one tile of products: they stay in the second-level cache
+_TILE = 1 << 16
+# numbers below which another thread is not worth its start
+_SPAN = 1 << 18
+
+
+def scan(points, directions, of_points, of_queries, *, rounding, tolerance):
+    out = np.empty((len(directions), len(points)), points.dtype)
+    counts = np.zeros((len(directions), len(points) // _rows(directions) + 1), int)
+
+    def finish(products, start, end):
+        number = start // _rows(directions)
+        columns, result = of_points[:, start:end], out[:, start:end]
+        _finish_scan(
+            products, columns, of_queries, rounding, 0.5 / tolerance, result,
+            counts[:, number],
+        )  # fmt: skip
+
+    _tiles(points, directions, finish)
+    return out, counts.sum(axis=1)
+
+
+def brackets(codes, queries, of_points, of_queries, *, rounding, tolerance):
+    out = np.empty((len(queries), len(codes)), codes.dtype)
+    shape = (len(queries), len(codes) // _rows(queries) + 1)
+    counts, worst = np.zeros(shape, int), np.zeros(shape)
+
+    def finish(products, start, end):
+        number = start // _rows(queries)
+        _finish_brackets(
+            products, of_points[:, start:end], of_queries, rounding, tolerance,
+            out[:, start:end], counts[:, number], worst[:, number],
+        )  # fmt: skip
+
+    _tiles(codes, queries, finish)
+    return out, worst.max(axis=1), counts.sum(axis=1)
+
+
+def lower_bounds(codes, queries, of_points, of_queries, *, rounding):
+    out = np.empty((len(queries), len(codes)), codes.dtype)
+
+    def finish(products, start, end):
+        columns, result = of_points[:, start:end], out[:, start:end]
+        _finish_lower(products, columns, of_queries, rounding, result)
+
+    _tiles(codes, queries, finish)
+    return out
+
+
+def paired_products(points, pair):
+    out = np.empty((len(points), 2), points.dtype)
+
+    def work(start, end):
+        _paired_products(points[start:end], pair[0], pair[1], out[start:end])
+
+    over_spans(work, len(points), max(1, _SPAN // points.shape[1]))
+    return out
+
+
+def norm_changes(products, squares, lengths):
+    out = np.empty((2, len(products)))
+
+    def work(start, end):
+        _norm_changes(products[start:end], squares, lengths, out[:, start:end])
+
+    over_spans(work, len(products), max(1, _SPAN // products.shape[1]))
+    return out
+
+
+def _rows(queries):
+    return max(256, _TILE // len(queries))
+
+
+def _tiles(points, queries, finish):
+    """Hand the products of the queries with some points at a time to ``finish``."""
+    rows = _rows(queries)
+
+    def work(start, end):
+        for first in range(start, end, rows):
+            last = min(first + rows, end)
+            some = points[first:last]
+            if len(queries) == 1:
+                products = (some @ queries[0])[None]
+            else:
+                products = queries @ some.T
+            finish(products, first, last)
+
+    # whole tiles, so that each has a column of counts to itself
+    per = -(-(_SPAN * 16) // (points.shape[1] * rows)) * rows
+    over_spans(work, len(points), per)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _finish_scan(products, of_points, of_queries, rounding, share, out, counts):
+    for j in range(products.shape[0]):
+        own, length = of_queries[0, j], of_queries[1, j]
+        h, off, reach = of_points[0], of_points[1], of_points[2]
+        row, result, count = products[j], out[j], 0
+        for i in range(row.size):
+            square = h[i] + own - 2 * row[i]
+            doubt = rounding * (h[i] + own + 2 * reach[i] * length) + off[i]
+            is_doubtful = square <= share * doubt
+            count += is_doubtful
+            result[i] = np.sqrt(np.nan if is_doubtful else square)
+        counts[j] = count
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _finish_brackets(
+    products, of_points, of_queries, rounding, tolerance, out, counts, worst
+):
+    h, off, least, most = of_points[0], of_points[1], of_points[2], of_points[3]
+    for j in range(products.shape[0]):
+        own, tail = of_queries[0, j], of_queries[1, j]
+        row, result, count, top = products[j], out[j], 0, 0.0
+        for i in range(row.size):
+            near = h[i] + own - 2 * row[i]
+            doubt = rounding * (h[i] + own) + off[i]
+            apart: Any = maximum(maximum(least[i] - tail, tail - most[i]), 0.0)
+            low = np.sqrt(maximum(near - doubt, 0.0) + apart * apart)
+            wide = tail + most[i]
+            high = np.sqrt(maximum(near + doubt, 0.0) + wide * wide)
+            total = low + high
+            error = (high - low) / total if total > 0 else 0.0
+            is_wide = error > tolerance
+            count += is_wide
+            top = maximum(top, 0.0 if is_wide else error)
+            value = 2 * low * high / total if total > 0 else 0.0
+            result[i] = np.nan if is_wide else value
+        counts[j], worst[j] = count, top
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _finish_lower(products, of_points, of_queries, rounding, out):
+    h, off, least, most = of_points[0], of_points[1], of_points[2], of_points[3]
+    for j in range(products.shape[0]):
+        own, tail = of_queries[0, j], of_queries[1, j]
+        row, result = products[j], out[j]
+        for i in range(row.size):
+            near = h[i] + own - 2 * row[i] - rounding * (h[i] + own) - off[i]
+            apart: Any = maximum(maximum(least[i] - tail, tail - most[i]), 0.0)
+            result[i] = np.sqrt(maximum(near, 0.0) + apart * apart)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _paired_products(points, left, right, out):
+    for i in range(points.shape[0]):
+        row = points[i]
+        first, second = row.dtype.type(0), row.dtype.type(0)
+        for t in range(row.size):
+            first += row[t] * left[t]
+            second += row[t] * right[t]
+        out[i, 0], out[i, 1] = first, second
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _norm_changes(products, squares, lengths, out):
+    r = squares.size
+    both = lengths[r:] + squares * lengths[:r]
+    for i in range(products.shape[0]):
+        change, terms = 0.0, 0.0
+        for t in range(r):
+            w, v = np.float64(products[i, t]), np.float64(products[i, r + t])
+            change += w * (2 * v + squares[t] * w)
+            terms += abs(v) * lengths[t] + abs(w) * both[t]
+        out[0, i], out[1, i] = change, terms

@@ -1,0 +1,79 @@
+"""Medians over sampled sketches, in tiles of points that stay in the cache."""
+
+import numpy as np
+from numba import njit
+
+from sketching._ops.cpu.elementary import REASSOCIATE, maximum
+from sketching._ops.cpu.spans import over_spans
+
+# numbers of one tile of distances, of all sampled sketches
+_TILE = 1 << 16
+# numbers below which another thread is not worth its start
+_SPAN = 1 << 18
+
+
+def median(values):
+    flat = np.array(values, order="C").reshape(len(values), -1)
+    out = np.empty(flat.shape[1], values.dtype)
+    for start in range(0, out.size, _TILE // len(values) + 1):
+        part = slice(start, start + _TILE // len(values) + 1)
+        out[part] = _median(flat[:, part])
+    return out.reshape(values.shape[1:])
+
+
+def median_distances(codes, squares, sampled, queries, *, rounding, floor):
+    (count, q, _), n = queries.shape, codes.shape[1]
+    out = np.empty((q, n), codes.dtype)
+    rounding, floor = (codes.dtype.type(x) for x in (rounding, floor))
+    own = np.einsum("rqm,rqm->rq", queries, queries)
+    rows = max(64, _TILE // (count * q))
+
+    def work(start, end):
+        values = np.empty((count, q, rows), codes.dtype)
+        for first in range(start, end, rows):
+            last = min(first + rows, end)
+            part = values[:, :, : last - first]
+            for r, sketch in enumerate(sampled):
+                if q == 1:
+                    np.matmul(codes[sketch, first:last], queries[r, 0], out=part[r, 0])
+                else:
+                    part[r] = queries[r] @ codes[sketch, first:last].T
+            _finish(
+                part, squares[:, first:last], sampled, own, rounding, floor,
+                out[:, first:last],
+            )  # fmt: skip
+
+    over_spans(work, n, -(-(_SPAN * 16) // (count * q * rows)) * rows)
+    return out
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _finish(values, squares, sampled, own, rounding, floor, out):
+    count, q, n = values.shape
+    largest = np.empty(n, values.dtype)
+    for j in range(q):
+        largest[:] = 0
+        for r in range(count):
+            row, square, mine = values[r, j], squares[sampled[r]], own[r, j]
+            for i in range(n):
+                terms = square[i] + mine
+                row[i] = terms - 2 * row[i]
+                largest[i] = maximum(largest[i], terms)
+        middle, result = _median(values[:, j]), out[j]
+        for i in range(n):
+            is_small = middle[i] <= rounding * largest[i] or middle[i] <= floor
+            result[i] = np.sqrt(np.nan if is_small else middle[i])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _median(values):
+    """Sort columns, all at once, by exchanges of neighbouring rows; the middle row."""
+    count = values.shape[0]
+    for step in range(count):
+        for r in range(step % 2, count - 1, 2):
+            upper, lower = values[r], values[r + 1]
+            for i in range(upper.size):
+                a, b = upper[i], lower[i]
+                upper[i] = a if a < b else b
+                lower[i] = b if a < b else a
+    return values[count // 2]

@@ -1,0 +1,397 @@
+"""MahalanobisIndex: points, a metric that changes, and distances from any query."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sketching._index_engine import Engine, Mode
+from sketching._index_files import PathLike, read_index, write_index
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import Approximation, Certificate
+from sketching._lib.random import RandomSource, as_generator
+from sketching._lib.validation import check_integer, check_number
+from sketching._neighbors import Neighbors
+from sketching.metric import MahalanobisMetric, as_points, as_update
+
+
+class MahalanobisIndex:
+    """Points under a metric; both may change, and queries may be chosen in malice.
+
+    Updates of the metric wait in a queue and reach the points by products of matrices
+    when an answer needs them; the answers are those of an index built anew.
+
+    Parameters
+    ----------
+    metric : MahalanobisMetric
+        The metric; the index keeps a copy.
+    mode : Exact, Filter or Adaptive, optional
+        How distances are answered. By default, on the first insertion, the one that
+        reads least memory for a query of those that keep eps whoever picks the query;
+        ``str(index.choice)`` says which and why.
+    eps : float, optional
+        Relative error of distances that are estimated.
+    delta : float, optional
+        Probability that an answer, of all points, breaks the promise.
+    rng : int, numpy.random.Generator or None, optional
+        Source of the sketches and of what each query samples. Whoever knows it can
+        attack the sketches.
+
+    See Also
+    --------
+    load : Read an index from a file.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sketching import MahalanobisIndex, MahalanobisMetric
+    >>> index = MahalanobisIndex(MahalanobisMetric(np.eye(2)))
+    >>> index.insert(np.array([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]))
+    array([0, 1, 2])
+    >>> index.query(np.array([[0.0, 0.0]])).value
+    array([[ 0.,  5., 10.]])
+    >>> distances, numbers = index.kneighbors(np.array([[3.0, 3.0]]), 2)
+    >>> numbers
+    array([[1, 0]])
+    >>> _ = index.update_metric(np.array([1.0, 0.0]), np.array([1.0, 0.0]))
+    >>> index.query_pairs([0], [1])
+    array([7.21110255])
+    """
+
+    def __init__(
+        self,
+        metric: MahalanobisMetric,
+        *,
+        mode: Mode | None = None,
+        eps: float = 0.1,
+        delta: float = 0.01,
+        rng: RandomSource = None,
+    ) -> None:
+        if not isinstance(metric, MahalanobisMetric):
+            raise TypeError(
+                f"metric: expected a MahalanobisMetric, got {type(metric).__name__}; "
+                "say which matrix you have: MahalanobisMetric(U) for a factor, "
+                "from_matrix(A), from_covariance(C) or from_data(X)"
+            )
+        if mode is not None and not isinstance(mode, Mode):
+            raise TypeError(f"mode: expected Exact, Filter or Adaptive, got {mode!r}")
+        for name, x in (("eps", eps), ("delta", delta)):
+            if check_number(name, x, above=0) >= 1:
+                raise ValueError(f"{name}: expected a number below 1, got {x}")
+        promise = float(eps), float(delta)
+        self._engine = Engine(metric.copy(), mode, promise, as_generator(rng))
+
+    @property
+    def metric(self) -> MahalanobisMetric:
+        """A copy of the metric, with every update."""
+        return self._engine.metric.copy()
+
+    @property
+    def mode(self) -> Mode | None:
+        """How distances are answered; None before the first insertion picks one."""
+        return self._engine.mode
+
+    @property
+    def eps(self) -> float:
+        """Relative error that estimates were asked for."""
+        return self._engine.eps
+
+    @property
+    def delta(self) -> float:
+        """Probability that an answer breaks the promise."""
+        return self._engine.delta
+
+    @property
+    def choice(self) -> Any:
+        """What each mode would read, where the index picked one itself, else None."""
+        return self._engine.choice
+
+    @property
+    def numbers(self) -> Array:
+        """The numbers of the points, in the order of the columns of ``query``."""
+        points = self._engine.points
+        return np.empty(0, np.int64) if points is None else points.numbers.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of points, sketches and metric."""
+        return self._engine.nbytes
+
+    def __len__(self) -> int:
+        points = self._engine.points
+        return 0 if points is None else points.size
+
+    def __repr__(self) -> str:
+        metric = self._engine.metric
+        return f"MahalanobisIndex(<{len(self)} points>, {metric}, {self.mode})"
+
+    def insert(self, X: Array) -> Array:
+        """Insert points.
+
+        Parameters
+        ----------
+        X : array, shape (n, d)
+            One point a row. The first points set precision and centre of the index.
+
+        Returns
+        -------
+        array of int, shape (n,)
+            The numbers of the points, by which they are named from now on.
+        """
+        x = as_points("X", X, self._engine.metric.shape[1])
+        return self._engine.insert(x) if len(x) else np.empty(0, np.int64)
+
+    def delete(self, numbers: Array) -> "MahalanobisIndex":
+        """Remove points; the last columns of ``query`` take the place of theirs.
+
+        Parameters
+        ----------
+        numbers : array of int, shape (n,)
+            Which points, each once.
+
+        Returns
+        -------
+        MahalanobisIndex
+            This index.
+        """
+        self._engine.remove(self._distinct(numbers))
+        return self
+
+    def update_points(self, numbers: Array, X: Array) -> "MahalanobisIndex":
+        """Move points to new places.
+
+        Parameters
+        ----------
+        numbers : array of int, shape (n,)
+            Which points, each once.
+        X : array, shape (n, d)
+            Where to.
+
+        Returns
+        -------
+        MahalanobisIndex
+            This index.
+        """
+        slots = self._distinct(numbers)
+        x = as_points("X", X, self._engine.metric.shape[1])
+        if len(x) != len(slots):
+            raise ValueError(f"X: expected {len(slots)} rows, got {len(x)}")
+        self._engine.write(slots, x)
+        return self
+
+    def update_metric(self, a: Array | int, b: Array) -> "MahalanobisIndex":
+        r"""Change the factor of the metric by :math:`U \mathrel{+}= a b^\top`.
+
+        Parameters
+        ----------
+        a, b : array
+            As for :meth:`MahalanobisMetric.update`: one update, a batch, or a row.
+
+        Returns
+        -------
+        MahalanobisIndex
+            This index.
+        """
+        self._engine.update(*as_update(a, b, self._engine.metric.shape))
+        return self
+
+    def query(self, Q: Array) -> Approximation:
+        """Answer the distances of queries to all points.
+
+        Parameters
+        ----------
+        Q : array, shape (q, d)
+            One query a row. The queries of one call must not depend on each other's
+            answers, those of later calls may.
+
+        Returns
+        -------
+        Approximation
+            ``value``, ``(q, n)``, with a column for each of ``numbers``;
+            ``certificate``, whose ``error`` is relative to each distance, and ``plan``,
+            the mode.
+        """
+        value, certificate = self._engine.distances(self._queries("Q", Q))
+        return Approximation(value, certificate, self.mode, None)
+
+    def query_pairs(self, i: Array, j: Array) -> Array:
+        """Answer the distances between pairs of points.
+
+        Parameters
+        ----------
+        i, j : array of int, shape (n,)
+            Numbers of points.
+
+        Returns
+        -------
+        array, shape (n,)
+            Exact distances; estimates where the mode is ``Adaptive``.
+        """
+        points = self._engine.filled
+        left, right = points.slots("i", i), points.slots("j", j)
+        if len(left) != len(right):
+            raise ValueError(
+                f"j: expected {len(left)} numbers like i, got {len(right)}"
+            )
+        return self._engine.pairs(left, right)
+
+    def kneighbors(self, Q: Array, k: int) -> Neighbors:
+        """Find the nearest points of queries.
+
+        Parameters
+        ----------
+        Q : array, shape (q, d)
+            One query a row.
+        k : int
+            How many.
+
+        Returns
+        -------
+        Neighbors
+            The pair of distances and numbers, both ``(q, k)``, nearest first. Its
+            attributes are ``certificate``, which for ``Exact`` and ``Filter`` promises
+            the right neighbours, and ``examined``, how many points each query had an
+            exact distance computed for.
+        """
+        queries = self._queries("Q", Q)
+        k = check_integer("k", k, least=1)
+        if k > len(self):
+            raise ValueError(f"k: expected at most {len(self)} points, got {k}")
+        values, slots, examined, certificate = self._engine.nearest(queries, k)
+        return Neighbors(values, self.numbers[slots], certificate, examined)
+
+    def sample(self, q: Array, size: int, *, power: int = 1) -> Array:
+        """Draw points with probability exactly proportional to their distance.
+
+        Estimates propose and exact distances of what was proposed decide.
+
+        Parameters
+        ----------
+        q : array, shape (d,)
+            The query.
+        size : int
+            How many points to draw, with replacement.
+        power : {1, 2}, optional
+            2 draws in proportion to squared distances, as k-means++ does.
+
+        Returns
+        -------
+        array of int, shape (size,)
+            Numbers of points.
+        """
+        check_integer("size", size, least=1)
+        if power not in (1, 2):
+            raise ValueError(f"power: expected 1 or 2, got {power!r}")
+        queries = self._queries("q", np.asarray(q)[None])
+        return self.numbers[self._engine.sample(queries, size, power)]
+
+    def guarantee(self) -> Certificate:
+        """Say what an answer of ``query`` promises now.
+
+        Returns
+        -------
+        Certificate
+            ``error`` is relative to each distance; for ``Adaptive`` it is eps only
+            where the sketches are enough for queries that depend on earlier answers,
+            else the error of the worst direction, and ``source`` says so.
+        """
+        return self._engine.guarantee()
+
+    def redraw(self, rng: RandomSource = None) -> "MahalanobisIndex":
+        """Centre the points anew and draw new sketches.
+
+        Parameters
+        ----------
+        rng : int, numpy.random.Generator or None, optional
+            Source of the sketches.
+
+        Returns
+        -------
+        MahalanobisIndex
+            This index; what an adversary learned is worth nothing now.
+        """
+        self._engine.redraw(as_generator(rng))
+        return self
+
+    def merge(self, other: "MahalanobisIndex") -> "MahalanobisIndex":
+        """Insert the points of another index under the same metric.
+
+        Parameters
+        ----------
+        other : MahalanobisIndex
+            It stays as it is.
+
+        Returns
+        -------
+        MahalanobisIndex
+            This index; the new numbers follow its own, in the order of the other's.
+        """
+        if not isinstance(other, MahalanobisIndex):
+            raise TypeError(f"other: expected a MahalanobisIndex, got {other!r}")
+        theirs = other._engine
+        if not np.array_equal(theirs.metric.factor, self._engine.metric.factor):
+            raise ValueError("other: expected an index under the same metric")
+        if len(other):
+            self.insert(theirs.filled.restored())
+        return self
+
+    def save(self, path: PathLike) -> None:
+        """Write the index to an ``.npz`` file, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or path
+            Where to; an old file is replaced when the new one is complete.
+        """
+        write_index(Path(path), self._engine)
+
+    def _queries(self, name: str, x: Any) -> Any:
+        """Check queries and bring the points up to date."""
+        rows = as_points(name, x, self._engine.metric.shape[1])
+        if not len(rows):
+            raise ValueError(f"{name}: expected at least one query, got none")
+        return self._engine.queries(name, rows)
+
+    def _distinct(self, numbers: Any) -> Array:
+        """Find points that are each named once."""
+        slots = self._engine.filled.slots("numbers", numbers)
+        if len(np.unique(slots)) < len(slots):
+            raise ValueError("numbers: expected each point once")
+        return slots
+
+
+def load(path: PathLike) -> MahalanobisIndex:
+    """Read an index that :meth:`MahalanobisIndex.save` wrote.
+
+    Parameters
+    ----------
+    path : str or path
+        An ``.npz`` file.
+
+    Returns
+    -------
+    MahalanobisIndex
+        It answers as the one that was saved would have, to the last bit.
+
+    Raises
+    ------
+    ValueError
+        If the file is truncated, of another kind, or of a newer release.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from sketching import MahalanobisIndex, MahalanobisMetric, load
+    >>> index = MahalanobisIndex(MahalanobisMetric(np.eye(2)))
+    >>> numbers = index.insert(np.eye(2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     index.save(f"{folder}/index.npz")
+    ...     len(load(f"{folder}/index.npz"))
+    2
+    """
+    index = object.__new__(MahalanobisIndex)
+    index._engine = read_index(Path(path))
+    return index
