@@ -2,16 +2,20 @@
 
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 import fastattn
 from fastattn import formats
-from sketching._lib.arrays import Array
+from fastattn._file_rows import FileHead, mapped_anew
+from fastattn._input_files import native, native_dtype
+from sketching._lib.arrays import Array, compute_dtype
 
 METHODS = {
     "auto": fastattn.Auto,
@@ -19,6 +23,9 @@ METHODS = {
     "polynomial": fastattn.Polynomial,
     "multipole": fastattn.Multipole,
 }
+# a head that takes more than one in so many bytes of the memory is streamed: what is
+# copied is sorted, converted or shifted once more
+_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +39,7 @@ class FileHeads:
 
     @staticmethod
     def of(options: Any) -> "FileHeads":
-        *arrays, meta = formats.read_inputs(options.input)
+        *arrays, meta = formats.read_stored(options.input, options.memory)
         shapes = [x.shape for x in arrays]
         try:
             lead = np.broadcast_shapes(*(shape[:-2] for shape in shapes))
@@ -45,34 +52,69 @@ class FileHeads:
             raise ValueError(f"{options.input}: there are no heads: {shapes}")
         return FileHeads((arrays[0], arrays[1], arrays[2]), meta, lead, options)
 
-    def each(self, function: Callable[..., Any]) -> Iterator[tuple[list[int], Any]]:
-        """Call ``function`` for one head after the other, each copied into memory."""
+    def each(
+        self, function: Callable[..., Any], streamed: Callable[..., Any]
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Call ``function`` for one head after the other, each copied into memory.
+
+        ``streamed`` gets the heads that are too large for that, as they lie in the
+        file, and a function that moves a bar.
+        """
         options = self.options
-        arrays = [np.broadcast_to(x, self.lead + x.shape[-2:]) for x in self.arrays]
         # every call spawns its stream from this one, as one call for all heads would
         rng = np.random.default_rng(options.seed)
+        wanted = {
+            "tol": options.tol,
+            "method": METHODS[options.method](),
+            "guarantee": options.guarantee,
+        }
         with progress("heads", math.prod(self.lead)) as step:
             for place in np.ndindex(*self.lead):
                 try:
-                    result = function(
-                        *(np.array(x[place]) for x in arrays),
-                        tol=options.tol,
-                        scale=options.scale,
-                        is_causal=options.causal,
-                        method=METHODS[options.method](),
-                        guarantee=options.guarantee,
-                        rng=rng,
-                    )
+                    if self.is_large:
+                        (stream,) = rng.spawn(1)
+                        file = self._file_head(place)
+                        result = streamed(file, rng=stream, step=step, **wanted)
+                    else:
+                        result = function(
+                            *self._copied(place),
+                            scale=options.scale,
+                            is_causal=options.causal,
+                            rng=rng,
+                            **wanted,
+                        )
+                        step(1.0)
                 except (ValueError, TypeError) as error:
                     where = f"head {name_of(place)}: " if place else ""
                     raise ValueError(f"{options.input}: {where}{error}") from error
                 yield list(place), result
-                step()
 
-    def gather(self, file: IO[bytes], last: Array) -> Array:
-        """Map what the heads left in a scratch file, given the last of them."""
-        file.flush()
-        return np.memmap(file, last.dtype, "r", shape=self.lead + last.shape)
+    @property
+    def is_large(self) -> bool:
+        """Whether a head takes too large a share of memory to be copied into it."""
+        if any(x.ndim < 2 for x in self.arrays):
+            return False
+        entries = sum(math.prod(x.shape[-2:]) for x in self.arrays)
+        # half precision is computed in float32
+        size = entries * max(4, self.arrays[0].dtype.itemsize)
+        return bool(size > self.options.memory // _SHARE)
+
+    def _copied(self, place: tuple[int, ...]) -> Iterator[Array]:
+        """Copy one head into memory."""
+        for x in self.arrays:
+            # through a map of its own: pages of one map of all heads would stay
+            heads = np.broadcast_to(mapped_anew(x), self.lead + x.shape[-2:])
+            yield native(np.array(heads[place]))
+
+    def _file_head(self, place: tuple[int, ...]) -> FileHead:
+        """Take one head as it lies in the file."""
+        options = self.options
+        if options.causal:
+            raise ValueError(
+                "causal attention needs the keys of a head in memory, of which "
+                f"{options.memory} bytes may be used: allow more by --memory"
+            )
+        return FileHead.of(self.arrays, place, options.scale, options.memory)
 
     def describe(self) -> dict[str, Any]:
         """Say what was asked for, for the record."""
@@ -90,9 +132,63 @@ class FileHeads:
         }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """Answers of all heads in nameless files, because memory may not hold them.
+
+    Parameters
+    ----------
+    files : pair of files
+        For the answers, and for their log-sum-exps.
+    problem : FileHeads
+        What is answered.
+    """
+
+    files: tuple[IO[bytes], IO[bytes]]
+    problem: FileHeads
+
+    @staticmethod
+    @contextmanager
+    def beside(output: str, problem: FileHeads) -> Iterator["Answers"]:
+        """Open the files in the folder of the output."""
+        with ExitStack() as stack:
+            one, two = (
+                stack.enter_context(tempfile.TemporaryFile(dir=Path(output).parent))
+                for _ in range(2)
+            )
+            yield Answers((one, two), problem)
+
+    @property
+    def _kinds(self) -> tuple[tuple[Any, tuple[int, ...]], ...]:
+        """Dtype and shape of both arrays, of one head."""
+        query, _, value = self.problem.arrays
+        dtype, n = native_dtype(query), query.shape[-2]
+        return (dtype, (n, value.shape[-1])), (compute_dtype(np, dtype), (n,))
+
+    def put(self, number: int, start: int, *arrays: Array) -> None:
+        """Keep rows of a head, from a row on: answers and log-sum-exps."""
+        for file, (dtype, shape), x in zip(
+            self.files, self._kinds, arrays, strict=True
+        ):
+            width = math.prod(shape[1:])
+            place = (number * shape[0] + start) * width * np.dtype(dtype).itemsize
+            file.seek(place)
+            np.ascontiguousarray(x, dtype).tofile(file)
+
+    def gather(self) -> dict[str, Array]:
+        """Map what was put."""
+        found = {}
+        for name, file, (dtype, shape) in zip(
+            ("out", "log_normalizer"), self.files, self._kinds, strict=True
+        ):
+            file.flush()
+            found[name] = np.memmap(file, dtype, "r", shape=self.problem.lead + shape)
+        return found
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Give a function to call after each step; it moves a bar on a terminal."""
+def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Give a function to call after each step, or part of it, for a bar to move."""
     bar = None
     if sys.stderr.isatty():
         with suppress(ImportError):
@@ -101,11 +197,11 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
             bar = Progress(console=Console(stderr=True), transient=True)
     if bar is None:
-        yield lambda: None
+        yield lambda _: None
         return
     with bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda share: bar.advance(task, share)
 
 
 def name_of(place: Sequence[int]) -> str:

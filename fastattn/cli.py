@@ -5,17 +5,18 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import fastattn
 from fastattn import formats
 from fastattn._explanation import Run, brief
-from fastattn._file_heads import METHODS, FileHeads, name_of, progress
+from fastattn._file_heads import METHODS, Answers, FileHeads, name_of, progress
+from fastattn._file_rows import FileHead, Step
+from fastattn._streaming import attend_streamed, explain_streamed
 
 # what a command has to say: for machines, and for people
 _Answer: TypeAlias = tuple[dict[str, Any], str]
@@ -86,6 +87,21 @@ _POSITIVE = _number(float, "a number above 0", lambda x: 0 < x < math.inf)
 _NATURAL = _number(int, "an integer >= 0", lambda x: x >= 0)
 
 
+def _bytes(text: str) -> int:
+    """Read a size such as 1.5GB."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"no size: {text}")
+    number, power, binary = found.groups()
+    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(
+        power.upper() or " "
+    )
+    return int(min(size, sys.maxsize))
+
+
+_SIZE = _number(_bytes, "a size such as 1.5GB", lambda x: x > 0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("fastattn", description=fastattn.__doc__, allow_abbrev=False)
     version = f"fastattn {fastattn.__version__}"
@@ -140,25 +156,36 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         help="how to compute (default: auto)",
     )
     add("--seed", type=_NATURAL, default=0, help="of the samples (default: 0)")
+    add(
+        "--memory", type=_SIZE, default=_physical_memory() // 4, metavar="SIZE",
+        help="bytes to use, as 1.5GB: larger heads are streamed from the file, piece "
+        "by piece (default: a quarter of the machine's)",
+    )  # fmt: skip
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _attend(options: Any) -> _Answer:
     """Answer every head and write the outputs with their certificates."""
     formats.check_output(options.output)
     problem = FileHeads.of(options)
-    heads = []
-    with _scratch(options) as values, _scratch(options) as normalizers:
-        for place, answer in problem.each(fastattn.approximate):
-            # heads come in C order, so that their bytes in a row are the whole array
-            answer.value.tofile(values)
-            answer.log_normalizer.tofile(normalizers)
+    heads: list[dict[str, Any]] = []
+    with Answers.beside(options.output, problem) as answers:
+
+        def streamed(head: FileHead, **wanted: Any) -> Any:
+            # heads come in C order
+            put = partial(answers.put, len(heads))
+            return attend_streamed(head, put=put, **wanted)
+
+        found = problem.each(fastattn.approximate, streamed)
+        for place, answer in found:
+            if isinstance(answer, fastattn.Approximation):
+                answers.put(len(heads), 0, answer.value, answer.log_normalizer)
             heads.append({"head": place, **_certificate(answer)})
-        arrays = {
-            "out": problem.gather(values, answer.value),
-            "log_normalizer": problem.gather(normalizers, answer.log_normalizer),
-        }
         report = {**problem.describe(), "heads": heads}
-        formats.write_output(options.output, arrays, report)
+        formats.write_output(options.output, answers.gather(), report)
     rows = [
         [name_of(x["head"]), x["method"], f"{x['error']:.1e}", f"{x['failure']:g}",
          x["norm"]]
@@ -172,7 +199,17 @@ def _attend(options: Any) -> _Answer:
 def _explain(options: Any) -> _Answer:
     """Say what would run for every head."""
     problem = FileHeads.of(options)
-    found = list(problem.each(partial(fastattn.explain, run=options.run)))
+
+    def streamed(head: FileHead, *, step: Step, **wanted: Any) -> Any:
+        if options.run:
+            raise ValueError(
+                "--run needs the keys of a head in memory: allow more by --memory"
+            )
+        explanation = explain_streamed(head, **wanted)
+        step(1.0)
+        return explanation
+
+    found = list(problem.each(partial(fastattn.explain, run=options.run), streamed))
     heads = tuple(explanation.heads[0] for _, explanation in found)
     runs = tuple(explanation.runs[0] for _, explanation in found if explanation.runs)
     described = [
@@ -239,7 +276,7 @@ def _demo(options: Any) -> _Answer:
         demo.warm_up()
         for sample, head, inputs in cases:
             found += demo.measure(sample, head, inputs, options.tol)
-            step()
+            step(1.0)
     demo.draw(found, options.picture)
     rows = [
         [x.sample, str(x.head), f"{x.tol:g}", brief(x.method), f"{x.certified:.1e}",
@@ -292,11 +329,6 @@ def _info(options: Any) -> _Answer:  # noqa: ARG001
         name: f"{x:.3g}" if isinstance(x, float) else x for name, x in report.items()
     }
     return report, "\n".join(f"{name:<24} {x}" for name, x in shown.items())
-
-
-def _scratch(options: Any) -> IO[bytes]:
-    """Open a nameless file beside the output, for what need not be in memory."""
-    return tempfile.TemporaryFile(dir=Path(options.output).parent)
 
 
 def _certificate(answer: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 _lock = threading.Lock()
@@ -162,6 +162,9 @@ class _Crew:
                         self.changed.wait()
             finally:
                 self.works.remove(work)
+                # it leads back to the work: what the calls hold would stay in memory
+                # until the collector of cycles comes by
+                work.context = Context()
         work.raise_first()
 
     def dismiss(self) -> None:

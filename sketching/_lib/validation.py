@@ -2,12 +2,15 @@
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 
 from sketching._lib.arrays import Array, array_namespace
 
+# entries that are looked at at once: masks of them stay small
+_ENTRIES = 1 << 22
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -44,6 +47,12 @@ def check_integer(name: str, value: Any, *, least: int) -> int:
 
 def check_float_array(name: str, x: Array, *, least_ndim: int) -> None:
     """Raise unless ``x`` is a non-empty array of finite floating-point numbers."""
+    check_float_shape(name, x, least_ndim=least_ndim)
+    check_finite(name, x)
+
+
+def check_float_shape(name: str, x: Array, *, least_ndim: int) -> None:
+    """Raise unless ``x`` is a non-empty array of a floating-point dtype."""
     if str(x.dtype).rpartition(".")[2] not in _DTYPES:
         raise TypeError(
             f"{name}: expected a floating-point dtype, got {x.dtype}; "
@@ -55,29 +64,60 @@ def check_float_array(name: str, x: Array, *, least_ndim: int) -> None:
         )
     if math.prod(x.shape) == 0:
         raise ValueError(f"{name}: expected a non-empty array, got shape {x.shape}")
-    check_finite(name, x)
 
 
 def check_finite(name: str, x: Array) -> None:
     """Raise ``ValueError`` that counts NaN and infinities and places the first."""
+    count, first = 0, None
+    for corner, block in _blocks(x):
+        bad, where = not_finite(block)
+        if bad:
+            count += bad
+            place = tuple(a + b for a, b in zip(corner, where, strict=True))
+            first = place if first is None else min(first, place)
+    if count:
+        raise_not_finite(name, count, first)
+
+
+def raise_not_finite(name: str, count: int, first: Any) -> NoReturn:
+    """Say how many entries are not finite, and where the first is."""
+    raise ValueError(
+        f"{name}: expected finite numbers, got {count} NaN or infinite, "
+        f"the first at {first}"
+    )
+
+
+def not_finite(x: Array) -> tuple[int, tuple[int, ...]]:
+    """Count NaN and infinities, and place the first."""
     xp = array_namespace(x)
     # a sum is finite only if every entry is, and needs no mask of the array's size;
     # the mask decides when the sum merely overflowed
     if x.dtype in (xp.float32, xp.float64) and bool(xp.isfinite(_plain_sum(xp, x))):
-        return
+        return 0, ()
     finite = xp.isfinite(x)
     if bool(xp.all(finite)):
-        return
+        return 0, ()
     bad = xp.astype(xp.logical_not(finite), xp.int32)
     count, first = int(xp.sum(bad)), int(xp.argmax(xp.reshape(bad, (-1,))))
     place = []
     for size in reversed(x.shape):
         first, index = divmod(first, size)
         place.append(index)
-    raise ValueError(
-        f"{name}: expected finite numbers, got {count} NaN or infinite, "
-        f"the first at {tuple(reversed(place))}"
-    )
+    return count, tuple(reversed(place))
+
+
+def _blocks(x: Array) -> Iterator[tuple[tuple[int, ...], Array]]:
+    """Yield parts of an array along its longest axis, and where each begins."""
+    if math.prod(x.shape) <= _ENTRIES:
+        yield (0,) * x.ndim, x
+        return
+    axis = max(range(x.ndim), key=lambda i: x.shape[i])
+    length = x.shape[axis]
+    step = max(1, length * _ENTRIES // math.prod(x.shape))
+    for start in range(0, length, step):
+        part = [slice(None)] * x.ndim
+        part[axis] = slice(start, min(start + step, length))
+        yield tuple(start if i == axis else 0 for i in range(x.ndim)), x[tuple(part)]
 
 
 def _plain_sum(xp: Any, x: Array) -> Any:

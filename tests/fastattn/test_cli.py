@@ -121,13 +121,12 @@ def test_explain_prints_the_explanation(capsys, arrays, source):
 
 
 def test_explain_has_no_number_for_a_refusal(capsys, source):
-    report = json.loads(
-        run(capsys, "explain", source, "--json", "--causal", "--method", "polynomial")
-    )
+    options = ["--guarantee", "proven", "--tol", "1e-12", "--method", "polynomial"]
+    report = json.loads(run(capsys, "explain", source, "--json", *options))
     (candidate,) = report["heads"][0]["candidates"]
     assert candidate["accepted"] is False
     assert candidate["predicted_error"] is None
-    assert "is_causal" in candidate["reason"]
+    assert "logits" in candidate["reason"]
 
 
 def test_explain_runs_what_it_explains(capsys, source):
@@ -229,6 +228,9 @@ BAD_OPTIONS = {
     "-o out.npz --tol small": "argument --tol: expected a number above 0, got 'small'",
     "-o out.npz --scale inf": "argument --scale: expected a finite number",
     "-o out.npz --seed -1": "argument --seed: expected an integer >= 0, got '-1'",
+    "-o out.npz --memory 0": "argument --memory: expected a size such as 1.5GB, got",
+    "-o out.npz --memory all": "argument --memory: expected a size such as 1.5GB, got",
+    "-o out.npz --memory 1.5PB": "argument --memory: expected a size such as 1.5GB",
     "-o out.npz --method fast": "argument --method: invalid choice: 'fast'",
     "-o out.npz --guarantee no": "argument --guarantee: invalid choice: 'no'",
     "-o out.npz --cause": "unrecognized arguments: --cause",
@@ -236,7 +238,7 @@ BAD_OPTIONS = {
     "-o nowhere/out.npz": "nowhere/out.npz: there is no folder nowhere",
     "": "the following arguments are required: -o/--output",
     "-o out.npz --tol 1e-12": "head 0,0: tol=1e-12",
-    "-o out.npz --causal --method polynomial": "in.npz: head 0,0: Polynomial()",
+    "-o out.npz --causal --method polynomial --tol 1e-9": "in.npz: head 0,0: Poly",
 }
 
 
@@ -341,6 +343,22 @@ def test_progress_goes_to_a_terminal_only(tmp_path, capsys, monkeypatch, source)
     captured = capsys.readouterr()
     assert "heads" in captured.err
     json.loads(captured.out)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1.5GB", 1_500_000_000),
+        ("2GiB", 2 << 30),
+        ("300 mb", 300_000_000),
+        ("4k", 4000),
+        ("5e5", 500_000),
+        ("17", 17),
+        ("1e999TB", sys.maxsize),
+    ],
+)
+def test_sizes_have_units(text, size):
+    assert cli._bytes(text) == size
 
 
 def test_help_and_version_exit_with_zero(capsys):

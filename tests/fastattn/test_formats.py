@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fastattn import formats
-from fastattn.formats import NAMINGS, check_output, read_inputs, write_output
+from fastattn._input_files import NAMINGS
+from fastattn.formats import check_output, read_inputs, write_output
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors missing")
 

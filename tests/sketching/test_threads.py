@@ -1,9 +1,11 @@
 """BLAS is held to one thread while blocks run, and set free again, whatever comes."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -285,3 +287,26 @@ def test_blocks_see_what_numpy_was_told_about_errors():
     with threadpool_limits(2, user_api="blas"), np.errstate(over="raise"):
         run_blocks(work, range(8))
     assert set(told.values()) == {"raise"}
+
+
+def test_what_blocks_hold_is_freed_without_the_collector():
+    class Large:
+        pass
+
+    def run():
+        held = Large()
+        gone.append(weakref.ref(held))
+
+        def work(_):
+            return held
+
+        run_blocks(work, range(8))
+
+    gone = []
+    gc.disable()
+    try:
+        with threadpool_limits(2, user_api="blas"):
+            run()
+        assert gone[0]() is None
+    finally:
+        gc.enable()

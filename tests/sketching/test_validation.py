@@ -1,5 +1,6 @@
 """Checks let good input through and say what is wrong with bad."""
 
+import re
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sketching._lib import validation
 from sketching._lib.validation import (
     check_choice,
     check_finite,
@@ -124,3 +126,23 @@ def test_extended_precision_is_refused():
         TypeError, match=r"x: .*got float\d+; supported are float16, bf"
     ):
         check_float_array("x", np.ones((2, 3), np.longdouble), least_ndim=2)
+
+
+@given(
+    hnp.arrays(
+        np.float16,
+        hnp.array_shapes(max_dims=3, max_side=9),
+        elements=st.sampled_from([0.0, 1.0, np.nan, np.inf]),
+    )
+)
+def test_blocks_are_checked_as_a_whole(x):
+    bad = np.argwhere(~np.isfinite(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "_ENTRIES", 5)
+        if not len(bad):
+            check_finite("x", x)
+            return
+        first = tuple(int(i) for i in bad[0])
+        text = re.escape(f"got {len(bad)} NaN or infinite, the first at {first}")
+        with pytest.raises(ValueError, match=text):
+            check_finite("x", x)
