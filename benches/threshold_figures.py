@@ -1,0 +1,175 @@
+"""Pictures of sweeps over the entry bound, and of deciders of a fixed rank."""
+
+import math
+from pathlib import Path
+
+_LINES = {"rank": "-", "numerical_rank": "--", "predicted_rank": ":", "time": "-."}
+_NAMES = {
+    "rank": "polynomial of the least degree",
+    "numerical_rank": "singular values needed",
+    "predicted_rank": "formula, worst case",
+    "time": "time of the polynomial over exact",
+}
+# ranks over n that are shown
+_RANGE = (3e-3, 1e3)
+_TICKS = (0.2, 0.5, 1, 2, 5, 10, 20)
+
+
+def draw_threshold(record: dict, path: str | Path, error: float = 1e-2) -> None:
+    """Draw rank over n against the entry bound, a panel for each order and family.
+
+    The last panel of an order has the entry bounds at which the ranks cross, over
+    ln n, with the slope of the theory.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["rows"] if row["error"] == error]
+    orders = sorted({row["order"] for row in rows})
+    families = sorted({row["family"] for row in rows})
+    figure = Figure(
+        figsize=(3.6 * (len(families) + 1), 3.4 * len(orders) + 1), layout="constrained"
+    )
+    panels = figure.subplots(len(orders), len(families) + 1, squeeze=False)
+    for order, line in zip(orders, panels, strict=True):
+        mine = [row for row in rows if row["order"] == order]
+        for family, panel in zip(families, line, strict=False):
+            _draw_curves(panel, [row for row in mine if row["family"] == family])
+            panel.set_title(f"order {order}, {family}")
+        _draw_sizes(line[0], mine)
+        _draw_locations(line[-1], mine, order)
+    handles = {}
+    for panel in panels[:, -1]:
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=6,
+        fontsize=9,
+    )
+    figure.suptitle(
+        f"rank over n that additive error {error:g} takes, against the entry bound B: "
+        "finite n illustrate the threshold of the theory, they do not prove it"
+    )
+    figure.savefig(path, dpi=100)
+
+
+def _draw_curves(panel, rows: list[dict]) -> None:
+    for row in rows:
+        for n, ratios, shares in row["curves"]:
+            known = [
+                (x, min(max(y, _RANGE[0]), _RANGE[1]))
+                for x, y in zip(ratios, shares, strict=True)
+                if y is not None
+            ]
+            panel.plot(
+                *zip(*known, strict=True),
+                color=_colour(n),
+                ls=_LINES[row["measure"]],
+                lw=1.3,
+            )
+    panel.axhline(1, color="tab:red", lw=1)
+    panel.set(
+        xscale="log",
+        yscale="log",
+        ylim=_RANGE,
+        xlabel=r"$B / (\ln n)^{1/k}$",
+        ylabel="rank / n",
+    )
+    panel.grid(alpha=0.25)
+    _label(panel.xaxis)
+
+
+def _colour(n: int) -> tuple:
+    """One colour for each n, whatever the order."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](1 - math.log2(n) / 14)
+
+
+def _draw_sizes(panel, rows: list[dict]) -> None:
+    """Say which colour is which n."""
+    for n in sorted({n for row in rows for n, *_ in row["curves"]}):
+        panel.plot([], [], color=_colour(n), label=f"n = {n}")
+    panel.legend(fontsize=6, loc="upper left")
+
+
+def _label(axis, ticks=_TICKS) -> None:
+    """Plain numbers where the ticks of a logarithmic axis would run together."""
+    low, high = axis.get_view_interval()
+    axis.set_ticks([x for x in ticks if low <= x <= high])
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
+def _draw_locations(panel, rows: list[dict], order: int) -> None:
+    families = sorted({row["family"] for row in rows})
+    for row in rows:
+        log_n = [math.log(n) for n in row["sizes"]]
+        bounds = [
+            place * x ** (1 / order)
+            for place, x in zip(row["locations"], log_n, strict=True)
+        ]
+        colour = f"C{families.index(row['family'])}"
+        panel.plot(log_n, bounds, color=colour, ls=_LINES[row["measure"]], marker=".")
+    for number, family in enumerate(families):
+        panel.plot([], [], color=f"C{number}", marker=".", label=family)
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        panel.plot([], [], color="0.3", ls=_LINES[measure], label=_NAMES[measure])
+    known = [math.log(n) for row in rows for n in row["sizes"]]
+    if known:
+        ends = [min(known), max(known)]
+        for constant in (0.5, 1.0, 2.0):
+            theory = [constant * x ** (1 / order) for x in ends]
+            panel.plot(ends, theory, color="0.75", lw=0.8, zorder=0)
+    panel.plot([], [], color="0.75", label=r"slope of the theory, $(\ln n)^{1/k}$")
+    panel.set(
+        xscale="log",
+        yscale="log",
+        xlabel=r"$\ln n$",
+        ylabel="B where it crosses",
+        title=f"order {order}: location",
+    )
+    panel.grid(alpha=0.25, which="both")
+    _label(panel.xaxis, range(1, 20))
+    _label(panel.yaxis)
+
+
+def draw_decisions(record: dict, path: str | Path) -> None:
+    """Draw the share of right answers against the entry bound, a panel a family."""
+    from matplotlib.figure import Figure
+
+    rows = record["rows"]
+    cases = list(dict.fromkeys((row["order"], row["family"], row["n"]) for row in rows))
+    figure = Figure(figsize=(3.6 * len(cases), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for (order, family, n), panel in zip(cases, panels, strict=True):
+        mine = [
+            x for x in rows if (x["order"], x["family"], x["n"]) == (order, family, n)
+        ]
+        for number, row in enumerate(mine):
+            # lines that fall together show as nested widths
+            panel.plot(
+                row["ratios"],
+                row["shares"],
+                label=row["method"],
+                color=f"C{number}",
+                lw=2 * (len(mine) - number),
+                alpha=0.7,
+            )
+        panel.axvline(mine[0]["stated"], color="0.6", lw=1, label="stated entry bound")
+        panel.axhline(0.5, color="0.85", lw=1)
+        panel.set(
+            xscale="log",
+            ylim=(-0.02, 1.05),
+            title=f"order {order}, {family}, n = {n}",
+            xlabel=r"$B / (\ln n)^{1/k}$",
+            ylabel="right answers",
+        )
+        panel.grid(alpha=0.25)
+        _label(panel.xaxis)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6
+    )
+    figure.suptitle("what a fixed rank decides as the entries grow")
+    figure.savefig(path, dpi=100)

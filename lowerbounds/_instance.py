@@ -1,0 +1,142 @@
+"""Instances of vector problems, and their answers by looking at every tuple."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowerbounds._ops.inner_products import extremes
+from sketching._lib.arrays import Array
+
+# intersections that are held at a time
+_BLOCK = 1 << 15
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VectorInstance:
+    r"""Sets of 0/1 vectors, one vector of each to be chosen, with the known answer.
+
+    The generalised inner product of a tuple :math:`(x^{(1)}, \dots, x^{(k)})` is
+    :math:`\sum_l x^{(1)}_l \cdots x^{(k)}_l`, the number of coordinates where all
+    are 1. The instance has a solution if some tuple reaches ``yes``; if it has none,
+    every tuple stays at ``no`` or beyond. For orthogonal vectors ``yes = 0`` and
+    ``no = 1``, for a gap problem ``yes > no``.
+
+    Parameters
+    ----------
+    vectors : tuple of uint8 array, shape (n, d)
+        The sets; their sizes may differ.
+    planted : tuple of int or None
+        The rows of the planted solution.
+    has_solution : bool
+        The answer.
+    yes, no : int
+        What a solution reaches, and where all other tuples stay.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowerbounds import VectorInstance
+    >>> sets = np.array([[1, 1, 0]]), np.array([[0, 1, 0], [0, 0, 1]])
+    >>> instance = VectorInstance.from_vectors(*sets)
+    >>> instance.has_solution, instance.parts, instance.d
+    (True, 2, 3)
+    """
+
+    vectors: tuple[Array, ...]
+    planted: tuple[int, ...] | None
+    has_solution: bool
+    yes: int = 0
+    no: int = 1
+
+    @classmethod
+    def from_vectors(
+        cls, *vectors: Array, planted: tuple[int, ...] | None = None
+    ) -> "VectorInstance":
+        """Ask for orthogonal vectors in given sets, and find the answer.
+
+        Takes time proportional to the product of the sizes of the sets, unless
+        ``planted`` names a solution.
+        """
+        sets = tuple(
+            as_bits(f"vectors[{s}]", x, vectors[0]) for s, x in enumerate(vectors)
+        )
+        if len(sets) < 2:
+            raise ValueError(f"vectors: expected at least 2 sets, got {len(sets)}")
+        if planted is None:
+            return cls(sets, None, least_product(sets) == 0)
+        if product_of(sets, planted) != 0:
+            raise ValueError(f"planted: the vectors {planted} are not orthogonal")
+        return cls(sets, planted, True)
+
+    @property
+    def parts(self) -> int:
+        """The number of sets, k."""
+        return len(self.vectors)
+
+    @property
+    def d(self) -> int:
+        """The number of coordinates."""
+        return int(self.vectors[0].shape[1])
+
+    @property
+    def seeks_orthogonal(self) -> bool:
+        """Whether a solution has a small inner product, not a large one."""
+        return self.yes < self.no
+
+
+def as_bits(name: str, given: Any, like: Any = None) -> Array:
+    """Return ``given`` as a non-empty uint8 matrix of 0 and 1, as wide as ``like``."""
+    x = np.asarray(given)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"{name}: expected a non-empty matrix, got shape {x.shape}")
+    if not np.isin(x, (0, 1)).all():
+        raise ValueError(f"{name}: expected entries 0 and 1 only")
+    if like is not None and x.shape[1] != np.shape(like)[-1]:
+        raise ValueError(
+            f"{name}: expected {np.shape(like)[-1]} columns, as in vectors[0], got "
+            f"{x.shape[1]}"
+        )
+    return x.astype(np.uint8)
+
+
+def product_of(vectors: tuple[Array, ...], rows: tuple[int, ...]) -> int:
+    """Compute the generalised inner product of one tuple."""
+    chosen = [x[i] for x, i in zip(vectors, rows, strict=True)]
+    return int(np.bitwise_and.reduce(chosen).sum())
+
+
+def least_product(vectors: tuple[Array, ...]) -> int:
+    """Find the least inner product over all tuples."""
+    return _range_of(vectors)[0]
+
+
+def largest_product(vectors: tuple[Array, ...]) -> int:
+    """Find the largest inner product over all tuples."""
+    return _range_of(vectors)[1]
+
+
+def _range_of(vectors: tuple[Array, ...]) -> tuple[int, int]:
+    packed = [_pack(x) for x in vectors]
+    return _fold(packed[0], packed[1:])
+
+
+def _fold(left: Array, rest: list[Array]) -> tuple[int, int]:
+    """Least and largest product of intersections ``left`` with tuples of ``rest``."""
+    if len(rest) == 1:
+        found = extremes(left, rest[0])
+        return int(found[0, 0]), int(found[1, 0])
+    least, largest = math.inf, -1
+    step = max(1, _BLOCK // len(rest[0]))
+    for start in range(0, len(left), step):
+        met = left[start : start + step, None, :] & rest[0]
+        low, high = _fold(met.reshape(-1, left.shape[1]), rest[1:])
+        least, largest = min(least, low), max(largest, high)
+    return int(least), largest
+
+
+def _pack(bits: Array) -> Array:
+    """Eight bits to a byte, and as many bytes as fill words of 64 bits."""
+    packed = np.packbits(bits, axis=1)
+    return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))

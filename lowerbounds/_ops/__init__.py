@@ -1,0 +1,1 @@
+"""Loops: the array-API reference of each op, faster bodies in folders beside."""

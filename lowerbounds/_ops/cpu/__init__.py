@@ -1,0 +1,1 @@
+"""Bodies of ops for NumPy arrays, compiled by numba."""
