@@ -160,7 +160,7 @@ def certify_rows(
     eps = float(xp.finfo(head.dtype if settled is None else dtype).eps)
     own = float(xp.finfo(head.query.dtype).eps) / 2
 
-    def judge(look: slice, before: Array, margin: float) -> tuple[SampledError, Array]:
+    def judged(look: slice, before: Array, margin: float) -> tuple[SampledError, Array]:
         squares, exponent = _squares(head, value, rows[look], dtype, peak)
         squares = np.append(before, squares)
         if not (math.isfinite(peak) and np.isfinite(squares).all()):
@@ -168,11 +168,11 @@ def certify_rows(
             return nothing, squares
         rounding = TRUTH * eps * (1 + exponent) + own
         weights = None if odds is None else counts[: len(squares)]
-        return _judge(squares, weights, norm, len(others), rounding, margin), squares
+        return judge(squares, weights, norm, len(others), rounding, margin), squares
 
-    found, squares = judge(slice(0, first), np.zeros(0), MARGIN)
+    found, squares = judged(slice(0, first), np.zeros(0), MARGIN)
     if second and found.estimate <= tol < found.upper:
-        found, _ = judge(slice(first, None), squares, SECOND_MARGIN)
+        found, _ = judged(slice(first, None), squares, SECOND_MARGIN)
     return found
 
 
@@ -232,7 +232,7 @@ def scaled_frobenius(x: Array) -> tuple[float, float]:
     return peak, math.sqrt(total)
 
 
-def _judge(
+def judge(
     squares: Array,
     weights: Array | None,
     answer: float,

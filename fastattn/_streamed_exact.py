@@ -26,7 +26,7 @@ from fastattn._sampling import (
     FAILURE,
     MARGIN,
     TRUTH,
-    _judge,
+    judge,
     relative,
     scaled_frobenius,
 )
@@ -225,7 +225,7 @@ def _sampled(head: FileHead, rows: Array, answer: _Answer, tol: float) -> Certif
         )
     rounding = TRUTH * np.finfo(dtype).eps * (1 + answer.exponent)
     rounding += np.finfo(own).eps / 2
-    found = _judge(squares, None, answer.norm, n, float(rounding), MARGIN)
+    found = judge(squares, None, answer.norm, n, float(rounding), MARGIN)
     if found.upper > tol:
         raise RefusalError(
             f"tol={tol:g} is below what {dtype} holds for this head "

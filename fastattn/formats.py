@@ -8,11 +8,8 @@ import json
 import math
 import mmap
 import os
-import secrets
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -21,6 +18,7 @@ from numpy.lib import format as npy
 
 from fastattn._input_files import META, native, read_npz, read_safetensors
 from sketching._lib.arrays import Array
+from sketching._lib.files import naming_the_file, replacing
 
 PathLike: TypeAlias = str | os.PathLike[str]
 # entries of a memory map that are written at once
@@ -113,7 +111,7 @@ def read_stored(
     """
     path = Path(path)
     read, _ = _format_of(path)
-    with _naming_the_file(path):
+    with naming_the_file(path):
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
         arrays, meta = read(path, most)
@@ -167,7 +165,7 @@ def write_output(
     for name, x in plain.items():
         if x.dtype.hasobject or name == META:
             raise ValueError(f"{path}: cannot store an array {name!r} of {x.dtype}")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         write(temporary, plain, text)
 
 
@@ -201,46 +199,6 @@ def check_output(path: PathLike) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder")
-
-
-@contextmanager
-def _naming_the_file(path: Path) -> Iterator[None]:
-    """Say which file it was, in one line, whatever a parser stumbles over."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(f"{path}: {error}") from error
-        raise
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        EOFError,
-        RuntimeError,  # an encrypted or unsupported member; JSON nested too deeply
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a new file to write, which becomes ``path`` if all goes well."""
-    temporary = path.with_name(f".fastattn-{secrets.token_hex(8)}.tmp")
-    temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode
-    try:
-        yield temporary
-        # safetensors puts a private file of its own in place of this one
-        temporary.chmod(mode)
-        # a rename may reach the disk before the data do
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write_npz(path: Path, arrays: Mapping[str, Array], text: str) -> None:

@@ -118,7 +118,7 @@ def attention_vjp(
     Dao et al., FlashAttention, arXiv 2205.14135.
     """
     batch = Batch.of(query, key, value, scale, is_causal, key_mask)
-    grad_output = _check_grad(batch, grad_output)
+    grad_output = check_grad(batch, grad_output)
     tol, method, generator = check_options(tol, method, guarantee, rng)
     _check_method(method, guarantee)
     children = generator.spawn(batch.count)
@@ -129,13 +129,13 @@ def attention_vjp(
     ):
         grad = head.xp.astype(grad_output[(*place, ...)], head.dtype, copy=False)
         slopes = _slopes(head, grad, tol, method, guarantee, child)
-        slopes = _unmasked(batch, place, slopes)
+        slopes = unmasked(batch, place, slopes)
         for sums, x, slope in zip(total, inputs, slopes, strict=True):
             own = own_place(x, place)
             sums[own] = sums[own] + slope if own in sums else slope
     names = "query", "key", "value"
     first, second, third = (
-        _assembled(*each) for each in zip(names, inputs, total, strict=True)
+        assembled(*each) for each in zip(names, inputs, total, strict=True)
     )
     return first, second, third
 
@@ -224,7 +224,7 @@ def loss_gradient(
     return xp.matmul(xp.matrix_transpose(a1), slope)
 
 
-def _check_grad(batch: Batch, grad: Array) -> Array:
+def check_grad(batch: Batch, grad: Array) -> Array:
     """Return ``grad_output`` checked against what it is the derivative by."""
     try:
         array_namespace(batch.query, grad)
@@ -320,7 +320,7 @@ def _arrays(head: Head) -> tuple[Array, Array, Array]:
     return head.query, head.key, head.value
 
 
-def _unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:
+def unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:
     """Give masked keys, which the head was not told of, derivatives of zero."""
     if batch.key_mask is None:
         return slopes
@@ -329,7 +329,7 @@ def _unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:
     return slopes[0], spread(slopes[1], kept, m), spread(slopes[2], kept, m)
 
 
-def _assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:
+def assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:
     """Put the derivatives of heads into the shape and dtype of an argument."""
     xp = array_namespace(x)
     parts = [sums[place] for place in np.ndindex(*x.shape[:-2])]

@@ -9,7 +9,7 @@ from fastattn._batch import Batch, own_place, pick
 from fastattn._features import FeatureMap, Reader
 from fastattn._linear_gradient import slopes_of
 from fastattn._linear_sums import Answer, LinearHead
-from fastattn.gradients import _assembled, _check_grad, _unmasked
+from fastattn.gradients import assembled, check_grad, unmasked
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import run_blocks
@@ -158,7 +158,7 @@ def linear_attention_vjp(
     True
     """
     batch = _batch(query, key, value, feature_map, scale, is_causal, key_mask)
-    grad_output = _check_grad(batch, grad_output)
+    grad_output = check_grad(batch, grad_output)
     parts = _heads(batch, feature_map, decay, normalize)
     total: list[dict[tuple[int, ...], Array]] = [{}, {}, {}]
     inputs = batch.query, batch.key, batch.value
@@ -166,13 +166,13 @@ def linear_attention_vjp(
         grad = grad_output[(*place, ...)]
         grad = part.head.xp.astype(grad, part.features.dtype, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):
-            slopes = _unmasked(batch, place, slopes_of(part, grad))
+            slopes = unmasked(batch, place, slopes_of(part, grad))
         for sums, x, slope in zip(total, inputs, slopes, strict=True):
             own = own_place(x, place)
             sums[own] = sums[own] + slope if own in sums else slope
     names = "query", "key", "value"
     first, second, third = (
-        _assembled(*each) for each in zip(names, inputs, total, strict=True)
+        assembled(*each) for each in zip(names, inputs, total, strict=True)
     )
     return first, second, third
 

@@ -21,10 +21,13 @@ _HEADER = "header"
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a new file to write, which becomes ``path`` if all goes well."""
-    temporary = path.with_name(f".sketching-{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}.tmp")
     temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        # safetensors puts a private file of its own in place of this one
+        temporary.chmod(mode)
         # a rename may reach the disk before the data do
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
