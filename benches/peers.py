@@ -49,8 +49,9 @@ def peers(*, quick, data, heads_each, results):
         raise SystemExit("peers: torch is not installed: pip install 'fastattn[bench]'")
     names = ("iid1", "lowdim") if quick else ("iid1", "iid4", "lowdim")
     sizes = (4096,) if quick else (8192, 32768)
-    heads = [case_head(name, n) for n in sizes for name in names]
-    heads += real_heads(data, each=1 if quick else heads_each, least=_LEAST)
+    # real heads first: a run that is stopped has what matters most
+    heads = list(real_heads(data, each=1 if quick else heads_each, least=_LEAST))
+    heads += [case_head(name, n) for n in sizes for name in names]
     part = Path(results) / f"peers{'-quick' if quick else ''}.part.jsonl"
     code = fingerprint(fastattn, sketching)
     done, rows = recall(part, code), []
