@@ -5,7 +5,7 @@ from itertools import groupby
 import numpy as np
 
 import fastattn
-from benches.heads import Head, file_heads
+from benches.heads import Head, file_heads, real_heads
 from benches.measure import faster, sdpa
 
 
@@ -20,10 +20,9 @@ def diffuse(*, quick, data):
 
 
 def files(data) -> list[list[Head]]:
-    """Heads of each file; they have one size and one scale."""
-    if not data:
-        raise SystemExit("give files of q, k, v by --data")
-    found = groupby(file_heads(data), key=lambda head: head.name.partition("[")[0])
+    """Heads of each file, or of each packaged sample: of one size and one scale."""
+    heads = file_heads(data) if data else real_heads([])
+    found = groupby(heads, key=lambda head: head.name.partition("[")[0])
     return [list(heads) for _, heads in found]
 
 
