@@ -9,9 +9,10 @@ from fastattn._batch import Batch
 from fastattn._explanation import Explanation, run_candidates
 from fastattn._planner import Auto
 from fastattn._problem import Candidate, Head, HeadAnswer, Method
-from fastattn._tensor_methods import solve_tensor
+from fastattn._tensor_methods import solve_tensor, tensor_candidates
 from fastattn._tensor_problem import TensorBatch, TensorHead
 from fastattn.exact import Exact
+from fastattn.tensor_mechanisms import TensorMethod
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource, as_generator
@@ -184,12 +185,13 @@ def explain(
     Parameters
     ----------
     query, key, value : array, shapes (..., n, d), (..., m, d), (..., m, p)
-        As in :func:`attention`.
+        As in :func:`attention`; tuples as in :func:`approximate`.
     tol, scale, is_causal, key_mask, method, guarantee, rng
         As in :func:`attention`.
     run : bool, default False
         Run every candidate, the refused ones too, to see what they would have done:
-        the time taken, the certified and the measured error.
+        the time taken, the certified and the measured error. One that is predicted to
+        take more than five minutes does not run.
 
     Returns
     -------
@@ -206,19 +208,28 @@ def explain(
     >>> explain(query, key, value).heads[0][0].accepted
     True
     """
-    problem = Batch.of(query, key, value, scale, is_causal, key_mask)
+    kind = TensorBatch if isinstance(key, tuple) else Batch
+    problem: Any = kind.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = check_options(tol, method, guarantee, rng)
 
-    def consider(head: Head, child: np.random.Generator) -> tuple[Candidate, ...]:
+    def consider(head: Any, child: np.random.Generator) -> tuple[Candidate, ...]:
+        if isinstance(head, TensorHead):
+            return tuple(tensor_candidates(method, head, tol, guarantee, child))
         return tuple(_solver(method, head).candidates(head, tol, guarantee, child))
 
     streams = generator.spawn(problem.count)
     heads = tuple(_each_head(problem, streams, consider))
     if not run:
         return Explanation(problem.lead, heads)
+    options: dict[str, Any] = {}
+    if isinstance(problem, TensorBatch):
+        options = {
+            "solve": solve_tensor,
+            "compare": not isinstance(method, TensorMethod),
+        }
     # one after the other: times are to be those of a head that is alone
     runs = tuple(
-        run_candidates(head.trimmed(), candidates, tol, guarantee, stream)
+        run_candidates(head.trimmed(), candidates, tol, guarantee, stream, **options)
         for head, candidates, stream in zip(
             problem.heads(), heads, streams, strict=True
         )

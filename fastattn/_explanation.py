@@ -15,6 +15,10 @@ from sketching._lib.threads import single_threaded_blas
 
 # logits that are computed to know the error of a run
 _LOGITS = 1 << 26
+# seconds that a candidate may be predicted to take, and still run
+_LONGEST = 300.0
+
+Solve = Callable[[Any, Any, float, str, np.random.Generator], HeadAnswer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class Run:
     certified : float
         The error of the certificate, in its own norm.
     error : float
-        The error in that norm; of a large head, on sampled rows.
+        The error in that norm; of a large head, on sampled rows; NaN where there is
+        nothing to compare with.
     failure : str
         Why there is no answer, and so no number; empty where there is one.
     """
@@ -103,20 +108,31 @@ def run_candidates(
     tol: float,
     guarantee: str,
     rng: np.random.Generator,
+    solve: Solve | None = None,
+    *,
+    compare: bool = True,
 ) -> tuple[Run | None, ...]:
-    """Run every candidate that is concrete, the refused ones too."""
+    """Run every candidate that is concrete, the refused ones too.
+
+    ``solve`` answers a head by a method, by default as the method itself does. Errors
+    are measured where ``compare`` says that the methods answer what exact attention
+    does, and where a row of it is quickly computed.
+    """
+    solve = solve or _by_itself
     n, m, _, _ = head.sizes
     streams = rng.spawn(len(candidates) + 1)
-    count = min(n, max(1, _LOGITS // max(m, 1)))
+    count = min(n, _LOGITS // max(m, 1)) if compare else 0
     rows = np.sort(streams.pop().choice(n, count, replace=False))
-    truth = to_host(head.with_rows(rows).attend(head.xp.float64)[0])
+    truth = None
+    if count:
+        truth = to_host(head.with_rows(rows).attend(head.xp.float64)[0])
     plans = [candidate.plan for candidate in candidates]
     with single_threaded_blas():
         return tuple(
             # what has no predicted time is not concrete: there was nothing to predict
             None
-            if math.isnan(plan.predicted_seconds)
-            else _run(head, plan.method, tol, guarantee, stream, rows, truth)
+            if not plan.predicted_seconds <= _LONGEST
+            else _run(head, plan.method, tol, guarantee, stream, rows, truth, solve)
             for plan, stream in zip(plans, streams, strict=True)
         )
 
@@ -128,7 +144,8 @@ def _run(
     guarantee: str,
     rng: np.random.Generator,
     rows: Array,
-    truth: Array,
+    truth: Array | None,
+    solve: Solve,
 ) -> Run:
     """Run a method as it would be; if it misses the tolerance, with any."""
     failure = ""
@@ -136,23 +153,35 @@ def _run(
         try:
             # twice: the first may compile
             timed = [
-                _timed(method, head, wanted, guarantee, stream)
+                _timed(method, head, wanted, guarantee, stream, solve)
                 for stream in rng.spawn(2)
             ]
         except RefusalError as error:
             failure = str(error)
             continue
         seconds, answer = min(x for x, _ in timed), timed[-1][1]
-        return Run(seconds, answer.error, _error(answer, rows, truth))
+        measured = math.nan if truth is None else _error(answer, rows, truth)
+        return Run(seconds, answer.error, measured)
     return Run(math.nan, math.nan, math.nan, failure)
 
 
 def _timed(
-    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    method: Method,
+    head: Head,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    solve: Solve,
 ) -> tuple[float, HeadAnswer]:
     start = time.perf_counter()
-    answer = method.solve(head, tol, guarantee, rng)
+    answer = solve(method, head, tol, guarantee, rng)
     return time.perf_counter() - start, answer
+
+
+def _by_itself(
+    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+) -> HeadAnswer:
+    return method.solve(head, tol, guarantee, rng)
 
 
 def _error(answer: HeadAnswer, rows: Array, truth: Array) -> float:

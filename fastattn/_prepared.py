@@ -9,6 +9,7 @@ from fastattn._batch import Batch, check_mask, check_rows, check_unmasked, pick
 from fastattn._prepared_files import write_prepared
 from fastattn._prepared_heads import PreparedHead, same_plan
 from fastattn._prepared_rows import Rows, side_by_side
+from fastattn._tensor_prepared import insert_factors
 from fastattn.formats import PathLike
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.certificate import Approximation, Certificate
@@ -58,8 +59,13 @@ class Prepared:
 
     @property
     def count(self) -> Any:
-        """Number of keys; for a batch an array over the leading dimensions."""
-        return self._field([head.count for head in self._heads], np.int64)
+        """Number of keys; for a batch an array over the leading dimensions.
+
+        Of tensor attention, an array over the factors too.
+        """
+        counts = np.array([head.count for head in self._heads], np.int64)
+        found = counts.reshape(self._lead + counts.shape[1:])
+        return found if found.ndim else int(found)
 
     @property
     def nbytes(self) -> int:
@@ -131,9 +137,11 @@ class Prepared:
         ----------
         key, value : array, shapes (..., m, d), (..., m, p)
             The leading dimensions broadcast to those of the structure. Memory maps
-            are read a block at a time, and copied only where keys are kept.
+            are read a block at a time, and copied only where keys are kept. For tensor
+            attention tuples, an entry for each factor, None for one that gets no keys:
+            a new key of one factor makes tuples with all keys of the others.
         key_mask : boolean array, shape (..., m), optional
-            True for keys that take part.
+            True for keys that take part; a tuple for tensor attention.
 
         Returns
         -------
@@ -149,22 +157,62 @@ class Prepared:
         RefusalError
             If keys or values are beyond what a proven bound was made for.
         """
-        key = self._checked("key", key, self._options["d"])
-        value = self._checked("value", value, self._options["p"])
-        check_rows(key, value)
-        if key_mask is not None:
-            check_mask(array_namespace(key), key_mask, key, key)
-            self._check_lead("key_mask", key_mask.shape[:-1])
+        factors = self._options.get("factors")
+        if factors is None:
+            pair = self._checked_pair("", key, value, key_mask)
 
-        def added(i: int) -> PreparedHead:
-            own = Rows.of(key, value, key_mask, self._place(i))
-            return own.insert_into(self._heads[i], fold=False)
+            def added(i: int) -> PreparedHead:
+                own = Rows.of(*pair, self._place(i))
+                return own.insert_into(self._heads[i], fold=False)
+        else:
+            pairs = self._checked_factors(factors, key, value, key_mask)
+
+            def added(i: int) -> PreparedHead:
+                place = self._place(i)
+                own = {s: Rows.of(*pair, place) for s, pair in pairs.items()}
+                found: PreparedHead = insert_factors(self._heads[i], own)
+                return found
 
         self._heads = self._each(added)
         return self
 
+    def _checked_pair(
+        self, which: str, key: Array, value: Array, key_mask: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Check keys with their values; ``which`` says of which factor they are."""
+        key = self._checked(f"key{which}", key, self._options["d"])
+        value = self._checked(f"value{which}", value, self._options["p"])
+        check_rows(key, value)
+        if key_mask is not None:
+            check_mask(array_namespace(key), key_mask, key, key)
+            self._check_lead(f"key_mask{which}", key_mask.shape[:-1])
+        return key, value, key_mask
+
+    def _checked_factors(
+        self, factors: int, keys: Any, values: Any, masks: Any
+    ) -> dict[int, tuple[Array, Array, Array | None]]:
+        """Check the keys of those factors that get some, by their numbers."""
+        masks = (None,) * factors if masks is None else masks
+        for name, given in (("key", keys), ("value", values), ("key_mask", masks)):
+            if not isinstance(given, tuple) or len(given) != factors:
+                raise ValueError(
+                    f"{name}: expected a tuple of {factors} entries, one for each "
+                    "factor, None for one that gets no keys"
+                )
+        pairs = {}
+        for s, pair in enumerate(zip(keys, values, masks, strict=True)):
+            if (pair[0] is None) != (pair[1] is None):
+                raise ValueError(f"value[{s}]: expected None where key[{s}] is None")
+            if pair[0] is not None:
+                pairs[s] = self._checked_pair(f"[{s}]", *pair)
+        return pairs
+
     def merge(self, other: "Prepared") -> "Prepared":
         """Add the keys of another structure of the same plan.
+
+        For tensor attention the keys of each factor are added to those of the same
+        factor: answers are then over all tuples of the union, also over those that
+        neither of the two had.
 
         Parameters
         ----------

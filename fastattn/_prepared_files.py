@@ -20,8 +20,11 @@ from fastattn._prepared_multipole import MultipoleHead, unpack_multipole
 from fastattn._prepared_proven import ProvenHead, unpack_proven
 from fastattn._problem import Plan
 from fastattn._sums import MonomialSums, unpack_sums
-from fastattn.formats import PathLike, _naming_the_file, write_output
+from fastattn._tensor_prepared import TensorExactHead
+from fastattn._tensor_prepared_sums import TensorSumsHead
+from fastattn.formats import PathLike, write_output
 from sketching._lib.arrays import Array, array_namespace, mover
+from sketching._lib.files import naming_the_file
 
 FORMAT = "fastattn.prepared"
 VERSION = 1
@@ -30,11 +33,13 @@ _METHODS = {
     "Multipole": multipole.Multipole,
     "Polynomial": polynomial.Polynomial,
 }
-_KINDS = {
+_KINDS: dict[str, Any] = {
     "exact": ExactHead,
     "multipole": MultipoleHead,
     "proven": ProvenHead,
     "summed": SummedHead,
+    "tensor-exact": TensorExactHead,
+    "tensor-sums": TensorSumsHead,
 }
 
 
@@ -63,7 +68,7 @@ def write_prepared(
 
 def read_header(path: PathLike) -> dict[str, Any]:
     """Read what a file says of itself; refuse files that are not ours, or newer."""
-    with _naming_the_file(Path(path)), zipfile.ZipFile(path) as archive:
+    with naming_the_file(Path(path)), zipfile.ZipFile(path) as archive:
         if "meta.npy" not in archive.namelist():
             raise ValueError("holds no prepared structure: it has no header")
         with archive.open("meta.npy") as member:
@@ -84,7 +89,7 @@ def read_heads(
     path: PathLike, header: dict[str, Any], like: Array
 ) -> list[PreparedHead]:
     """Read the heads, for arrays of the library, device and dtype of ``like``."""
-    with _naming_the_file(Path(path)), zipfile.ZipFile(path) as archive:
+    with naming_the_file(Path(path)), zipfile.ZipFile(path) as archive:
         arrays: list[dict[str, Array]] = [{} for _ in header["heads"]]
         for name in archive.namelist():
             number, _, own = name.removesuffix(".npy").partition("/")
@@ -109,6 +114,9 @@ def _unpack(
     if values["kind"] == "exact":
         kept = _kept(move(arrays["key"]), move(arrays["value"]))
         return ExactHead(plan, float(values["scale"]), kept, move(arrays["sample"]))
+    if values["kind"].startswith("tensor"):
+        found: PreparedHead = _KINDS[values["kind"]].unpack(plan, arrays, values, like)
+        return found
     if values["kind"] == "multipole":
         return unpack_multipole(plan, arrays, values, like)
     sums = unpack_sums(arrays, values, array_namespace(like))

@@ -249,19 +249,9 @@ class SummedHead:
     def pack(self) -> Packed:
         """Arrays and plain values."""
         arrays, values = pack_sums(self.sums)
-        probes = self.probes
-        arrays = {
-            **arrays,
-            "tail_key": to_host(self.tail.key),
-            "tail_value": to_host(self.tail.value),
-            "probe_query": to_host(probes.query),
-            "probe_good": probes.good,
-            "probe_weight": probes.weight,
-        }
-        for name in _ANSWERS:
-            value, logarithm = getattr(probes, name)
-            arrays |= {f"probe_{name}": value, f"probe_{name}_log": logarithm}
-        more = {"probe_scale": probes.scale, "tol": probes.tol, "margin": probes.margin}
+        probes, more = pack_probes(self.probes)
+        tail = {"key": self.tail.key, "value": self.tail.value}
+        arrays |= {f"tail_{name}": to_host(x) for name, x in tail.items()} | probes
         return arrays, {**values, **more}
 
 
@@ -286,10 +276,24 @@ def refused_share(head: SummedHead) -> float:
     return 1 - float(head.probes.good.mean())
 
 
+def pack_probes(probes: Probes) -> Packed:
+    """Arrays and plain values of probes."""
+    arrays = {
+        "probe_query": to_host(probes.query),
+        "probe_good": probes.good,
+        "probe_weight": probes.weight,
+    }
+    for name in _ANSWERS:
+        value, logarithm = getattr(probes, name)
+        arrays |= {f"probe_{name}": value, f"probe_{name}_log": logarithm}
+    values = {"probe_scale": probes.scale, "tol": probes.tol, "margin": probes.margin}
+    return arrays, values
+
+
 def unpack_probes(
     arrays: dict[str, Array], values: dict[str, Any], move: Any
 ) -> Probes:
-    """Undo ``SummedHead.pack`` for the probes."""
+    """Undo ``pack_probes``."""
     truth, answer, tail = (
         (arrays[f"probe_{name}"], arrays[f"probe_{name}_log"]) for name in _ANSWERS
     )
@@ -308,8 +312,10 @@ def unpack_probes(
 
 def same_plan(one: PreparedHead, other: PreparedHead) -> bool:
     """Whether keys of the two may be added up."""
-    if isinstance(one, ExactHead) or type(one) is not type(other):
-        return type(one) is type(other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one.plan.method, Exact):
+        return True
     (arrays, values), (others, more) = one.empty().pack(), other.empty().pack()
     return values == more and all(
         np.array_equal(x, others[name]) for name, x in arrays.items()

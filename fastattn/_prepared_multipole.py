@@ -1,4 +1,7 @@
-"""Clusters of keys prepared for one head, and a tail of recent keys."""
+"""Clusters of keys prepared for one head, and a tail of recent keys.
+
+Many queries are answered by blocks, a few by a tree over the same clusters.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,9 +10,12 @@ import numpy as np
 
 from fastattn._clusters import Clusters
 from fastattn._kept import Kept, bytes_of
+from fastattn._multipole_rows import RowField, Tree
+from fastattn._prepared_heads import pack_probes, unpack_probes
 from fastattn._probes import join
 from fastattn._problem import Head, HeadAnswer, Plan
 from fastattn._recipes import Attempt, certified, sample_rows
+from fastattn._sampling import FAILURE
 from fastattn._sums import Packed
 from fastattn.exact import Exact
 from fastattn.transforms import Transform, balance
@@ -26,8 +32,8 @@ from sketching._lib.certificate import Certificate, RefusalError
 # recent keys are clustered, all keys anew, once they are so many and this share of all
 _LEAST = 1024
 _SHARE = 0.25
-# queries of a batch that blocks pay for: fewer are answered exactly, because the rows
-# that certify an answer cost as much
+# queries of a batch that blocks pay for: of fewer, the rows that certify an answer cost
+# as much
 _BATCH = 1024
 # queries of a block: a multiple of the root of their number
 _QUERIES = 2.83
@@ -55,6 +61,8 @@ class MultipoleHead:
         As in ``Clusters``, of the keys that are clustered.
     sample : array, shape (k, d)
         Queries that ``certificate`` is about.
+    rows : RowField or None
+        For batches that blocks do not pay for.
     """
 
     plan: Plan
@@ -64,19 +72,25 @@ class MultipoleHead:
     start: Array
     group: Array
     sample: Array
+    rows: RowField | None
 
     @staticmethod
     def of(
-        plan: Plan, head: Head, sample: Array, rng: np.random.Generator
+        plan: Plan, head: Head, sample: Array, tol: float, rng: np.random.Generator
     ) -> "MultipoleHead":
         """Start without keys, in coordinates that suit the head."""
         query, key = sample_rows(head, rng)
         transform = balance(query, key, head.scale, queries=False)
         xp, none = head.xp, np.zeros(0, dtype=np.int64)
-        rows = (xp.astype(x[:0, :], head.dtype) for x in (head.key, head.value))
-        kept = Kept.none(*rows)
+        like = (xp.astype(x[:0, :], head.dtype) for x in (head.key, head.value))
+        kept = Kept.none(*like)
         zero = np.zeros(1, dtype=np.int64)
-        return MultipoleHead(plan, head.scale, transform, kept, zero, none, sample)
+        to_query = mover(head.query, head.dtype)(transform.query_map)
+        # whoever draws from rng next finds it as it was
+        rows = RowField.of(head, to_query, tol, rng.spawn(1)[0])
+        return MultipoleHead(
+            plan, head.scale, transform, kept, zero, none, sample, rows
+        )
 
     @property
     def count(self) -> int:
@@ -89,12 +103,14 @@ class MultipoleHead:
         t = self.transform
         own = (t.key_center, t.key_map, t.query_map, t.scales, self.start, self.group)
         small = sum(int(x.nbytes) for x in own)
+        small += 0 if self.rows is None else self.rows.nbytes
         return self.kept.nbytes + bytes_of(self.sample) + small
 
     def empty(self) -> "MultipoleHead":
         """Forget the keys."""
-        kept = self.kept.empty()
-        return replace(self, kept=kept, start=self.start[:1], group=self.group[:0])
+        rows = None if self.rows is None else self.rows.empty()
+        cuts = {"start": self.start[:1], "group": self.group[:0]}
+        return replace(self, kept=self.kept.empty(), rows=rows, **cuts)
 
     def insert(
         self,
@@ -115,20 +131,26 @@ class MultipoleHead:
         return self._with(other.kept.key, other.kept.value)
 
     def _with(self, key: Array, value: Array) -> "MultipoleHead":
-        kept = self.kept.append(key, value)
+        kept, rows = self.kept.append(key, value), self.rows
+        metric = self.transform.scales
         tail = kept.count - int(self.start[-1])
         if tail <= max(_LEAST, _SHARE * kept.count):
-            return replace(self, kept=kept)
+            if rows is not None:
+                rows, kept = rows.inserted(kept, key.shape[0], metric)
+            return replace(self, kept=kept, rows=rows)
         # the threshold was chosen for so many clusters
         count = min(self.plan.method.clusters, kept.count // 2)
-        found = _cluster(kept, self.transform.scales, count)
+        found = _cluster(kept, metric, count)
         kept = Kept(found.key, found.value, kept.count)
-        return replace(self, kept=kept, start=found.start, group=found.group)
+        if rows is not None:
+            rows, kept = rows.clustered(kept, found.start, metric)
+        cuts = {"start": found.start, "group": found.group}
+        return replace(self, kept=kept, rows=rows, **cuts)
 
     def answer(
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
-        """Answer queries; where clusters do not keep ``tol``, exactly."""
+        """Answer queries by blocks or by rows; where these miss ``tol``, exactly."""
         xp, dtype = array_namespace(query), self.kept.keys.dtype
         move = mover(query, dtype)
         wide = xp.astype(query, dtype, copy=False)
@@ -138,6 +160,8 @@ class MultipoleHead:
         found = None
         if query.shape[0] >= _BATCH and len(self.group):
             found = self._by_clusters(head, tol, rng)
+        elif self.rows is not None:
+            found = self._by_rows(query, turned)
         if found is None:
             found = Exact().solve(head, tol, guarantee, rng, "few queries")
         value = xp.astype(found.value, query.dtype, copy=False)
@@ -153,6 +177,20 @@ class MultipoleHead:
         except RefusalError:
             return None
         return found if found.error <= tol else None
+
+    def _by_rows(self, query: Array, turned: Array) -> HeadAnswer | None:
+        """Answer row by row, if the probes say that this keeps ``tol``."""
+        assert self.rows is not None
+        found = self.rows.answer(turned, self.kept)
+        if found is None:
+            return None
+        value, logarithm, sampled = found
+        # the answer is rounded to the dtype of the query, that of the probes is not
+        error = sampled.upper + float(array_namespace(query).finfo(query.dtype).eps) / 2
+        return HeadAnswer(
+            value, logarithm, error, FAILURE, "relative-frobenius", sampled.source,
+            self.plan,
+        )  # fmt: skip
 
     def _run(self, head: Head) -> tuple[Array, ...]:
         """Answer turned queries: by clusters, and exactly over the tail."""
@@ -171,7 +209,7 @@ class MultipoleHead:
     def certificate(
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
-        """What is promised of the sample of queries, which are answered exactly."""
+        """What is promised of the sample of queries, which are answered for it."""
         found = self.answer(self.sample, tol, guarantee, rng)
         return Certificate(found.error, found.failure, found.norm, found.source)
 
@@ -181,12 +219,14 @@ class MultipoleHead:
         arrays = {f"transform_{name}": getattr(t, name) for name in _TRANSFORM}
         kept = {"key": self.kept.key, "value": self.kept.value, "sample": self.sample}
         arrays |= {name: to_host(x) for name, x in kept.items()}
-        return {**arrays, "start": self.start, "group": self.group}, {
-            "scale": self.scale
-        }
+        arrays |= {"start": self.start, "group": self.group}
+        more, values = ({}, {}) if self.rows is None else _pack_rows(self.rows)
+        return arrays | more, {"scale": self.scale, **values}
 
 
 _TRANSFORM = ("query_center", "key_center", "query_map", "key_map", "tilt", "scales")
+_TREE = ("first", "start", "middle", "clusters", "leaves")
+_CHOICE = ("threshold", "limit", "work", "checked")
 
 
 def unpack_multipole(
@@ -204,7 +244,32 @@ def unpack_multipole(
         arrays["start"],
         arrays["group"],
         mover(like, like.dtype)(arrays["sample"]),
+        _unpack_rows(arrays, values, wide) if "probe_query" in arrays else None,
     )
+
+
+def _pack_rows(rows: RowField) -> Packed:
+    arrays, values = pack_probes(rows.probes)
+    arrays["row_queries"] = to_host(rows.queries)
+    if rows.tree is not None:
+        arrays |= {f"row_{x}": to_host(getattr(rows.tree, x)) for x in _TREE}
+    return arrays, values | {f"row_{x}": getattr(rows, x) for x in _CHOICE}
+
+
+def _unpack_rows(
+    arrays: dict[str, Array], values: dict[str, Any], wide: Any
+) -> RowField:
+    tree = None
+    if "row_start" in arrays:
+        first, start, *sums = (arrays[f"row_{x}"] for x in _TREE)
+        tree = Tree(first, start, *map(wide, sums))
+    rows = RowField(
+        unpack_probes(arrays, values, wide),
+        wide(arrays["row_queries"]),
+        tree,
+        *(float(values[f"row_{x}"]) for x in _CHOICE),
+    )
+    return rows.judged()
 
 
 def _cluster(kept: Kept, metric: Array, count: int) -> Clusters:

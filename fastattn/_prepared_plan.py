@@ -84,8 +84,9 @@ def prepare_head(
     if isinstance(method, Multipole):
         # what is planned is found on the queries that are given
         attempt = method.attempt(request.head, request.tol, request.guarantee, rng)
-        sample = _sample(request.head, rng)
-        return request.fill(MultipoleHead.of(attempt.plan, request.head, sample, rng))
+        head, sample = request.head, _sample(request.head, rng)
+        empty = MultipoleHead.of(attempt.plan, head, sample, request.tol, rng)
+        return request.fill(empty)
     raise TypeError(
         f"method: {method!r} cannot be prepared: expected Auto(), Exact(), "
         "Multipole(), Polynomial() or None"

@@ -156,7 +156,7 @@ def _mended(
         )
     settled = np.union1d(wrong, hard)
     if len(settled):
-        value, normalizer = _mend(head, value, normalizer, settled)
+        value, normalizer = mend(head, value, normalizer, settled)
     return *head.finish(value, normalizer), settled
 
 
@@ -216,7 +216,7 @@ def _in_range(head: Head, value: Array) -> Array:
     return xp.concat(inside)
 
 
-def _mend(
+def mend(
     head: Head, value: Array, normalizer: Array, rows: Array
 ) -> tuple[Array, Array]:
     """Replace the rows of the given numbers by exact ones."""

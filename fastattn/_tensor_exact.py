@@ -17,11 +17,13 @@ from fastattn._rounding import (
     unit_roundoff,
 )
 from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
-from fastattn._tensor_extent import Extent
+from fastattn._tensor_extent import Extent, in_range, size_of
 from fastattn._tensor_problem import TensorHead
-from sketching._lib.arrays import Array, array_namespace
+from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
+# norms of rounded numbers are off by less than this
+_SLACK = 1e-2
 # keys that a fast body sums before it adds to the running sums: least and most
 _KEYS_A_BLOCK = (320, 1024)
 
@@ -45,31 +47,53 @@ def solve_exact(
     RefusalError
         If no precision can promise ``tol``.
     """
-    extent = Extent.of(head) if head.sizes[1] else None
+    if head.sizes[1] == 0:
+        return _nothing(head, guarantee, plan)
+    extent = Extent.of(head)
     bounds = {}
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-        bound = bounds[dtype] = 0.0 if extent is None else rounding(head, extent, dtype)
+        bound = bounds[dtype] = rounding(head, extent, dtype)
         if guarantee == "proven":
-            half = 0.0 if extent is None else extent.half
-            if bound <= tol * half or (half == 0 and math.isfinite(bound)):
+            bound += stored(head, extent.peak)
+            if bound <= tol * extent.half or _is_constant(extent, bound):
                 value, normalizer = head.finish(*head.attend(dtype))
-                source = f"exact tensor attention in {dtype}: a-priori rounding bound"
+                source = (
+                    f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
+                )
                 return HeadAnswer(value, normalizer, bound, 0.0, "max", source, plan)
     if guarantee == "proven":
         raise RefusalError(
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
-            f"{bound:.1e} where the half range of the products of values is {half:.1e}"
+            f"{bound:.1e} where the half range of the products of values is "
+            f"{extent.half:.1e}"
         )
-    return _solve_sampled(head, tol, rng, plan, bounds[head.dtype])
+    dtype = head.dtype
+    # the log-sum-exps are returned in it, and must fit
+    if extent.reach < largest_number(head.xp, dtype) / 4 and not in_range(head, dtype):
+        dtype = head.xp.float64
+    return _solve_sampled(head, tol, rng, plan, dtype, bounds[dtype])
+
+
+def _nothing(head: TensorHead, guarantee: str, plan: Plan) -> HeadAnswer:
+    """Zeros, where there is no tuple to see."""
+    norm = "max" if guarantee == "proven" else "relative-frobenius"
+    source = "exact tensor attention: there is no tuple"
+    return HeadAnswer(*head.finish(*head.attend()), 0.0, 0.0, norm, source, plan)
 
 
 def _solve_sampled(
-    head: TensorHead, tol: float, rng: np.random.Generator, plan: Plan, bound: float
+    head: TensorHead,
+    tol: float,
+    rng: np.random.Generator,
+    plan: Plan,
+    dtype: Any,
+    bound: float,
 ) -> HeadAnswer:
-    value, normalizer = head.finish(*head.attend())
-    error = relative_bound(head, bound, *scaled_frobenius(value))
+    """Certify by the bound on the rounding, or by rows in float64."""
+    value, normalizer = head.finish(*head.attend(dtype))
+    error = relative_bound(head, bound, value)
     failure = 0.0
-    source = f"exact tensor attention in {head.dtype}: a-priori rounding bound"
+    source = f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
     if not error <= tol:
         # a tensor head has all that rows are certified by
         sampled = certify_rows(cast(Head, head), value, tol, rng)
@@ -77,9 +101,9 @@ def _solve_sampled(
         source = f"exact tensor attention; {sampled.source}"
     if not error <= tol:
         raise RefusalError(
-            f"tol={tol:g} is below what {head.dtype} holds for this head ({error:.1e}, "
-            "infinite where logits or sums overflow): pass float64 arrays, a larger "
-            "tol, or scale query, keys and values down"
+            f"tol={tol:g} is below what {_name(head.dtype)} holds for this head "
+            f"({error:.1e}, infinite where logits or sums overflow): pass float64 "
+            "arrays, a larger tol, or scale query, keys and values down"
         )
     norm = "relative-frobenius"
     return HeadAnswer(value, normalizer, error, failure, norm, source, plan)
@@ -92,12 +116,11 @@ def solve_bounded(
     plan: Plan,
     compute: Callable[[Any], tuple[Array, Array]],
     bound: Callable[[Any], float],
-    half: float,
+    extent: Extent,
 ) -> HeadAnswer:
     """Compute a head in the least precision whose rounding bound meets ``tol``.
 
-    ``compute`` and ``bound`` take a dtype; ``half`` is half the range of the products
-    of values.
+    ``compute`` and ``bound`` take a dtype; the extent of the values is what counts.
 
     Raises
     ------
@@ -109,19 +132,22 @@ def solve_bounded(
         if math.isinf(error):
             continue
         if guarantee == "proven":
-            if not (error <= tol * half or half == 0):
+            error += stored(head, extent.peak)
+            if not (error <= tol * extent.half or _is_constant(extent, error)):
                 continue
             value, normalizer = head.finish(*compute(dtype))
         else:
             value, normalizer = head.finish(*compute(dtype))
-            error = relative_bound(head, error, *scaled_frobenius(value))
+            error = relative_bound(head, error, value)
             norm = "relative-frobenius"
             if not error <= tol:
                 continue
-        source = f"{plan.method} in {dtype}: a-priori rounding bound"
+        source = f"{plan.method} in {_name(dtype)}: a-priori rounding bound"
         return HeadAnswer(value, normalizer, error, 0.0, norm, source, plan)
     what = (
-        "the answer's norm" if guarantee == "sampled" else f"values within +-{half:.1e}"
+        "the answer's norm"
+        if guarantee == "sampled"
+        else f"values within +-{extent.half:.1e}"
     )
     raise RefusalError(
         f"tol={tol:g} cannot be met by {plan.method}: rounding in float64 is bounded "
@@ -129,18 +155,40 @@ def solve_bounded(
     )
 
 
-def relative_bound(head: TensorHead, bound: float, peak: float, norm: float) -> float:
+def _is_constant(extent: Extent, bound: float) -> bool:
+    """Whether no tolerance is asked for: there is one product of values only."""
+    return extent.half == 0 and bound < math.inf
+
+
+def _name(dtype: Any) -> str:
+    """The name of a dtype of any library."""
+    return str(dtype).rpartition(".")[2].strip("'>")
+
+
+def stored(head: TensorHead, peak: float) -> float:
+    """Rounding of numbers up to ``peak`` to the dtype of the query."""
+    own = head.query.dtype
+    if not peak < largest_number(head.xp, own):
+        return math.inf
+    return unit_roundoff(head.xp, own) * peak + smallest_number(head.xp, own)
+
+
+def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
     """Turn a bound on every entry into one relative to the answer's Frobenius norm.
 
-    ``norm`` is that of the answer in units of ``peak``.
+    What is bounded was computed before it was stored in ``value``.
     """
     n, _, _, p = head.sizes
+    peak, norm = scaled_frobenius(value)
     if not math.isfinite(peak):
         return math.inf
     if peak == 0:
         # an answer of zeros: right if there are only zeros to average
         return 0.0 if bound == 0 else math.inf
-    return relative(bound / peak * math.sqrt(n * p), norm)
+    # a stored number is off by its own size, not by the largest there is
+    own = unit_roundoff(head.xp, head.query.dtype) * (1 + _SLACK)
+    bound += smallest_number(head.xp, head.query.dtype)
+    return relative(bound / peak * math.sqrt(n * p) + own * norm, norm)
 
 
 def rounding(
@@ -157,6 +205,8 @@ def rounding(
     """
     u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
     levels, d = head.order - 2, head.sizes[2]
+    if extent.peak == 0:
+        return 0.0
     lengths = sorted(head.lengths)
     least, longest = _KEYS_A_BLOCK
     blocks = -(-lengths[-1] // least) if head.has_fast_body else 1
@@ -164,10 +214,9 @@ def rounding(
         terms = lengths[-1]
         if head.has_fast_body:
             terms = min(terms, longest) + 2 * blocks
-    tuples = head.sizes[1]
-    size = _size((head.query, *head.keys)) * (abs(head.scale) + 1)
-    if not max(size, tuples * _size(head.values)) < largest_number(head.xp, dtype) / 4:
+    if not in_range(head, dtype):
         return math.inf
+    tuples, size = head.sizes[1], size_of((head.query, *head.keys), head.scale)
     inner = (gamma(d + head.order + 2, u) + 4 * u) * extent.reach
     # what underflows on the way may be multiplied by all that comes after
     inner += EXP * (blocks + 1) * u + d * tiny * size
@@ -176,19 +225,10 @@ def rounding(
     exponent = (2 * levels + 1) * inner + levels * (sums + logarithm + EXP * u)
     weights = math.expm1(exponent) if exponent < 1 else math.inf
     sums = (2 * sums + 4 * u) * (levels + 1)
-    own = head.query.dtype
-    out = unit_roundoff(head.xp, own) * extent.peak + smallest_number(head.xp, own)
     # an exp below the least normal number is cut off there
     cut = 4 * tuples * float(head.xp.finfo(dtype).smallest_normal)
     return (
         deviation(weights + cut, extent.half)
         + (sums + cut) * extent.peak
-        + 2 * tuples * tiny
-        + out
+        + 2 * tuples * tiny * size_of(head.values)
     )
-
-
-def _size(arrays: tuple[Array, ...]) -> float:
-    """Bound on products of an entry of each array, or of some of them."""
-    xp = array_namespace(*arrays)
-    return math.prod(max(1.0, float(xp.max(xp.abs(x)))) for x in arrays)

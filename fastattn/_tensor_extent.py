@@ -7,14 +7,19 @@ be subtracted is one number from all logits: their interval need not lie around 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from fastattn._rounding import largest_number, smallest_number
 from fastattn._tensor_problem import TensorHead
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.arrays import Array, array_namespace, device_of, mover, to_host
 
 _BLOCK = 2048
+# the share of the largest product of values that may underflow on the way to it
+_NOTHING = 1e-10
 # sums and products of a few float64 numbers were rounded, too
 _SLACK = 1 + 1e-12
 
@@ -31,9 +36,11 @@ class Extent:
         Bound on the sum of the absolute terms of a logit.
     terms : array, shape (d,)
         Bound on the absolute term of each coordinate.
+    largest : array, shape (k, d)
+        The largest sizes of the coordinates of queries and keys.
     maps : tuple of array, shape (d,)
         What query and keys are multiplied by, so that their largest entries are alike
-        in each coordinate; the product of all is the scale.
+        in each coordinate, up to a power of two; the product of all is the scale.
     half : float
         Half the largest range of a column of products of values.
     peak : float
@@ -44,6 +51,7 @@ class Extent:
     high: float
     reach: float
     terms: Array
+    largest: Array
     maps: tuple[Array, ...]
     half: float
     peak: float
@@ -53,22 +61,25 @@ class Extent:
     def of(head: TensorHead) -> "Extent":
         """Look at every row once."""
         sides = (head.query, *head.keys)
-        ends = [_ends(x) for x in sides]
-        scaled = head.scale * _products(ends)
-        largest = np.array([np.abs(x).max(axis=0) for x in ends])
-        terms = abs(head.scale) * np.prod(largest, axis=0) * _SLACK
+        shares, largest = _ends(sides)
+        terms = _product(np.vstack([largest, np.full(largest.shape[1], head.scale)]))
+        # a coordinate without terms has no share in a sum, whatever is infinite
+        scaled = np.where(terms != 0, shares * terms, 0.0)
+        terms = np.abs(terms) * _SLACK
         reach = _largest_sum(sides, largest, terms)
         slack = (_SLACK - 1) * terms.sum()
-        values = _products([_ends(x) for x in head.values])
-        half = values.max(axis=0) / 2 - values.min(axis=0) / 2
+        shares, tops = _ends(head.values)
+        peaks = _product(tops)
+        half = np.where(peaks > 0, peaks * ((shares[1] - shares[0]) / 2), 0.0)
         return Extent(
             max(float(scaled.min(axis=0).sum() - slack), -reach),
             min(float(scaled.max(axis=0).sum() + slack), reach),
             reach,
             terms,
+            largest,
             _maps(largest, head.scale),
             float(half.max()) * _SLACK,
-            float(np.abs(values).max()) * _SLACK,
+            float(peaks.max()) * _SLACK,
         )
 
     @property
@@ -90,20 +101,68 @@ def furthest_rows(head: TensorHead, scales: Array, count: int) -> Array:
     return np.argsort(to_host(squares), kind="stable")[-count:]
 
 
-def _ends(x: Array) -> Array:
-    """Least and largest entry of each column, ``(2, d)``, on the host in float64."""
-    xp = array_namespace(x)
-    ends = [to_host(xp.min(x, axis=0)), to_host(xp.max(x, axis=0))]
-    return np.array(ends, dtype=np.float64)
+def balanced(head: TensorHead, extent: Extent) -> TensorHead:
+    """The same head in float64 with scale one, its factors balanced.
+
+    Products of some of its entries leave the range of float64 only where those of all
+    do.
+    """
+
+    def scaled(arrays: tuple[Array, ...], maps: tuple[Array, ...]) -> Iterator[Array]:
+        for x, factors in zip(arrays, maps, strict=True):
+            move = mover(x, head.xp.float64)
+            yield head.xp.astype(x, head.xp.float64) * move(factors)
+
+    query, *keys = scaled((head.query, *head.keys), extent.maps)
+    maps = _maps(_ends(head.values)[1], 1.0)
+    values = tuple(scaled(head.values, maps))
+    return replace(head, query=query, keys=tuple(keys), values=values, scale=1.0)
 
 
-def _products(ends: list[Array]) -> Array:
-    """Least and largest product of one entry of each interval, ``(2, d)``."""
-    whole = ends[0]
-    for one in ends[1:]:
-        corners = (whole[:, None, :] * one[None, :, :]).reshape(4, -1)
-        whole = np.stack([corners.min(axis=0), corners.max(axis=0)])
-    return whole
+def in_range(head: TensorHead, dtype: Any) -> bool:
+    """Whether products of entries, and sums of them, stay in the range of ``dtype``.
+
+    An underflow on the way may be multiplied by all that comes after: it must be
+    nothing next to the largest product of values.
+    """
+    values = head.sizes[1] * size_of(head.values)
+    size = size_of((head.query, *head.keys), head.scale)
+    peak = float(_product(_ends(head.values)[1]).max())
+    lost = smallest_number(head.xp, dtype) * values if peak > 0 else 0.0
+    fits = max(size, values) < largest_number(head.xp, dtype) / 4
+    return fits and lost <= _NOTHING * peak
+
+
+def size_of(arrays: tuple[Array, ...], scale: float = 0.0) -> float:
+    """Bound on products of an entry of each array, or of some of them, and a scale."""
+    xp = array_namespace(*arrays)
+    largest = (max(1.0, float(xp.max(xp.abs(x)))) for x in arrays)
+    return math.prod(largest) * (abs(scale) + 1)
+
+
+def _ends(sides: tuple[Array, ...]) -> tuple[Array, Array]:
+    """Ends of the products of columns, ``(2, d)``, and the largest sizes, ``(k, d)``.
+
+    The ends are in units of the product of the largest, which may leave the range of
+    float64 on the way.
+    """
+    shares, largest = np.ones((1, 1)), []
+    for x in sides:
+        xp = array_namespace(x)
+        ends = np.array([to_host(xp.min(x, axis=0)), to_host(xp.max(x, axis=0))])
+        ends = ends.astype(np.float64)
+        largest.append(np.abs(ends).max(axis=0))
+        own = ends / np.where(largest[-1] > 0, largest[-1], 1.0)
+        corners = (shares[:, None, :] * own[None, :, :]).reshape(-1, own.shape[1])
+        shares = np.stack([corners.min(axis=0), corners.max(axis=0)])
+    return shares, np.array(largest)
+
+
+def _product(x: Array) -> Array:
+    """Products of the columns, right wherever the result is in range."""
+    mantissa, exponent = np.frexp(x)
+    product: Array = np.ldexp(np.prod(mantissa, axis=0), exponent.sum(axis=0))
+    return product
 
 
 def _largest_sum(sides: tuple[Array, ...], largest: Array, terms: Array) -> float:
@@ -114,14 +173,14 @@ def _largest_sum(sides: tuple[Array, ...], largest: Array, terms: Array) -> floa
     """
     count = len(sides)
     norms = np.array(
-        [_norms(x, top, terms, count) for x, top in zip(sides, largest, strict=True)]
+        [row_norms(x, top, terms, count) for x, top in zip(sides, largest, strict=True)]
     )
     norms = np.sort(norms, axis=0)
     bounds = [math.prod(norms[: c + 1, c]) for c in range(count)]
     return float(min(terms.sum(), *bounds) * _SLACK)
 
 
-def _norms(x: Array, largest: Array, terms: Array, count: int) -> list[float]:
+def row_norms(x: Array, largest: Array, terms: Array, count: int) -> list[float]:
     """Largest weighted norm of a row, ``(sum_l w_l y_l^c)^(1/c)`` for c = 1, 2, ..."""
     xp = array_namespace(x)
     where = {"dtype": xp.float64, "device": device_of(x)}
@@ -140,11 +199,17 @@ def _norms(x: Array, largest: Array, terms: Array, count: int) -> list[float]:
 
 
 def _maps(largest: Array, scale: float) -> tuple[Array, ...]:
-    """Factors that balance the sides; a coordinate that is 0 on a side is left out."""
+    """Factors that balance the sides; a coordinate that is 0 on a side is left out.
+
+    Powers of two, so that nothing is rounded, and for the first side what is left of
+    the scale.
+    """
     whole = np.all(largest > 0, axis=0) & (scale != 0)
-    safe = np.where(largest > 0, largest, 1.0)
-    # logarithms: the product may leave the range of float64
-    level = (np.log(safe).sum(axis=0) + math.log(abs(scale) or 1.0)) / len(largest)
-    maps = np.where(whole, np.exp(level - np.log(safe)), 0.0)
-    maps[0] *= np.sign(scale)
+    sizes = np.log2(np.where(largest > 0, largest, 1.0))
+    level = (sizes.sum(axis=0) + math.log2(abs(scale) or 1.0)) / len(largest)
+    powers = np.rint(level - sizes[1:]).astype(int)
+    maps = np.ldexp(
+        np.vstack([scale * whole, *[whole * 1.0] * len(powers)]),
+        np.vstack([-powers.sum(axis=0), *powers]),
+    )
     return tuple(maps)

@@ -1,18 +1,20 @@
 """Which method answers a head of tensor attention, and what is certified."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fastattn._costs import exact_work
 from fastattn._planner import Auto
-from fastattn._problem import HeadAnswer
-from fastattn._sampling import FAILURE, SampledError, scaled_frobenius
+from fastattn._problem import Candidate, HeadAnswer, Plan
+from fastattn._sampling import FAILURE, SampledError
 from fastattn._tensor_exact import exact_plan, relative_bound, solve_exact
-from fastattn._tensor_extent import Extent
+from fastattn._tensor_extent import Extent, balanced, in_range
 from fastattn._tensor_pilot import sampled_recipe
-from fastattn._tensor_polynomial import TensorRecipe, proven_recipe
+from fastattn._tensor_polynomial import TensorRecipe, check_basis, proven_recipe
 from fastattn._tensor_problem import TensorHead
 from fastattn._tensor_sampling import (
     certify_few_rows,
@@ -29,6 +31,7 @@ from sketching._lib.certificate import RefusalError
 _WORTH = 0.8
 # heads with less work than this are computed exactly: planning costs as much
 _SMALL = 1 << 22
+_FEW = "too few tuples for planning to pay"
 # nor is exact attention that would take hours begun unasked
 _ENDLESS = 1e14
 
@@ -49,6 +52,9 @@ def solve_tensor(
     TypeError
         If it is none for tensor attention.
     """
+    if isinstance(method, TensorMethod):
+        return method.solve(head, tol, guarantee, rng)
+    head = _within_range(head)
     nothing = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
     if isinstance(method, Exact) or nothing:
         return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact()))
@@ -63,11 +69,26 @@ def solve_tensor(
         return answer
     if isinstance(method, Auto):
         return _solve_auto(head, tol, guarantee, rng)
-    if isinstance(method, TensorMethod):
-        return method.solve(head, tol, guarantee, rng)
-    raise TypeError(
-        f"{method} is no method for tensor attention: use Auto(), Exact() or "
-        "Polynomial()"
+    raise TypeError(_no_method(method))
+
+
+def _within_range(head: TensorHead) -> TensorHead:
+    """Balance a head if products of some of its entries leave the range of float64.
+
+    Raises
+    ------
+    RefusalError
+        If those of all may, too.
+    """
+    if head.sizes[1] == 0 or in_range(head, head.xp.float64):
+        return head
+    if head.query.dtype == head.xp.float64:
+        head = balanced(head, Extent.of(head))
+        if in_range(head, head.xp.float64):
+            return head
+    raise RefusalError(
+        "products of entries may leave the range of float64: scale query, keys and "
+        "values down"
     )
 
 
@@ -81,27 +102,88 @@ def _solve_auto(
     RefusalError
         If exact attention would take hours.
     """
-    work, reason = exact_work(*head.sizes), "too few tuples for planning to pay"
-    if work >= _SMALL:
+    if exact_work(*head.sizes) < _SMALL:
+        return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), _FEW))
+    recipe, plan = _considered(head, tol, guarantee, rng)
+    reason = plan.reason
+    if recipe is not None:
         try:
-            recipe = _recipe(Polynomial(), head, tol, guarantee, rng)
-            plan, exact = recipe.plan(head, ""), exact_plan(head, Exact())
-            share = plan.predicted_seconds / exact.predicted_seconds
-            reason = f"{plan.method} is predicted to take {share:.1f} times as long"
-            if share <= _WORTH:
-                answer = _run(head, recipe, tol, guarantee, rng)
-                if answer.error <= tol or guarantee == "proven":
-                    return answer
-                reason = f"{plan.method} certified {answer.error:.2e}"
+            answer = _run(head, recipe, tol, guarantee, rng)
+            if answer.error <= tol or guarantee == "proven":
+                return answer
+            reason = f"{plan.method} certified {answer.error:.2e}"
         except RefusalError as error:
             reason = str(error)
-    if work > _ENDLESS:
-        raise RefusalError(
-            f"{reason}; exact attention over {head.sizes[1]} tuples for each of "
-            f"{head.sizes[0]} rows would take hours: raise tol, try "
-            "guarantee='proven', or ask for Exact()"
-        )
+    if exact_work(*head.sizes) > _ENDLESS:
+        raise RefusalError(f"{reason}; {_endless(head)}")
     return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), reason))
+
+
+def _considered(
+    head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
+) -> tuple[TensorRecipe | None, Plan]:
+    """The polynomial if it is to run, and its plan, or why there is none."""
+    try:
+        recipe = _recipe(Polynomial(), head, tol, guarantee, rng)
+    except RefusalError as error:
+        return None, Plan(Polynomial(), math.nan, math.nan, str(error))
+    plan = recipe.plan(head, "predicted to meet the tolerance")
+    share = plan.predicted_seconds / exact_plan(head, Exact()).predicted_seconds
+    if share <= _WORTH:
+        return recipe, plan
+    reason = f"{plan.method} is predicted to take {share:.1f} times as long"
+    return None, replace(plan, reason=reason)
+
+
+def _endless(head: TensorHead) -> str:
+    return (
+        f"exact attention over {head.sizes[1]} tuples for each of {head.sizes[0]} rows "
+        "would take hours: raise tol, try guarantee='proven', or ask for Exact()"
+    )
+
+
+def tensor_candidates(
+    method: Any,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Iterator[Candidate]:
+    """Say what would be tried for one head; the first that is accepted would run."""
+    if isinstance(method, TensorMethod):
+        yield Candidate(method.plan(head), accepted=True)
+        return
+    head = _within_range(head)
+    nothing = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
+    if isinstance(method, Exact) or nothing:
+        yield Candidate(exact_plan(head, Exact()), accepted=True)
+        return
+    if isinstance(method, Polynomial):
+        try:
+            recipe = _recipe(method, head, tol, guarantee, rng)
+        except RefusalError as error:
+            plan = Plan(method, math.nan, math.nan, str(error))
+            yield Candidate(plan, accepted=False)
+        else:
+            yield Candidate(recipe.plan(head, "asked for"), accepted=True)
+        return
+    if not isinstance(method, Auto):
+        raise TypeError(_no_method(method))
+    if exact_work(*head.sizes) < _SMALL:
+        yield Candidate(exact_plan(head, Exact(), _FEW), accepted=True)
+        return
+    found, plan = _considered(head, tol, guarantee, rng)
+    yield Candidate(plan, accepted=found is not None)
+    endless = exact_work(*head.sizes) > _ENDLESS
+    reason = _endless(head) if endless else "nothing cheaper meets the tolerance"
+    yield Candidate(exact_plan(head, Exact(), reason), accepted=not endless)
+
+
+def _no_method(method: Any) -> str:
+    return (
+        f"{method} is no method for tensor attention: use Auto(), Exact() or "
+        "Polynomial()"
+    )
 
 
 def _recipe(
@@ -112,15 +194,9 @@ def _recipe(
     rng: np.random.Generator,
 ) -> TensorRecipe:
     """Choose monomials and a polynomial for one head."""
-    if method.basis == "hermite" or method.landmarks:
-        raise RefusalError(
-            "tensor attention has no basis fitted to queries and no landmarks: use "
-            "basis='minimax' without landmarks"
-        )
+    check_basis(method, guarantee)
     if guarantee == "sampled":
         return sampled_recipe(head, method, tol, rng)
-    if method.basis != "minimax":
-        raise RefusalError(f"basis={method.basis!r} has no proven bound: use 'minimax'")
     return proven_recipe(head, Extent.of(head), tol, method.degree, method.rank)
 
 
@@ -147,7 +223,7 @@ def _run(
     error, failure, norm = recipe.bound, 0.0, "max"
     if guarantee == "sampled":
         norm = "relative-frobenius"
-        error = relative_bound(head, recipe.bound, *scaled_frobenius(value))
+        error = relative_bound(head, recipe.bound, value)
         if not error <= tol:
             found = _certify(head, recipe, value, normalizer, tol, rng)
             error, failure, source = found.upper, FAILURE, found.source

@@ -89,6 +89,9 @@ def _least(
     rows computed exactly. Where none is enough, the least that meets the tolerance.
     """
     truth = to_host(some.attend(head.xp.float64)[0])[:_QUERIES]
+    # squares of extreme values would leave the range of float64
+    peak = float(np.abs(truth).max()) or 1.0
+    truth = truth / peak
     # no tuples are sampled for causal rows, see ``certify_tuples``
     few_rows_are_quick = head.visible is not None or row_work(head) <= _QUICK
     first, degree = None, 0
@@ -100,10 +103,15 @@ def _least(
         ):
             return first
         recipe = make(degree)
-        answer, normalizer, good = recipe.answer(some)
-        off = to_host(answer)[:_QUERIES].astype(np.float64) - truth
-        error = float(np.linalg.norm(off) / (np.linalg.norm(truth) or 1.0))
-        if not (bool(head.xp.all(good)) and error <= _AIM * tol):
+        for dtype in dict.fromkeys([recipe.dtype, head.xp.float64]):
+            recipe = replace(recipe, dtype=dtype)
+            answer, normalizer, good = recipe.answer(some)
+            off = to_host(answer)[:_QUERIES].astype(np.float64) / peak - truth
+            error = float(np.linalg.norm(off) / (np.linalg.norm(truth) or 1.0))
+            if bool(head.xp.all(good)) and error <= _AIM * tol:
+                recipe = replace(recipe, predicted=error)
+                break
+        else:
             continue
         if few_rows_are_quick:
             return recipe

@@ -7,7 +7,9 @@ keys of each factor.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from fastattn._rounding import (
     smallest_number,
     unit_roundoff,
 )
+from fastattn._tensor_exact import stored
 from fastattn._tensor_extent import Extent
 from fastattn._tensor_problem import TensorHead
 from fastattn.expansions import (
@@ -38,11 +41,13 @@ from fastattn.expansions import (
     total_degree,
 )
 from fastattn.polynomial import Polynomial
-from sketching._lib.arrays import Array, mover, place_of
+from sketching._lib.arrays import Array, array_namespace, mover, place_of
 from sketching._lib.certificate import RefusalError
 
 # the least half width of an interval of logits
 NARROWEST = 1e-3
+# keys of a factor that are summed at once, where several sums are added up
+PIECE = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +70,8 @@ class TensorRecipe:
         Proven bound on the largest absolute error; infinite where none is claimed.
     low, high : float
         Every logit lies between them, which may be further than the polynomial serves.
+    predicted : float
+        Relative error on a sample; NaN where none was looked at.
     """
 
     maps: tuple[Array, ...]
@@ -75,13 +82,14 @@ class TensorRecipe:
     bound: float
     low: float
     high: float
+    predicted: float = math.nan
 
     @property
     def degree(self) -> int:
         """The largest degree of a monomial."""
         return int(self.index.degree.max())
 
-    def plan(self, head: TensorHead, reason: str, predicted: float = math.nan) -> Plan:
+    def plan(self, head: TensorHead, reason: str) -> Plan:
         """Describe the recipe by the method that it makes concrete."""
         n, _, d, p = head.sizes
         rank = len(self.index)
@@ -92,32 +100,52 @@ class TensorRecipe:
         if head.visible is not None:
             # prefixes are summed without BLAS
             work *= 2 * head.order
-        predicted = self.bound if math.isfinite(self.bound) else predicted
-        return Plan(method, predicted, seconds(work), reason)
+        # of a sample where there is one: the bound is a worst case, in another norm
+        error = self.bound if math.isnan(self.predicted) else self.predicted
+        error = error if math.isfinite(error) else math.nan
+        return Plan(method, error, seconds(work), reason)
 
     def answer(self, head: TensorHead) -> tuple[Array, Array, Array]:
         """Values, log-sum-exps, and whether each row's sum of weights is positive."""
         if head.visible is not None:
             return self._causal_answer(head, head.visible)
-        xp, p = head.xp, head.values[0].shape[1]
-        move = mover(head.query, self.dtype)
-        plain = move(np.zeros(head.query.shape[1]))
-        middle = move(np.zeros(p))
+        factors = zip(head.keys, head.values, strict=True)
+        parts = (
+            self.sums(s, key, value) / key.shape[0]
+            for s, (key, value) in enumerate(factors)
+        )
+        value, logarithm, good = self.query(head.query, parts)
+        return value, logarithm + math.log(head.sizes[1]), good
+
+    def sums(self, factor: int, key: Array, value: Array) -> Array:
+        """Sum monomials times values over keys of one factor: ``(r, p + 1)``."""
+        move = mover(key, self.dtype)
+        origin, middle = (move(np.zeros(x.shape[1])) for x in (key, value))
+        diagonal = move(np.diag(self.maps[factor + 1]))
         options = {"parent": self.index.parent, "coordinate": self.index.coordinate}
-        sums = move(self.index.weights(self.coefficients))[:, None]
-        for key, value, scales in zip(
-            head.keys, head.values, self.maps[1:], strict=True
-        ):
-            diagonal = move(np.diag(scales))
-            part = moments(key, value, plain, diagonal, plain, middle, **options)
-            # means instead of sums: a product of many sums might overflow
-            sums = sums * (part / key.shape[0])
+        return moments(key, value, origin, diagonal, origin, middle, **options)
+
+    def query(self, query: Array, parts: Iterable[Array]) -> tuple[Array, Array, Array]:
+        """Answer from the factors' mean monomials times values.
+
+        The log-sum-exps are those of mean weights. Means, because a product of many
+        sums might overflow.
+        """
+        xp, move = array_namespace(query), mover(query, self.dtype)
+        whole = move(self.index.weights(self.coefficients))[:, None]
+        for part in parts:
+            whole = whole * part
         value, total = means(
-            head.query, plain, move(np.diag(self.maps[0])), sums, middle, **options
+            query,
+            move(np.zeros(query.shape[1])),
+            move(np.diag(self.maps[0])),
+            whole,
+            move(np.zeros(whole.shape[1] - 1)),
+            parent=self.index.parent,
+            coordinate=self.index.coordinate,
         )
         good = xp.logical_and(total > 0, xp.isfinite(total))
-        logarithm = xp.log(xp.where(good, total, xp.ones_like(total)))
-        logarithm = logarithm + (self.center + math.log(head.sizes[1]))
+        logarithm = xp.log(xp.where(good, total, xp.ones_like(total))) + self.center
         return value, xp.where(good, logarithm, xp.full_like(total, xp.nan)), good
 
     def _causal_answer(
@@ -146,14 +174,29 @@ class TensorRecipe:
         return value, logarithm, xp.logical_or(positive, blind)
 
 
+def check_basis(method: Polynomial, guarantee: str) -> None:
+    """Raise ``RefusalError`` where the method's basis is none for tensor attention."""
+    if method.basis == "hermite" or method.landmarks:
+        raise RefusalError(
+            "tensor attention has no basis fitted to queries and no landmarks: use "
+            "basis='minimax' without landmarks"
+        )
+    if guarantee == "proven" and method.basis != "minimax":
+        raise RefusalError(f"basis={method.basis!r} has no proven bound: use 'minimax'")
+
+
 def proven_recipe(
     head: TensorHead,
     extent: Extent,
     tol: float,
     degree: int | None = None,
     rank: int | None = None,
+    pieces: int | None = None,
 ) -> TensorRecipe:
     """Find the least degree and precision whose proven bound meets ``tol``.
+
+    With ``pieces`` it holds for other keys that reach no further, too: for as many sums
+    over ``PIECE`` keys of each factor, added up in float64.
 
     Raises
     ------
@@ -178,7 +221,7 @@ def proven_recipe(
     for g in range(first, last + 1):
         check_rank(head.sizes[2], g, rank)
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            recipe = bounded_recipe(head, extent, g, rank, dtype)
+            recipe = bounded_recipe(head, extent, g, rank, dtype, pieces)
             constant = extent.half == 0 and math.isfinite(recipe.bound)
             if recipe.bound <= tol * extent.half or constant:
                 return recipe
@@ -192,7 +235,12 @@ def proven_recipe(
 
 
 def bounded_recipe(
-    head: TensorHead, extent: Extent, degree: int, rank: int | None, dtype: Any
+    head: TensorHead,
+    extent: Extent,
+    degree: int,
+    rank: int | None,
+    dtype: Any,
+    pieces: int | None = None,
 ) -> TensorRecipe:
     """Make the recipe of one degree and precision and bound its error."""
     bound, d = max(extent.bound, NARROWEST), head.sizes[2]
@@ -201,7 +249,20 @@ def bounded_recipe(
     index = index_set(extent, coefficients, rank)
     if len(index) < rank_of(d, degree):
         delta += _dropped(extent, index, coefficients)
-    error = _error(head, extent, index, coefficients, delta, dtype)
+    lengths = head.lengths if pieces is None else (PIECE,) * len(head.keys)
+    terms = sum(lengths)
+    if place_of(head.query) == "cpu":
+        # the fast body adds its blocks in float64
+        terms = sum(min(m, ROWS) + 2 for m in lengths)
+    if pieces is not None:
+        # each is rounded once, they are added up in float64, and that is rounded
+        own = unit_roundoff(np, np.float64) / unit_roundoff(head.xp, dtype)
+        terms += (2 + math.ceil(pieces * own)) * len(lengths)
+    error = math.inf
+    absolute = _absolute(extent, coefficients)
+    if _fits(head, extent, max(lengths) * absolute, degree, dtype):
+        terms += (degree + 2) * head.order * 2 + len(index) + 8
+        error = _error(head, extent, absolute, delta, terms, dtype)
     return TensorRecipe(
         extent.maps,
         index,
@@ -224,9 +285,12 @@ def index_set(extent: Extent, coefficients: Array, rank: int | None) -> IndexSet
 
 def shifted(coefficients: Array, center: float) -> Array:
     """Coefficients of ``p(x - center)`` in powers of x."""
-    line = np.polynomial.Polynomial([-center, 1.0])
-    shifted: Array = np.polynomial.Polynomial(coefficients)(line).coef
-    return np.pad(shifted, (0, len(coefficients) - len(shifted)))
+    # exact until the end: large terms cancel where the centre is far from 0
+    found = [Fraction(float(c)) for c in coefficients]
+    for start in range(len(found) - 1):
+        for i in reversed(range(start, len(found) - 1)):
+            found[i] -= Fraction(center) * found[i + 1]
+    return np.array([float(c) for c in found])
 
 
 def _dropped(extent: Extent, index: IndexSet, coefficients: Array) -> float:
@@ -243,39 +307,37 @@ def _dropped(extent: Extent, index: IndexSet, coefficients: Array) -> float:
     return max(everything - kept, 0.0) * math.exp(extent.bound)
 
 
+def _absolute(extent: Extent, coefficients: Array) -> float:
+    """Bound the sum of the absolute terms of a weight: ``sum_g |c_g| reach^g``."""
+    size = np.abs(coefficients)
+    return float(np.polynomial.polynomial.polyval(extent.reach, size))
+
+
 def _error(
     head: TensorHead,
     extent: Extent,
-    index: IndexSet,
-    coefficients: Array,
+    absolute: float,
     delta: float,
+    terms: int,
     dtype: Any,
 ) -> float:
     """Bound the largest error of a row: of the weights, and of the sums.
 
     Every computed term is within ``gamma`` of its absolute value, the absolute terms
-    of a weight add up to ``sum_g |c_g| reach^g``, and the weight is at least
+    of a weight add up to ``absolute``, and the weight is at least
     ``(1 - delta) exp(-bound)``.
     """
-    u, own = unit_roundoff(head.xp, dtype), head.query.dtype
-    degree, order = len(coefficients) - 1, head.order
-    absolute = float(
-        np.polynomial.polynomial.polyval(extent.reach, np.abs(coefficients))
-    )
-    lengths = head.lengths
-    if place_of(head.query) == "cpu":
-        # the fast body adds its blocks in float64
-        lengths = tuple(min(m, ROWS) + 2 for m in lengths)
-    terms = (degree + 2) * order * 2 + sum(lengths) + len(index) + 8
+    if extent.peak == 0:
+        return 0.0
+    u = unit_roundoff(head.xp, dtype)
     sums = gamma(terms, u) * absolute * math.exp(extent.bound)
     off = delta + sums
-    if not off < 1 or not _fits(head, extent, absolute, degree, dtype):
+    if not off < 1:
         return math.inf
     return (
         deviation(delta, extent.half)
         + (2 * sums / (1 - off) + 2 * u) * extent.peak
-        + unit_roundoff(head.xp, own) * extent.peak
-        + smallest_number(head.xp, own)
+        + stored(head, extent.peak)
     )
 
 
@@ -284,6 +346,7 @@ def _fits(
 ) -> bool:
     """Whether no sum of monomials times values leaves the range of ``dtype``.
 
+    ``absolute`` bounds the sum of the absolute terms of all weights of a factor.
     Values far below one underflow in sums with small monomials: they are not served.
     """
     xp = head.xp
@@ -292,8 +355,10 @@ def _fits(
     tops = [float(xp.max(xp.abs(value))) for value in head.values]
     if any(0 < top < least for top in (extent.half, *tops)):
         return False
-    # balanced sides reach the same
-    side = max(1.0, float(extent.terms.max()) ** (1 / head.order)) ** degree
-    size = absolute * math.prod(max(1.0, top) for top in tops) * side**head.order
-    largest = max(float(np.abs(scales).max()) for scales in extent.maps)
-    return bool(max(size * max(head.lengths), largest) < most)
+    # balanced sides reach the same, but for powers of two
+    side = max(1.0, float(extent.terms.max())) * 2.0 ** (head.order - 1)
+    size = absolute * math.prod(max(1.0, top) for top in tops) * side**degree
+    maps = np.abs(np.concatenate(extent.maps))
+    if any(maps[maps > 0] < least):
+        return False
+    return bool(max(size, maps.max()) < most)

@@ -119,10 +119,12 @@ class TensorHead:
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
         """Round an answer to the dtype of the query, its normalizer to the head's."""
         xp = self.xp
-        return (
-            xp.astype(value, self.query.dtype, copy=False),
-            xp.astype(log_normalizer, self.dtype, copy=False),
-        )
+        # what is too large becomes infinite: no certificate covers that
+        with np.errstate(over="ignore"):
+            return (
+                xp.astype(value, self.query.dtype, copy=False),
+                xp.astype(log_normalizer, self.dtype, copy=False),
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,7 +26,7 @@ from fastattn._sampling import (
     relative,
     scaled_frobenius,
 )
-from fastattn._tensor_extent import furthest_rows
+from fastattn._tensor_extent import Extent, furthest_rows
 from fastattn._tensor_polynomial import TensorRecipe
 from fastattn._tensor_problem import TensorHead
 from fastattn.expansions import rank_of
@@ -59,23 +59,30 @@ def certify_tuples(
     peak, norm = scaled_frobenius(value)
     if not (math.isfinite(peak) and peak > 0):
         return SampledError(math.inf, math.inf, "the answer is not finite, or all zero")
-    squares = np.empty(groups)
-    weights = np.empty(groups)
+    squares, absolute, weights = np.empty((3, groups))
     for group in range(groups):
         rows = np.sort(rng.choice(head.sizes[0], _GROUP_ROWS))
-        off, weights[group] = _errors(head, recipe, value, normalizer, rows, rng)
+        off, size, weights[group] = _errors(head, recipe, value, normalizer, rows, rng)
         squares[group] = np.mean(np.sum((off / peak) ** 2, axis=1))
+        absolute[group] = np.mean(np.sum((size / peak) ** 2, axis=1))
     n, mean = head.sizes[0], float(squares.mean())
     margin = MARGIN * float(squares.std(ddof=1)) / math.sqrt(groups)
     rows = furthest_rows(head, recipe.maps[0], _GROUP_ROWS)
-    off, _ = _errors(head, recipe, value, normalizer, rows, rng)
+    off, _, weight = _errors(head, recipe, value, normalizer, rows, rng)
+    least = min(weight, float(weights.min()))
+    if not least > 0:
+        return SampledError(
+            math.inf, math.inf, "sampled tuples leave it open whether weights add up"
+        )
     # rows that none was drawn of may err as the furthest do
     furthest = float(np.max(np.sum((off / peak) ** 2, axis=1)))
     margin += _UNSEEN / (groups * _GROUP_ROWS) * max(furthest - mean, 0.0)
-    unseen = _unseen_tuples(head, recipe, float(weights.min()), groups) / peak
+    unseen = _unseen_tuples(head, recipe, least, groups) / peak
     eps = float(head.xp.finfo(recipe.dtype).eps)
     # the sums' own rounding, of which nothing is seen here
-    rounding = TRUTH * eps * (1 + recipe.degree * head.order) * math.sqrt(n) / norm
+    rounding = TRUTH * eps * (1 + recipe.degree * head.order)
+    rounding *= math.sqrt(n * float(absolute.mean())) / norm
+    rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
     estimate = relative(math.sqrt(n * mean), norm)
     upper = math.sqrt(n * (mean + margin)) + math.sqrt(n) * unseen
     upper = relative(upper, norm) + rounding
@@ -104,7 +111,7 @@ def _unseen_tuples(
         worst = float(np.max(np.abs(off)))
     else:
         # monomials are left out: what is kept is no function of the logit
-        reach = max(abs(recipe.low), abs(recipe.high))
+        reach = Extent.of(head).reach
         worst = float(np.exp(recipe.high - recipe.center))
         worst += float(polyval(reach, np.abs(recipe.coefficients)))
     values = math.prod(float(xp.max(xp.abs(x))) for x in head.values)
@@ -120,10 +127,11 @@ def _errors(
     normalizer: Array,
     rows: Array,
     rng: np.random.Generator,
-) -> tuple[Array, float]:
-    """Errors of the given rows, ``(b, p)``, by a sample of tuples; the least weight.
+) -> tuple[Array, Array, float]:
+    """Errors of the given rows, by a sample of tuples, and what rounding goes with.
 
-    That is the least mean weight of a row.
+    The first two are ``(b, p)``: the second has the absolute values of all terms. The
+    last is the least mean weight of a row.
     """
     places = [np.sort(rng.choice(m, _TUPLES)) for m in head.lengths]
     # each factor is drawn apart: sorted for memory's sake, then shuffled
@@ -147,14 +155,18 @@ def _errors(
         for x, scales in zip((query, *keys), recipe.maps, strict=True)
     ]
     weighted = sides[0] * recipe.index.weights(recipe.coefficients)
-    off = np.exp(logits) - weighted @ np.prod(sides[1:], axis=0).T
+    joined = np.prod(sides[1:], axis=0).T
+    off = np.exp(logits) - weighted @ joined
     answer = host_rows(value, rows).astype(np.float64)
     sums = (off @ product - off.sum(axis=1)[:, None] * answer) / _TUPLES
     # the mean weight: that of the polynomial, corrected
     log_mean = host_rows(normalizer, rows).astype(np.float64)
     mean = np.exp(log_mean - recipe.center - math.log(head.sizes[1]))
     mean = mean + off.mean(axis=1)
-    return sums / mean[:, None], float(mean.min())
+    size = np.abs(weighted) @ np.abs(joined)
+    absolute = size @ np.abs(product) + size.sum(axis=1)[:, None] * np.abs(answer)
+    absolute /= _TUPLES
+    return sums / mean[:, None], absolute / mean[:, None], float(mean.min())
 
 
 def row_work(head: TensorHead) -> float:

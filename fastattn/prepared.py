@@ -5,29 +5,32 @@ merged, and the whole saved. Where sums take the place of keys, probes, queries 
 their exact answers, say what an answer is worth.
 """
 
+from typing import Any
+
 import numpy as np
 
 from fastattn._attention import check_options
 from fastattn._batch import Batch, pick
 from fastattn._prepared import Prepared
 from fastattn._prepared_files import read_header, read_heads
-from fastattn._prepared_heads import PreparedHead
 from fastattn._prepared_plan import Request, prepare_head
 from fastattn._prepared_rows import Rows, side_by_side
 from fastattn._problem import Method
+from fastattn._tensor_prepared_plan import prepare_tensor_head
+from fastattn._tensor_problem import TensorBatch
 from fastattn.formats import PathLike
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.random import RandomSource
 
 
 def prepare(
-    key: Array,
-    value: Array,
+    key: Array | tuple[Array, ...],
+    value: Array | tuple[Array, ...],
     *,
     queries: Array,
     tol: float = 1e-2,
     scale: float | None = None,
-    key_mask: Array | None = None,
+    key_mask: Array | tuple[Array | None, ...] | None = None,
     method: Method | None = None,
     guarantee: str = "sampled",
     rng: RandomSource = None,
@@ -43,14 +46,16 @@ def prepare(
     key : array, shape (..., m, d)
         Keys; leading dimensions are batch and heads. Memory maps are welcome.
     value : array, shape (..., m, p)
-        Values, one for each key.
+        Values, one for each key. Tuples of keys and of values, and of masks, mean
+        :func:`tensor_attention`.
     queries : array, shape (..., q, d)
         A sample of the queries to come, some hundred for each head: what is prepared
         serves queries like these, and some of them become its probes.
     tol : float, default 1e-2
         As in :func:`attention`.
     scale : float, optional
-        The factor of the logits. By default ``d ** -0.5``.
+        The factor of the logits. By default ``d ** -0.5``, of tensor attention
+        ``1 / d``.
     key_mask : boolean array, shape (..., m), optional
         True for keys that take part.
     method : AttentionMethod, optional
@@ -58,7 +63,8 @@ def prepare(
         the keys, ``Polynomial(...)`` keeps sums; it is refused where it misses ``tol``.
     guarantee : {"sampled", "proven"}
         What the certificate rests on: probes, or extents of queries, keys and values
-        beyond which nothing is accepted. Those of queries have a tenth to spare.
+        beyond which nothing is accepted. Those of queries have a tenth to spare. For
+        tensor attention sums are made with "proven" only.
     rng : int or Generator, optional
         Source of the samples; an int makes the call reproducible.
 
@@ -104,10 +110,14 @@ def prepare(
     Alman and Song, Fast Attention Requires Bounded Entries, arXiv 2302.13214.
     """
     tol, method, generator = check_options(tol, method, guarantee, rng)
-    batch = Batch.of(queries, key, value, scale, False, key_mask)
+    kind = TensorBatch if isinstance(key, tuple) else Batch
+    batch: Any = kind.of(queries, key, value, scale, False, key_mask)
     streams = generator.spawn(batch.count)
 
-    def make(i: int) -> PreparedHead:
+    def make(i: int) -> Any:
+        if isinstance(key, tuple):
+            head = batch.head(i)
+            return prepare_tensor_head(head, tol, guarantee, method, streams[i])
         place = tuple(int(k) for k in np.unravel_index(i, batch.lead))
         rows = Rows.of(batch.key, batch.value, batch.key_mask, place)
         head, count = rows.head(
@@ -125,14 +135,16 @@ def prepare(
     heads = side_by_side(batch.query, batch.count, make)
     options = {
         "lead": list(batch.lead),
-        "d": key.shape[-1],
-        "p": value.shape[-1],
+        "d": batch.query.shape[-1],
+        "p": (value[0] if isinstance(value, tuple) else value).shape[-1],
         "scale": batch.scale,
         "tol": tol,
         "guarantee": guarantee,
-        "dtype": str(batch.key.dtype).rpartition(".")[2],
+        "dtype": str(batch.query.dtype).rpartition(".")[2],
         "seed": int(generator.integers(1 << 62)),
     }
+    if isinstance(key, tuple):
+        options["factors"] = len(key)
     place = (0,) * (batch.query.ndim - 2)
     like = batch.query[(*place, slice(0, 0), slice(None))]
     return Prepared(heads, like, options)

@@ -1,5 +1,6 @@
 """Exact methods for tuples in windows, and for scores that are sums over pairs."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,6 +51,10 @@ class TensorMethod:
         """Heads of pairwise attention are refused, as ``solve`` does."""
         self.solve(head, tol, guarantee, rng)
         return iter(())
+
+    def plan(self, head: TensorHead) -> Plan:
+        """Check that the method suits the head, and say what it costs."""
+        raise NotImplementedError
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Answer a head that has tuples."""
@@ -103,18 +108,21 @@ class TensorWindow(TensorMethod):
         for s, size in enumerate(self.sizes):
             check_integer(f"sizes[{s}]", size, least=1)
 
-    def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
-        """Compute the windows of a head."""
+    def plan(self, head: TensorHead) -> Plan:
+        """Check the number of windows; count their tuples."""
         if len(self.sizes) != len(head.keys):
             raise ValueError(
                 f"sizes: expected {len(head.keys)} windows, one for each factor, got "
                 f"{len(self.sizes)}"
             )
         n, _, d, p = head.sizes
-        extent = Extent.of(head)
         tuples = math.prod(self.sizes)
         work = exact_work(n, tuples, d, p, logits=n * tuples)
-        plan = Plan(self, 0.0, seconds(work), "asked for")
+        return Plan(self, 0.0, seconds(work), "asked for")
+
+    def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
+        """Compute the windows of a head."""
+        plan, extent = self.plan(head), Extent.of(head)
         # the longest window last: the others are expanded
         order = np.argsort(self.sizes, kind="stable")
         sizes = tuple(min(self.sizes[s], head.lengths[s]) for s in order)
@@ -136,7 +144,7 @@ class TensorWindow(TensorMethod):
         def bound(dtype: Any) -> float:
             return rounding(head, extent, dtype, sizes[-1])
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent.half)
+        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent)
 
 
 def _ends(head: TensorHead, s: int, size: int) -> tuple[Array, Array]:
@@ -182,16 +190,21 @@ class StrassenAttention(TensorMethod):
     Transformers, arXiv 2501.19215.
     """
 
-    def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
-        """Compute a head in float64."""
+    def plan(self, head: TensorHead) -> Plan:
+        """Check the number of factors; count the products of three matrices."""
         if len(head.keys) != 2:
             raise ValueError(
                 f"StrassenAttention: expected two factors, got {len(head.keys)}"
             )
+        n, tuples, _, p = head.sizes
+        return Plan(self, 0.0, seconds(float(n) * tuples * (p + 1)), "asked for")
+
+    def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
+        """Compute a head by products of matrices, in float64 where rows underflow."""
+        plan = self.plan(head)
         whole = _contained(self, head, ((0, 1), (1, 2), (2, 0)))
         extent, xp = Extent.of(whole), head.xp
-        n, tuples, _, p = head.sizes
-        plan = Plan(self, 0.0, seconds(float(n) * tuples * (p + 1)), "asked for")
+        n, tuples, _, _ = head.sizes
 
         def compute(dtype: Any) -> tuple[Array, Array]:
             sides = (head.query, *head.keys, *head.values)
@@ -212,7 +225,7 @@ class StrassenAttention(TensorMethod):
         def bound(dtype: Any) -> float:
             return rounding(whole, extent, dtype, sum(head.lengths) + 8)
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent.half)
+        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,20 +252,23 @@ class PathAttention(TensorMethod):
     self-attention, arXiv 2602.02422.
     """
 
+    def plan(self, head: TensorHead) -> Plan:
+        """Count the pairs of neighbours on the path."""
+        lengths = (head.sizes[0], *head.lengths)
+        work = sum(
+            exact_work(n, m, head.sizes[2] + 1, head.sizes[3])
+            for n, m in itertools.pairwise(lengths)
+        )
+        return Plan(self, 0.0, seconds(work), "asked for")
+
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute a head by one pairwise attention for each factor."""
-        count = len(head.keys)
-        whole = _contained(self, head, tuple((s, s + 1) for s in range(count)))
+        plan, sides = self.plan(head), range(head.order)
+        whole = _contained(self, head, tuple(itertools.pairwise(sides)))
         extent, xp = Extent.of(whole), head.xp
         # log-sum-exps are one more coordinate of the logits
         reach = extent.reach + math.log(head.sizes[1])
         extent = replace(extent, reach=reach)
-        lengths = (head.sizes[0], *head.lengths)
-        work = sum(
-            exact_work(lengths[s], lengths[s + 1], head.sizes[2] + 1, head.sizes[3])
-            for s in range(count)
-        )
-        plan = Plan(self, 0.0, seconds(work), "asked for")
 
         def compute(dtype: Any) -> tuple[Array, Array]:
             return attend_path(
@@ -265,7 +281,7 @@ class PathAttention(TensorMethod):
         def bound(dtype: Any) -> float:
             return rounding(whole, extent, dtype)
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent.half)
+        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent)
 
 
 def _replaced(x: Array, rows: Array, other: Array) -> Array:
