@@ -5,11 +5,16 @@ import statistics
 import numpy as np
 
 import fastattn
-from benches.measure import exact_rows, seconds
+from benches.heads import Head, file_heads
+from benches.measure import exact_rows, faster, sdpa, seconds, torch_or_none
+from fastattn._ops.softmax import attend
 
 # steps of one measurement: the tail is folded into the sums twice
 _STEPS = 512
 _SCALE, _STD, _TOL = 64**-0.5, 0.3, 3e-2
+# single queries of one measurement of clusters, rows that errors are measured on, and
+# keys of the heads that are measured
+_SINGLE, _CHECKED, _KEYS = 64, 256, 32768
 
 
 def decoding(*, quick):
@@ -69,3 +74,100 @@ def _stepper(prepared, query):
             prepared.query(query[i : i + 1])
 
     return call
+
+
+def decoding_clusters(*, quick, data):
+    """Single queries by clusters over exact ones, and what eightfold keys cost."""
+    rows = []
+    heads = [_clustered(), *(x for x in file_heads(data) if len(x) >= _KEYS)]
+    for head in heads:
+        for tol in (0.05, 0.1):
+            few = _single(head, tol, quick)
+            rows.append({**few[0], "time over that at an eighth": None})
+            if not quick:
+                many = _single(_repeated(head), tol, quick)
+                pairs = [(seconds(many[1]), seconds(few[1])) for _ in range(11)]
+                growth = statistics.median(x / y for x, y in pairs)
+                rows.append({**many[0], "time over that at an eighth": growth})
+    return rows
+
+
+def _single(head, tol, quick):
+    """Measure single queries over one head: a row of the table, and the call."""
+    order = np.random.default_rng(0).permutation(len(head.query))
+    given, asked = (head.query[order[x]] for x in (slice(4096), slice(4096, None)))
+    asked = np.ascontiguousarray(asked[:_CHECKED])
+    method = fastattn.Multipole()
+    prepared = fastattn.prepare(
+        head.key, head.value, queries=given, scale=head.scale, tol=tol, method=method,
+        rng=0,
+    )  # fmt: skip
+
+    def call():
+        return [prepared.query(asked[i : i + 1]).value for i in range(_SINGLE)]
+
+    def exact():
+        for i in range(_SINGLE):
+            attend(
+                asked[None, i : i + 1], head.key[None], head.value[None],
+                scale=head.scale, visible=None,
+            )  # fmt: skip
+
+    answers = [prepared.query(asked[i : i + 1]) for i in range(_CHECKED)]
+    value, answer = np.concatenate([x.value for x in answers]), answers[0]
+    blocks = np.split(np.arange(_CHECKED), 8)
+    truth = np.concatenate(
+        [exact_rows(asked, head.key, head.value, x, scale=head.scale) for x in blocks]
+    )
+    error = float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
+    # a few rows are no more than a sample of those that are promised something
+    assert error <= 1.2 * answer.certificate.error <= 1.2 * tol
+    pairs = 5 if quick else 11
+    return {
+        "head": head.name,
+        "keys": len(head.key),
+        "tol": tol,
+        "certified": answer.certificate.error,
+        "realised": error,
+        "by clusters": "probes" in answer.certificate.source,
+        "times faster than the exact op": faster(call, exact, pairs=pairs).median,
+        "than SDPA": _over_sdpa(call, head, asked, pairs),
+    }, call
+
+
+def _over_sdpa(call, head, asked, pairs):
+    """Times faster than torch over the same queries, one at a time."""
+    if torch_or_none() is None:
+        return None
+    every = [
+        sdpa(asked[i : i + 1], head.key, head.value, scale=head.scale)
+        for i in range(_SINGLE)
+    ]
+    return faster(call, lambda: [one() for one in every], pairs=pairs).median
+
+
+def _clustered():
+    """A head whose keys lie about centres that its queries look for."""
+    rng, d = np.random.default_rng(0), 64
+    centre, mean = rng.standard_normal((2, 512, d), dtype=np.float32)
+    label, wanted = rng.integers(512, size=(2, _KEYS))
+    noise = 0.5 * rng.standard_normal((3, _KEYS, d), dtype=np.float32)
+    query, key, value = (x + y for x, y in zip(
+        (centre[wanted], centre[label], mean[label]), noise, strict=True
+    ))  # fmt: skip
+    return Head("clustered", query, key, value, d**-0.5)
+
+
+def _repeated(head):
+    """The head with its keys and values eight times, each copy moved a little."""
+    rng = np.random.default_rng(1)
+    key, value = (
+        np.concatenate(
+            [
+                x + 0.1 * x.std() * rng.standard_normal(x.shape, x.dtype)
+                for _ in range(8)
+            ]
+        )
+        for x in (head.key, head.value)
+    )
+    return Head(f"{head.name} x 8", head.query, key, value, head.scale)
