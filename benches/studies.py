@@ -9,7 +9,8 @@ import numpy as np
 import fastattn
 from benches.cases import CASES
 from benches.causal import causal
-from benches.decoding import decoding
+from benches.clustering import clustering
+from benches.decoding import decoding, decoding_clusters
 from benches.distances import distances
 from benches.gradients import gradients
 from benches.hardness import audit, decisions, reductions
@@ -244,11 +245,13 @@ STUDIES = {
     "lowdim": lowdim,
     "proven": proven,
     "decoding": decoding,
+    "decoding-clusters": decoding_clusters,
     "growth": growth,
     "streaming": streaming,
     "real": real,
     "sharp": sharp,
     "diffuse": diffuse,
+    "clustering": clustering,
     "distances": distances,
     "gradients": gradients,
     "tensor": tensor,

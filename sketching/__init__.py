@@ -1,1 +1,75 @@
 """Random projections and distance structures."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sketching._lib.certificate import Approximation as Approximation
+    from sketching._lib.certificate import Certificate as Certificate
+    from sketching._lib.certificate import RefusalError as RefusalError
+    from sketching._neighbors import Neighbors as Neighbors
+    from sketching.distance_modes import Adaptive as Adaptive
+    from sketching.distance_modes import Exact as Exact
+    from sketching.distance_modes import Filter as Filter
+    from sketching.estimators import MahalanobisKMeans as MahalanobisKMeans
+    from sketching.estimators import MahalanobisKMedians as MahalanobisKMedians
+    from sketching.estimators import (
+        MahalanobisKNeighborsClassifier as MahalanobisKNeighborsClassifier,
+    )
+    from sketching.estimators import (
+        MahalanobisKNeighborsRegressor as MahalanobisKNeighborsRegressor,
+    )
+    from sketching.estimators import (
+        MahalanobisKNeighborsTransformer as MahalanobisKNeighborsTransformer,
+    )
+    from sketching.estimators import MahalanobisNeighbors as MahalanobisNeighbors
+    from sketching.mahalanobis import MahalanobisIndex as MahalanobisIndex
+    from sketching.mahalanobis import load as load
+    from sketching.metric import MahalanobisMetric as MahalanobisMetric
+    from sketching.metric_learning import HingeGradient as HingeGradient
+    from sketching.metric_learning import Itml as Itml
+    from sketching.metric_learning import Lego as Lego
+    from sketching.metric_learning import Pola as Pola
+    from sketching.projections import GaussianProjection as GaussianProjection
+    from sketching.projections import HadamardProjection as HadamardProjection
+    from sketching.projections import SparseProjection as SparseProjection
+    from sketching.projections import TensorSketch as TensorSketch
+
+# where each public name lives; a module is imported when one of its names is first used
+_HOMES = {
+    "sketching._lib.certificate": ("Approximation", "Certificate", "RefusalError"),
+    "sketching._neighbors": ("Neighbors",),
+    "sketching.distance_modes": ("Adaptive", "Exact", "Filter"),
+    "sketching.estimators": (
+        "MahalanobisKMeans",
+        "MahalanobisKMedians",
+        "MahalanobisKNeighborsClassifier",
+        "MahalanobisKNeighborsRegressor",
+        "MahalanobisKNeighborsTransformer",
+        "MahalanobisNeighbors",
+    ),
+    "sketching.mahalanobis": ("MahalanobisIndex", "load"),
+    "sketching.metric": ("MahalanobisMetric",),
+    "sketching.metric_learning": ("HingeGradient", "Itml", "Lego", "Pola"),
+    "sketching.projections": (
+        "GaussianProjection",
+        "HadamardProjection",
+        "SparseProjection",
+        "TensorSketch",
+    ),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

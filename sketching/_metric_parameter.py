@@ -1,0 +1,92 @@
+"""The parameters of estimators that name a metric, and the index that serves them."""
+
+from typing import Any
+
+import numpy as np
+
+from sketching._lib.arrays import Array
+from sketching.distance_modes import Adaptive, Exact, Filter
+from sketching.mahalanobis import MahalanobisIndex
+from sketching.metric import MahalanobisMetric
+
+
+def metric_of(
+    metric: Any, X: Array, ridge: float, shrinkage: float | str
+) -> MahalanobisMetric:
+    """Make the metric that an estimator was given, for points ``X``."""
+    if isinstance(metric, str):
+        if metric != "covariance":
+            raise ValueError(
+                f"metric: expected 'covariance', a matrix or a MahalanobisMetric, got "
+                f"{metric!r}"
+            )
+        if len(X) < 2:
+            raise ValueError(
+                "X: expected at least 2 points for a covariance, got n_samples=1"
+            )
+        return MahalanobisMetric.from_data(X, ridge=ridge, shrinkage=shrinkage)
+    if ridge != 0 or shrinkage != 0:
+        raise ValueError(
+            "ridge, shrinkage: they change the estimated covariance; expected 0 with a "
+            f"metric that is given, got {ridge} and {shrinkage}"
+        )
+    if isinstance(metric, MahalanobisMetric):
+        found = metric.copy()
+    else:
+        matrix = np.asarray(metric)
+        # an inverse is symmetric up to rounding only: from_matrix says if it is not
+        if _looks_symmetric(matrix):
+            found = MahalanobisMetric.from_matrix(matrix)
+        else:
+            found = MahalanobisMetric(matrix)
+    if found.shape[1] != X.shape[1]:
+        raise ValueError(
+            f"metric: expected {X.shape[1]} columns, as many as the points, got shape "
+            f"{found.shape}"
+        )
+    return found
+
+
+def _looks_symmetric(matrix: Array) -> bool:
+    """Whether a matrix was meant as A: no factor is so nearly its transpose."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        return False
+    if matrix.dtype.kind not in "fiub":
+        return False
+    skew = np.abs(matrix - matrix.T.astype(np.float64))
+    return bool(skew.max() <= 1e-3 * np.abs(matrix).max())
+
+
+def index_of(metric: MahalanobisMetric, X: Array, mode: Any) -> MahalanobisIndex:
+    """Fill an index that finds the right neighbours."""
+    if mode is not None and not isinstance(mode, (Exact, Filter)):
+        raise ValueError(f"index_mode: expected None, Exact or Filter, got {mode!r}")
+    index = MahalanobisIndex(metric, mode=mode, rng=0)
+    index.insert(X)
+    if isinstance(index.mode, Adaptive):
+        return index_of(metric, X, Exact())
+    return index
+
+
+def within(
+    index: MahalanobisIndex, points: Array, queries: Array, radius: float
+) -> tuple[list[Array], list[Array]]:
+    """Find the points within a radius of each query; distances and numbers."""
+    distances, numbers, all_numbers = [], [], index.numbers
+    step = max(1, (1 << 22) // len(points))
+    metric = index.metric
+    for start in range(0, len(queries), step):
+        some = queries[start : start + step]
+        answer = index.query(some)
+        # estimates only rule points out
+        limit = radius
+        if not isinstance(index.mode, Exact):
+            limit *= 1 + float(answer.certificate.error)
+        for query, row in zip(some, answer.value, strict=True):
+            is_near = row <= limit
+            near, found = all_numbers[is_near], row[is_near]
+            if not isinstance(index.mode, Exact):
+                found = metric.distances(query[None], points[near]).astype(row.dtype)
+            distances.append(found[found <= radius])
+            numbers.append(near[found <= radius])
+    return distances, numbers
