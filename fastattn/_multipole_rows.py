@@ -258,20 +258,25 @@ class RowField:
         exact = exact_work(n + _READ, m, kept.keys.shape[1], p)
         return n * _RATE * self.work <= _WORTH * exact
 
+    def serves(self, n: int, kept: Kept) -> bool:
+        """Whether ``n`` rows are answered, within the tolerance and in less time."""
+        if self.tree is None or self.sampled is None:
+            return False
+        return self.sampled.upper <= self.probes.tol and self.pays(n, kept)
+
     def answer(
         self, query: Array, kept: Kept
     ) -> tuple[Array, Array, SampledError] | None:
-        """Answer rows, and say what that is worth; None where exact rows are better."""
-        sampled = self.sampled
-        if self.tree is None or sampled is None or sampled.upper > self.probes.tol:
+        """Answer rows, and say what that is worth; None where they are not served."""
+        if not self.serves(query.shape[0], kept):
             return None
-        if not self.pays(query.shape[0], kept):
-            return None
+        assert self.tree is not None
+        assert self.sampled is not None
         end, found = self.tree.count, self._summed(query, kept)
         if end < kept.count:
             tail = Head(query, kept.key[end:, :], kept.value[end:, :], 1.0)
             found = join(found, tail.attend())
-        return *found, sampled
+        return *found, self.sampled
 
     def judged(self) -> "RowField":
         """Ask the probes what answers are worth; never less than the check showed."""

@@ -1,5 +1,6 @@
 """Few queries over prepared clusters: the op, the tree, and what answers promise."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import Multipole, load, prepare
+from fastattn._costs import exact_work
 from fastattn._multipole_rows import FEWEST_KEYS, Tree
 from fastattn._ops.multipole_rows import LARGEST, multipole_rows, summarise
 from tests import oracles
+from tests.chance import assert_fails_rarely
 
 TOL = 0.1
 
@@ -171,6 +174,32 @@ def test_single_rows_are_within_the_certificate(decoding):
     # rows do not depend on who is asked with them
     one = prepared.query(query[1500:1501])
     assert_array_equal(one.value[0], answer.value[0])
+
+
+def test_the_certificate_fails_rarely():
+    query, key, value = clustered(FEWEST_KEYS, dtype=np.float32)
+    truth, _ = oracles.attention(query, key, value)
+
+    def trial(rng):
+        order = rng.permutation(len(query))
+        options = {"tol": TOL, "method": Multipole(clusters=100), "rng": rng}
+        prepared = prepare(key, value, queries=query[order[:1200]], **options)
+        assert prepared._heads[0].rows.tree is not None
+        rest = order[1200:]
+        got = np.concatenate([prepared.query(query[i][None]).value for i in rest])
+        error = oracles.frobenius_error(got, truth[rest])
+        return error <= prepared.certificate.error <= TOL
+
+    assert_fails_rarely(trial, failure=0.05, trials=20)
+
+
+def test_more_rows_at_once_have_to_pay():
+    query, key, value = clustered(FEWEST_KEYS, dtype=np.float32)
+    head = prepared_over(key, value, query)._heads[0]
+    # a row that takes an eighth of exact attention, which BLAS does faster for many
+    eighth = replace(head.rows, work=exact_work(1, head.count, 8, 5) / 8)
+    assert eighth.serves(1, head.kept)
+    assert not eighth.serves(64, head.kept)
 
 
 def test_most_keys_are_far(decoding):
