@@ -105,6 +105,12 @@ class Tree:
         """Number of keys."""
         return int(self.start[-1])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        sums = self.middle, self.clusters, self.leaves
+        return sum(map(bytes_of, sums)) + int(self.first.nbytes + self.start.nbytes)
+
     def join(self, other: "Tree") -> "Tree":
         """Put another tree's keys behind these."""
         xp = array_namespace(self.clusters)
@@ -190,16 +196,7 @@ class RowField:
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         own = self.probes.nbytes + bytes_of(self.queries)
-        if self.tree is None:
-            return own
-        cuts = self.tree.first.nbytes + self.tree.start.nbytes
-        return (
-            own
-            + int(cuts)
-            + sum(
-                map(bytes_of, (self.tree.middle, self.tree.clusters, self.tree.leaves))
-            )
-        )
+        return own if self.tree is None else own + self.tree.nbytes
 
     def empty(self) -> "RowField":
         """Forget the keys."""
@@ -276,6 +273,10 @@ class RowField:
         if end < kept.count:
             tail = Head(query, kept.key[end:, :], kept.value[end:, :], 1.0)
             found = join(found, tail.attend())
+        xp = array_namespace(query)
+        # logits that overflow are for a wider precision
+        if not all(bool(xp.all(xp.isfinite(x))) for x in found):
+            return None
         return *found, self.sampled
 
     def judged(self) -> "RowField":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fastattn import Multipole, load, prepare
+from fastattn import Multipole, RefusalError, load, prepare
 from fastattn._costs import exact_work
 from fastattn._multipole_rows import FEWEST_KEYS, Tree
 from fastattn._ops.multipole_rows import LARGEST, multipole_rows, summarise
@@ -224,6 +224,13 @@ def test_strange_queries_are_exact(decoding):
     truth, _ = oracles.attention(strange, key, value)
     got = prepared.query(strange).value
     assert oracles.frobenius_error(got, truth) <= TOL
+
+
+def test_logits_beyond_the_precision_are_refused(decoding):
+    prepared, query, _, _ = decoding
+    vast = query[:1] * np.float32(1e38)
+    with np.errstate(all="ignore"), pytest.raises(RefusalError, match="overflow"):
+        prepared.query(vast)
 
 
 def test_saving_keeps_every_bit(decoding, tmp_path):
