@@ -10,8 +10,10 @@ from sketching._ops.assign import cluster_sums, own_distances, two_nearest
 from sketching._points import Rounding
 from sketching._seeding import squared_norms
 
-# share of points that may have changed above which all are assigned anew
+# share of points that may have changed above which own distances rule out few
 _MANY = 0.7
+# share of points to assign above which all are, in the order of the memory
+_MOST = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,9 @@ class _Assigned:
             own = own_distances(self.points, self.centers, self.labels[may], may)
             self.upper[may] = own * (1 + self.unit)
             may = may[self.upper[may] > limit[may]]
+        if len(may) > _MOST * len(self.points):
+            # rows that follow each other need no copy
+            may = self.all
         before = self.labels[may]
         found = self._search(may)
         changed = found != before

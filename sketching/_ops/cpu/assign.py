@@ -23,14 +23,26 @@ def two_nearest(points, centers, squares, slots):
     directions = np.ascontiguousarray(-2 * centers.T)
 
     def work(start, end):
+        # tiles share their memory: the pages of fresh arrays cost as much as the copy
+        size = min(rows, end - start)
+        copies = np.empty((size, points.shape[1]), dtype)
+        products = np.empty((size, len(centers)), dtype)
         for first in range(start, end, rows):
             part = slice(first, min(first + rows, end))
-            # gathered by tiles, which are still in the cache for the product
-            products = points[slots[part]] @ directions
-            _two_least(products, squares, labels[part], least[part], second[part])
+            some = _rows_at(points, slots[part], copies)
+            found = np.matmul(some, directions, out=products[: len(some)])
+            _two_least(found, squares, labels[part], least[part], second[part])
 
     over_spans(work, n, max(rows, _SPAN))
     return labels, least, second
+
+
+def _rows_at(points, slots, copies):
+    """Some rows: a view if they follow each other, else copied."""
+    if slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all():
+        return points[slots[0] : slots[-1] + 1]
+    # without the mode NumPy would copy twice; slots are within bounds
+    return np.take(points, slots, axis=0, out=copies[: len(slots)], mode="clip")
 
 
 def own_distances(points, centers, labels, slots):
