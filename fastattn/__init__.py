@@ -1,7 +1,8 @@
 """Fast approximate attention with a certificate on every answer."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from sketching._lib.exports import exports as _exports
 
 if TYPE_CHECKING:
     from fastattn._attention import approximate as approximate
@@ -66,20 +67,7 @@ _HOMES = {
     ),
     "sketching._lib.certificate": ("Approximation", "Certificate", "RefusalError"),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__, __getattr__, __dir__ = _exports(__name__, _HOMES)
 
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: object = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})

@@ -1,6 +1,7 @@
 """The public calls: validate, choose, run, assemble."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,10 +10,7 @@ from fastattn._batch import Batch
 from fastattn._explanation import Explanation, run_candidates
 from fastattn._planner import Auto
 from fastattn._problem import Candidate, Head, HeadAnswer, Method
-from fastattn._tensor_methods import solve_tensor, tensor_candidates
-from fastattn._tensor_problem import TensorBatch, TensorHead
 from fastattn.exact import Exact
-from fastattn.tensor_mechanisms import TensorMethod
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource, as_generator
@@ -153,17 +151,16 @@ def approximate(
     >>> bool(answer.certificate.error <= 5e-2), answer.certificate.norm
     (True, 'relative-frobenius')
     """
-    # a tuple of keys stands for the factors of tensor attention
-    kind = TensorBatch if isinstance(key, tuple) else Batch
-    problem = kind.of(query, key, value, scale, is_causal, key_mask)
+    form = _form(key)
+    problem = form.batch.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = check_options(tol, method, guarantee, rng)
 
     def solve(head: Any, child: np.random.Generator) -> HeadAnswer:
-        if isinstance(head, TensorHead):
-            return solve_tensor(method, head, tol, guarantee, child)
-        return _solver(method, head).solve(head, tol, guarantee, child)
+        return form.solve(method, head, tol, guarantee, child)
 
-    return problem.assemble(_each_head(problem, generator.spawn(problem.count), solve))
+    found = _each_head(problem, generator.spawn(problem.count), solve)
+    answer: Approximation = problem.assemble(found)
+    return answer
 
 
 def explain(
@@ -208,28 +205,23 @@ def explain(
     >>> explain(query, key, value).heads[0][0].accepted
     True
     """
-    kind = TensorBatch if isinstance(key, tuple) else Batch
-    problem: Any = kind.of(query, key, value, scale, is_causal, key_mask)
+    form = _form(key)
+    problem = form.batch.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = check_options(tol, method, guarantee, rng)
 
     def consider(head: Any, child: np.random.Generator) -> tuple[Candidate, ...]:
-        if isinstance(head, TensorHead):
-            return tuple(tensor_candidates(method, head, tol, guarantee, child))
-        return tuple(_solver(method, head).candidates(head, tol, guarantee, child))
+        return tuple(form.candidates(method, head, tol, guarantee, child))
 
     streams = generator.spawn(problem.count)
     heads = tuple(_each_head(problem, streams, consider))
     if not run:
         return Explanation(problem.lead, heads)
-    options: dict[str, Any] = {}
-    if isinstance(problem, TensorBatch):
-        options = {
-            "solve": solve_tensor,
-            "compare": not isinstance(method, TensorMethod),
-        }
+    exact = form.exact(method)
     # one after the other: times are to be those of a head that is alone
     runs = tuple(
-        run_candidates(head.trimmed(), candidates, tol, guarantee, stream, **options)
+        run_candidates(
+            head.trimmed(), candidates, tol, guarantee, stream, form.solve, exact
+        )
         for head, candidates, stream in zip(
             problem.heads(), heads, streams, strict=True
         )
@@ -238,7 +230,7 @@ def explain(
 
 
 def _each_head(
-    problem: Batch | TensorBatch,
+    problem: Any,
     streams: list[np.random.Generator],
     work: Callable[[Any, np.random.Generator], _T],
 ) -> list[_T]:
@@ -259,6 +251,40 @@ def _each_head(
 
     run_blocks(one, range(problem.count))
     return found
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How inputs become heads, and heads are answered."""
+
+    batch: type[Any]
+    solve: Callable[..., HeadAnswer]
+    candidates: Callable[..., Iterator[Candidate]]
+    # whether a method stands for exact attention, which it can be compared with
+    exact: Callable[[Method], bool]
+
+
+def _form(key: Any) -> _Form:
+    """A tuple of keys stands for the factors of tensor attention."""
+    if not isinstance(key, tuple):
+        return _Form(Batch, _solve, _candidates, lambda _: True)
+    # loaded by those who use it: it is a fifth of what everybody else waits for
+    from fastattn._tensor_methods import solve_tensor, tensor_candidates
+    from fastattn._tensor_problem import TensorBatch
+    from fastattn.tensor_mechanisms import TensorMethod
+
+    def exact(method: Method) -> bool:
+        return not isinstance(method, TensorMethod)
+
+    return _Form(TensorBatch, solve_tensor, tensor_candidates, exact)
+
+
+def _solve(method: Method, head: Head, *options: Any) -> HeadAnswer:
+    return _solver(method, head).solve(head, *options)
+
+
+def _candidates(method: Method, head: Head, *options: Any) -> Iterator[Candidate]:
+    return _solver(method, head).candidates(head, *options)
 
 
 def _solver(method: Method, head: Head) -> Method:

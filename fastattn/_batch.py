@@ -10,7 +10,7 @@ import numpy as np
 from fastattn._problem import Head, HeadAnswer
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.certificate import Approximation, Certificate
-from sketching._lib.validation import check_float_array, check_number
+from sketching._lib.validation import check_flag, check_float_array, check_number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,10 +40,7 @@ class Batch:
             check_unmasked(name, x)
             check_float_array(name, x, least_ndim=2)
         check_shapes(query, key, value)
-        if not isinstance(is_causal, (bool, np.bool_)):
-            raise TypeError(
-                f"is_causal: expected True or False, got {type(is_causal).__name__}"
-            )
+        is_causal = check_flag("is_causal", is_causal)
         d = query.shape[-1]
         factor = d**-0.5 if scale is None else check_number("scale", scale)
         shapes = [x.shape[:-2] for x in (query, key, value)]
@@ -58,7 +55,7 @@ class Batch:
                 f"query {query.shape}, key {key.shape}, value {value.shape}"
                 + ("" if key_mask is None else f", key_mask {key_mask.shape}")
             ) from error
-        return Batch(query, key, value, key_mask, factor, bool(is_causal), lead)
+        return Batch(query, key, value, key_mask, factor, is_causal, lead)
 
     @property
     def count(self) -> int:

@@ -108,17 +108,15 @@ def run_candidates(
     tol: float,
     guarantee: str,
     rng: np.random.Generator,
-    solve: Solve | None = None,
-    *,
-    compare: bool = True,
+    solve: Solve,
+    compare: bool,
 ) -> tuple[Run | None, ...]:
     """Run every candidate that is concrete, the refused ones too.
 
-    ``solve`` answers a head by a method, by default as the method itself does. Errors
-    are measured where ``compare`` says that the methods answer what exact attention
-    does, and where a row of it is quickly computed.
+    ``solve`` answers a head by a method. Errors are measured where ``compare`` says
+    that the methods answer what exact attention does, and where a row of it is quickly
+    computed.
     """
-    solve = solve or _by_itself
     n, m, _, _ = head.sizes
     streams = rng.spawn(len(candidates) + 1)
     count = min(n, _LOGITS // max(m, 1)) if compare else 0
@@ -176,12 +174,6 @@ def _timed(
     start = time.perf_counter()
     answer = solve(method, head, tol, guarantee, rng)
     return time.perf_counter() - start, answer
-
-
-def _by_itself(
-    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-) -> HeadAnswer:
-    return method.solve(head, tol, guarantee, rng)
 
 
 def _error(answer: HeadAnswer, rows: Array, truth: Array) -> float:

@@ -126,8 +126,7 @@ class ExactHead:
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
         """What is promised of the sample of queries."""
-        found = self.answer(self.sample, tol, guarantee, rng)
-        return Certificate(found.error, found.failure, found.norm, found.source)
+        return self.answer(self.sample, tol, guarantee, rng).certificate
 
     def pack(self) -> Packed:
         """Arrays and plain values."""
@@ -205,18 +204,14 @@ class SummedHead:
         return replace(self, probes=self.probes.told(*told))
 
     def answer(
-        self,
-        query: Array,
-        tol: float,
-        guarantee: str,  # noqa: ARG002
-        rng: np.random.Generator,  # noqa: ARG002
+        self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Answer queries; refuse where the probes miss ``tol``, and far queries."""
-        sampled = self.probes.error()
-        if not sampled.upper <= tol:
+        promise = self.certificate(tol, guarantee, rng)
+        if not promise.error <= tol:
             raise RefusalError(
                 f"{self.plan.method} misses tol={tol:g} after {self.count} keys: "
-                f"{sampled.upper:.2e} is certified ({sampled.source}); prepare anew "
+                f"{promise.error:.2e} is certified ({promise.source}); prepare anew "
                 "with queries and keys like those to come, more functions, a larger "
                 "tol, or method=Exact()"
             )
@@ -227,14 +222,7 @@ class SummedHead:
             _check_near(good, self.plan.method)
             summed = value, logarithm
             found = join(summed, found) if self.tail.count else summed
-        return HeadAnswer(
-            *head.finish(*found),
-            sampled.upper,
-            FAILURE,
-            "relative-frobenius",
-            sampled.source,
-            self.plan,
-        )
+        return HeadAnswer.under(promise, *head.finish(*found), self.plan)
 
     def certificate(
         self,

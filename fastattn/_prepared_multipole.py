@@ -214,8 +214,7 @@ class MultipoleHead:
         if self.rows is not None and self.rows.serves(1, self.kept):
             # those that are exact because they are many promise more than one does
             sample = sample[:1, :]
-        found = self.answer(sample, tol, guarantee, rng)
-        return Certificate(found.error, found.failure, found.norm, found.source)
+        return self.answer(sample, tol, guarantee, rng).certificate
 
     def pack(self) -> Packed:
         """Arrays and plain values."""

@@ -9,10 +9,11 @@ import numpy as np
 from fastattn._costs import exact_work, lowrank_work, polynomial_work, seconds
 from fastattn._frame import Sample
 from fastattn._kept import Kept
+from fastattn._pieces import PIECES
 from fastattn._planner import Auto
 from fastattn._prepared_heads import ExactHead, PreparedHead, SummedHead, refused_share
 from fastattn._prepared_multipole import MultipoleHead
-from fastattn._prepared_proven import PIECES, ProvenHead
+from fastattn._prepared_proven import ProvenHead
 from fastattn._probes import FEWEST_QUERIES, PROBES, Probes, Split
 from fastattn._problem import Head, Method, Plan
 from fastattn._recipes import Recipe

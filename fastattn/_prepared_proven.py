@@ -5,17 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._pieces import count_pieces, pieces
 from fastattn._problem import Head, HeadAnswer, Plan
-from fastattn._proven import PIECE
 from fastattn._recipes import Recipe
 from fastattn._rounding import largest_entries, largest_norm
 from fastattn._sums import MonomialSums, Packed, pack_sums
 from fastattn.transforms import Transform
 from sketching._lib.arrays import Array, array_namespace, to_host
 from sketching._lib.certificate import Certificate, RefusalError
-
-# sums that may be added up: the bound allows for their rounding
-PIECES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,25 +140,18 @@ class ProvenHead:
                 "value: entries lie outside the range of those that the bound was "
                 "proven for: prepare with values of that range, or use method=Exact()"
             )
-        sums = self.sums
-        starts = range(0, key.shape[0], PIECE)
-        for start in starts:
-            rows = slice(start, min(start + PIECE, key.shape[0]))
+        sums, cut = self.sums, list(pieces(key.shape[0]))
+        for rows in cut:
             sums = sums.insert(key[rows, :], value[rows, :])
-        return self._counted(sums, len(starts))
+        return self._counted(sums, len(cut))
 
     def merge(self, other: "ProvenHead") -> "ProvenHead":
         """Add the keys of another structure of the same plan."""
         return self._counted(self.sums.merge(other.sums), other.pieces)
 
-    def _counted(self, sums: MonomialSums, pieces: int) -> "ProvenHead":
-        pieces += self.pieces
-        if pieces > PIECES:
-            raise RefusalError(
-                f"more than {PIECES} inserts: the bound allows for no more roundings; "
-                "insert more keys at once, or use guarantee='sampled'"
-            )
-        return replace(self, sums=sums, pieces=pieces)
+    def _counted(self, sums: MonomialSums, more: int) -> "ProvenHead":
+        count = count_pieces(self.pieces, more, "guarantee='sampled'")
+        return replace(self, sums=sums, pieces=count)
 
     def answer(
         self,
@@ -185,15 +175,7 @@ class ProvenHead:
         else:
             none = Head(query, query[:0, :], query[:0, : len(self.low)], 1.0)
             value, logarithm = none.attend()
-        bound = self.certificate(0.0, "proven", np.random.default_rng(0))
-        return HeadAnswer(
-            *head.finish(value, logarithm),
-            bound.error,
-            bound.failure,
-            bound.norm,
-            bound.source,
-            self.plan,
-        )
+        return HeadAnswer.under(self._bound, *head.finish(value, logarithm), self.plan)
 
     def certificate(
         self,
@@ -201,7 +183,11 @@ class ProvenHead:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Certificate:
-        """The proven bound."""
+        """The proven bound, whatever is asked for."""
+        return self._bound
+
+    @property
+    def _bound(self) -> Certificate:
         return Certificate(
             self.sums.recipe.bound,
             0.0,

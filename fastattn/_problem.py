@@ -15,6 +15,7 @@ from sketching._lib.arrays import (
     place_of,
     to_host,
 )
+from sketching._lib.certificate import Certificate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,6 +166,20 @@ class HeadAnswer:
     norm: str
     source: str
     plan: Plan
+
+    @staticmethod
+    def under(
+        certificate: Certificate, value: Array, log_normalizer: Array, plan: Plan
+    ) -> "HeadAnswer":
+        """Join an answer with a promise that was made before it."""
+        c = certificate
+        promise = c.error, c.failure, c.norm, c.source
+        return HeadAnswer(value, log_normalizer, *promise, plan)
+
+    @property
+    def certificate(self) -> Certificate:
+        """What is promised."""
+        return Certificate(self.error, self.failure, self.norm, self.source)
 
 
 class Method(Protocol):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.cpu.blocks import ROWS
+from fastattn._pieces import PIECE
 from fastattn._problem import Head
 from fastattn._recipes import Recipe, check_rank, sample_rows
 from fastattn._rounding import (
@@ -44,8 +45,6 @@ from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import RefusalError
 
 _LARGEST_TILT = 60.0
-# keys of a sum that is made at once, where several are added up
-PIECE = 4096
 # fewest keys that exact attention sums before it rescales
 _LEAST_BLOCK = 320
 

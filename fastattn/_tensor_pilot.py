@@ -130,16 +130,7 @@ def _recipe(
     bound = min(max(extent.bound, NARROWEST), LARGEST_BOUND)
     coefficients = shifted(coefficients_of(method.basis, degree, bound), extent.center)
     index = index_set(extent, coefficients, method.rank)
-    return TensorRecipe(
-        extent.maps,
-        index,
-        coefficients,
-        extent.center,
-        dtype,
-        math.inf,
-        extent.low,
-        extent.high,
-    )
+    return TensorRecipe.over(extent, index, coefficients, dtype, math.inf)
 
 
 def _narrowed(extent: Extent, some: TensorHead) -> Extent:

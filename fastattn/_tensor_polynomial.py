@@ -18,6 +18,7 @@ from fastattn._costs import polynomial_work, seconds
 from fastattn._ops.cpu.blocks import ROWS
 from fastattn._ops.monomials import means, moments
 from fastattn._ops.tensor_prefixes import prefix_means
+from fastattn._pieces import PIECE
 from fastattn._problem import Plan
 from fastattn._recipes import check_rank
 from fastattn._rounding import (
@@ -46,8 +47,6 @@ from sketching._lib.certificate import RefusalError
 
 # the least half width of an interval of logits
 NARROWEST = 1e-3
-# keys of a factor that are summed at once, where several sums are added up
-PIECE = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +82,16 @@ class TensorRecipe:
     low: float
     high: float
     predicted: float = math.nan
+
+    @staticmethod
+    def over(
+        extent: Extent, index: IndexSet, coefficients: Array, dtype: Any, bound: float
+    ) -> "TensorRecipe":
+        """Describe a polynomial on the interval and in the coordinates of an extent."""
+        interval = extent.low, extent.high
+        return TensorRecipe(
+            extent.maps, index, coefficients, extent.center, dtype, bound, *interval
+        )
 
     @property
     def degree(self) -> int:
@@ -263,16 +272,7 @@ def bounded_recipe(
     if _fits(head, extent, max(lengths) * absolute, degree, dtype):
         terms += (degree + 2) * head.order * 2 + len(index) + 8
         error = _error(head, extent, absolute, delta, terms, dtype)
-    return TensorRecipe(
-        extent.maps,
-        index,
-        coefficients,
-        extent.center,
-        dtype,
-        error,
-        extent.low,
-        extent.high,
-    )
+    return TensorRecipe.over(extent, index, coefficients, dtype, error)
 
 
 def index_set(extent: Extent, coefficients: Array, rank: int | None) -> IndexSet:

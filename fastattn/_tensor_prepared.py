@@ -79,8 +79,7 @@ class TensorExactHead:
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
         """What is promised of the sample of queries."""
-        found = self.answer(self.sample, tol, guarantee, rng)
-        return Certificate(found.error, found.failure, found.norm, found.source)
+        return self.answer(self.sample, tol, guarantee, rng).certificate
 
     def pack(self) -> Packed:
         """Arrays and plain values."""

@@ -7,12 +7,13 @@ import numpy as np
 
 from fastattn._costs import exact_work, polynomial_work, seconds
 from fastattn._kept import Kept
+from fastattn._pieces import PIECES
 from fastattn._planner import Auto
 from fastattn._problem import Method, Plan
 from fastattn._tensor_extent import Extent
 from fastattn._tensor_polynomial import TensorRecipe, check_basis, proven_recipe
 from fastattn._tensor_prepared import TensorExactHead
-from fastattn._tensor_prepared_sums import PIECES, TensorSumsHead
+from fastattn._tensor_prepared_sums import TensorSumsHead
 from fastattn._tensor_problem import TensorHead
 from fastattn.exact import Exact
 from fastattn.polynomial import Polynomial

@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._pieces import count_pieces, pieces
 from fastattn._problem import HeadAnswer, Plan
 from fastattn._sums import Packed
 from fastattn._tensor_extent import Extent, row_norms
-from fastattn._tensor_polynomial import PIECE, TensorRecipe
+from fastattn._tensor_polynomial import TensorRecipe
 from fastattn._tensor_problem import TensorHead
 from fastattn.expansions import IndexSet
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import Certificate, RefusalError
 
-# sums of one factor that may be added up: the bound allows for their rounding
-PIECES = 1 << 20
 # norms of the same rows in blocks of another size are rounded apart by less
 _GIVE = 1 + 1e-13
 
@@ -152,13 +151,11 @@ class TensorSumsHead:
         weights = self.largest[factor + 1], self.terms
         self.keys[factor].check(f"keys[{factor}]", key, weights)
         self.values[factor].check(f"values[{factor}]", value)
-        total = self.totals[factor]
-        starts = range(0, key.shape[0], PIECE)
-        for start in starts:
-            rows = slice(start, min(start + PIECE, key.shape[0]))
+        total, cut = self.totals[factor], list(pieces(key.shape[0]))
+        for rows in cut:
             part = self.recipe.sums(factor, key[rows, :], value[rows, :])
             total = total + to_host(part).astype(np.float64)
-        return self._added(factor, total, key.shape[0], len(starts))
+        return self._added(factor, total, key.shape[0], len(cut))
 
     def merge(self, other: "TensorSumsHead") -> "TensorSumsHead":
         """Add the keys of another structure of the same plan, factor by factor."""
@@ -170,14 +167,10 @@ class TensorSumsHead:
         return merged
 
     def _added(
-        self, factor: int, total: Array, count: int, pieces: int
+        self, factor: int, total: Array, count: int, more: int
     ) -> "TensorSumsHead":
         """Replace the sums of a factor by those of so many more keys."""
-        if self.pieces[factor] + pieces > PIECES:
-            raise RefusalError(
-                f"more than {PIECES} inserts: the bound allows for no more roundings; "
-                "insert more keys at once, or use method=Exact()"
-            )
+        summed = count_pieces(self.pieces[factor], more, "method=Exact()")
         if not np.isfinite(total).all():
             raise RefusalError("sums over keys overflow: the inputs are too extreme")
 
@@ -188,7 +181,7 @@ class TensorSumsHead:
             self,
             totals=changed(self.totals, total),
             count=changed(self.count, self.count[factor] + count),
-            pieces=changed(self.pieces, self.pieces[factor] + pieces),
+            pieces=changed(self.pieces, summed),
         )
 
     def answer(
@@ -219,15 +212,7 @@ class TensorSumsHead:
         else:
             value = move(np.zeros((n, width)))
             logarithm = move(np.full(n, -np.inf))
-        bound = self.certificate(0.0, "proven", np.random.default_rng(0))
-        return HeadAnswer(
-            *head.finish(value, logarithm),
-            bound.error,
-            bound.failure,
-            bound.norm,
-            bound.source,
-            self.plan,
-        )
+        return HeadAnswer.under(self._bound, *head.finish(value, logarithm), self.plan)
 
     def certificate(
         self,
@@ -235,7 +220,11 @@ class TensorSumsHead:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Certificate:
-        """The proven bound."""
+        """The proven bound, whatever is asked for."""
+        return self._bound
+
+    @property
+    def _bound(self) -> Certificate:
         return Certificate(
             self.recipe.bound,
             0.0,

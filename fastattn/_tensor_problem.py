@@ -19,7 +19,7 @@ from sketching._lib.arrays import (
     plain,
 )
 from sketching._lib.certificate import Approximation
-from sketching._lib.validation import check_float_array, check_number
+from sketching._lib.validation import check_flag, check_float_array, check_number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,10 +160,7 @@ class TensorBatch:
                     f"{len(given)}"
                 )
         query, keys, values = _checked_arrays(query, keys, values)
-        if not isinstance(is_causal, (bool, np.bool_)):
-            raise TypeError(
-                f"is_causal: expected True or False, got {type(is_causal).__name__}"
-            )
+        is_causal = check_flag("is_causal", is_causal)
         shapes = [x.shape[:-2] for x in (query, *keys, *values)]
         for key, mask in zip(keys, masks, strict=True):
             if mask is not None:
@@ -177,7 +174,7 @@ class TensorBatch:
                 f"broadcast: {shapes}"
             ) from error
         factor = 1 / query.shape[-1] if scale is None else check_number("scale", scale)
-        return TensorBatch(query, keys, values, masks, factor, bool(is_causal), lead)
+        return TensorBatch(query, keys, values, masks, factor, is_causal, lead)
 
     @property
     def count(self) -> int:

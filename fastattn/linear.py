@@ -13,6 +13,7 @@ from fastattn.gradients import assembled, check_grad, unmasked
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import run_blocks
+from sketching._lib.validation import check_flag
 
 
 def linear_attention(
@@ -186,14 +187,6 @@ def check_map(feature_map: Any) -> None:
         )
 
 
-def check_normalize(normalize: Any) -> None:
-    """Raise ``TypeError`` unless the argument is a truth value."""
-    if not isinstance(normalize, (bool, np.bool_)):
-        raise TypeError(
-            f"normalize: expected True or False, got {type(normalize).__name__}"
-        )
-
-
 def check_decay(decay: Any) -> Array:
     """Return decays on the host; raise unless they are above 0 and up to 1."""
     rates = np.asarray(to_host(decay) if hasattr(decay, "shape") else decay)
@@ -225,7 +218,7 @@ def _heads(
     batch: Batch, feature_map: FeatureMap, decay: Any, normalize: bool
 ) -> list[LinearHead]:
     """Take the inputs apart into heads with their features."""
-    check_normalize(normalize)
+    check_flag("normalize", normalize)
     rates = _decays(batch, decay)
     features = Reader.of(feature_map, batch.query, batch.scale)
     parts = []

@@ -7,10 +7,10 @@ import numpy as np
 
 from fastattn._features import FeatureMap, Reader
 from fastattn._linear_sums import Sums, check_weights, finish
-from fastattn.linear import check_decay, check_map, check_normalize
+from fastattn.linear import check_decay, check_map
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.certificate import RefusalError
-from sketching._lib.validation import check_float_array, check_number
+from sketching._lib.validation import check_flag, check_float_array, check_number
 
 # numbers in the features of a block of keys
 _BLOCK = 1 << 22
@@ -83,7 +83,7 @@ class LinearState:
         self.feature_map = feature_map
         self.scale = None if scale is None else check_number("scale", scale)
         self.decay: Any = None if decay is None else check_decay(decay)
-        check_normalize(normalize)
+        check_flag("normalize", normalize)
         self.normalize = normalize
         self.count = 0
         self._features: Reader | None = None

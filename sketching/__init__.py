@@ -1,7 +1,8 @@
 """Random projections and distance structures."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from sketching._lib.exports import exports as _exports
 
 if TYPE_CHECKING:
     from sketching._lib.certificate import Approximation as Approximation
@@ -58,18 +59,5 @@ _HOMES = {
         "TensorSketch",
     ),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: object = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__all__, __getattr__, __dir__ = _exports(__name__, _HOMES)

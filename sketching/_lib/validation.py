@@ -20,6 +20,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` as a bool; raise ``TypeError`` unless it is one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return bool(value)
+
+
 def check_number(
     name: str, value: Any, *, above: float | None = None, least: float | None = None
 ) -> float:

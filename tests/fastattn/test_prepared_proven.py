@@ -82,7 +82,7 @@ def test_rows_beyond_the_extents_are_refused(rank):
 def test_more_sums_than_the_bound_allows_for_are_refused(monkeypatch):
     query, key, value = uniform()
     prepared = prepare(key, value, queries=query, tol=1e-2, guarantee="proven", rng=0)
-    monkeypatch.setattr("fastattn._prepared_proven.PIECES", 2)
+    monkeypatch.setattr("fastattn._pieces.PIECES", 2)
     prepared.insert(key[:1], value[:1])
     with pytest.raises(RefusalError, match="more than 2 inserts"):
         prepared.insert(key[:1], value[:1])

@@ -1,0 +1,26 @@
+"""Pieces of keys whose sums are added up under a bound that was proven before them."""
+
+from collections.abc import Iterator
+
+from sketching._lib.certificate import RefusalError
+
+# keys of a sum that is made at once, where several are added up
+PIECE = 4096
+# sums that may be added up: the bound allows for their rounding
+PIECES = 1 << 20
+
+
+def pieces(m: int) -> Iterator[slice]:
+    """Cut ``m`` rows into pieces."""
+    for start in range(0, m, PIECE):
+        yield slice(start, min(start + PIECE, m))
+
+
+def count_pieces(before: int, more: int, otherwise: str) -> int:
+    """Add numbers of pieces; raise ``RefusalError`` where they are too many."""
+    if before + more > PIECES:
+        raise RefusalError(
+            f"more than {PIECES} inserts: the bound allows for no more roundings; "
+            f"insert more keys at once, or use {otherwise}"
+        )
+    return before + more
