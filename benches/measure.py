@@ -52,7 +52,7 @@ def exponent(sizes: list[int], times: list[float]) -> float:
 
 @contextmanager
 def threads(count: int):
-    """Hold BLAS and torch to the same number of threads."""
+    """Hold BLAS, OpenMP and torch to the same number of threads."""
     # SciPy brings a BLAS of its own: one that comes later would not know the limit
     import scipy.linalg  # noqa: F401
     from threadpoolctl import threadpool_limits
@@ -60,7 +60,7 @@ def threads(count: int):
     torch = torch_or_none()
     if torch is not None:
         torch.set_num_threads(count)
-    with threadpool_limits(count, user_api="blas"):
+    with threadpool_limits(count):
         yield
 
 

@@ -20,17 +20,9 @@ from fastattn import (
 from fastattn._ops.tensor_mechanisms import attend_windows
 from tests import oracles
 from tests.laws import DTYPES
+from tests.tensor_inputs import problem
 
 PROVEN = {"guarantee": "proven", "rng": 0}
-
-
-def problem(lengths=(13, 9), n=11, d=5, p=3, seed=0, dtype=np.float64, size=1.0):
-    rng = np.random.default_rng(seed)
-    query, *keys = (
-        rng.uniform(-size, size, (m, d)).astype(dtype) for m in (n, *lengths)
-    )
-    values = tuple(rng.uniform(-1, 2, (m, p)).astype(dtype) for m in lengths)
-    return query, tuple(keys), values
 
 
 def by_pairs(query, keys, values, pairs, *, scale=None):
