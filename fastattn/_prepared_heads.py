@@ -275,7 +275,7 @@ def pack_probes(probes: Probes) -> Packed:
         value, logarithm = getattr(probes, name)
         arrays |= {f"probe_{name}": value, f"probe_{name}_log": logarithm}
     values = {"probe_scale": probes.scale, "tol": probes.tol, "margin": probes.margin}
-    return arrays, values
+    return arrays, {**values, "probe_mass": probes.mass}
 
 
 def unpack_probes(
@@ -295,6 +295,7 @@ def unpack_probes(
         answer,
         tail,
         arrays["probe_good"].astype(bool),
+        float(values["probe_mass"]),
     )
 
 

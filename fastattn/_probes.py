@@ -16,6 +16,7 @@ import numpy as np
 
 from fastattn._kept import bytes_of
 from fastattn._problem import Head
+from fastattn._rounding import cut_weights
 from fastattn._sampling import (
     FLOAT64_BELOW,
     TRUTH,
@@ -115,6 +116,8 @@ class Probes:
         Exact ones over the keys that are still kept.
     good : boolean array, shape (k,)
         The other probes are refused by the structure.
+    mass : float
+        Number of keys times their largest absolute value, summed over what came in.
     """
 
     query: Array
@@ -126,13 +129,14 @@ class Probes:
     answer: Answer
     tail: Answer
     good: Array
+    mass: float
 
     @staticmethod
     def of(split: Split, p: int, scale: float, tol: float, margin: float) -> "Probes":
         """Start without keys."""
         query, weight = split.probes, split.weight
         none, good = nothing(len(weight), p), np.ones(len(weight), bool)
-        return Probes(query, weight, scale, tol, margin, none, none, none, good)
+        return Probes(query, weight, scale, tol, margin, none, none, none, good, 0.0)
 
     @property
     def nbytes(self) -> int:
@@ -144,15 +148,17 @@ class Probes:
         """Forget the keys."""
         none = nothing(*self.truth[0].shape)
         good = np.ones(len(self.good), bool)
-        return replace(self, truth=none, answer=none, tail=none, good=good)
+        return replace(self, truth=none, answer=none, tail=none, good=good, mass=0.0)
 
     def with_kept(self, key: Array, value: Array) -> "Probes":
         """Take note of keys that are kept."""
-        return replace(self, tail=join(self.tail, self._exact(key, value)))
+        tail, mass = self._exact(key, value)
+        return replace(self, tail=join(self.tail, tail), mass=self.mass + mass)
 
     def with_summed(self, key: Array, value: Array) -> "Probes":
         """Take note of keys that were summed; ``told`` has to follow."""
-        return replace(self, truth=join(self.truth, self._exact(key, value)))
+        truth, mass = self._exact(key, value)
+        return replace(self, truth=join(self.truth, truth), mass=self.mass + mass)
 
     def fold(self) -> "Probes":
         """Take note that what was kept was summed; ``told`` has to follow."""
@@ -165,6 +171,7 @@ class Probes:
             self,
             truth=join(self.truth, other.truth),
             tail=join(self.tail, other.tail),
+            mass=self.mass + other.mass,
         )
 
     def told(self, value: Array, logarithm: Array, good: Array) -> "Probes":
@@ -201,6 +208,8 @@ class Probes:
         info = array_namespace(self.query).finfo
         upper += TRUTH * float(info(self._dtype).eps) * (1 + exponent)
         upper += float(info(self.query.dtype).eps) / 2
+        weight = self.weight[good]
+        upper += self._lost(unit * math.sqrt(float(np.average(sizes, weights=weight))))
         largest = math.sqrt(float(squares.max()))
         return SampledError(estimate, upper, self._source(estimate, largest))
 
@@ -239,7 +248,19 @@ class Probes:
             return xp.float64
         return compute_dtype(xp, self.query.dtype)
 
-    def _exact(self, key: Array, value: Array) -> Answer:
+    def _exact(self, key: Array, value: Array) -> tuple[Answer, float]:
+        """Answers over the given keys, and the mass of those."""
         head = Head(self.query, key, value, self.scale)
-        out, logarithm = head.attend(self._dtype)
-        return to_host(out).astype(np.float64), to_host(logarithm).astype(np.float64)
+        m = head.sizes[1]
+        out, logarithm = (to_host(x) for x in head.attend(self._dtype))
+        answer = out.astype(np.float64), logarithm.astype(np.float64)
+        return answer, m * head.largest_value if m else 0.0
+
+    def _lost(self, size: float) -> float:
+        """What weights that underflow may add to an answer of norm ``size``."""
+        if self.mass == 0:
+            return 0.0
+        xp = array_namespace(self.query)
+        lost = cut_weights(xp, compute_dtype(xp, self.query.dtype), 1) * self.mass
+        root = math.sqrt(self.truth[0].shape[1])
+        return root * lost / size if size > 0 else math.inf

@@ -62,6 +62,13 @@ class Head:
         return n * m if self.visible is None else int(self.xp.sum(self.visible))
 
     @property
+    def largest_value(self) -> float:
+        """The largest absolute value."""
+        xp = self.xp
+        low, high = (float(f(self.value)) for f in (xp.min, xp.max))
+        return max(-low, high)
+
+    @property
     def has_fast_body(self) -> bool:
         """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
         return place_of(self.query) is not None

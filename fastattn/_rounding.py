@@ -43,6 +43,14 @@ def smallest_number(xp: Any, dtype: Any) -> float:
     return float(info.smallest_normal) * float(info.eps)
 
 
+def cut_weights(xp: Any, dtype: Any, tuples: int) -> float:
+    """What weights below the least normal number add to a mean, relative to the values.
+
+    The fast exp clamps them there, in the sum of the weights and in that of the values.
+    """
+    return 4 * tuples * float(xp.finfo(dtype).smallest_normal)
+
+
 def largest_number(xp: Any, dtype: Any) -> float:
     """The largest finite number of ``dtype``."""
     return float(xp.finfo(dtype).max)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._problem import Head, host_rows
+from fastattn._rounding import cut_weights, smallest_number
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # the probability with which a sampled certificate is allowed to be wrong
@@ -159,6 +160,10 @@ def certify_rows(
     # rows are not sampled, but they too were rounded to the query's dtype
     eps = float(xp.finfo(head.dtype if settled is None else dtype).eps)
     own = float(xp.finfo(head.query.dtype).eps) / 2
+    # weights that underflow are missed here as they are in the answer
+    lost = lost_norm(
+        xp, head.dtype, head.query.dtype, head.sizes, head.largest_value, peak
+    )
 
     def judged(look: slice, before: Array, margin: float) -> tuple[SampledError, Array]:
         squares, exponent = _squares(head, value, rows[look], dtype, peak)
@@ -168,7 +173,8 @@ def certify_rows(
             return nothing, squares
         rounding = TRUTH * eps * (1 + exponent) + own
         weights = None if odds is None else counts[: len(squares)]
-        return judge(squares, weights, norm, len(others), rounding, margin), squares
+        judgement = judge(squares, weights, norm, len(others), rounding, margin, lost)
+        return judgement, squares
 
     found, squares = judged(slice(0, first), np.zeros(0), MARGIN)
     if second and found.estimate <= tol < found.upper:
@@ -232,6 +238,27 @@ def scaled_frobenius(x: Array) -> tuple[float, float]:
     return peak, math.sqrt(total)
 
 
+def lost_norm(
+    xp: Any,
+    dtype: Any,
+    own: Any,
+    sizes: tuple[int, int, int, int],
+    values: float,
+    peak: float,
+) -> float:
+    """Frobenius norm, in units of ``peak``, of what underflows in an exact answer.
+
+    Weights of ``values`` at most are cut off in ``dtype``, answers in their ``own``.
+    """
+    n, m, _, p = sizes
+    entry = 0.0
+    if m and values:
+        entry = cut_weights(xp, dtype, m) * values + smallest_number(xp, own) / 2
+    if entry == 0:
+        return 0.0
+    return math.sqrt(n * p) * entry / peak if peak > 0 else math.inf
+
+
 def judge(
     squares: Array,
     weights: Array | None,
@@ -239,10 +266,12 @@ def judge(
     n: int,
     rounding: float,
     margins: float,
+    lost: float = 0.0,
 ) -> SampledError:
     """Turn the squared errors of sampled rows into the statement about ``n`` rows.
 
-    Rows that were drawn with unequal odds, and with replacement, have ``weights``.
+    Rows that were drawn with unequal odds, and with replacement, have ``weights``. An
+    error of norm ``lost`` shows in no row.
     """
     count = len(squares)
     weighted = squares if weights is None else weights * squares
@@ -252,7 +281,7 @@ def judge(
     left_out = math.sqrt(1 - count / n) if weights is None else 1.0
     margin = margins * spread / math.sqrt(count) * left_out
     estimate = relative(math.sqrt(n * mean), answer)
-    upper = relative(math.sqrt(n * (mean + margin)), answer) + rounding
+    upper = relative(math.sqrt(n * (mean + margin)) + lost, answer) + rounding
     share = 1.0 if count == n and weights is None else FAILURE ** (1 / count)
     # rows are drawn at least so many times as often as with equal odds
     share = share if weights is None else 1 - (1 - share) / BLIND

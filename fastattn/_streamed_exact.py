@@ -16,6 +16,7 @@ from fastattn._file_rows import FileHead, Put, Step
 from fastattn._probes import join, nothing
 from fastattn._problem import Head, Plan
 from fastattn._rounding import (
+    cut_weights,
     deviation,
     largest_number,
     largest_row,
@@ -27,6 +28,7 @@ from fastattn._sampling import (
     MARGIN,
     TRUTH,
     judge,
+    lost_norm,
     relative,
     scaled_frobenius,
 )
@@ -83,7 +85,9 @@ def rounding_bound(head: FileHead, extent: _Extent, dtype: Any) -> float:
     exponent = norms[0] * norms[1] + math.log(m)
     eta = -math.log1p(-weights - sums) + 4 * u * (exponent + 1) + merges
     moved = 2 * extent.half * math.tanh(eta / 2)
-    own = deviation(weights, extent.half) + sums * extent.peak + 2 * size * tiny
+    cut = cut_weights(np, dtype, m)
+    own = deviation(weights + cut, extent.half) + (sums + cut) * extent.peak
+    own += 2 * size * tiny
     given = head.query.dtype
     out = unit_roundoff(np, given) * extent.peak + smallest_number(np, given)
     return own + moved + merges * extent.peak + out
@@ -154,7 +158,7 @@ def solve_exactly(
             error = relative(bound / answer.peak * root, answer.norm)
         if error <= tol:
             return Certificate(error, 0.0, "relative-frobenius", source), plan
-    return _sampled(head, rows, answer, tol), plan
+    return _sampled(head, rows, answer, extent.peak, tol), plan
 
 
 def _proven(head: FileHead, extent: _Extent, tol: float) -> tuple[Any, float]:
@@ -209,7 +213,9 @@ def _attend(
     return _Answer(peak, norm, exponent, np.concatenate(kept))
 
 
-def _sampled(head: FileHead, rows: Array, answer: _Answer, tol: float) -> Certificate:
+def _sampled(
+    head: FileHead, rows: Array, answer: _Answer, values: float, tol: float
+) -> Certificate:
     """Compare some rows with float64, in another pass over the keys."""
     n, own = head.sizes[0], head.query.dtype
     dtype = compute_dtype(np, own)
@@ -225,7 +231,8 @@ def _sampled(head: FileHead, rows: Array, answer: _Answer, tol: float) -> Certif
         )
     rounding = TRUTH * np.finfo(dtype).eps * (1 + answer.exponent)
     rounding += np.finfo(own).eps / 2
-    found = judge(squares, None, answer.norm, n, float(rounding), MARGIN)
+    lost = lost_norm(np, dtype, own, head.sizes, values, answer.peak)
+    found = judge(squares, None, answer.norm, n, float(rounding), MARGIN, lost)
     if found.upper > tol:
         raise RefusalError(
             f"tol={tol:g} is below what {dtype} holds for this head "

@@ -10,6 +10,7 @@ from fastattn._costs import exact_work, seconds
 from fastattn._problem import Head, HeadAnswer, Plan
 from fastattn._rounding import (
     EXP,
+    cut_weights,
     deviation,
     gamma,
     largest_number,
@@ -102,8 +103,9 @@ def _solve_sampled(
     if not error <= tol:
         raise RefusalError(
             f"tol={tol:g} is below what {_name(head.dtype)} holds for this head "
-            f"({error:.1e}, infinite where logits or sums overflow): pass float64 "
-            "arrays, a larger tol, or scale query, keys and values down"
+            f"({error:.1e}, infinite where logits or sums overflow, or the answer "
+            "underflows): pass float64 arrays, a larger tol, or scale query, keys and "
+            "values"
         )
     norm = "relative-frobenius"
     return HeadAnswer(value, normalizer, error, failure, norm, source, plan)
@@ -225,8 +227,7 @@ def rounding(
     exponent = (2 * levels + 1) * inner + levels * (sums + logarithm + EXP * u)
     weights = math.expm1(exponent) if exponent < 1 else math.inf
     sums = (2 * sums + 4 * u) * (levels + 1)
-    # an exp below the least normal number is cut off there
-    cut = 4 * tuples * float(head.xp.finfo(dtype).smallest_normal)
+    cut = cut_weights(head.xp, dtype, tuples)
     return (
         deviation(weights + cut, extent.half)
         + (sums + cut) * extent.peak

@@ -74,6 +74,11 @@ class TensorHead:
         return n, math.prod(self.lengths), d, self.values[0].shape[1]
 
     @property
+    def largest_value(self) -> float:
+        """Bound on the largest product of values."""
+        return math.prod(float(self.xp.max(self.xp.abs(x))) for x in self.values)
+
+    @property
     def has_fast_body(self) -> bool:
         """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
         return place_of(self.query) is not None

@@ -23,6 +23,7 @@ from fastattn._sampling import (
     MARGIN,
     TRUTH,
     SampledError,
+    lost_norm,
     relative,
     scaled_frobenius,
 )
@@ -214,11 +215,14 @@ def certify_few_rows(
     eps = float(head.xp.finfo(dtype).eps)
     rounding = TRUTH * eps * (1 + float(np.abs(normalizer).max()))
     rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
+    lost = lost_norm(
+        head.xp, dtype, head.query.dtype, head.sizes, head.largest_value, peak
+    )
     estimate = relative(math.sqrt(n * mean), norm)
     share = 1.0 if count == n else FAILURE ** (1 / count)
     return SampledError(
         estimate,
-        relative(math.sqrt(n * (mean + margin)), norm) + rounding,
+        relative(math.sqrt(n * (mean + margin)) + lost, norm) + rounding,
         f"{count} of {n} rows of {head.sizes[1]} tuples computed exactly after the "
         f"answer: estimated error {estimate:.2e}; with confidence {1 - FAILURE:.0%} at "
         f"least {share:.1%} of the rows err by at most "

@@ -11,6 +11,7 @@ from fastattn._costs import exact_work, seconds
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._rounding import (
     EXP,
+    cut_weights,
     deviation,
     gamma,
     largest_number,
@@ -109,8 +110,9 @@ class Exact:
         sampled = certify_rows(head, value, tol, rng, size=size)
         if math.isinf(sampled.upper):
             raise RefusalError(
-                f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}; "
-                "scale query, key or value down or pass float64 arrays"
+                f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
+                "the answer underflows; scale query, key or value or pass float64 "
+                "arrays"
             )
         if sampled.upper > tol:
             raise RefusalError(
@@ -172,8 +174,8 @@ def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     :math:`L = s \max\|q\| \max\|k\|`, an exp by 8u, and every rescaling of the running
     sums by another 8u: a relative error of the weights. The weighted sums add
     :math:`\gamma` of the number of terms, relative to the largest value. What
-    underflows adds the smallest number, what could overflow makes the bound infinite,
-    and so do sums that alone exceed ``most``.
+    underflows adds the smallest number, an exp the least normal one; what could
+    overflow makes the bound infinite, and so do sums that alone exceed ``most``.
     """
     xp, (_, m, d, _) = head.xp, head.sizes
     if m == 0:
@@ -189,7 +191,13 @@ def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     weights = weights_error(m, d, *norms, xp, dtype, is_fast=head.has_fast_body)
     own = head.query.dtype
     out = unit_roundoff(xp, own) * extent.peak + smallest_number(xp, own)
-    return deviation(weights, extent.half) + sums * extent.peak + 2 * m * tiny + out
+    cut = cut_weights(xp, dtype, m)
+    return (
+        deviation(weights + cut, extent.half)
+        + (sums + cut) * extent.peak
+        + 2 * m * tiny
+        + out
+    )
 
 
 def _blocks(m: int, is_fast: bool) -> int:

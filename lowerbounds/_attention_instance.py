@@ -138,14 +138,18 @@ class AttentionInstance:
             If the dtype of the output cannot hold numbers as small as the threshold.
         """
         x = self._flat("output", output)
-        least = float(np.finfo(x.dtype).tiny) * _HEADROOM
+        self.check_range(x.dtype)
+        return bool(x.max() > self.threshold)
+
+    def check_range(self, dtype: Any) -> None:
+        """Raise ``RefusalError`` if ``dtype`` holds no numbers around the threshold."""
+        least = float(np.finfo(dtype).tiny) * _HEADROOM
         if self.log_threshold < math.log(least):
             raise RefusalError(
-                f"output: {x.dtype} cannot tell numbers around "
+                f"output: {dtype} cannot tell numbers around "
                 f"10^{self.log_threshold / math.log(10):.0f}, take decide_log and the "
                 "logarithm of the output, or another construction"
             )
-        return bool(x.max() > self.threshold)
 
     def decide_log(self, log_output: Array) -> bool:
         """Read the answer off the logarithm of an output; minus infinity is 0."""

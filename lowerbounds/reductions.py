@@ -131,6 +131,8 @@ def decide(
         instance = reduce_to_attention(instance, construction=construction)
     if attention is None:
         return instance.decide_log(instance.log_output())
+    # before the work: exact attention would refuse it in other words
+    instance.check_range(instance.query.dtype)
     return instance.decide(attention(*instance.arguments, scale=instance.scale))
 
 

@@ -132,3 +132,46 @@ def test_a_tolerance_below_rounding_is_refused(rng):
     query, key, value = rng.standard_normal((3, 30, 4))
     with pytest.raises(RefusalError, match=r"tol=1e-18 cannot be proven: rounding in"):
         approximate(query, key, value, tol=1e-18, method=Exact(), guarantee="proven")
+
+
+def far_below(tuples=50, dtype="float64"):
+    """Only keys whose weights underflow have values: the answer is about 1e-546."""
+    query, key, value = (
+        np.ones((64, 1)),
+        np.full((tuples, 1), -1261.0),
+        np.ones((tuples, 1)),
+    )
+    key[0] = value[0] = 0.0
+    return tuple(x.astype(dtype) for x in (query, key, value))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("guarantee", ["sampled", "proven"])
+def test_weights_that_underflow_are_not_certified_away(dtype, guarantee):
+    query, key, value = far_below(dtype=dtype)
+    options = {"scale": 1.0, "method": Exact(), "rng": 0, "tol": 0.1}
+    if guarantee == "sampled":
+        # what is computed instead of nothing is off by its own size
+        with pytest.raises(RefusalError, match=r"underflows|below what"):
+            approximate(query, key, value, **options)
+    else:
+        # next to the values it is nothing
+        answer = approximate(query, key, value, guarantee="proven", **options)
+        assert np.abs(answer.value).max() <= answer.certificate.error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sampled_rows_do_not_hide_weights_that_underflow(dtype):
+    # as far down as the dtype holds, the answer is certified; below it is refused
+    query, key, value = far_below(dtype=dtype)
+    limit = -np.log(np.finfo(dtype).smallest_normal)
+    for share, is_refused in ((0.8, False), (1.0, True), (1.2, True)):
+        low = np.where(key != 0, -share * limit, 0).astype(dtype)
+        call = {"scale": 1.0, "method": Exact(), "rng": 0, "tol": 0.1}
+        if is_refused:
+            with pytest.raises(RefusalError, match=r"underflows|below what"):
+                approximate(query, low, value, **call)
+            continue
+        answer = approximate(query, low, value, **call)
+        weights = 49 * np.exp(low[1, 0].astype(np.longdouble))
+        assert answer.value == pytest.approx(np.full((64, 1), float(weights)), rel=0.1)

@@ -330,3 +330,14 @@ def test_numbers_that_overflow_are_refused(dtype):
             tensor_attention(
                 query * large, (keys[0] * large, keys[1]), values, method=method, rng=0
             )
+
+
+def test_tuples_whose_weights_underflow_are_not_certified_away():
+    # only they have values: the answer is about 1e-546
+    query, key, value = np.ones((64, 1)), np.full((50, 1), -1261.0), np.ones((50, 1))
+    key[0] = value[0] = 0
+    keys, values = (key, np.ones((3, 1))), (value, np.ones((3, 1)))
+    options = {"scale": 1.0, "rng": 0, "tol": 0.1}
+    for method in (None, Exact()):
+        with pytest.raises(RefusalError, match="underflows"):
+            approximate(query, keys, values, method=method, **options)

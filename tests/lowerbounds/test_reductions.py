@@ -230,7 +230,12 @@ def test_an_output_too_small_for_its_dtype_is_refused():
     made = reduce_to_attention(instance, construction="padded")
     assert made.threshold < 1e-250
     with pytest.raises(RefusalError, match="decide_log"):
-        made.decide(output_of(made))
+        made.decide(np.exp(made.log_output()))
+    with pytest.raises(RefusalError, match="decide_log"):
+        decide(made, EXACT)
+    # nor does exact attention answer: its own weights underflow
+    with pytest.raises(RefusalError, match="underflows"):
+        output_of(made)
     assert decide(made) is True
     # here float64 is enough, and float32 is not
     made = reduce_to_attention(draw("orthogonal", 2, 0), construction="padded")
