@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._linear_sums import LinearHead, extend, reciprocal
-from fastattn._ops.linear import prefix_products
+from fastattn._linear_sums import LinearHead, extend
+from fastattn._ops.linear import prefix_products, reciprocal
 from sketching._lib.arrays import Array, array_namespace, mover
 
 Slopes = tuple[Array, Array, Array]

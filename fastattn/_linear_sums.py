@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from fastattn._features import FeatureMap, Reader
-from fastattn._ops.linear import prefix_products
+from fastattn._ops.linear import divided, prefix_products
 from fastattn._problem import Head
 from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import run_blocks
 
 # features of a block of rows: as many numbers stay in cache; least and most rows
-_BLOCK = 1 << 17
-_ROWS = (64, 2048)
+_BLOCK = 1 << 18
+_ROWS = (64, 4096)
 # tasks, each with its own sums: a number that does not depend on the threads
 _TASKS = 16
 
@@ -90,13 +90,13 @@ def finish(
 ) -> tuple[Array, Array, Array]:
     """Turn sums of ``[value, 1]`` into values, sums of weights and logarithms."""
     xp = array_namespace(sums)
-    total = sums[..., -1:] + offset
-    log = xp.zeros_like(total) if row_log is None else row_log + key_log
+    value, total = sums[..., :-1], sums[..., -1] + offset
+    log = xp.zeros_like(total) if row_log is None else (row_log + key_log)[..., 0]
     if normalize:
-        value = sums[..., :-1] * reciprocal(total)
-    else:
-        value = sums[..., :-1] if row_log is None else sums[..., :-1] * xp.exp(log)
-    return value, total[..., 0], log[..., 0]
+        value, total = divided(sums, offset=offset)
+    elif row_log is not None:
+        value = value * xp.exp(log)[..., None]
+    return value, total, log
 
 
 def least_total(xp: Any, dtype: Any) -> float:
@@ -119,14 +119,6 @@ def check_weights(feature_map: FeatureMap, total: Array, sees: Array | None) -> 
             f"all weights of {count} rows vanish in {total.dtype}: logits are beyond "
             f"what {feature_map} serves; use attention() instead"
         )
-
-
-def reciprocal(total: Array) -> Array:
-    """One over each number, zero for zero."""
-    xp = array_namespace(total)
-    empty = total == 0
-    found = 1 / xp.where(empty, xp.ones_like(total), total)
-    return xp.where(empty, xp.zeros_like(total), found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from fastattn._features import Drawn, FeatureMap, Features
 from fastattn._linear_method import SoftmaxFeatures
 from fastattn._ops.linear import elu_plus_one, squares
-from sketching._lib.arrays import Array, array_namespace
+from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.validation import check_integer
 
 
@@ -210,7 +210,7 @@ def pairs_vjp(x: Array, slope: Array) -> Array:
 
 def _positive(x: Array) -> Array:
     xp = array_namespace(x)
-    return xp.maximum(x, xp.zeros_like(x[..., :1]))
+    return xp.maximum(x, xp.zeros((), dtype=x.dtype, device=device_of(x)))
 
 
 def _where_positive(x: Array, other: Array) -> Array:

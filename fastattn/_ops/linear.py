@@ -32,6 +32,24 @@ def exponentials(x: Array) -> tuple[Array, Array]:
 
 
 @op("cpu")
+def divided(sums: Array, *, offset: float) -> tuple[Array, Array]:
+    """Rows ``[sum, total]`` as ``sum / (total + offset)`` and ``total + offset``.
+
+    ``sums`` is ``(n, p + 1)``; a row whose total is zero gets zeros.
+    """
+    total = sums[..., -1:] + offset
+    return sums[..., :-1] * reciprocal(total), total[..., 0]
+
+
+def reciprocal(total: Array) -> Array:
+    """One over each number, zero for zero."""
+    xp = array_namespace(total)
+    empty = total == 0
+    found = 1 / xp.where(empty, xp.ones_like(total), total)
+    return xp.where(empty, xp.zeros_like(total), found)
+
+
+@op("cpu")
 def squares(x: Array) -> Array:
     """One, the entries of ``x``, their squares over ``sqrt(2)`` and their products.
 

@@ -20,7 +20,7 @@ from fastattn import (
     TensorSketch,
 )
 from fastattn._features import Drawn, Reader
-from fastattn._ops.linear import elu_plus_one, exponentials, squares
+from fastattn._ops.linear import divided, elu_plus_one, exponentials, squares
 from fastattn.random_features import KINDS
 from sketching import projections
 from tests import linear_kernels as kernels
@@ -359,6 +359,16 @@ class TestExponentials(MapOpLaws):
 
 class TestSquares(MapOpLaws):
     op = squares
+
+
+class TestDivided(MapOpLaws):
+    op = divided
+
+    def inputs(self, rng, dtype, n, m):
+        (sums,), _ = super().inputs(rng, dtype, n, m + 1)
+        # a row without weights
+        sums[0] = 0
+        return [sums], {"offset": 0.0}
 
 
 @pytest.mark.parametrize("op", [elu_plus_one, exponentials, squares])

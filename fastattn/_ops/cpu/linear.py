@@ -25,6 +25,17 @@ def exponentials(x):
     return out, peak
 
 
+def divided(sums, *, offset):
+    *lead, width = sums.shape
+    out = np.empty((*lead, width - 1), sums.dtype)
+    total = np.empty(lead, sums.dtype)
+    rows = np.ascontiguousarray(sums).reshape(-1, width)
+    _divided(
+        rows, sums.dtype.type(offset), out.reshape(-1, width - 1), total.reshape(-1)
+    )
+    return out, total
+
+
 def squares(x):
     x = np.ascontiguousarray(x)
     d = x.shape[-1]
@@ -104,6 +115,17 @@ def _elu_plus_one(x, out):
     for i in range(x.size):
         above: Any = maximum(x[i], x[i] * 0)
         out[i] = above + exp(x[i] - above)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _divided(sums, offset, out, total):
+    for i in range(sums.shape[0]):
+        row, result = sums[i], out[i]
+        whole = row[-1] + offset
+        total[i] = whole
+        factor = 1 / whole if whole != 0 else whole
+        for j in range(result.size):
+            result[j] = row[j] * factor
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
