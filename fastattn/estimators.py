@@ -62,9 +62,9 @@ class _Sampler(
 class RandomFeatureSampler(_Sampler):
     r"""Random features of the Gaussian kernel :math:`e^{-\gamma |x - y|^2}`.
 
-    They are those of :class:`RandomFeatures` over :math:`e^{|x|^2/2}`, for rows times
-    :math:`\sqrt{2\gamma}`: with orthogonal directions, and without an offset, their
-    variance is below that of scikit-learn's ``RBFSampler``.
+    They are those of :class:`fastattn.RandomFeatures` over :math:`e^{|x|^2/2}`, for
+    rows times :math:`\sqrt{2\gamma}`: with orthogonal directions, and without an
+    offset, their variance is below that of scikit-learn's ``RBFSampler``.
 
     Parameters
     ----------
@@ -74,9 +74,9 @@ class RandomFeatureSampler(_Sampler):
         Number of features. Kinds with two features for each direction leave the last
         one out where the number is odd.
     kind : {"trigonometric", "positive", "hyperbolic"}
-        As in :class:`RandomFeatures`.
+        As in :class:`fastattn.RandomFeatures`.
     orthogonal : bool, default True
-        As in :class:`RandomFeatures`.
+        As in :class:`fastattn.RandomFeatures`.
     random_state : int, RandomState instance or None, default None
         Where the directions come from.
 

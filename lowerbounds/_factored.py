@@ -1,4 +1,4 @@
-"""What a factored method needs of a softmax matrix: its rank, or a polynomial's degree.
+"""What polynomials need of a softmax matrix: a degree, and so a rank.
 
 A method that computes ``U (W^T V)`` with r columns answers as if the softmax matrix had
 rank r. Polynomials of degree g in d coordinates are such a method with
@@ -51,32 +51,6 @@ class Factors:
         return min(low for low, _ in ends), max(high for _, high in ends)
 
 
-def numerical_ranks(
-    factors: Factors, exponent: float, errors: tuple[float, ...]
-) -> list[int]:
-    r"""Least rank that any factored method needs for an additive error.
-
-    Where a matrix differs from the softmax matrix, random signs for values, and their
-    products, make an error in each row whose mean square is the squared norm of the
-    difference. If all values in [-1, 1] err by at most ``error``, no row differs by
-    more than that in Euclidean norm. With a matrix of rank r the squares of the
-    singular values beyond the first r sum to at most n times the square of ``error``.
-    """
-    n = len(factors.query)
-    peak = np.full((n, 1), -np.inf)
-    for block in factors.blocks():
-        np.maximum(peak, block.max(axis=1, keepdims=True), out=peak)
-    gram, total = np.zeros((n, n)), np.zeros(n)
-    for block in factors.blocks():
-        weights = np.exp(exponent * (block - peak))
-        total += weights.sum(axis=1)
-        gram += weights @ weights.T
-    squares = np.linalg.eigvalsh(gram / np.outer(total, total)).clip(0)
-    # ascending: entry i is what the i smallest sum to
-    tails = np.sqrt(np.concatenate([[0.0], np.cumsum(squares)]) / n)
-    return [n - int(np.flatnonzero(tails <= error)[-1]) for error in errors]
-
-
 def polynomial_outputs(
     logits: Array, worth: Array, low: float, high: float, degree: int
 ) -> Array:
@@ -84,22 +58,30 @@ def polynomial_outputs(
 
     ``logits`` lie between ``low`` and ``high``; ``worth`` has the value of each tuple.
     """
-    from scipy.special import ive
-
-    half = max((high - low) / 2, 1e-12)
-    coefficients = 2 * ive(np.arange(degree + 1), half)
-    coefficients[0] /= 2
-    t = (logits - (low + high) / 2) / half
-    before, now = np.ones_like(t), t
-    sums = np.zeros((2, len(t)))
-    found = []
-    for coefficient in coefficients:
-        sums += coefficient * np.stack([before @ worth, before.sum(axis=1)])
+    sums, found = np.zeros((2, len(logits))), []
+    for coefficient, term in expansion(logits, low, high, degree):
+        sums += coefficient * np.stack([term @ worth, term.sum(axis=1)])
         # a sum of weights that vanishes gives no answer at this degree
         with np.errstate(divide="ignore", invalid="ignore"):
             found.append(sums[0] / sums[1])
-        before, now = now, 2 * t * now - before
     return np.array(found)
+
+
+def expansion(
+    logits: Array, low: float, high: float, degree: int
+) -> Iterator[tuple[float, Array]]:
+    """Coefficients and terms of the Chebyshev expansion of exp over an interval.
+
+    They are in units of the exponential at the upper end.
+    """
+    from scipy.special import ive
+
+    half = max((high - low) / 2, 1e-12)
+    t = (logits - (low + high) / 2) / half
+    before, now = np.ones_like(t), t
+    for i, coefficient in enumerate(ive(np.arange(degree + 1), half)):
+        yield (2 if i else 1) * float(coefficient), before
+        before, now = now, 2 * t * now - before
 
 
 def degree_errors(

@@ -77,8 +77,8 @@ def audit_methods(
     ----------
     methods : mapping of str to callable
         Each takes an `AttentionInstance` and returns an output or an approximation
-        with its certificate; a `RefusalError` counts as a refusal. `at_allowed_error`
-        makes one of a method of the library.
+        with its certificate; a `fastattn.RefusalError` counts as a refusal.
+        `at_allowed_error` makes one of a method of the library.
     families : mapping of str to iterable of VectorInstance or AttentionInstance
         The instances.
     construction : str

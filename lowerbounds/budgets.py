@@ -11,6 +11,9 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer, check_number
 
+# logits that are held at a time
+_BLOCK = 1 << 22
+
 
 def polynomial_within(rank: int) -> Decider:
     """Make a decider of the largest polynomial with so many monomials.
@@ -39,18 +42,31 @@ def polynomial_within(rank: int) -> Decider:
     rank = check_integer("rank", rank, least=1)
 
     def decider(made: AttentionInstance) -> Array:
-        d, degree = made.query.shape[1], 0
-        while degree < LARGEST_DEGREE and math.comb(d + degree + 1, d) <= rank:
-            degree += 1
-        logits = made.logits()
-        low, high = float(logits.min()), float(logits.max())
+        degree = degree_within(made.query.shape[1], rank)
         worth = made.products_of_values()
-        output = polynomial_outputs(logits, worth, low, high, degree)[-1]
+        step = max(1, _BLOCK // len(worth))
+        blocks = [slice(i, i + step) for i in range(0, len(made.query), step)]
+        ends = [(float(x.min()), float(x.max())) for x in map(made.logits, blocks)]
+        low, high = min(x for x, _ in ends), max(x for _, x in ends)
+        output = np.concatenate(
+            [
+                polynomial_outputs(made.logits(x), worth, low, high, degree)[-1]
+                for x in blocks
+            ]
+        )
         if not np.isfinite(output).all():
             raise RefusalError(f"weights of degree {degree} sum to 0 in some row")
         return output
 
     return decider
+
+
+def degree_within(d: int, rank: int) -> int:
+    """Find the largest degree in d coordinates with so many monomials."""
+    degree = 0
+    while degree < LARGEST_DEGREE and math.comb(d + degree + 1, d) <= rank:
+        degree += 1
+    return degree
 
 
 def best_of_rank(rank: int) -> Decider:

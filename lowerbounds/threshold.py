@@ -19,11 +19,11 @@ from lowerbounds._factored import (
     Factors,
     degree_errors,
     least_degree,
-    numerical_ranks,
     predicted_errors,
     rank_of_degree,
 )
 from lowerbounds._instance import VectorInstance
+from lowerbounds._spectra import numerical_ranks
 from lowerbounds.satisfiability import from_cnf, random_formula
 from lowerbounds.vectors import gap_inner_product, least_dimension, orthogonal_vectors
 from sketching._lib.arrays import Array
@@ -48,9 +48,9 @@ class ThresholdRow:
         B over ``(ln n) ** (1 / k)``, and B.
     error : float
         The additive error to be reached, for values in [-1, 1].
-    numerical_rank : int or None
-        The rank that every factored method needs, by singular values; None where they
-        were not computed.
+    numerical_rank, numerical_rank_most : int or None
+        The rank that every factored method needs is at least the first, and what the
+        singular values need is at most the second; None where they were not looked at.
     degree, rank : float
         The least degree of a polynomial that reaches the error on these inputs,
         interpolated between whole ones, and the number of its monomials.
@@ -75,6 +75,7 @@ class ThresholdRow:
     entry_bound: float
     error: float
     numerical_rank: int | None
+    numerical_rank_most: int | None
     degree: float
     rank: float
     predicted_degree: float
@@ -90,6 +91,7 @@ def threshold_sweep(
     errors: Iterable[float] = (1e-1, 1e-2, 1e-3),
     dimension: float = 1.0,
     largest_spectrum: int = 4096,
+    largest_bracket: int = 8192,
     queries: int = 256,
     rng: RandomSource = None,
     progress: Callable[[ThresholdRow], object] | None = None,
@@ -114,7 +116,9 @@ def threshold_sweep(
     dimension : float
         Coordinates over ln n in the family of bounded entries; the others need more.
     largest_spectrum : int
-        Singular values are computed up to this n.
+        All singular values are computed up to this n, where fewer do not tell the rank.
+    largest_bracket : int
+        For larger n up to this one, order 2 alone, the numerical rank has a bracket.
     queries : int
         The polynomials' error is the largest over the first so many queries.
     rng : int, Generator or None
@@ -155,7 +159,13 @@ def threshold_sweep(
         for name in families:
             factors = factors_of(name, order, n, dimension, rng)
             sweep = _Sweep(
-                name, factors, factors.extent(), errors, n <= largest_spectrum, queries
+                family=name,
+                factors=factors,
+                extent=factors.extent(),
+                errors=errors,
+                queries=queries,
+                largest_spectrum=largest_spectrum,
+                largest_bracket=largest_bracket if order == 2 else 0,
             )
             for ratio in ratios:
                 for row in sweep.measure(ratio):
@@ -210,8 +220,9 @@ class _Sweep:
     factors: Factors
     extent: tuple[float, float]
     errors: tuple[float, ...]
-    spectrum: bool
     queries: int
+    largest_spectrum: int
+    largest_bracket: int
 
     def measure(self, ratio: float) -> list[ThresholdRow]:
         """Everything about one entry bound, a row for each error."""
@@ -221,11 +232,9 @@ class _Sweep:
             self.factors, exponent, LARGEST_DEGREE, self.queries, self.extent
         )
         predicted = predicted_errors(exponent, LARGEST_DEGREE)
-        ranks: list[int | None] = [None] * len(self.errors)
-        if self.spectrum:
-            ranks = list(numerical_ranks(self.factors, exponent, self.errors))
+        ranks = self.numerical_ranks(exponent)
         rows = []
-        for error, rank in zip(self.errors, ranks, strict=True):
+        for error, (low, high) in zip(self.errors, ranks, strict=True):
             degree = least_degree(realised, error)
             formula = least_degree(predicted, error)
             rows.append(
@@ -237,7 +246,8 @@ class _Sweep:
                     ratio=ratio,
                     entry_bound=exponent ** (1 / order),
                     error=error,
-                    numerical_rank=rank,
+                    numerical_rank=low,
+                    numerical_rank_most=high,
                     degree=degree,
                     rank=rank_of_degree(d, degree),
                     predicted_degree=formula,
@@ -245,3 +255,11 @@ class _Sweep:
                 )
             )
         return rows
+
+    def numerical_ranks(self, exponent: float) -> Iterable[tuple[int | None, ...]]:
+        """Both ends for each error; nothing of matrices that are too large."""
+        if len(self.factors.query) > max(self.largest_spectrum, self.largest_bracket):
+            return [(None, None)] * len(self.errors)
+        return numerical_ranks(
+            self.factors, exponent, self.errors, self.largest_spectrum
+        )

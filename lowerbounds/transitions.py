@@ -10,7 +10,12 @@ import numpy as np
 from lowerbounds.threshold import ThresholdRow
 
 # the share of n that a rank crosses: no matrix has a numerical rank of more than n
-SHARES = {"rank": 1.0, "predicted_rank": 1.0, "numerical_rank": 0.25}
+SHARES = {
+    "rank": 1.0,
+    "predicted_rank": 1.0,
+    "numerical_rank": 0.25,
+    "numerical_rank_most": 0.25,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +27,8 @@ class Transition:
     order, family, error
         As in `ThresholdRow`.
     measure : str
-        The rank, a field of `ThresholdRow`: of the numerical one it is n / 4 that is
-        crossed.
+        The rank, a field of `ThresholdRow`: of the numerical ones it is n / 4 that is
+        crossed. The two ends of the numerical rank cross at the ends of a bracket.
     sizes : tuple of int
         The n at which the sweep crosses.
     locations : tuple of float
@@ -138,7 +143,7 @@ def fit_locations(
         measure=measure,
         sizes=tuple(int(n) for n in sizes),
         locations=tuple(float(x) for x in places),
-        location=float(places.mean()),
+        location=float(places.mean()) if len(places) else math.nan,
         spread=float(places.std(ddof=1)) if len(places) > 1 else math.nan,
         exponent=slope,
         exponent_error=slope_error,
