@@ -1,10 +1,12 @@
 """The study of clusters and classes: k-means in a metric, votes in learned ones."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 
 from benches.measure import Ratio, faster
+from benches.parts import rows_of
 from sketching import (
     HingeGradient,
     Itml,
@@ -20,15 +22,27 @@ RIDGE = 1e-3
 NEIGHBORS = 5
 
 
-def clustering(*, quick):
-    """k-means against whitening and scikit-learn's; accuracy of classes by metric."""
-    n = 10_000 if quick else 200_000
-    rows = []
-    for side, k in ((8, 64), (5, 256)):
-        rows += _kmeans(f"patches {side}x{side}", patches(n, side), k, quick)
+def clustering(*, quick, results):
+    """k-means against whitening and scikit-learn's; accuracy of classes by metric.
+
+    The rows of each part are kept: a run that was stopped goes on from there.
+    """
+    n = 2_000 if quick else 200_000
+    parts = {
+        f"patches {side}x{side}": partial(_of_patches, n, side, k, quick)
+        for side, k in (((8, 64),) if quick else ((8, 64), (5, 256)))
+    }
+    parts |= {"digits": lambda: _of_digits(quick), "classes": lambda: _classes(quick)}
+    return rows_of(clustering, parts, quick=quick, results=results)
+
+
+def _of_patches(n, side, k, quick):
+    return _kmeans(f"patches {side}x{side}", patches(n, side), k, quick)
+
+
+def _of_digits(quick):
     name, images, _ = digits()
-    rows += _kmeans(name, images, 10, quick)
-    return rows + _classes(quick)
+    return _kmeans(name, images[::5] if quick else images, 10, quick)
 
 
 def patches(n, side):
@@ -106,11 +120,13 @@ def _classes(quick):
     from sklearn.model_selection import train_test_split
 
     name, images, labels = digits()
+    if quick:
+        images, labels = images[::5], labels[::5]
     x, held, y, truth = train_test_split(
         images.astype(np.float64), labels, test_size=0.3, random_state=0
     )
     rows, scores = [], {}
-    for what, metric in _metrics(x, y, 2000 if quick else 20_000).items():
+    for what, metric in _metrics(x, y, 300 if quick else 20_000).items():
         model = MahalanobisKNeighborsClassifier(NEIGHBORS, metric=metric).fit(x, y)
         scores[what] = model.score(held, truth)
         ratio = scores[what] / scores["Euclidean"]

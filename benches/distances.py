@@ -1,24 +1,44 @@
-"""The study of distances: exact scans, updates, neighbours, sketches under attack."""
+"""The study of distances: exact scans, updates, neighbours and sketches."""
+
+from functools import partial
 
 import numpy as np
 
 from benches.measure import faster
-from sketching import Adaptive, Exact, Filter, MahalanobisIndex, MahalanobisMetric
+from benches.parts import rows_of
+from sketching import (
+    Adaptive,
+    Exact,
+    Filter,
+    Lego,
+    MahalanobisIndex,
+    MahalanobisMetric,
+)
+from sketching._ops.distances import row_products
 
 EPS = 0.3
 SAMPLED = {"rows": 64, "sampled": 9}
 
 
-def distances(*, quick):
-    """Times over named opponents; every answer is checked before it is timed."""
-    rng = np.random.default_rng(0)
-    n = 5000 if quick else 50_000
-    rows = _exact(rng, n, 784) + _updates(rng, n, 784)
-    rows += _neighbours(quick) + _filtered(rng, n, 2048 // (4 if quick else 1))
-    rows += _adaptive(rng, n, 512 if quick else 2048)
-    if not quick:
-        rows += _adaptive(rng, 20_000, 8192)
-    return rows + _attack(400 if quick else 4000)
+def distances(*, quick, results):
+    """Times over named opponents; every answer is checked before it is timed.
+
+    The rows of each part are kept: a run that was stopped goes on from there.
+    """
+    n, wide = (5000, 512) if quick else (50_000, 2048)
+    sizes = (wide,) if quick else (wide, 8192)
+    parts = {
+        "exact scans": lambda: _exact(_rng(), n, 784),
+        "updates": lambda: _updates(_rng(), n, 784),
+        "neighbours": lambda: _neighbours(quick),
+        "filter": lambda: _filtered(_rng(), n, wide),
+        **{f"adaptive, d = {d}": partial(_adaptive, _rng(), n, d) for d in sizes},
+    }
+    return rows_of(distances, parts, quick=quick, results=results)
+
+
+def _rng():
+    return np.random.default_rng(0)
 
 
 def _index(metric, x, mode, eps=EPS):
@@ -70,33 +90,59 @@ def _updates(rng, n, d):
     x = rng.standard_normal((n, d), dtype=np.float32)
     index = _index(_dense(rng, d), x, Exact())
     left, right = 1e-3 * rng.standard_normal((2, 100, d))
-    engine = index._engine
     pair = right[:2].astype(np.float32)
+    flush = index._engine.flush
 
     def update(count):
         def call():
             index.update_metric(left[:count], right[:count])
-            engine.flush()
+            flush()
 
         return call
 
-    def singly():
-        for a, b in zip(left[:20], right[:20], strict=True):
-            index.update_metric(a, b)
-            engine.flush()
-
-    one = faster(update(1), lambda: engine.points.products(pair), pairs=9)
+    one = faster(update(1), lambda: row_products(x, pair), pairs=9)
     plain = faster(update(1), lambda: [x @ v for v in pair], pairs=9)
-    many = faster(update(100), singly)
-    queries = x[:2]
-    truth = _index(index.metric, x, Exact()).query(queries).value
-    error = float(np.abs(index.query(queries).value - truth).max() / truth.max())
-    assert error < 1e-4
-    return [
-        _row("update_metric", n, d, "one fused pass over x", one, error),
-        _row("update_metric", n, d, "two products x @ v", plain, error),
-        _row("100 queued", n, d, "100 one by one", _times(many, 5), error),
+    rows = [
+        _row("update_metric", n, d, "one fused pass over x", one, _drift(index, x)),
+        _row("update_metric", n, d, "two products x @ v", plain, _drift(index, x)),
     ]
+    learned = _learned(index.metric, x[:200])
+    for what, updates in (("of Lego", learned), ("at random", (left, right))):
+        state = index.metric, index._engine.points.stats.copy()
+        follow = partial(_follow, index, state, updates)
+        times = faster(partial(follow, 100), partial(follow, 1))
+        title, error = f"100 queued updates {what}", _drift(index, x)
+        rows.append(_row(title, n, d, "100 one by one", times, error))
+    return rows
+
+
+def _learned(metric, x):
+    """A hundred updates as the learner emits them."""
+    learner = Lego(metric, rate=1e-6)
+    pairs = zip(x[::2], x[1::2], strict=True)
+    found = [learner.update(one, other, 1.0) for one, other in pairs]
+    return tuple(np.stack(side) for side in zip(*found, strict=True))
+
+
+def _follow(index, state, updates, size):
+    """Hand updates to an index, and bring its points up to date after so many.
+
+    A learner's updates fit the metric that it had: each call starts from there.
+    """
+    engine, left, right = index._engine, *updates
+    engine.metric, engine.points.stats[:] = state[0].copy(), state[1]
+    for start in range(0, len(left), size):
+        part = slice(start, start + size)
+        index.update_metric(left[part], right[part])
+        engine.flush()
+
+
+def _drift(index, x):
+    """How far the answers are from those of an index that is built anew."""
+    truth = _index(index.metric, x, Exact()).query(x[:2]).value
+    error = float(np.abs(index.query(x[:2]).value - truth).max() / truth.max())
+    assert error < 1e-4
+    return error
 
 
 def _neighbours(quick):
@@ -114,12 +160,9 @@ def _neighbours(quick):
         white, asked = (metric.whiten(z.astype(np.float64)) for z in (x, queries))
         truth = np.argsort(_squares(asked, white), axis=1)[:, :10]
         found = index.kneighbors(queries, 10)
-        assert found.certificate.failure == 0
-        recall = np.mean(
-            [len({*a} & {*b}) for a, b in zip(found[1], truth, strict=True)]
-        )
+        assert found.certificate.failure < 1e-6
         share = 100 * float(found.examined.mean()) / len(x)
-        note = f"recall {recall / 10:.3f}, exact {share:.2f} % of points"
+        own = f"recall {_recall(found[1], truth):.4f}, exact {share:.2f} % of points"
         exact = _index(metric, x, Exact())
         for count in (1, 200):
             some = queries[:count]
@@ -128,7 +171,11 @@ def _neighbours(quick):
                 return index.kneighbors(some, 10)
 
             for opponent, call in _opponents(metric, x, exact, some).items():
-                ratio = faster(ours, call, pairs=3 if quick else 7)
+                ratio, note = np.nan, own
+                if call is not None:
+                    theirs = _recall(call()[1], truth[:count])
+                    note = f"{own}; theirs {theirs:.4f}"
+                    ratio = faster(ours, call, pairs=3 if quick else 7)
                 rows.append(
                     _row(
                         f"Filter(128) on {source}, {name}, {count} queries",
@@ -157,12 +204,19 @@ def _opponents(metric, x, exact, some):
     try:
         import faiss
     except ImportError:
-        return calls
+        return calls | {"faiss IndexFlatL2: not installed": None}
     faiss.omp_set_num_threads(1)
     flat = faiss.IndexFlatL2(white.shape[1])
     flat.add(white)
     calls["faiss IndexFlatL2"] = lambda: flat.search(some @ factor, 10)
     return calls
+
+
+def _recall(found, truth):
+    """Share of the ten nearest that was found."""
+    return float(
+        np.mean([len({*a} & {*b}) for a, b in zip(found, truth, strict=True)]) / 10
+    )
 
 
 def _filtered(rng, n, d):
@@ -174,12 +228,10 @@ def _filtered(rng, n, d):
     metric = MahalanobisMetric(np.linalg.qr(rng.standard_normal((d, d)))[0])
     index, exact = (_index(metric, x, mode) for mode in (Filter(), Exact()))
     found, truth = (i.kneighbors(queries, 10) for i in (index, exact))
-    recall = np.mean(
-        [len({*a} & {*b}) for a, b in zip(found[1], truth[1], strict=True)]
-    )
-    assert recall == 10
+    recall = _recall(found[1], truth[1])
+    assert recall == 1
     share = 100 * float(found.examined.mean()) / n
-    note = f"recall {recall / 10:.2f}, exact {share:.2f} % of points"
+    note = f"recall {recall:.2f}, exact {share:.2f} % of points"
     one = queries[:1]
     answer = index.query(queries)
     error = np.abs(answer.value / exact.query(queries).value - 1).max()
@@ -230,40 +282,6 @@ def _adaptive(rng, n, d):
         _row("Adaptive(R=9, m=64)", n, d, opponent, ratio, note)
         for opponent, ratio in ratios.items()
     ]
-
-
-def _attack(steps, d=200, n=400):
-    """Hill climbing on the answer about one point: what it is told over the truth."""
-    x = np.random.default_rng(1).standard_normal((n, d))
-    rows = []
-    for name, mode in (
-        ("one sketch of 64 rows", Adaptive(rows=64, sketches=1, sampled=1)),
-        ("16 sketches, 9 sampled", Adaptive(sketches=16, **SAMPLED)),
-        ("64 sketches, 9 sampled", Adaptive(sketches=64, **SAMPLED)),
-    ):
-        index = _index(MahalanobisMetric(np.eye(d)), x, mode)
-        told = _climb(index, x[0], steps, np.random.default_rng(4))
-        claim = f"claims {index.guarantee().error:.2g}"
-        rows.append(_row(f"attack C, {name}", n, d, "truth", told, claim))
-    return rows
-
-
-def _climb(index, target, steps, rng):
-    d = len(target)
-    direction = rng.standard_normal(d)
-    direction /= np.linalg.norm(direction)
-
-    def told(v):
-        return float(index.query(target[None] + 10 * v).value[0, 0]) / 10
-
-    best = told(direction)
-    for _ in range(steps):
-        other = direction + 0.15 * rng.standard_normal(d) / np.sqrt(d)
-        other /= np.linalg.norm(other)
-        answer = told(other)
-        if answer < best:
-            direction, best = other, answer
-    return float(np.median([told(direction) for _ in range(5)]))
 
 
 def _digits():

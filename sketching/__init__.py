@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     )
     from sketching.estimators import MahalanobisNeighbors as MahalanobisNeighbors
     from sketching.mahalanobis import MahalanobisIndex as MahalanobisIndex
-    from sketching.mahalanobis import load as load
     from sketching.metric import MahalanobisMetric as MahalanobisMetric
     from sketching.metric_learning import HingeGradient as HingeGradient
     from sketching.metric_learning import Itml as Itml
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from sketching.projections import HadamardProjection as HadamardProjection
     from sketching.projections import SparseProjection as SparseProjection
     from sketching.projections import TensorSketch as TensorSketch
+    from sketching.saved_index import load as load
 
 # where each public name lives; a module is imported when one of its names is first used
 _HOMES = {
@@ -49,7 +49,7 @@ _HOMES = {
         "MahalanobisKNeighborsTransformer",
         "MahalanobisNeighbors",
     ),
-    "sketching.mahalanobis": ("MahalanobisIndex", "load"),
+    "sketching.mahalanobis": ("MahalanobisIndex",),
     "sketching.metric": ("MahalanobisMetric",),
     "sketching.metric_learning": ("HingeGradient", "Itml", "Lego", "Pola"),
     "sketching.projections": (
@@ -58,6 +58,7 @@ _HOMES = {
         "SparseProjection",
         "TensorSketch",
     ),
+    "sketching.saved_index": ("load",),
 }
 
 __all__, __getattr__, __dir__ = _exports(__name__, _HOMES)

@@ -75,6 +75,7 @@ class Queries:
             of_queries,
             rounding=points.rounding.unit,
             tolerance=points.rounding.tolerance,
+            steps=points.steps,
         )
         for j in np.flatnonzero(counts):
             slots = np.flatnonzero(np.isnan(out[j]))
@@ -86,7 +87,7 @@ class Queries:
         points = self.points
         directions, of_queries = self._directions
         out, counts = scan(
-            points.rows[slots],
+            points.some(slots),
             directions[j : j + 1],
             np.ascontiguousarray(points.stats[:, slots]),
             of_queries[:, j : j + 1],
@@ -121,19 +122,19 @@ class Queries:
     def by_difference(self, j: int, slots: Array) -> Array:
         """Distances of one query to some points, from the definition in float64."""
         return lengths_of_differences(
-            self.factor, self.points.rows, slots, self.rows[j].astype(np.float64)
+            self.factor, self.points, slots, self.rows[j].astype(np.float64)
         )
 
 
 def lengths_of_differences(
-    factor: Array, rows: Array, slots: Array, other: Any
+    factor: Array, points: Points, slots: Array, other: Any
 ) -> Array:
-    """Norm in the metric of ``rows[slots]`` less one other row, or as many."""
+    """Norm in the metric of some points less one other row, or as many."""
     out = np.empty(len(slots))
     for start in range(0, len(slots), _PAIRS):
         part = slice(start, start + _PAIRS)
         of_part = other if np.ndim(other) == 1 else other[part]
-        apart = (rows[slots[part]].astype(np.float64) - of_part) @ factor.T
+        apart = (points.some(slots[part]).astype(np.float64) - of_part) @ factor.T
         out[part] = np.sqrt(np.einsum("nk,nk->n", apart, apart))
     return out
 

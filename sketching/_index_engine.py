@@ -18,6 +18,8 @@ from sketching.distance_modes import Adaptive, Exact, Filter
 from sketching.metric import MahalanobisMetric
 
 Mode = Exact | Filter | Adaptive
+# numbers of one block of distances
+_BLOCK = 1 << 22
 
 
 class Engine:
@@ -81,7 +83,8 @@ class Engine:
         if self.points is None:
             self.metric.refuse_covariance_of(x)
             center = x.mean(axis=0, dtype=np.float64)
-            points = Points(x.shape[1], x.dtype, center)
+            is_half = isinstance(self.mode, Exact) and self.mode.half_width
+            points = Points(center, x.dtype, half_width=is_half)
             numbers = points.append(self._placed("X", points, x), 0)
             self.points = points
             try:
@@ -171,14 +174,17 @@ class Engine:
             self._encode_all()
             return
         left, right = waiting.left, waiting.right
-        w = points.absorb(left, right, waiting.images)
-        if self.sketch is not None:
+        keep = self.sketch is not None
+        w = points.absorb(left, right, waiting.images, keep=keep)
+        if keep:
             self.sketch.absorb(left, right, w, points)
         waiting.clear()
         stale = points.stale()
-        if isinstance(self.mode, Adaptive) and self.sketch.is_stale(points):
-            self._encode_all()
-            return
+        if isinstance(self.mode, Adaptive):
+            if self.sketch.is_stale(points):
+                self._encode_all()
+                return
+            stale = np.union1d(stale, self.sketch.stale(points))
         if stale.size:
             self.encode(stale)
 
@@ -213,12 +219,37 @@ class Engine:
         )
         return found
 
+    def within(
+        self, queries: Queries, radius: float
+    ) -> tuple[Array, Array, Array, Certificate]:
+        """Points within a radius, nearest first, their numbers, how many looked at."""
+        request, q = self.request(queries), len(queries)
+        values, numbers = np.empty(q, dtype=object), np.empty(q, dtype=object)
+        looked = np.full(q, self.filled.size)
+        is_exact = isinstance(self.mode, Exact)
+        step = max(1, _BLOCK // self.filled.size)
+        for start in range(0, q, step):
+            some = queries[start : start + step]
+            rows, certificate = self.distances(some)
+            # estimates only rule points out
+            error = 0.0 if is_exact else float(certificate.error)
+            for j, row in enumerate(rows):
+                near = np.flatnonzero(row <= radius * (1 + error))
+                found = row[near] if is_exact else some.some_distances(j, near)
+                looked[start + j] = len(row) if is_exact else len(near)
+                near, found = near[found <= radius], found[found <= radius]
+                order = np.argsort(found, kind="stable")
+                values[start + j] = found[order]
+                numbers[start + j] = self.filled.numbers[near[order]]
+        mode = self.running if isinstance(self.mode, Adaptive) else Exact()
+        return values, numbers, looked, mode.guarantee(request)
+
     def pairs(self, left: Array, right: Array) -> Array:
         """Distances between points."""
         points, factor = self.filled, self.metric.factor
         if not isinstance(self.mode, Adaptive):
-            others = points.rows[right].astype(np.float64)
-            return lengths_of_differences(factor, points.rows, left, others)
+            others = points.some(right).astype(np.float64)
+            return lengths_of_differences(factor, points, left, others)
         self.flush()
         self._count(1)
         sampled = self.mode.sample(self.request())

@@ -100,6 +100,8 @@ def _check_shapes(engine: Engine) -> None:
         "center": (points.center.shape, (d,)),
         "rows": (points.rows.shape, (n, d)),
     }
+    if points.steps is not None:
+        wanted["steps"] = (points.steps.shape, (n,))
     if engine.sketch is not None:
         wanted["sketch"] = (engine.sketch.fits, (n, k))
     for name, (got, want) in wanted.items():

@@ -66,27 +66,3 @@ def index_of(metric: MahalanobisMetric, X: Array, mode: Any) -> MahalanobisIndex
     if isinstance(index.mode, Adaptive):
         return index_of(metric, X, Exact())
     return index
-
-
-def within(
-    index: MahalanobisIndex, points: Array, queries: Array, radius: float
-) -> tuple[list[Array], list[Array]]:
-    """Find the points within a radius of each query; distances and numbers."""
-    distances, numbers, all_numbers = [], [], index.numbers
-    step = max(1, (1 << 22) // len(points))
-    metric = index.metric
-    for start in range(0, len(queries), step):
-        some = queries[start : start + step]
-        answer = index.query(some)
-        # estimates only rule points out
-        limit = radius
-        if not isinstance(index.mode, Exact):
-            limit *= 1 + float(answer.certificate.error)
-        for query, row in zip(some, answer.value, strict=True):
-            is_near = row <= limit
-            near, found = all_numbers[is_near], row[is_near]
-            if not isinstance(index.mode, Exact):
-                found = metric.distances(query[None], points[near]).astype(row.dtype)
-            distances.append(found[found <= radius])
-            numbers.append(near[found <= radius])
-    return distances, numbers

@@ -11,7 +11,7 @@ from sketching._request import Request, half_of_memory
 from sketching.distance_modes import Adaptive, Exact, Filter
 
 # measured: a number of a sketch, with its share of the median, over one of a scan
-_SKETCHED = 1.5
+_SKETCHED = 0.75
 # what a bound costs beside its code, in numbers
 _BOUND = 8
 # queries of the pilot
@@ -55,5 +55,5 @@ def _open_share(request: Request, images: Array, slots: Array, size: int) -> flo
     sketch.encode(np.arange(len(slots)), images)
     pilots = slots[rng.choice(len(slots), min(_PILOTS, len(slots)), replace=False)]
     points = request.points
-    queries = Queries(points, request.factor, points.rows[pilots])
+    queries = Queries(points, request.factor, points.some(pilots))
     return sketch.open_share(queries, request.eps)

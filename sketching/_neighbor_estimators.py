@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sketching._lib.arrays import Array
 from sketching._lib.validation import check_choice, check_integer, check_number
-from sketching._metric_parameter import index_of, metric_of, within
+from sketching._metric_parameter import index_of, metric_of
 
 DTYPES = (np.float64, np.float32)
 
@@ -167,18 +167,13 @@ class MahalanobisNeighbors(Indexed):
             queries = self._points
         else:
             queries = validate_data(self, X, dtype=DTYPES, reset=False)
-        pairs = []
-        for i, (near, of_near) in enumerate(
-            zip(*within(self.index_, self._points, queries, radius), strict=True)
-        ):
-            kept = of_near != i if X is None else slice(None)
-            pair = near[kept], of_near[kept]
-            order = np.argsort(pair[0], kind="stable") if sort_results else slice(None)
-            pairs.append((pair[0][order], pair[1][order]))
-        found = tuple(np.empty(len(pairs), dtype=object) for _ in range(2))
-        for i, pair in enumerate(pairs):
-            found[0][i], found[1][i] = pair
-        return found if return_distance else found[1]
+        distances, numbers = self.index_.radius_neighbors(queries, radius)
+        for i, (near, of_near) in enumerate(zip(distances, numbers, strict=True)):
+            # without themselves, and in the order of the points
+            kept = of_near != i if X is None else np.ones(len(near), bool)
+            order = slice(None) if sort_results else np.argsort(of_near[kept])
+            distances[i], numbers[i] = near[kept][order], of_near[kept][order]
+        return (distances, numbers) if return_distance else numbers
 
     def kneighbors_graph(
         self,

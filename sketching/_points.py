@@ -1,8 +1,8 @@
 """The points of an index: centred rows, their norms in the metric, their numbers.
 
 Squared norms :math:`h_i = |U x_i|^2` are all that the exact distances need beside the
-points. Updates of the metric change them by two products with every point; how far
-rounding may have moved them is kept beside them.
+points. Updates of the metric change them by two products with every point, those that
+learners emit by one; how far rounding may have moved them is kept beside them.
 """
 
 import math
@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from sketching._half_width import halved, widened
 from sketching._lib.arrays import Array
-from sketching._ops.distances import norm_changes, paired_products
+from sketching._ops.distances import norm_changes, row_products
 
 # rows that are mapped by the factor at a time
 _BLOCK = 1024
+# products with the vectors of updates that are looked at at a time
+_PRODUCTS = 1 << 21
 # drift of a squared norm, in roundings of a fresh one, at which it is computed anew
 _STALE = 64
 
@@ -45,11 +48,14 @@ class Rounding:
 class Points:
     """Rows that are numbered, changed and removed; the live ones are the first."""
 
-    def __init__(self, d: int, dtype: Any, center: Array) -> None:
+    def __init__(self, center: Array, dtype: Any, *, half_width: bool = False) -> None:
         self.size = 0
-        self.center = center.astype(dtype)
-        self.rounding = Rounding.of(dtype, d)
-        self._rows = np.empty((0, d), dtype)
+        self.dtype = np.dtype(np.float32 if half_width else dtype)
+        self.center = center.astype(self.dtype)
+        self.rounding = Rounding.of(self.dtype, len(center))
+        self._rows = np.empty((0, len(center)), np.int16 if half_width else self.dtype)
+        # what rows of integers are multiplied by
+        self._steps = np.empty(0, np.float32) if half_width else None
         # squared norm in the metric, how far it may be off, Euclidean length
         self._stats = np.empty((3, 0))
         self._numbers = np.empty(0, np.int64)
@@ -60,8 +66,19 @@ class Points:
 
     @property
     def rows(self) -> Array:
-        """The centred points, ``(n, d)``."""
+        """The centred points, ``(n, d)``, to be multiplied by steps if there are."""
         return self._rows[: self.size]
+
+    @property
+    def steps(self) -> Array | None:
+        """What each row is to be multiplied by, where points are in half the width."""
+        return None if self._steps is None else self._steps[: self.size]
+
+    def some(self, slots: Array | slice) -> Array:
+        """Centred points, in the precision of answers."""
+        if self._steps is None:
+            return self._rows[slots]
+        return widened(self._rows[slots], self._steps[slots])
 
     @property
     def stats(self) -> Array:
@@ -82,18 +99,20 @@ class Points:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         arrays = (self._rows, self._stats, self._numbers, self._since, self._slot_of)
-        return sum(x.nbytes for x in arrays)
+        return sum(x.nbytes for x in arrays) + (
+            0 if self._steps is None else self._steps.nbytes
+        )
 
     def centred(self, x: Array) -> Array:
         """Bring points to the centre, rounded as the rows are."""
         # in float64 the difference of two float32 numbers is exact, or nearly
         moved = x.astype(np.float64) - self.center
         with np.errstate(over="ignore"):
-            return moved.astype(self._rows.dtype)
+            return moved.astype(self.dtype)
 
     def refuse_overflow(self, name: str, scale: float, longest: float) -> None:
         """Raise unless squares of such rows are finite under a factor of that norm."""
-        dtype = self._rows.dtype
+        dtype = self.dtype
         if (
             not max(longest, 1) * max(scale, 1)
             <= float(np.finfo(dtype).max) ** 0.5 / 16
@@ -103,24 +122,36 @@ class Points:
                 f"{longest:.3g} from the centre, the norm of the factor {scale:.3g}"
             )
 
-    def restored(self) -> Array:
-        """The points as they were given, up to rounding."""
-        moved = self.rows.astype(np.float64) + self.center
-        return moved.astype(self._rows.dtype)
+    def restored(self, slots: Array | None = None) -> Array:
+        """Points as they were given, up to rounding."""
+        slots = np.arange(self.size) if slots is None else slots
+        moved = self.some(slots).astype(np.float64) + self.center
+        return moved.astype(self.dtype)
 
     def recentre(self) -> None:
         """Move the centre to the mean; norms follow by :meth:`mapped`."""
-        center = self.center + self.rows.mean(axis=0, dtype=np.float64)
-        center = center.astype(self.rows.dtype)
+        parts = blocks(np.arange(self.size))
+        total = sum(self.some(part).sum(axis=0, dtype=np.float64) for part in parts)
+        center = (self.center + total / self.size).astype(self.dtype)
         shift = self.center.astype(np.float64) - center
-        self.rows[:] = self.rows + shift
+        for part in parts:
+            self._put(part, self.some(part) + shift)
         self.center = center
+
+    def _put(self, slots: Array, x: Array) -> None:
+        """Put centred rows in place, rounded as they are kept."""
+        if self._steps is None:
+            self._rows[slots] = x
+        else:
+            self._rows[slots], self._steps[slots] = halved(x)
 
     def append(self, x: Array, pending: int) -> Array:
         """Add centred rows; return their numbers."""
         start, end = self.size, self.size + len(x)
         for name, axis in (("_rows", 0), ("_stats", 1), ("_numbers", 0), ("_since", 0)):
             setattr(self, name, grown(getattr(self, name), end, axis))
+        if self._steps is not None:
+            self._steps = grown(self._steps, end, 0)
         self.size = end
         numbers = np.arange(self._given, self._given + len(x))
         self._given += len(x)
@@ -132,7 +163,7 @@ class Points:
 
     def write(self, slots: Array, x: Array, pending: int) -> None:
         """Put centred rows in place; their norms follow by :meth:`mapped`."""
-        self._rows[slots] = x
+        self._put(slots, x)
         self._since[slots] = pending
 
     def remove(self, slots: Array) -> tuple[Array, Array]:
@@ -145,13 +176,15 @@ class Points:
         movers = end + np.flatnonzero(~is_gone[end:])
         for x in (self._rows, self._numbers, self._since):
             x[holes] = x[movers]
+        if self._steps is not None:
+            self._steps[holes] = self._steps[movers]
         self._stats[:, holes] = self._stats[:, movers]
         self._slot_of[self._numbers[holes]] = holes
         self.size = end
         return movers, holes
 
-    def slots(self, name: str, numbers: Any) -> Array:
-        """Find where points are; raise unless they are there, each once."""
+    def slots(self, name: str, numbers: Any, *, distinct: bool = False) -> Array:
+        """Find where points are; raise unless they are there, distinct ones once."""
         found = np.atleast_1d(np.asarray(numbers))
         if found.dtype.kind not in "iu" and found.size:
             raise TypeError(f"{name}: expected integers, got dtype {found.dtype}")
@@ -163,44 +196,73 @@ class Points:
         slots[is_known] = self._slot_of[found[is_known]]
         if (slots < 0).any():
             raise ValueError(f"{name}: there is no point {int(found[slots < 0][0])}")
+        if distinct and len(np.unique(slots)) < len(slots):
+            raise ValueError(f"{name}: expected each point once")
         return slots
 
     def mapped(self, slots: Array, factor: Array) -> Array:
         """Map rows by the factor, in float64."""
-        rows = self._rows[slots].astype(np.float64)
+        rows = self.some(slots).astype(np.float64)
         image: Array = rows @ factor.T
         self._stats[2, slots] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
         self._stats[0, slots] = np.einsum("nk,nk->n", image, image)
         self._stats[1, slots] = 0
         return image
 
-    def products(self, vectors: Array) -> Array:
-        """Products of all rows with vectors, ``(n, r)``."""
-        vectors = vectors.astype(self._rows.dtype)
-        if len(vectors) == 2:
-            return paired_products(self.rows, vectors)
-        return self.rows @ vectors.T
+    def absorb(
+        self, left: Array, right: Array, images: Array, *, keep: bool
+    ) -> Array | None:
+        r"""Update the norms for ``U += sum a_t b_t^T``.
 
-    def absorb(self, left: Array, right: Array, images: Array) -> Array:
-        r"""Update the norms for ``U += sum a_t b_t^T``; return products with ``b_t``.
-
-        ``images`` are :math:`U_t^\top a_t` of the factor before each update.
+        ``images`` are :math:`U_t^\top a_t` of the factor before each update. The answer
+        are the products with ``b_t``, ``(n, r)``, if they are to be kept.
         """
-        r, vectors = len(left), np.concatenate([right, images])
-        both = self.products(vectors)
-        seen = self._since[: self.size]
-        if seen.any():
-            is_new = np.arange(r) < seen[:, None]
-            both[np.concatenate([is_new, is_new], axis=1)] = 0
+        ratios, order, m = self._multiples(right, images)
+        left, right, images = left[order], right[order], images[order]
+        vectors = np.concatenate([right, images[:m]]).astype(self.dtype)
         squares = np.einsum("rk,rk->r", left, left)
-        change, terms = norm_changes(both, squares, np.linalg.norm(vectors, axis=1))
-        h, off, reach = self.stats
+        lengths = np.stack([np.linalg.norm(x, axis=1) for x in (right, images)])
+        kept = np.empty((self.size, len(left)), self.dtype) if keep else None
+        seen = self._since[: self.size]
+        # rows of integers are widened for it, all their columns
+        width = len(vectors) if self._steps is None else vectors.shape[1]
+        step = max(1, _PRODUCTS // width)
+        for start in range(0, self.size, step):
+            part = slice(start, min(start + step, self.size))
+            products = row_products(self.some(part), vectors)
+            if seen[part].any():
+                is_new = np.concatenate([order, order[:m]]) < seen[part, None]
+                products[is_new] = 0
+            changes = norm_changes(products, squares, ratios[order], lengths)
+            self._change_norms(part, *changes)
+            if kept is not None:
+                kept[part, order] = products[:, : len(left)]
+        seen[:] = 0
+        return kept
+
+    def _multiples(self, right: Array, images: Array) -> tuple[Array, Array, int]:
+        """Which images are multiples of ``b_t``: then one product serves for both.
+
+        So it is with updates that learners emit. The answer is how many times, the
+        order in which other updates are the first, and how many these are.
+        """
+        squares = np.einsum("rd,rd->r", right, right)
+        ratios = np.einsum("rd,rd->r", images, right) / np.where(
+            squares > 0, squares, 1
+        )
+        apart = np.linalg.norm(images - ratios[:, None] * right, axis=1)
+        # vectors are rounded to the dtype of the points anyway
+        off = float(np.finfo(self.dtype).eps) / 2 * np.linalg.norm(images, axis=1)
+        is_multiple = apart <= off
+        order = np.argsort(is_multiple, kind="stable")
+        return ratios, order, int((~is_multiple).sum())
+
+    def _change_norms(self, part: slice, change: Array, terms: Array) -> None:
+        h, off, reach = self._stats[:, part]
         h += change
         np.maximum(h, 0, out=h)
         # each product may be off by the rounding of its terms
         off += 2 * self.rounding.unit * reach * terms
-        seen[:] = 0
-        return both[:, :r]
 
     def stale(self) -> Array:
         """Where rounding of updates may have added up."""
@@ -213,7 +275,9 @@ class Points:
 
     def arrays(self) -> dict[str, Array]:
         """What a file keeps; an update must not be waiting."""
+        steps = {} if self.steps is None else {"steps": self.steps}
         return {
+            **steps,
             "rows": self.rows,
             "stats": self.stats,
             "numbers": self.numbers,
@@ -225,8 +289,9 @@ class Points:
     def of_arrays(arrays: dict[str, Array]) -> "Points":
         """Build the points from what a file kept."""
         rows = arrays["rows"]
-        points = Points(rows.shape[1], rows.dtype, arrays["center"])
-        points.size = len(rows)
+        is_half = "steps" in arrays
+        points = Points(arrays["center"], rows.dtype, half_width=is_half)
+        points.size, points._steps = len(rows), arrays.get("steps")
         points._rows, points._stats = rows, arrays["stats"]
         points._numbers, points._slot_of = arrays["numbers"], arrays["slot_of"]
         points._given = len(points._slot_of)

@@ -14,7 +14,7 @@ from sketching._exact_scan import nearest
 from sketching._head_tail import HeadTail, principal_basis
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Certificate, RefusalError
-from sketching._lib.validation import check_integer
+from sketching._lib.validation import check_flag, check_integer
 from sketching._points import UNLIKELY
 from sketching._request import Request, half_of_memory
 
@@ -31,7 +31,16 @@ class Exact:
     """Distances from all points, in one pass over them for each query.
 
     Batches are products of matrices; distances so small that rounding would show are
-    computed again from the difference.
+    computed again from the difference, in double precision.
+
+    Parameters
+    ----------
+    half_width : bool, optional
+        Keep points in 16 bits a number: half the memory of single precision, and a
+        query reads half. A point is rounded once, when it comes in: a coordinate is
+        off by at most 1/65534 of the largest of its point, both measured from the
+        centre. Distances are as exact as ever for the points as they are kept, which
+        ``MahalanobisIndex.points`` returns; answers are in single precision.
 
     Examples
     --------
@@ -43,6 +52,11 @@ class Exact:
     >>> index.query(np.array([[0.0, 0.0]])).value
     array([[0., 5.]])
     """
+
+    half_width: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("half_width", self.half_width)
 
     def draw(self, _request: Request, _images: Array) -> None:
         """Draw nothing: the points are enough."""
@@ -67,12 +81,20 @@ class Exact:
 
     def guarantee(self, request: Request) -> Certificate:
         """Promise the tolerance of rounding."""
+        source = (
+            "exact, but for rounding errors, modelled as independent; failure "
+            "is that of one distance, small ones are those of differences"
+        )
+        if request.points.steps is not None:
+            source += (
+                "; of the points as they are kept: a coordinate is off by at most "
+                "1/65534 of the largest of its point, both from the centre"
+            )
         return Certificate(
             error=request.points.rounding.tolerance,
             failure=UNLIKELY,
             norm="relative",
-            source="exact, but for rounding errors, modelled as independent; failure "
-            "is that of one distance, small ones are those of differences",
+            source=source,
         )
 
 
@@ -112,7 +134,7 @@ class Filter:
     def draw(self, request: Request, images: Array) -> HeadTail:
         """Find the directions of the head from some mapped points."""
         basis = principal_basis(images, self.size, request.rng)
-        return HeadTail(basis, request.points.rows.dtype)
+        return HeadTail(basis, request.points.dtype.type)
 
     def distances(self, request: Request) -> tuple[Array, Certificate]:
         """Answer from the codes where they are within eps, else exactly."""
@@ -201,7 +223,8 @@ class Adaptive:
         """Memory that the sketches take."""
         rows, sketches, _ = self.sizes(request)
         (n, d), k = request.points.rows.shape, len(request.factor)
-        return int(4 * sketches * rows * (n + d + k))
+        # of a point 16-bit integers, with step and norm; of the maps floats
+        return int(sketches * (2 * n * (rows + 4) + 4 * rows * (d + k)))
 
     def draw(self, request: Request, _images: Array) -> Ensemble:
         """Draw the sketches."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sketching._index_engine import Engine, Mode
-from sketching._index_files import PathLike, read_index, write_index
+from sketching._index_files import PathLike, write_index
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Approximation, Certificate
 from sketching._lib.random import RandomSource, as_generator
@@ -53,6 +53,8 @@ class MahalanobisIndex:
     >>> distances, numbers = index.kneighbors(np.array([[3.0, 3.0]]), 2)
     >>> numbers
     array([[1, 0]])
+    >>> index.radius_neighbors(np.array([[3.0, 3.0]]), 2)[1][0]
+    array([1])
     >>> _ = index.update_metric(np.array([1.0, 0.0]), np.array([1.0, 0.0]))
     >>> index.query_pairs([0], [1])
     array([7.21110255])
@@ -85,6 +87,11 @@ class MahalanobisIndex:
     def metric(self) -> MahalanobisMetric:
         """A copy of the metric, with every update."""
         return self._engine.metric.copy()
+
+    @property
+    def factor(self) -> Array:
+        """The factor U of the metric, ``(k, d)``, as a read-only view."""
+        return self._engine.metric.factor
 
     @property
     def mode(self) -> Mode | None:
@@ -140,6 +147,22 @@ class MahalanobisIndex:
         """
         x = as_points("X", X, self._engine.metric.shape[1])
         return self._engine.insert(x) if len(x) else np.empty(0, np.int64)
+
+    def points(self, numbers: Array | None = None) -> Array:
+        """Give points back, as they are kept.
+
+        Parameters
+        ----------
+        numbers : array of int, shape (n,), optional
+            Which points; all by default.
+
+        Returns
+        -------
+        array, shape (n, d)
+            A copy, up to rounding.
+        """
+        points, every = self._engine.filled, numbers is None
+        return points.restored(None if every else points.slots("numbers", numbers))
 
     def delete(self, numbers: Array) -> "MahalanobisIndex":
         """Remove points; the last columns of ``query`` take the place of theirs.
@@ -260,6 +283,26 @@ class MahalanobisIndex:
         values, slots, examined, certificate = self._engine.nearest(queries, k)
         return Neighbors(values, self.numbers[slots], certificate, examined)
 
+    def radius_neighbors(self, Q: Array, radius: float) -> Neighbors:
+        """Find all points within a distance of queries.
+
+        Parameters
+        ----------
+        Q : array, shape (q, d)
+            One query a row.
+        radius : float
+            The distance, itself included.
+
+        Returns
+        -------
+        Neighbors
+            As of ``kneighbors``, but an array of ``q`` arrays each.
+        """
+        radius = check_number("radius", radius, least=0)
+        queries = self._queries("Q", Q)
+        values, numbers, examined, certificate = self._engine.within(queries, radius)
+        return Neighbors(values, numbers, certificate, examined)
+
     def sample(self, q: Array, size: int, *, power: int = 1) -> Array:
         """Draw points with probability exactly proportional to their distance.
 
@@ -354,44 +397,4 @@ class MahalanobisIndex:
 
     def _distinct(self, numbers: Any) -> Array:
         """Find points that are each named once."""
-        slots = self._engine.filled.slots("numbers", numbers)
-        if len(np.unique(slots)) < len(slots):
-            raise ValueError("numbers: expected each point once")
-        return slots
-
-
-def load(path: PathLike) -> MahalanobisIndex:
-    """Read an index that :meth:`MahalanobisIndex.save` wrote.
-
-    Parameters
-    ----------
-    path : str or path
-        An ``.npz`` file.
-
-    Returns
-    -------
-    MahalanobisIndex
-        It answers as the one that was saved would have, to the last bit.
-
-    Raises
-    ------
-    ValueError
-        If the file is truncated, of another kind, or of a newer release.
-    OSError
-        If it cannot be read.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> import numpy as np
-    >>> from sketching import MahalanobisIndex, MahalanobisMetric, load
-    >>> index = MahalanobisIndex(MahalanobisMetric(np.eye(2)))
-    >>> numbers = index.insert(np.eye(2))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     index.save(f"{folder}/index.npz")
-    ...     len(load(f"{folder}/index.npz"))
-    2
-    """
-    index = object.__new__(MahalanobisIndex)
-    index._engine = read_index(Path(path))
-    return index
+        return self._engine.filled.slots("numbers", numbers, distinct=True)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benches import clustering
-from benches.__main__ import markdown
 from benches.measure import Ratio
+from benches.pages import markdown
 
 
 def test_patches_are_cut_from_both_photos():

@@ -13,11 +13,13 @@ def scan(
     *,
     rounding: float,
     tolerance: float,
+    steps: Array | None = None,
 ) -> tuple[Array, Array]:
     r"""Distances :math:`\sqrt{h_i - 2 x_i \cdot g_j + h_j}` that rounding leaves right.
 
-    ``points`` is ``(n, d)``, ``directions`` ``(q, d)``. The rows of ``of_points``,
-    ``(3, n)``, are the squared norms in the metric, how far those may be off, and
+    ``points`` is ``(n, d)``, of integers if there are ``steps``, ``(n,)``, to multiply
+    them by; ``directions`` is ``(q, d)``. The rows of ``of_points``, ``(3, n)``, are
+    the squared norms in the metric, how far those may be off, and
     Euclidean lengths; of ``of_queries``, ``(2, q)``, squared norms and lengths of the
     directions. The answer is ``(q, n)``, NaN where rounding of ``rounding`` times the
     terms may exceed ``tolerance`` times the distance, and the number of NaN by row.
@@ -25,6 +27,8 @@ def scan(
     xp = array_namespace(points, directions)
     h, off, reach = of_points[0, :], of_points[1, :], of_points[2, :]
     own, length = of_queries[0, :, None], of_queries[1, :, None]
+    if steps is not None:
+        points = steps[:, None] * xp.astype(points, directions.dtype)
     products = xp.astype(xp.matmul(directions, points.T), xp.float64)
     squares = h + own - 2 * products
     doubt = rounding * (h + own + 2 * reach * length) + off
@@ -98,24 +102,29 @@ def lower_bounds(
 
 
 @op("cpu")
-def paired_products(points: Array, pair: Array) -> Array:
-    """Products of every row of ``points``, ``(n, d)``, with two vectors, ``(n, 2)``."""
-    return array_namespace(points, pair).matmul(points, pair.T)
+def row_products(points: Array, vectors: Array) -> Array:
+    """Products of every row of ``points``, ``(n, d)``, with ``vectors``, ``(r, d)``."""
+    return array_namespace(points, vectors).matmul(points, vectors.T)
 
 
 @op("cpu")
-def norm_changes(products: Array, squares: Array, lengths: Array) -> Array:
+def norm_changes(
+    products: Array, squares: Array, ratios: Array, lengths: Array
+) -> Array:
     """Changes of squared norms by updates, and what their rounding is relative to.
 
-    ``products``, ``(n, 2 r)``, are those of every point with ``b_t`` and with
-    ``U_t^T a_t``; ``squares`` are ``|a_t|^2`` and ``lengths`` the norms of all ``2 r``
-    vectors. The answer is ``(2, n)``, in float64.
+    ``products``, ``(n, r + m)``, are those of every point with all ``b_t``, and with
+    ``U_t^T a_t`` of the first ``m`` updates; those of the others are ``ratios`` times
+    the ones with ``b_t``. ``squares`` are ``|a_t|^2``, ``lengths``, ``(2, r)``, the
+    norms of both vectors. The answer is ``(2, n)``, in float64.
     """
-    xp = array_namespace(products, squares, lengths)
+    xp = array_namespace(products, squares, ratios, lengths)
     both = xp.astype(products, xp.float64)
     r = squares.shape[0]
-    w, v = both[:, :r], both[:, r:]
-    long, wide = lengths[:r], lengths[r:]
+    w, given = both[:, :r], both[:, r:]
+    m = given.shape[1]
+    v = xp.concat([given, w[:, m:] * ratios[m:]], axis=1)
     change = xp.sum(w * (2 * v + squares * w), axis=1)
-    terms = xp.sum(xp.abs(v) * long + xp.abs(w) * (wide + squares * long), axis=1)
+    wide = lengths[1, :] + squares * lengths[0, :]
+    terms = xp.sum(xp.abs(v) * lengths[0, :] + xp.abs(w) * wide, axis=1)
     return xp.stack([change, terms])

@@ -14,24 +14,27 @@ def median(values: Array) -> Array:
 @op("cpu")
 def median_distances(
     codes: Array,
-    squares: Array,
+    of_codes: Array,
     sampled: Array,
     queries: Array,
+    floor: Array,
     *,
     rounding: float,
-    floor: float,
 ) -> Array:
     """Median over the sampled sketches of distances to every point, ``(q, n)``.
 
-    ``codes`` is ``(L, n, m)`` with squared norms ``squares``, ``(L, n)``; ``sampled``
-    are numbers of sketches, ``(R,)``, and ``queries`` the queries in each,
-    ``(R, q, m)``. The answer is NaN where its square is at most ``floor`` or
+    ``codes`` are integers, ``(L, n, m)``, to be multiplied by the first row of
+    ``of_codes``, ``(2, L, n)``; the second are squared norms of the products.
+    ``sampled`` are numbers of sketches, ``(R,)``, and ``queries`` the queries in each,
+    ``(R, q, m)``. The answer is NaN where its square is at most ``floor``, ``(n,)``, or
     ``rounding`` times the norms that it is the difference of.
     """
-    xp = array_namespace(codes, squares, sampled, queries)
+    xp = array_namespace(codes, of_codes, sampled, queries, floor)
+    steps, squares = (xp.take(of_codes[i, ...], sampled, axis=0) for i in range(2))
     own = xp.sum(queries * queries, axis=2)[:, :, None]
-    terms = xp.take(squares, sampled, axis=0)[:, None, :] + own
-    near = xp.matmul(queries, xp.matrix_transpose(xp.take(codes, sampled, axis=0)))
+    terms = squares[:, None, :] + own
+    chosen = xp.astype(xp.take(codes, sampled, axis=0), queries.dtype)
+    near = steps[:, None, :] * xp.matmul(queries, xp.matrix_transpose(chosen))
     middle = xp.sort(terms - 2 * near, axis=0)[sampled.shape[0] // 2, ...]
     doubt = rounding * xp.max(terms, axis=0)
     is_small = (middle <= doubt) | (middle <= floor)

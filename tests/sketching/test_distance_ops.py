@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sketching._half_width import halved, widened
 from sketching._ops import distances as ops
 from sketching._ops.ensemble import median, median_distances
 from sketching._ops.search import search
@@ -70,35 +71,38 @@ def test_brackets_and_lower_bounds(n, q, dtype):
 
 @DTYPES
 @SIZES
-def test_products_with_two_vectors(n, dtype):
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_products_of_rows(n, r, dtype):
     points, queries = problem(dtype, n, 5)
     close(
-        (ops.paired_products(points, queries[:2]),),
-        (ops.paired_products.reference(points, queries[:2]),),
+        (ops.row_products(points, queries[:r]),),
+        (ops.row_products.reference(points, queries[:r]),),
         dtype,
     )
 
 
-@DTYPES
 @SIZES
 @pytest.mark.parametrize("q", [1, 5])
-def test_median_distances(n, q, dtype):
+def test_median_distances(n, q):
     rng = np.random.default_rng(n)
-    codes = rng.standard_normal((4, n, 6)).astype(dtype)
+    sketches = rng.standard_normal((4, n, 6)).astype(np.float32)
     sampled = np.array([2, 0, 2])
-    queries = rng.standard_normal((3, q, 6)).astype(dtype)
-    codes[:, : n // 3] = queries[:1, :1]
-    squares = np.einsum("lnm,lnm->ln", codes, codes)
-    arguments = (codes, squares, sampled, queries)
-    got = median_distances(*arguments, rounding=0.01, floor=0.1)
-    want = median_distances.reference(*arguments, rounding=0.01, floor=0.1)
+    queries = rng.standard_normal((3, q, 6)).astype(np.float32)
+    sketches[:, : n // 3] = queries[:1, :1]
+    codes, steps = halved(sketches)
+    sketches = widened(codes, steps)
+    squares = np.einsum("lnm,lnm->ln", sketches, sketches)
+    floor = np.full(n, 0.1, np.float32)
+    arguments = (codes, np.stack([steps, squares]), sampled, queries, floor)
+    got = median_distances(*arguments, rounding=0.01)
+    want = median_distances.reference(*arguments, rounding=0.01)
     differ = np.isnan(got) != np.isnan(want)
     assert differ.sum() <= 1e-3 * differ.size
     both = ~np.isnan(got) & ~np.isnan(want)
-    close((got[both],), (want[both],), dtype)
-    apart = codes[sampled][:, None] - queries[:, :, None]
+    close((got[both],), (want[both],), np.float32)
+    apart = sketches[sampled][:, None] - queries[:, :, None]
     true = np.median(np.linalg.norm(apart, axis=3), axis=0)
-    close((got[both],), (true[both],), dtype)
+    close((got[both],), (true[both],), np.float32)
 
 
 @DTYPES
@@ -132,13 +136,13 @@ def test_search(n, dtype):
 
 @DTYPES
 @SIZES
-@pytest.mark.parametrize("r", [1, 5])
-def test_changes_of_norms(n, r, dtype):
+@pytest.mark.parametrize(("r", "m"), [(1, 1), (1, 0), (5, 5), (5, 2)])
+def test_changes_of_norms(n, r, m, dtype):
     rng = np.random.default_rng(n)
-    products = rng.standard_normal((n, 2 * r)).astype(dtype)
-    squares, lengths = rng.random(r), rng.random(2 * r)
-    got = ops.norm_changes(products, squares, lengths)
-    want = ops.norm_changes.reference(products, squares, lengths)
+    products = rng.standard_normal((n, r + m)).astype(dtype)
+    squares, ratios, lengths = rng.random(r), rng.random(r), rng.random((2, r))
+    got = ops.norm_changes(products, squares, ratios, lengths)
+    want = ops.norm_changes.reference(products, squares, ratios, lengths)
     close((got,), (want,), np.float64)
 
 

@@ -175,3 +175,23 @@ def test_rounding_of_large_updates_does_not_stay(mode):
     np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-9)
     # norms were measured anew, so that scans need no help
     assert index._engine.points.stats[1].max() == 0
+
+
+def test_many_small_updates_of_sketches_stay_within_the_promise():
+    # each rounds every sketch to 16 bits once more
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((100, D))
+    index = MahalanobisIndex(
+        MahalanobisMetric(np.eye(D)), mode=CERTAIN, eps=0.25, rng=0
+    )
+    index.insert(x)
+    engine, largest = index._engine, 0.0
+    for _ in range(400):
+        index.update_metric(0.01 * rng.standard_normal(D), rng.standard_normal(D))
+        engine.flush()
+        share = engine.sketch._off[:100] / engine.points.stats[0]
+        largest = max(largest, float(share.max()))
+    # they were drawn anew before rounding was a part of the norm that matters
+    assert 1e-3 < largest**0.5 < 2.1e-3
+    answer = index.query(x[:9])
+    assert_within(answer.certificate, answer.value, distances(index.factor, x[:9], x))

@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
+from sketching._ops.cpu.products import vector_products
 from sketching._ops.cpu.spans import over_spans
 
 # numbers of one tile of products: they stay in the second-level cache
@@ -14,13 +15,15 @@ _TILE = 1 << 16
 _SPAN = 1 << 18
 
 
-def scan(points, directions, of_points, of_queries, *, rounding, tolerance):
-    out = np.empty((len(directions), len(points)), points.dtype)
+def scan(points, directions, of_points, of_queries, *, rounding, tolerance, steps=None):
+    out = np.empty((len(directions), len(points)), directions.dtype)
     counts = np.zeros((len(directions), len(points) // _rows(directions) + 1), int)
 
     def finish(products, start, end):
         number = start // _rows(directions)
         columns, result = of_points[:, start:end], out[:, start:end]
+        if steps is not None:
+            products *= steps[start:end]
         _finish_scan(
             products, columns, of_queries, rounding, 0.5 / tolerance, result,
             counts[:, number],
@@ -57,21 +60,28 @@ def lower_bounds(codes, queries, of_points, of_queries, *, rounding):
     return out
 
 
-def paired_products(points, pair):
-    out = np.empty((len(points), 2), points.dtype)
+def row_products(points, vectors):
+    if len(vectors) > 2:
+        return points @ vectors.T
+    out = np.empty((len(points), len(vectors)), points.dtype)
 
     def work(start, end):
-        _paired_products(points[start:end], pair[0], pair[1], out[start:end])
+        part = out[start:end]
+        if len(vectors) == 1:
+            part[:, 0] = vector_products(points[start:end], vectors[0])
+        else:
+            _paired_products(points[start:end], vectors[0], vectors[1], part)
 
     over_spans(work, len(points), max(1, _SPAN // points.shape[1]))
     return out
 
 
-def norm_changes(products, squares, lengths):
+def norm_changes(products, squares, ratios, lengths):
     out = np.empty((2, len(products)))
 
     def work(start, end):
-        _norm_changes(products[start:end], squares, lengths, out[:, start:end])
+        part = out[:, start:end]
+        _norm_changes(products[start:end], squares, ratios, lengths, part)
 
     over_spans(work, len(products), max(1, _SPAN // products.shape[1]))
     return out
@@ -90,8 +100,10 @@ def _tiles(points, queries, finish):
             last = min(first + rows, end)
             some = points[first:last]
             if len(queries) == 1:
-                products = (some @ queries[0])[None]
+                products = vector_products(some, queries[0])[None]
             else:
+                # integers are not for BLAS
+                some = some.astype(queries.dtype, copy=False)
                 products = queries @ some.T
             finish(products, first, last)
 
@@ -164,13 +176,18 @@ def _paired_products(points, left, right, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _norm_changes(products, squares, lengths, out):
-    r = squares.size
-    both = lengths[r:] + squares * lengths[:r]
+def _norm_changes(products, squares, ratios, lengths, out):
+    r, m = squares.size, products.shape[1] - squares.size
+    long, wide = lengths[0], lengths[1] + squares * lengths[0]
     for i in range(products.shape[0]):
         change, terms = 0.0, 0.0
-        for t in range(r):
+        for t in range(m):
             w, v = np.float64(products[i, t]), np.float64(products[i, r + t])
             change += w * (2 * v + squares[t] * w)
-            terms += abs(v) * lengths[t] + abs(w) * both[t]
+            terms += abs(v) * long[t] + abs(w) * wide[t]
+        for t in range(m, r):
+            w = np.float64(products[i, t])
+            v = ratios[t] * w
+            change += w * (2 * v + squares[t] * w)
+            terms += abs(v) * long[t] + abs(w) * wide[t]
         out[0, i], out[1, i] = change, terms

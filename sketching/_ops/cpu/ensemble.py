@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit
 
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
+from sketching._ops.cpu.products import products
 from sketching._ops.cpu.spans import over_spans
 
 # numbers of one tile of distances, of all sampled sketches
@@ -21,26 +22,29 @@ def median(values):
     return out.reshape(values.shape[1:])
 
 
-def median_distances(codes, squares, sampled, queries, *, rounding, floor):
-    (count, q, _), n = queries.shape, codes.shape[1]
-    out = np.empty((q, n), codes.dtype)
-    rounding, floor = (codes.dtype.type(x) for x in (rounding, floor))
+def median_distances(codes, of_codes, sampled, queries, floor, *, rounding):
+    (count, q, m), n = queries.shape, codes.shape[1]
+    out = np.empty((q, n), queries.dtype)
+    rounding = queries.dtype.type(rounding)
     own = np.einsum("rqm,rqm->rq", queries, queries)
     rows = max(64, _TILE // (count * q))
 
     def work(start, end):
-        values = np.empty((count, q, rows), codes.dtype)
+        values = np.empty((count, q, rows), queries.dtype)
+        wide = np.empty((rows, m), queries.dtype)
         for first in range(start, end, rows):
             last = min(first + rows, end)
             part = values[:, :, : last - first]
             for r, sketch in enumerate(sampled):
+                some = codes[sketch, first:last]
                 if q == 1:
-                    np.matmul(codes[sketch, first:last], queries[r, 0], out=part[r, 0])
+                    products(some, queries[r, 0], part[r, 0])
                 else:
-                    part[r] = queries[r] @ codes[sketch, first:last].T
+                    wide[: last - first] = some
+                    part[r] = queries[r] @ wide[: last - first].T
             _finish(
-                part, squares[:, first:last], sampled, own, rounding, floor,
-                out[:, first:last],
+                part, of_codes[:, :, first:last], sampled, own, rounding,
+                floor[first:last], out[:, first:last],
             )  # fmt: skip
 
     over_spans(work, n, -(-(_SPAN * 16) // (count * q * rows)) * rows)
@@ -48,20 +52,21 @@ def median_distances(codes, squares, sampled, queries, *, rounding, floor):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _finish(values, squares, sampled, own, rounding, floor, out):
+def _finish(values, of_codes, sampled, own, rounding, floor, out):
     count, q, n = values.shape
     largest = np.empty(n, values.dtype)
     for j in range(q):
         largest[:] = 0
         for r in range(count):
-            row, square, mine = values[r, j], squares[sampled[r]], own[r, j]
+            row, mine = values[r, j], own[r, j]
+            step, square = of_codes[0, sampled[r]], of_codes[1, sampled[r]]
             for i in range(n):
                 terms = square[i] + mine
-                row[i] = terms - 2 * row[i]
+                row[i] = terms - 2 * step[i] * row[i]
                 largest[i] = maximum(largest[i], terms)
         middle, result = _median(values[:, j]), out[j]
         for i in range(n):
-            is_small = middle[i] <= rounding * largest[i] or middle[i] <= floor
+            is_small = middle[i] <= rounding * largest[i] or middle[i] <= floor[i]
             result[i] = np.sqrt(np.nan if is_small else middle[i])
 
 

@@ -1,0 +1,108 @@
+"""Sketched distances: error against size, and what an attacker is told."""
+
+import numpy as np
+
+from sketching import Adaptive, MahalanobisIndex, MahalanobisMetric
+
+_D, _POINTS, _QUERIES = 512, 2000, 32
+# of an attack: the dimension, the points, and the length of a step
+_ATTACKED, _OTHERS, _STEP = 200, 400, 0.15
+
+
+def sketch_error(*, quick):
+    """Relative error of sketched distances against the rows of a sketch.
+
+    Gaussian points under a metric of condition 10. `sqrt(1 / 2m)` is the standard
+    deviation of one distance from m Gaussian rows. The median of nine sketches takes
+    nine times the numbers.
+    """
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((_D, _D)))[0] for _ in range(2))
+    metric = MahalanobisMetric(left * np.geomspace(1, 0.1, _D) @ right)
+    x, queries = (rng.standard_normal((m, _D)) for m in (_POINTS, _QUERIES))
+    truth = _distances(metric, queries, x)
+    sizes = (16, 64, 256) if quick else (16, 32, 64, 128, 256, 512)
+    rows = []
+    for sketches in (1, 9):
+        for size in sizes:
+            mode = Adaptive(rows=size, sketches=sketches, sampled=sketches)
+            index = MahalanobisIndex(metric, mode=mode, eps=0.3, rng=0)
+            index.insert(x)
+            off = np.abs(index.query(queries).value / truth - 1)
+            typical = float(np.sqrt(np.mean(off**2)))
+            # a sketch of Gaussian rows errs by chi squared of so many
+            assert typical <= 2 * size**-0.5, f"{size} rows err by {typical:.2g}"
+            rows.append(
+                {
+                    "sketches": sketches,
+                    "rows": size,
+                    "numbers of a point": sketches * size,
+                    "median error": float(np.median(off)),
+                    "root mean square": typical,
+                    "99 % of pairs within": float(np.quantile(off, 0.99)),
+                    "largest": float(off.max()),
+                    "sqrt(1 / 2m)": (2 * size) ** -0.5,
+                }
+            )
+    return rows
+
+
+def attack(*, quick):
+    """Hill climbing on the answers about one point: what is told over the truth.
+
+    Each step asks about a direction near the best so far, and keeps it if the answer
+    is less. One sketch is led to a direction that it does not see; a sample of many
+    sketches drawn afresh for every query is not.
+    """
+    x = np.random.default_rng(1).standard_normal((_OTHERS, _ATTACKED))
+    total = 400 if quick else 4000
+    marks = sorted({0, *np.geomspace(10, total, 6 if quick else 16).astype(int)})
+    modes = {
+        "one sketch of 64 rows": Adaptive(rows=64, sketches=1, sampled=1),
+        "16 sketches, 9 sampled": Adaptive(rows=64, sketches=16, sampled=9),
+        "64 sketches, 9 sampled": Adaptive(rows=64, sketches=64, sampled=9),
+    }
+    rows = []
+    for name, mode in modes.items():
+        metric = MahalanobisMetric(np.eye(_ATTACKED))
+        index = MahalanobisIndex(metric, mode=mode, eps=0.3, rng=0)
+        index.insert(x)
+        claim = index.guarantee().error
+        for steps, answers in climb(index, x[0], marks, np.random.default_rng(4)):
+            rows.append(
+                {
+                    "mode": name,
+                    "steps": int(steps),
+                    "told over the truth": float(np.median(answers)),
+                    "least of five": float(min(answers)),
+                    "most of five": float(max(answers)),
+                    "claimed error": float(claim),
+                }
+            )
+    return rows
+
+
+def climb(index, target, marks, rng):
+    """Yield, after so many steps, what is told of the worst direction, five times."""
+    d = len(target)
+    direction = rng.standard_normal(d)
+    direction /= np.linalg.norm(direction)
+
+    def told(v):
+        return float(index.query(target[None] + 10 * v).value[0, 0]) / 10
+
+    best = told(direction)
+    for step in range(marks[-1] + 1):
+        if step in marks:
+            yield step, [told(direction) for _ in range(5)]
+        other = direction + _STEP * rng.standard_normal(d) / np.sqrt(d)
+        other /= np.linalg.norm(other)
+        answer = told(other)
+        if answer < best:
+            direction, best = other, answer
+
+
+def _distances(metric, queries, x):
+    """Distances of all pairs, from the definition."""
+    white, asked = (metric.whiten(z) for z in (x, queries))
+    return np.stack([np.linalg.norm(white - row, axis=1) for row in asked])
