@@ -75,6 +75,8 @@ class Clusters:
         logit of the mean key.
     metric : array, shape (d,)
         Mean square of each coordinate.
+    order : integer array, shape (m,), optional
+        Numbers of the keys before they were sorted.
     """
 
     key: Array
@@ -84,6 +86,7 @@ class Clusters:
     to_query: Array
     offset: Array
     metric: Array
+    order: Array | None = None
 
     @staticmethod
     def of(
@@ -114,6 +117,7 @@ class Clusters:
             move(transform.query_map),
             move(scale * transform.key_center),
             metric,
+            order,
         )
 
     @property
@@ -122,7 +126,8 @@ class Clusters:
         arrays = (self.key, self.value, self.to_query, self.offset, self.metric)
         size = sum(int(math.prod(x.shape)) for x in arrays)
         bits = array_namespace(self.key).finfo(self.key.dtype).bits
-        return size * int(bits) // 8 + int(self.start.nbytes + self.group.nbytes)
+        numbers = [x for x in (self.start, self.group, self.order) if x is not None]
+        return size * int(bits) // 8 + sum(int(x.nbytes) for x in numbers)
 
     def arrange(self, query: Array, size: int) -> Blocks:
         """Cut queries into blocks of about ``size``.
@@ -205,6 +210,21 @@ class Clusters:
         )
         query = xp.astype(query, self.key.dtype, copy=False)
         return value, logarithm + xp.matmul(query, self.offset), good, error
+
+
+def reach_of_sample(
+    query: Array, key: Array, transform: Transform, blocks: int, clusters: int
+) -> float:
+    """Guess ``Clusters.reach`` from a few queries and keys, as NumPy arrays."""
+    metric, squares = np.sqrt(transform.scales).astype(np.float32), []
+    key = (key - transform.key_center) @ transform.key_map
+    for rows, parts in ((query @ transform.query_map, blocks), (key, clusters)):
+        x = rows.astype(np.float32)
+        order, cuts = partition(x * metric, parts=parts, least=2, most=len(x))
+        _, square, _ = describe(x[order], cuts=cuts, rows=1)
+        # parts of few rows hug them
+        squares.append(np.diff(cuts) @ square / max(1, len(x) - len(square)))
+    return float(squares[0] @ squares[1])
 
 
 def doubtful(error: Array, near: float) -> float:

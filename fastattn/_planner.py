@@ -22,8 +22,9 @@ from sketching._lib.certificate import RefusalError
 _WORTH = 0.8
 # heads with fewer logits than this are computed exactly: planning costs as much
 _SMALL = 1 << 24
-# with fewer logits clusters are not tried: a refusal would cost too much
-_LARGE = 1 << 28
+# with fewer logits clusters are not tried: a refusal would cost too much; nor are they
+# up to the second number unless low ranks miss by so many times, as on sharp heads
+_LARGE, _LARGEST, _MISSED = 1 << 26, 1 << 28, 3.0
 # nor are they where a low rank takes less than this share of exact attention's time
 _QUICK = 0.15
 # answers that may miss their certificate before the head is computed exactly, and where
@@ -148,11 +149,24 @@ def _sampled(
     exact = Exact().plan(head).predicted_seconds
     accepted = [c.plan.predicted_seconds for _, c in tried if c.accepted]
     share = min(accepted, default=exact) / exact
-    if head.logits >= _LARGE and share > _QUICK:
+    if _clusters_may_pay(head, tried, wanted) and share > _QUICK:
         limit = _WORTH * share * exact_work(*head.sizes, logits=head.logits)
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
     yield from tried
+
+
+def _clusters_may_pay(
+    head: Head, tried: list[tuple[Attempt | None, Candidate]], wanted: float
+) -> bool:
+    """Whether the chance that clusters serve is worth what their refusal costs."""
+    if head.logits >= _LARGEST:
+        return True
+    # each rectangle of a causal head is smaller
+    if head.logits < _LARGE or head.visible is not None:
+        return False
+    errors = [candidate.plan.predicted_error for _, candidate in tried]
+    return not any(error <= _MISSED * wanted for error in errors)
 
 
 def _multipole(

@@ -150,6 +150,9 @@ def choose(
         found.
     """
     aim = _AIM * wanted
+    # where a certificate was infinite nothing is left to aim at
+    if not aim > 0:
+        raise RefusalError(f"no threshold serves an error of {wanted:.1e}: use Exact()")
     slope, (typical, error) = _SLOPE, _TYPICAL
     typical *= (_KEYS / trial.clusters.key.shape[0]) ** _THINNER
     threshold = min(typical * (aim / error) ** (1 / slope), _LARGEST)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn._causal_halves import halves_attempt
-from fastattn._clusters import Blocks, Clusters
+from fastattn._clusters import Blocks, Clusters, reach_of_sample
 from fastattn._costs import multipole_work, seconds
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._recipes import Attempt, candidate_of, certified, sample_rows
 from fastattn._sampling import ROWS
 from fastattn._thresholds import Choice, Counts, Trial, choose
-from fastattn.transforms import balance
+from fastattn.transforms import Transform, balance
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer, check_number
@@ -31,6 +31,11 @@ _FEWER = 4
 _FEWEST = 16
 # the largest mean square of logits between centred queries and keys
 _REACH = 1.5
+# a sample, of so many rows or so many a cluster, must exceed it clearly; clusters that
+# leave more than this share of the mean square of all logits are of no use
+_SAMPLE, _A_CLUSTER = 1024, 8
+_CLEARLY = 1.25
+_USELESS = 0.55
 # answers that may miss their certificate where the threshold is not given
 _TRIES = 3
 # the share of the tolerance that all but the first aim at
@@ -252,7 +257,7 @@ def _arrange(
                 f"{floor / limit:.1f} times the work allowed"
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            clusters = clusters or _cluster(head, count, rng)
+            clusters = clusters or _cluster(head, count, size, limit, rng)
             blocks = clusters.arrange(head.query, size)
             reach = clusters.reach(blocks)
         if reach <= _REACH:
@@ -264,15 +269,36 @@ def _arrange(
     # a certificate that samples all rows is true in any case
     if n <= ROWS:
         return clusters, blocks
-    raise RefusalError(
+    raise RefusalError(_too_far(size, reach))
+
+
+def _glance(
+    query: Array, key: Array, transform: Transform, size: int, blocks: int, count: int
+) -> None:
+    """Raise ``RefusalError`` where a sample shows that clusters are of no use."""
+    every = -(-max(len(query), len(key)) // max(_SAMPLE, _A_CLUSTER * count))
+    few = slice(0, None, every)
+    reach = reach_of_sample(query[few], key[few], transform, blocks, count)
+    whole = float(transform.scales @ transform.scales)
+    if not reach <= min(_CLEARLY * _REACH, _USELESS * whole):
+        raise RefusalError(_too_far(size, reach))
+
+
+def _too_far(size: int, reach: float) -> str:
+    return (
         f"logits within {size} similar queries and a cluster have a mean square of "
-        f"{reach:.2g}, beyond {_REACH}: give more clusters, or use Exact()"
+        f"{reach:.2g}, too large: give more clusters, or use Exact()"
     )
 
 
-def _cluster(head: Head, count: int, rng: np.random.Generator) -> Clusters:
+def _cluster(
+    head: Head, count: int, size: int, limit: float, rng: np.random.Generator
+) -> Clusters:
     query, key = sample_rows(head, rng)
     transform = balance(query, key, head.scale, queries=False)
+    if math.isfinite(limit):
+        # spares most hopeless heads the clustering
+        _glance(query, key, transform, size, -(-head.sizes[0] // size), count)
     groups = min(_GROUPS, max(1, count // _CLUSTERS))
     return Clusters.of(
         head.key, head.value, transform, head.scale, clusters=count, groups=groups

@@ -46,7 +46,7 @@ def partition(x: Array, *, parts: int, least: int, most: int) -> tuple[Array, An
     return xp.concat(pieces), np.cumsum([0, *sizes])
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def regroup(x: Array, order: Array, *, start: Any) -> tuple[Array, Any]:
     """Put each row into the part whose mean is nearest: a round of k-means.
 

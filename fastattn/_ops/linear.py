@@ -16,7 +16,7 @@ from sketching._lib.op import op
 CHUNK = 64
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def elu_plus_one(x: Array) -> Array:
     """``x + 1`` where ``x`` is positive, ``exp(x)`` elsewhere."""
     xp = array_namespace(x)
@@ -49,7 +49,7 @@ def reciprocal(total: Array) -> Array:
     return xp.where(empty, xp.zeros_like(total), found)
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def squares(x: Array) -> Array:
     """One, the entries of ``x``, their squares over ``sqrt(2)`` and their products.
 
@@ -64,7 +64,7 @@ def squares(x: Array) -> Array:
     return xp.concat([xp.ones_like(x[..., :1]), x, *half], axis=-1)
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def prefix_products(
     left: Array,
     right: Array,

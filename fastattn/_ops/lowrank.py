@@ -22,7 +22,7 @@ CLAMP = 80.0
 _BLOCK = 4096
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def key_sums(
     key: Array,
     value: Array,
@@ -81,7 +81,7 @@ def key_sums(
     )
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def query_means(
     query: Array,
     projection: Array,

@@ -27,7 +27,7 @@ BEND, LARGEST = 0.7, 20.0
 ALIKE = 0.1
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def describe(query: Array, *, cuts: Any, rows: int) -> tuple[Array, Array, Array]:
     """Mean, mean square deviation, and deviations of a few rows, of each block.
 
@@ -47,7 +47,7 @@ def describe(query: Array, *, cuts: Any, rows: int) -> tuple[Array, Array, Array
     return xp.stack(means), xp.stack(squares), xp.stack(probes)
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def multipole(
     query: Array,
     mean: Array,
@@ -118,6 +118,7 @@ class _Field:
         probe: Array,
         metric: Array,
         threshold: float,
+        middle: float | None = MIDDLE,
     ) -> None:
         xp = array_namespace(mean)
         self.keys, member = keys, keys.member
@@ -139,7 +140,10 @@ class _Field:
         self.near = remainder > threshold
         nothing = xp.zeros_like(weight)
         self.weight = xp.where(self.near, nothing, weight)
-        self.middle = xp.logical_and(remainder > MIDDLE * threshold, ~self.near)
+        self.middle = ~self.near
+        if middle is not None:
+            counted = remainder > middle * threshold
+            self.middle = xp.logical_and(counted, self.middle)
         self.total = xp.matmul(member, self.weight)
         total = xp.where(self.total > 0, self.total, xp.ones_like(self.total))
         # squares of the remainders of clusters

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sketching._lib.arrays import Array, array_namespace, device_of
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.op import op
 
 # a larger variance is no matter for a normal law: what has it is never far
@@ -27,7 +27,7 @@ STEPS = 4
 EXPONENT = 80.0
 
 
-@op("cpu")
+@op("cpu", "gpu")
 def summarise(key: Array, value: Array, middle: Array, *, start: Any) -> Array:
     """What a query needs to know of parts of the keys, ``(C, 3 d + p + 3)``.
 
@@ -112,7 +112,7 @@ def multipole_rows(
     counts = [xp.sum(xp.astype(x, xp.int64), axis=1) for x in (seen, keys)]
     out = xp.matmul(weights, xp.concat([*means, value], axis=0))
     norm = xp.reshape(top + xp.log(total), (n,))
-    return out, norm, error, np.stack([np.asarray(x) for x in counts], axis=1)
+    return out, norm, error, np.stack([to_host(x) for x in counts], axis=1)
 
 
 def _deviations(local: Array) -> tuple[Array, Array]:

@@ -1,123 +1,29 @@
-"""CUDA source without a device: nvcc compiles it, and g++ runs it as fibers.
+"""CUDA source without a device: nvcc compiles it, and g++ runs it as fibers."""
 
-The emulation runs every thread of a block up to its next barrier, in rising or falling
-order, so that a missing barrier shows as a wrong answer in one of the two. NumPy stands
-in for CuPy. What it cannot show: speed, limits of a device, and CuPy's own manners.
-"""
-
-import ctypes
-import importlib
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from unittest import mock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fastattn
+from tests.cuda_emulation import KERNEL, Kernel, emulated, run
+from tests.fastattn import (
+    test_clusters,
+    test_feature_maps,
+    test_linear,
+    test_lowrank,
+    test_multipole,
+    test_multipole_rows,
+)
 from tests.fastattn.test_gpu import BodyLaws
+from tests.fastattn.test_gpu_wide import WideLaws
 
-SOURCES = sorted(Path(fastattn.__file__).parent.glob("_ops/gpu/*.cu"))
-KERNEL = re.compile(r'extern "C" __global__ \S+ void (\w+)\(')
-
-SHIM = r"""
-#include <ucontext.h>
-#include <cmath>
-#include <functional>
-#include <utility>
-#include <vector>
-#define __global__
-#define __device__
-#define __shared__ static
-#define __launch_bounds__(n)
-#define __align__(n) __attribute__((aligned(n)))
-using std::exp, std::isfinite;
-template <class T> T min(T a, T b) { return b < a ? b : a; }
-
-struct Index { unsigned x, y, z; };
-enum class Wait { RUNS, WARP, BLOCK, DONE };
-struct Fiber { ucontext_t context; std::vector<char> stack; Wait wait; };
-static Index threadIdx, blockIdx, gridDim;
-static ucontext_t home;
-static std::vector<Fiber> fibers;
-static std::function<void()> body;
-
-static void pause(Wait why)
-{
-    Fiber& self = fibers[threadIdx.x];
-    self.wait = why;
-    swapcontext(&self.context, &home);
-}
-static void begin() { body(); pause(Wait::DONE); }
-static void __syncthreads() { pause(Wait::BLOCK); }
-template <class T> T __shfl_xor_sync(unsigned, T value, int distance)
-{
-    static T slots[1024];
-    slots[threadIdx.x] = value;
-    pause(Wait::WARP);
-    T other = slots[threadIdx.x ^ distance];
-    pause(Wait::WARP);
-    return other;
-}
-// fibers first to last - 1 go on if all of them have come to the same barrier
-static bool release(unsigned first, unsigned last, Wait why)
-{
-    for (unsigned t = first; t < last; ++t) if (fibers[t].wait != why) return false;
-    for (unsigned t = first; t < last; ++t) fibers[t].wait = Wait::RUNS;
-    return true;
-}
-static bool run_block(unsigned threads, bool falling)
-{
-    for (Fiber& fiber : fibers) {
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.wait = Wait::RUNS;
-        makecontext(&fiber.context, begin, 0);
-    }
-    for (;;) {
-        unsigned done = 0;
-        for (unsigned t = 0; t < threads; ++t) {
-            threadIdx.x = falling ? threads - 1 - t : t;
-            Fiber& fiber = fibers[threadIdx.x];
-            if (fiber.wait == Wait::RUNS) swapcontext(&home, &fiber.context);
-            done += fiber.wait == Wait::DONE;
-        }
-        if (done == threads) return true;
-        bool released = release(0, threads, Wait::BLOCK);
-        for (unsigned t = 0; t < threads; t += 32)
-            released |= release(t, t + 32, Wait::WARP);
-        // a barrier that some threads never reach
-        if (!released) return false;
-    }
-}
-template <class... A, size_t... I>
-void call(void (*kernel)(A...), void** args, std::index_sequence<I...>)
-{
-    kernel(*static_cast<A*>(args[I])...);
-}
-template <class... A>
-int launch(void (*kernel)(A...), const unsigned* shape, bool falling, void** args)
-{
-    fibers.clear();
-    fibers.resize(shape[3]);
-    for (Fiber& fiber : fibers) fiber.stack.resize(1 << 14);
-    body = [=] { call(kernel, args, std::index_sequence_for<A...>()); };
-    gridDim = {shape[0], shape[1], shape[2]};
-    for (blockIdx.z = 0; blockIdx.z < shape[2]; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < shape[1]; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < shape[0]; ++blockIdx.x)
-                if (!run_block(shape[3], falling)) return 1;
-    return 0;
-}
-#define EXPORT(name) extern "C" int launch_##name( \
-    const unsigned* shape, int falling, void** args) \
-{ return launch(name, shape, falling, args); }
-"""
+FOLDER = Path(fastattn.__file__).parent / "_ops/gpu"
+SOURCES = sorted(FOLDER.glob("*.cu"))
+BODIES = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("real", ["float", "double"])
@@ -128,12 +34,15 @@ def test_nvcc_compiles_without_a_warning(source, real):
         pytest.skip("nvcc is not installed")
     # registers that spill to memory are a warning too
     strict = ["-Werror", "all-warnings", "-Xptxas", "-warn-spills"]
-    target = ["-std=c++17", "-arch=sm_90", "-cubin", "-o", "/dev/null"]
-    _run([nvcc, *target, *strict, f"-DREAL={real}", str(source)])
+    for arch in ("sm_80", "sm_90"):
+        target = ["-std=c++17", f"-arch={arch}", "-cubin", "-o", "/dev/null"]
+        run([nvcc, *target, *strict, f"-DREAL={real}", str(source)])
 
 
 def test_every_source_has_kernels():
-    assert [len(KERNEL.findall(path.read_text())) for path in SOURCES] == [3, 1]
+    for path in SOURCES:
+        text = path.read_text()
+        assert len(KERNEL.findall(text)) == text.count("__global__") > 0
 
 
 @pytest.mark.parametrize("falling", [False, True], ids=["rising", "falling"])
@@ -149,64 +58,19 @@ def test_emulation_tells_a_missing_barrier(tmp_path, falling):
     for barrier in ("__syncthreads()", "(void)0"):
         text = source.replace("BARRIER", barrier)
         x = np.arange(64.0)
-        _Kernel(text, "turn", ("-DREAL=double",), tmp_path, falling)((1,), (64,), (x,))
+        Kernel(text, "turn", ("-DREAL=double",), tmp_path, falling)((1,), (64,), (x,))
         got.append(x.tolist())
     assert got[0] == list(range(64))[::-1]
     assert got[1] != got[0]
 
 
-def _run(command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-class _Kernel:
-    """What ``cupy.RawKernel`` is, compiled by g++ and run on this thread."""
-
-    def __init__(self, source, name, options, folder, falling):
-        stem = folder / f"{abs(hash((source, options)))}"
-        code, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
-        if not library.exists():
-            exports = "".join(f"EXPORT({x})\n" for x in KERNEL.findall(source))
-            code.write_text(SHIM + source + "\n" + exports)
-            real = [option for option in options if option.startswith("-D")]
-            # an index beyond a tile, or an overflow, stops the process
-            trap = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-            flags = ["-std=c++20", "-O2", "-shared", "-fPIC", *trap, *real]
-            _run(["g++", *flags, "-o", str(library), str(code)])
-        self.launch = getattr(ctypes.CDLL(str(library)), f"launch_{name}")
-        self.falling = falling
-
-    def __call__(self, grid, block, args):
-        shape = (ctypes.c_uint * 4)(*(*grid, 1, 1)[:3], *block)
-        values = [_pointer(x) for x in args]
-        pointers = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, values))
-        assert self.launch(shape, int(self.falling), pointers) == 0, "barrier diverged"
-
-
-def _pointer(x):
-    """An argument as CuPy passes it: the memory of an array, or a 64-bit integer."""
-    if not isinstance(x, np.ndarray):
-        return ctypes.c_longlong(x)
-    assert x.flags.c_contiguous
-    return ctypes.c_void_p(x.ctypes.data)
-
-
-def _stand_in(folder, falling):
-    """NumPy under the name of CuPy."""
-    cupy = ModuleType("cupy")
-    cupy.__dict__.update({name: getattr(np, name) for name in np.__all__})
-    cupy.asnumpy = np.asarray
-    # memory that nobody has written is poison
-    cupy.empty = lambda shape, dtype: np.full(shape, np.nan, dtype=dtype)
-    cupy.RawKernel = lambda source, name, options: _Kernel(
-        source, name, options, folder, falling
-    )
-    stream = SimpleNamespace(synchronize=lambda: None)
-    cupy.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(getDevice=lambda: 0), get_current_stream=lambda: stream
-    )
-    return cupy
+@pytest.mark.parametrize("path", BODIES, ids=lambda path: path.name)
+def test_cupy_has_what_bodies_ask_of_it(path):
+    # NumPy stands in for it below, and has more
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    names = set(re.findall(r"\bcp\.(\w+)", path.read_text()))
+    assert names
+    assert [name for name in sorted(names) if not hasattr(cupy, name)] == []
 
 
 @pytest.fixture(scope="module")
@@ -219,13 +83,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["rising", "falling"])
 def gpu(folder, request):
-    with mock.patch.dict(sys.modules, {"cupy": _stand_in(folder, request.param)}):
-        for name in [x for x in sys.modules if x.startswith("fastattn._ops.gpu")]:
-            del sys.modules[name]
-        softmax, monomials = (
-            importlib.import_module(f"fastattn._ops.gpu.{name}")
-            for name in ("softmax", "monomials")
-        )
+    with emulated(folder, request.param) as module:
+        softmax, monomials = module("softmax"), module("monomials")
     return SimpleNamespace(
         asarray=np.array,
         asnumpy=np.asarray,
@@ -240,3 +99,50 @@ def gpu(folder, request):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class TestEmulated(BodyLaws):
     pass
+
+
+@pytest.fixture(scope="class")
+def device(folder, request):
+    """What ops find for arrays of CuPy meanwhile is the emulated device."""
+    with emulated(folder, getattr(request, "param", False)):
+        yield
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+class EmulatedLaws:
+    """The laws of an op, of its body for the GPU on the emulated device."""
+
+    def pytest_generate_tests(self, metafunc):
+        if "place" in metafunc.fixturenames:
+            metafunc.parametrize("place", ["gpu"])
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    "device", [False, True], ids=["rising", "falling"], indirect=True, scope="class"
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+class TestWideEmulated(WideLaws):
+    pass
+
+
+LAWS = [
+    test_lowrank.TestKeySums,
+    test_lowrank.TestKeySumsOfPolynomials,
+    test_lowrank.TestKeySumsOfLandmarks,
+    test_lowrank.TestQueryMeans,
+    test_clusters.TestRegroup,
+    test_multipole.TestDescribe,
+    test_multipole.TestMultipoleOp,
+    test_multipole.TestMultipoleOpWithoutFarKeys,
+    test_multipole.TestMultipoleOpWithoutNearKeys,
+    test_multipole_rows.TestSummarise,
+    test_feature_maps.TestEluPlusOne,
+    test_feature_maps.TestSquares,
+    test_linear.TestPrefixProducts,
+    test_linear.TestFadingPrefixProducts,
+]
+for laws in LAWS:
+    name = f"{laws.__name__}Emulated"
+    globals()[name] = type(name, (EmulatedLaws, laws), {})

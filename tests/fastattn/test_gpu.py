@@ -149,9 +149,10 @@ class BodyLaws:
     def test_moments_agree_with_reference(self, gpu, dtype, m, name):
         check_moments(gpu, dtype, m, RECIPES[name], p=1 + m % 70)
 
-    @pytest.mark.parametrize("limit", ["_LARGEST_PARTS", "_ROWS"])
+    @pytest.mark.parametrize("limit", ["_LARGEST_PARTS", "ROWS"])
     def test_moments_add_up_over_blocks(self, gpu, monkeypatch, limit):
-        monkeypatch.setitem(gpu.moments.__globals__, limit, 256)
+        products = gpu.moments.__globals__["spans"].__globals__
+        monkeypatch.setitem(products, limit, 256)
         check_moments(gpu, np.float32, 1025, RECIPES["square"], p=3)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,7 +162,7 @@ class BodyLaws:
         check_means(gpu, dtype, n, RECIPES[name], p=1 + n % 70)
 
     def test_means_add_up_over_blocks(self, gpu, monkeypatch):
-        monkeypatch.setitem(gpu.means.__globals__, "_ROWS", 100)
+        monkeypatch.setitem(gpu.means.__globals__, "ROWS", 100)
         check_means(gpu, np.float32, 333, RECIPES["square"], p=3)
 
     def test_means_without_weight_are_the_middle(self, gpu):

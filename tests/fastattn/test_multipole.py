@@ -10,7 +10,7 @@ from fastattn._problem import Head
 from fastattn.multipole import multipole_attempt
 from tests import oracles
 from tests.chance import assert_fails_rarely
-from tests.laws import MethodLaws, OpLaws, bring
+from tests.laws import MethodLaws, OpLaws, bring, fetch, skip_without
 
 
 def spans(n, parts):
@@ -53,12 +53,13 @@ class TestMultipoleOp(OpLaws):
 
     def test_blocks_may_be_answered_for_a_few_rows(self, place):
         arrays, options = self.inputs(np.random.default_rng(0), np.float64, 300, 200)
+        skip_without(place)
         body, cuts = self.op.body(place), options["cuts"]
-        whole, _, _, counts = body(*[bring(place, x) for x in arrays], **options)
+        whole, _, _, counts = fetch(body(*[bring(place, x) for x in arrays], **options))
         rows = np.concatenate([np.arange(lo, lo + 5) for lo in cuts[:-1]])
         arrays[0] = arrays[0][rows]
         options["cuts"] = 5 * np.arange(len(cuts))
-        some, _, _, same = body(*[bring(place, x) for x in arrays], **options)
+        some, _, _, same = fetch(body(*[bring(place, x) for x in arrays], **options))
         np.testing.assert_allclose(some, whole[rows], atol=1e-12)
         np.testing.assert_array_equal(same, counts)
 
@@ -241,8 +242,20 @@ def test_certificates_of_a_real_head_fail_rarely():
 
 def test_a_head_whose_blocks_spread_too_far_is_refused():
     query, key, value = load_sample("minilm-sharp")
-    with pytest.raises(RefusalError, match=r"have a mean square of \d\.\d, beyond"):
+    with pytest.raises(RefusalError, match=r"have a mean square of \d\.\d, too large"):
         approximate(query[1], key[1], value[1], tol=0.05, method=Multipole(), rng=0)
+
+
+def test_a_sample_tells_of_clusters_that_are_of_no_use(rng):
+    # normal rows of many dimensions have no similar ones, whatever the logits' size
+    for spread in (1.0, 5.0):
+        query, key, value = rng.standard_normal((3, 2048, 32))
+        head = Head(spread * query, key, value, 32**-0.5)
+        with pytest.raises(RefusalError, match=r"have a mean square of .* too large"):
+            multipole_attempt(head, 0.1, rng, limit=1e12)
+    query, key, value = rng.standard_normal((3, 2048, 2))
+    attempt = multipole_attempt(Head(query, key, value, 1.0), 0.1, rng, limit=1e12)
+    assert isinstance(attempt.plan.method, Multipole)
 
 
 def test_a_missed_tolerance_is_refused_with_its_number(rng):
@@ -289,6 +302,8 @@ def test_work_beyond_the_limit_is_refused_before_anything_is_answered(rng):
     head = Head(query, key, value, 0.25)
     with pytest.raises(RefusalError, match=r"blocks of queries take .* the work"):
         multipole_attempt(head, 0.05, rng, limit=1.0)
+    # few dimensions, which clusters serve
+    head = Head(query[:, :6], key[:, :6], value, 0.4)
     with pytest.raises(RefusalError, match="near keys a row takes"):
         multipole_attempt(head, 1e-6, rng, limit=7e8)
 
@@ -300,3 +315,11 @@ def test_an_attempt_keeps_its_clusters(rng):
     first, second = attempt.run(head), attempt.run(head)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_answers_that_underflow_are_refused():
+    # only keys whose weights underflow have values
+    query, key, value = np.ones((64, 1)), np.full((50, 1), -1261.0), np.ones((50, 1))
+    key[0] = value[0] = 0
+    with pytest.raises(RefusalError, match="no threshold serves"):
+        approximate(query, key, value, scale=1.0, tol=0.1, method=Multipole(), rng=0)

@@ -13,8 +13,24 @@ from fastattn._multipole_rows import FEWEST_KEYS, Tree
 from fastattn._ops.multipole_rows import LARGEST, multipole_rows, summarise
 from tests import oracles
 from tests.chance import assert_fails_rarely
+from tests.laws import OpLaws
 
 TOL = 0.1
+
+
+class TestSummarise(OpLaws):
+    op = summarise
+
+    def inputs(self, rng, dtype, n, m):  # noqa: ARG002
+        # wider in one direction, so that the power iteration is well conditioned
+        key = rng.standard_normal((m, 5)) * [1, 8, 1, 0.5, 0]
+        arrays = key @ rng.standard_normal((5, 5)), rng.standard_normal((m, 3))
+        start = np.linspace(0, m, 1 + min(m, 1 + m // 9)).astype(int)
+        return [x.astype(dtype) for x in (*arrays, np.ones(3))], {"start": start}
+
+    def slack(self, arrays, options):  # noqa: ARG002
+        # variances reach some hundreds, and what is left of them is a difference
+        return 1e5 * np.finfo(arrays[0].dtype).eps
 
 
 def clustered(m, d=8, p=5, seed=0, centres=64, spread=0.25, dtype=np.float64):

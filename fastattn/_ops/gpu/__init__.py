@@ -2,6 +2,13 @@
 
 The CUDA source beside them has been compiled and emulated on a CPU; nothing here has
 run on a device yet.
+
+Ops without a body are left to their references, arrays of CuPy included. That is as
+good where they are products of matrices and few passes over their results: exponentials
+of rows, single rows over clusters, the derivative of exact attention, Strassen, path
+and window attention, and exact attention over tuples, whose products are those of
+``attend``. It works, and is slow, where references loop over parts or polynomials:
+halving of rows, derivatives of low ranks and of clusters, prefixes of tuples.
 """
 
 import functools
@@ -9,10 +16,16 @@ from importlib import resources
 
 import cupy as cp
 
+_HEADER = "tiles.cuh"
+
 
 @functools.cache
 def kernel(file, name, dtype):
     """Return the kernel ``name`` of a source file with REAL set to ``dtype``."""
-    source = resources.files("fastattn._ops").joinpath("gpu", file).read_text("utf-8")
+    folder = resources.files("fastattn._ops").joinpath("gpu")
+    source = folder.joinpath(file).read_text("utf-8")
+    # put in here: the run-time compiler would have to be told where the file is
+    header = folder.joinpath(_HEADER).read_text("utf-8")
+    source = source.replace(f'#include "{_HEADER}"', header)
     real = {"f": "float", "d": "double"}[dtype.char]
     return cp.RawKernel(source, name, options=("-std=c++17", f"-DREAL={real}"))

@@ -2,25 +2,15 @@
 //
 // REAL is float or double. Coordinate c of row i is x[c * rows + i]. Monomial j is the
 // product of the coordinates factor[start[j]] to factor[start[j + 1] - 1]: it depends
-// on no other monomial, so every tile makes the monomials that it needs.
+// on no other monomial, so every tile makes the monomials that it needs. What is said
+// of coordinates holds for any functions of them: lowrank.py gives powers.
 
-typedef REAL real;
+#include "tiles.cuh"
 
-constexpr int THREADS = 128;
-// a block computes TILE x TILE sums, DEPTH terms at a time; a thread UP x ACROSS
-constexpr int TILE = 64;
-constexpr int DEPTH = 32;
-constexpr int UP = 8;
-constexpr int ACROSS = 4;
-constexpr int COLUMNS = TILE / ACROSS;
 // rows of one thread, which share the look-up of a monomial's factors
 constexpr int SHARED = 4;
 // monomials that a thread makes for each of those rows
 constexpr int MADE = TILE * DEPTH / (THREADS * SHARED);
-// rows of a tile start in different banks and stay 16-byte aligned
-constexpr int PAD = 16 / sizeof(real);
-
-typedef real Tile[DEPTH][TILE + PAD];
 
 struct Recipe {
     const real* x;
@@ -51,58 +41,8 @@ __device__ void monomial(
     }
 }
 
-// fills a tile with a part of a matrix of `height` rows, zeros beyond its edges
-__device__ void load(
-    Tile& tile, const real* matrix, long long stride, long long row, long long height,
-    long long column, long long width)
-{
-    for (int t = threadIdx.x; t < DEPTH * TILE; t += THREADS) {
-        const int k = t / TILE, c = t % TILE;
-        const bool inside = row + k < height && column + c < width;
-        tile[k][c] = inside ? matrix[(row + k) * stride + column + c] : real(0);
-    }
-}
-
-__device__ void accumulate(real (&sum)[UP][ACROSS], const Tile& left, const Tile& right)
-{
-    const int up = threadIdx.x / COLUMNS * UP, across = threadIdx.x % COLUMNS * ACROSS;
-#pragma unroll 8
-    for (int k = 0; k < DEPTH; ++k) {
-        for (int a = 0; a < UP; ++a) {
-            for (int b = 0; b < ACROSS; ++b) {
-                sum[a][b] += left[k][up + a] * right[k][across + b];
-            }
-        }
-    }
-}
-
-// writes the sums to their place in a matrix of `height` rows and `width` columns
-__device__ void store(
-    real* matrix, long long stride, const real (&sum)[UP][ACROSS], long long row,
-    long long height, long long column, long long width)
-{
-    row += threadIdx.x / COLUMNS * UP;
-    column += threadIdx.x % COLUMNS * ACROSS;
-    for (int a = 0; a < UP; ++a) {
-        for (int b = 0; b < ACROSS; ++b) {
-            if (row + a < height && column + b < width) {
-                matrix[(row + a) * stride + column + b] = sum[a][b];
-            }
-        }
-    }
-}
-
-__device__ real column_sum(const Tile& tile, int height, int column)
-{
-    real total = 0;
-    for (int k = 0; k < height; ++k) {
-        total += tile[k][column];
-    }
-    return total;
-}
-
 // features[j * rows + i]: a thread for each row
-extern "C" __global__ __launch_bounds__(THREADS) void monomials(
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void monomials(
     const real* __restrict__ x, const int* __restrict__ start,
     const int* __restrict__ factor, real* __restrict__ features, long long rows,
     long long rank)
@@ -123,7 +63,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void monomials(
 // Sums of weight times monomial times value over `span` rows: parts is
 // (spans, rank, p + 1), the last column without values. Blocks: tiles of monomials,
 // tiles of values, spans.
-extern "C" __global__ __launch_bounds__(THREADS) void moments(
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void moments(
     const real* __restrict__ x, const real* __restrict__ weight,
     const real* __restrict__ value, const int* __restrict__ start,
     const int* __restrict__ factor, real* __restrict__ parts, long long rows,
@@ -175,40 +115,34 @@ extern "C" __global__ __launch_bounds__(THREADS) void moments(
     }
 }
 
-// Products of monomials and readout, (rank, p + 1), divided by those with its last
-// column. Blocks: tiles of rows, tiles of values.
-extern "C" __global__ __launch_bounds__(THREADS) void means(
-    const real* __restrict__ x, const real* __restrict__ readout,
-    const real* __restrict__ middle, const int* __restrict__ start,
-    const int* __restrict__ factor, real* __restrict__ value, real* __restrict__ total,
-    long long rows, long long rank, long long p)
+// Products of the monomials of TILE rows and TILE columns of readout, (rank, p + 1);
+// those with its last column come to `right[0]`.
+__device__ void products(
+    real (&sum)[UP][ACROSS], Tile& left, Tile& right, const Recipe& recipe,
+    const real* readout, long long first, long long column, long long p)
 {
     constexpr int LANES = TILE / SHARED;
-    __shared__ __align__(16) Tile left;
-    __shared__ __align__(16) Tile right;
     const int thread = threadIdx.x, lane = thread % LANES, group = thread / LANES;
-    const long long first = 1ll * TILE * blockIdx.x, column = 1ll * TILE * blockIdx.y;
-    const Recipe recipe = {x, start, factor, rows, rank};
     const real ones[SHARED] = {1, 1, 1, 1};
     int row[SHARED];
     for (int s = 0; s < SHARED; ++s) {
-        row[s] = int(min(first + lane + LANES * s, rows - 1));
+        row[s] = int(min(first + lane + LANES * s, recipe.rows - 1));
     }
-    real sum[UP][ACROSS] = {};
     real share[SHARED] = {};
-    for (long long lo = 0; lo < rank; lo += DEPTH) {
+    for (long long lo = 0; lo < recipe.rank; lo += DEPTH) {
 #pragma unroll
         for (int q = 0; q < MADE; ++q) {
             const int f = group + THREADS / LANES * q;
             real product[SHARED];
             monomial(product, ones, row, recipe, lo + f);
-            const real last = lo + f < rank ? readout[(lo + f) * (p + 1) + p] : real(0);
+            const bool inside = lo + f < recipe.rank;
+            const real last = inside ? readout[(lo + f) * (p + 1) + p] : real(0);
             for (int s = 0; s < SHARED; ++s) {
                 left[f][lane + LANES * s] = product[s];
                 share[s] += product[s] * last;
             }
         }
-        load(right, readout, p + 1, lo, rank, column, p);
+        load(right, readout, p + 1, lo, recipe.rank, column, p);
         __syncthreads();
         accumulate(sum, left, right);
         __syncthreads();
@@ -218,13 +152,45 @@ extern "C" __global__ __launch_bounds__(THREADS) void means(
     }
     __syncthreads();
     if (thread < TILE) {
-        const real whole = column_sum(left, THREADS / LANES, thread);
-        right[0][thread] = whole;
-        if (blockIdx.y == 0 && first + thread < rows) {
-            total[first + thread] = whole;
-        }
+        right[0][thread] = column_sum(left, THREADS / LANES, thread);
     }
     __syncthreads();
+}
+
+// Products of monomials and readout: (rows, p + 1). Blocks: tiles of rows, of values.
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void sums(
+    const real* __restrict__ x, const real* __restrict__ readout,
+    const int* __restrict__ start, const int* __restrict__ factor,
+    real* __restrict__ out, long long rows, long long rank, long long p)
+{
+    __shared__ __align__(16) Tile left;
+    __shared__ __align__(16) Tile right;
+    const long long first = 1ll * TILE * blockIdx.x, column = 1ll * TILE * blockIdx.y;
+    const long long row = first + threadIdx.x;
+    real sum[UP][ACROSS] = {};
+    products(sum, left, right, {x, start, factor, rows, rank}, readout, first, column, p);
+    if (threadIdx.x < TILE && blockIdx.y == 0 && row < rows) {
+        out[row * (p + 1) + p] = right[0][threadIdx.x];
+    }
+    store(out, p + 1, sum, first, rows, column, p);
+}
+
+// The same, divided by the last column. Blocks: tiles of rows, tiles of values.
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void means(
+    const real* __restrict__ x, const real* __restrict__ readout,
+    const real* __restrict__ middle, const int* __restrict__ start,
+    const int* __restrict__ factor, real* __restrict__ value, real* __restrict__ total,
+    long long rows, long long rank, long long p)
+{
+    __shared__ __align__(16) Tile left;
+    __shared__ __align__(16) Tile right;
+    const int thread = threadIdx.x;
+    const long long first = 1ll * TILE * blockIdx.x, column = 1ll * TILE * blockIdx.y;
+    real sum[UP][ACROSS] = {};
+    products(sum, left, right, {x, start, factor, rows, rank}, readout, first, column, p);
+    if (thread < TILE && blockIdx.y == 0 && first + thread < rows) {
+        total[first + thread] = right[0][thread];
+    }
     for (int a = 0; a < UP; ++a) {
         const real whole = right[0][thread / COLUMNS * UP + a];
         const bool good = whole > 0 && isfinite(whole);
