@@ -1,17 +1,24 @@
-"""The study of derivatives: exact against torch's, low rank against its own call."""
+"""The study of derivatives: exact ones, by a low rank, and by clusters of the keys."""
 
 import numpy as np
 
 import fastattn
 from benches.cases import CASES
-from benches.measure import faster, torch_or_none
+from benches.heads import Head, file_heads
+from benches.measure import faster, median_of, seconds, torch_or_none
 
 
-def gradients(*, quick):
-    """Time of `attention_vjp`: over torch's backward, and over a forward call."""
+def gradients(*, quick, data):
+    """Time of `attention_vjp`: over torch's backward, and over a forward call.
+
+    Heads of files are differentiated by clusters: over the exact derivative too.
+    """
     rng = np.random.default_rng(0)
-    rows = [_exact(n, rng) for n in ((4096,) if quick else (4096, 8192, 16384))]
-    return rows + [_lowrank(n, rng) for n in ((16384,) if quick else (32768, 65536))]
+    rows = [_exact(n, rng) for n in ((2048,) if quick else (4096, 8192, 16384))]
+    rows += [_lowrank(n, rng) for n in ((8192,) if quick else (32768, 65536))]
+    for head in file_heads(data):
+        rows += _clusters(head, rng, rounds=1 if quick else 5)
+    return rows
 
 
 def _exact(n, rng, d=64):
@@ -45,6 +52,46 @@ def _lowrank(n, rng):
     assert error <= 3 * case.tol
     ratio = faster(call, forward)
     return _row(f"Auto(), tol {case.tol:g}", n, error, "its forward call", ratio)
+
+
+def _clusters(head: Head, rng, *, rounds):
+    """A real head by clusters, over its forward call and over two exact derivatives."""
+    grad = rng.standard_normal(head.value.shape).astype(np.float32)
+    arrays = *head.arrays, grad
+    double = [x.astype(np.float64) for x in arrays]
+    truth = _backward(*double, scale=head.scale)()
+    rows = []
+    for tol in (1e-1, 5e-2):
+        options = {"scale": head.scale, "rng": 0}
+        clusters = {**options, "tol": tol, "method": fastattn.Multipole()}
+        exact = {**options, "method": fastattn.Exact()}
+        opponents = {
+            "its forward call": lambda o=clusters: fastattn.attention(*arrays[:3], **o),
+            "Exact()": lambda o=exact: fastattn.attention_vjp(*arrays, **o),
+            "torch's backward": _backward(*arrays, scale=head.scale),
+        }
+
+        def call(options=clusters):
+            return fastattn.attention_vjp(*arrays, **options)
+
+        error = _largest_error(call(), truth)
+        assert error <= 3 * tol
+        ratios = _in_turn(call, opponents, rounds)
+        name = f"Multipole(), tol {tol:g}, {head.name}"
+        rows += [_row(name, len(head), error, x, y) for x, y in ratios.items()]
+    return rows
+
+
+def _in_turn(call, opponents, rounds):
+    """How many times faster a call is than each opponent, all timed in turn."""
+    for other in opponents.values():
+        other()
+    ratios = {name: [] for name in opponents}
+    for _ in range(rounds):
+        own = seconds(call)
+        for name, other in opponents.items():
+            ratios[name].append(seconds(other) / own)
+    return {name: median_of(x) for name, x in ratios.items()}
 
 
 def _backward(query, key, value, grad, *, scale):

@@ -8,31 +8,33 @@ does. Queries that the low rank does not serve, and far keys, are exact.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from fastattn._backward import (
+    SLACK,
+    WORTH,
+    Backward,
+    Slopes,
+    exact_vjp_work,
+    spread,
+)
 from fastattn._costs import lowrank_work
 from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
-from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
 from fastattn._problem import Head
-from fastattn._rates import rates
 from fastattn._recipes import run_mended
-from fastattn._sampling import MARGIN, ROWS, hardest_rows
+from fastattn._sampling import hardest_rows
 from fastattn._sizes import predict
 from fastattn.expansions import rank_of
 from fastattn.polynomial import lowrank_attempt
-from sketching._lib.arrays import Array, array_namespace, device_of, mover, to_host
+from sketching._lib.arrays import Array, mover, to_host
 from sketching._lib.certificate import RefusalError
 
-# derivatives may err by this many times the tolerance of the answer
-SLACK = 3.0
 # heads with fewer logits than this are differentiated exactly: planning costs as much
 _SMALL = 1 << 24
-# a low rank must be predicted to take at most this share of the exact time
-_WORTH = 0.8
 # time of the passes of a derivative and its answer, in times of the answer alone
 _PASSES = 3.5
 # error of the answer over that of its derivatives, in standard deviations of a logit:
@@ -43,56 +45,6 @@ _AIM = 0.7
 # tries, how far the first may miss, and what is left to the second
 _TRIES = 2
 _HOPELESS, _TIGHTER = 3.0, 0.7
-# derivatives by query, key and value
-Slopes = tuple[Array, Array, Array]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Backward:
-    """A head with what its weights and their derivatives are made of.
-
-    Parameters
-    ----------
-    head : Head
-    grad : array, shape (n, p)
-        Derivative by the answer.
-    normalizer, drift : array, shape (n,)
-        Log-sum-exp of each row's logits, infinite where the row is to add nothing,
-        and the product of its answer and ``grad``.
-    """
-
-    head: Head
-    grad: Array
-    normalizer: Array
-    drift: Array
-
-    def without(self, rows: Array) -> "_Backward":
-        """Let the given rows add nothing."""
-        mask = np.zeros(self.head.sizes[0], dtype=bool)
-        mask[rows] = True
-        xp = self.head.xp
-        mask = xp.asarray(mask, device=device_of(self.grad))
-        normalizer = xp.where(mask, xp.inf, self.normalizer)
-        return replace(self, normalizer=normalizer)
-
-    def exact(self, rows: Array | None, keys: Array | None) -> Slopes:
-        """Differentiate what the given rows make of the given keys; None means all."""
-        head, dtype = self.head, self.grad.dtype
-        query, grad, normalizer, drift = (
-            _take(x, rows) for x in (head.query, self.grad, self.normalizer, self.drift)
-        )
-        xp = head.xp
-        slopes: Slopes = attend_vjp(
-            xp.astype(query, dtype, copy=False),
-            _take(head.key, keys),
-            _take(head.value, keys),
-            grad,
-            scale=head.scale,
-            visible=None,
-            log_normalizer=normalizer,
-            drift=drift,
-        )
-        return slopes
 
 
 def lowrank_slopes(
@@ -112,36 +64,39 @@ def lowrank_slopes(
     RefusalError
         If the low rank fails in too many rows, or sums overflow.
     """
-    xp, (n, m, _, _) = head.xp, head.sizes
+    xp, m = head.xp, head.sizes[1]
     structure, far = empty.filled(head.key, head.value)
     attempt = lowrank_attempt(head, empty, math.nan, "derivative")
     attempt = replace(attempt, run=lambda some: structure.query(some.query))
     value, normalizer, settled = run_mended(head, attempt, hardest_rows(head, rng))
     drift = xp.sum(grad * xp.astype(value, grad.dtype, copy=False), axis=1)
-    whole = _Backward(head, grad, normalizer, drift)
+    whole = Backward(head, grad, normalizer, drift)
     rest = whole.without(settled)
-    query, key, values = _near(rest, structure, far)
-    if len(settled):
-        extra = whole.exact(settled, None)
-        query = query + spread(extra[0], settled, n)
-        key, values = key + extra[1], values + extra[2]
+    query, key, values = whole.mended(_near(rest, structure, far), settled)
     if bool(xp.any(far)):
         keys = np.flatnonzero(to_host(far))
         extra = rest.exact(None, keys)
         query, key = query + extra[0], key + spread(extra[1], keys, m)
         values = values + spread(extra[2], keys, m)
     slopes = query, key, values
-    return slopes, _sampled_error(whole, slopes, settled, rng)
+    return slopes, whole.error(slopes, settled, rng)
 
 
 def slopes_if_they_pay(
-    head: Head, grad: Array, tol: float, rng: np.random.Generator
+    head: Head,
+    grad: Array,
+    tol: float,
+    rng: np.random.Generator,
+    first: list[LowRank],
 ) -> Slopes | None:
-    """Differentiate by a low rank that pays and meets ``3 * tol``, if there is one."""
+    """Differentiate by a low rank that pays and meets ``3 * tol``, if there is one.
+
+    The ``first`` to be tried are what ``worth_a_try`` lists.
+    """
     aim = _AIM
-    for _ in range(_TRIES):
+    for number in range(_TRIES):
         least = math.inf
-        for empty in worth_a_try(head, tol, rng, aim):
+        for empty in worth_a_try(head, tol, rng, aim) if number else first:
             try:
                 slopes, error = lowrank_slopes(head, grad, empty, rng)
             except RefusalError:
@@ -163,7 +118,7 @@ def worth_a_try(
     n, m, d, p = head.sizes
     if head.visible is not None or n * m < _SMALL:
         return []
-    limit = _WORTH * n * m * (3 * d + 2 * p + rates().softmax)
+    limit = WORTH * exact_vjp_work(head)
 
     def cost(rank: int, landmarks: int) -> float:
         return _PASSES * lowrank_work(n, m, d, p, rank, landmarks)
@@ -190,24 +145,20 @@ def worth_a_try(
         return []
 
 
+def least_share(head: Head, structures: list[LowRank]) -> float:
+    """The least share of the exact time that a low rank takes; 1 if there is none."""
+    if not structures:
+        return 1.0
+    work = [lowrank_work(*head.sizes, x.rank, x.landmarks) for x in structures]
+    return _PASSES * min(work) / exact_vjp_work(head)
+
+
 def _whole_degree(d: int, rank: int) -> int:
     """The number of monomials of the least degree that has so many."""
     return next(size for g in range(rank + 1) if (size := rank_of(d, g)) >= rank)
 
 
-def spread(part: Array, rows: Array, n: int) -> Array:
-    """Put the rows of a matrix at the numbers ``rows`` of ``n``, zeros elsewhere."""
-    xp, (count, width) = array_namespace(part), part.shape
-    # array libraries agree on take, not on writing
-    source = np.full(n, count)
-    source[rows] = np.arange(count)
-    device = device_of(part)
-    zero = xp.zeros((1, width), dtype=part.dtype, device=device)
-    take = xp.asarray(source, device=device)
-    return xp.take(xp.concat([part, zero]), take, axis=0)
-
-
-def _near(state: _Backward, structure: LowRank, far: Array) -> Slopes:
+def _near(state: Backward, structure: LowRank, far: Array) -> Slopes:
     """Differentiate what the rows make of the keys that are not far."""
     head, basis = state.head, structure.basis
     xp, frame, recipe = head.xp, basis.frame, basis.hermite.recipe
@@ -239,51 +190,3 @@ def _near(state: _Backward, structure: LowRank, far: Array) -> Slopes:
         **recipe,
     )
     return query, key, value
-
-
-def _sampled_error(
-    state: _Backward, slopes: Slopes, settled: Array, rng: np.random.Generator
-) -> float:
-    """Largest relative error on random queries, and on random keys.
-
-    A query is differentiated from its own exact weights; a key needs the normalizers
-    and drifts of all queries, which are taken as they are.
-    """
-    n, m, _, _ = state.head.sizes
-    others = np.delete(np.arange(n), settled)
-    rows = np.sort(rng.choice(others, min(len(others), ROWS), replace=False))
-    keys = np.sort(rng.choice(m, min(m, ROWS), replace=False))
-    some = state.head.with_rows(rows)
-    xp = some.xp
-    query = attend_vjp(
-        xp.astype(some.query, state.grad.dtype, copy=False),
-        some.key,
-        some.value,
-        _take(state.grad, rows),
-        scale=some.scale,
-        visible=None,
-    )[0]
-    _, key, value = state.exact(None, keys)
-    pairs = [(slopes[0], rows, query), (slopes[1], keys, key), (slopes[2], keys, value)]
-    return max(_relative_error(_take(x, at), truth) for x, at, truth in pairs)
-
-
-def _relative_error(part: Array, truth: Array) -> float:
-    """Upper estimate of a relative Frobenius error from sampled rows."""
-    part, truth = (to_host(x).astype(np.float64) for x in (part, truth))
-    unit = float(np.abs(truth).max(initial=0.0)) or 1.0
-    squares = np.sum(((part - truth) / unit) ** 2, axis=1)
-    if not squares.any():
-        return 0.0
-    margin = MARGIN * float(squares.std()) / math.sqrt(len(squares))
-    size = float(np.mean(np.sum((truth / unit) ** 2, axis=1)))
-    error = math.sqrt((float(squares.mean()) + margin) / size) if size else math.inf
-    return error if math.isfinite(error) else math.inf
-
-
-def _take(x: Array, rows: Array | None) -> Array:
-    """Rows of an array; None means all."""
-    if rows is None:
-        return x
-    xp = array_namespace(x)
-    return xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)

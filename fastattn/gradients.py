@@ -1,7 +1,7 @@
 """Derivatives of softmax attention: what reverse-mode differentiation needs.
 
 Exact ones are computed in blocks, with nothing of size n x m. Where attention is
-near-linear by a low rank, its derivative is too.
+near-linear, by a low rank or by near keys and clusters, its derivative is too.
 """
 
 from dataclasses import replace
@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 
 from fastattn._attention import attention, check_options
+from fastattn._backward import SLACK, Slopes, spread
 from fastattn._batch import Batch, own_place, pick
 from fastattn._lowrank_gradient import (
-    SLACK,
-    Slopes,
+    least_share,
     lowrank_slopes,
     slopes_if_they_pay,
-    spread,
+    worth_a_try,
 )
+from fastattn._multipole_gradient import clusters_if_they_pay, multipole_slopes
 from fastattn._ops.gradient import attend_vjp
 from fastattn._planner import Auto
 from fastattn._problem import Head, Method
 from fastattn.exact import Exact
+from fastattn.multipole import Multipole
 from fastattn.polynomial import Polynomial
 from sketching._lib.arrays import Array, array_namespace, plain, to_host
 from sketching._lib.certificate import RefusalError
@@ -62,13 +64,15 @@ def attention_vjp(
         Derivative of a loss by the output of :func:`attention`, of its shape and
         dtype.
     tol : float, default 1e-2
-        A low rank is kept only where each of the three derivatives errs, on rows
-        sampled after the fact, by at most ``3 * tol`` in relative Frobenius norm.
+        A low rank, or clusters, are kept only where each of the three derivatives
+        errs, on rows sampled after the fact, by at most ``3 * tol`` in relative
+        Frobenius norm.
     scale, is_causal, key_mask
         As in :func:`attention`.
     method : AttentionMethod, optional
-        ``Auto()`` by default: a low rank where it is predicted to pay and passes the
-        check, else ``Exact()``. ``Polynomial(basis="hermite")`` is the other choice.
+        ``Auto()`` by default: clusters or a low rank where they are predicted to pay
+        and pass the check, else ``Exact()``. The other choices are ``Multipole()`` and
+        ``Polynomial(basis="hermite")``.
     guarantee : {"sampled", "proven"}
         With ``"proven"`` derivatives are exact up to rounding.
     rng : int or Generator, optional
@@ -93,10 +97,10 @@ def attention_vjp(
 
     Notes
     -----
-    The check of a low rank differentiates sampled queries from their own exact
-    weights. Sampled keys take the normalizers of all queries as the low rank has
-    them, whose errors are second to those of the weights. It is an estimate, not a
-    certificate.
+    The check differentiates sampled queries from their own exact weights. Sampled
+    keys, more often those of large derivatives, take the normalizers and drifts of all
+    queries as the low rank or the clusters have them, whose errors are mostly second
+    to those of the weights. It is an estimate, not a certificate.
 
     Examples
     --------
@@ -249,9 +253,13 @@ def _check_method(method: Any, guarantee: str) -> None:
     """Raise unless the method has a derivative, under this guarantee."""
     if isinstance(method, Auto | Exact):
         return
-    if not isinstance(method, Polynomial):
+    if not isinstance(method, Polynomial | Multipole):
         raise RefusalError(f"{method} has no derivative: use Auto() or Exact()")
-    if method.basis != "hermite" and not method.landmarks:
+    if (
+        isinstance(method, Polynomial)
+        and method.basis != "hermite"
+        and not method.landmarks
+    ):
         raise RefusalError(
             f"Polynomial(basis={method.basis!r}) has no derivative: use 'hermite', "
             "Auto() or Exact()"
@@ -269,26 +277,54 @@ def _slopes(
     rng: np.random.Generator,
 ) -> Slopes:
     """Differentiate one head by the method, by a low rank that pays, or exactly."""
-    if isinstance(method, Polynomial) and head.sizes[1]:
-        if head.visible is not None:
-            raise RefusalError(
-                "derivatives of Polynomial() do not take is_causal=True: use Exact() "
-                "or Auto()"
-            )
-        empty = method.structure(head, rng)
-        slopes, error = lowrank_slopes(head, grad, empty, rng)
-        if not error <= SLACK * tol:
-            chosen = replace(method, rank=empty.rank, landmarks=empty.landmarks)
-            raise RefusalError(
-                f"derivatives of {chosen} miss 3 * tol with tol={tol:g}: {error:.2e} "
-                "on sampled rows; raise tol or rank, or use Auto()"
-            )
-        return slopes
-    if not isinstance(method, Exact) and guarantee == "sampled":
-        found = slopes_if_they_pay(head, grad, tol, rng)
+    if isinstance(method, Polynomial | Multipole) and head.sizes[1]:
+        return _asked_for(head, grad, tol, method, rng)
+    if isinstance(method, Auto) and guarantee == "sampled":
+        found = _near_linear(head, grad, tol, rng)
         if found is not None:
             return found
     return _exact_slopes(head, grad)
+
+
+def _asked_for(
+    head: Head,
+    grad: Array,
+    tol: float,
+    method: Polynomial | Multipole,
+    rng: np.random.Generator,
+) -> Slopes:
+    """Differentiate by the given method, or refuse."""
+    name = type(method).__name__
+    if head.visible is not None:
+        raise RefusalError(
+            f"derivatives of {name}() do not take is_causal=True: use Exact() or Auto()"
+        )
+    if isinstance(method, Multipole):
+        slopes, error = multipole_slopes(head, grad, tol, rng, method=method)
+        more = "lower threshold"
+    else:
+        empty = method.structure(head, rng)
+        slopes, error = lowrank_slopes(head, grad, empty, rng)
+        method = replace(method, rank=empty.rank, landmarks=empty.landmarks)
+        more = "rank"
+    if not error <= SLACK * tol:
+        raise RefusalError(
+            f"derivatives of {method} miss 3 * tol with tol={tol:g}: {error:.2e} "
+            f"on sampled rows; raise tol or {more}, or use Auto()"
+        )
+    return slopes
+
+
+def _near_linear(
+    head: Head, grad: Array, tol: float, rng: np.random.Generator
+) -> Slopes | None:
+    """Differentiate by clusters or a low rank, if one pays and meets ``3 * tol``."""
+    lowranks = worth_a_try(head, tol, rng)
+    share = least_share(head, lowranks)
+    found = clusters_if_they_pay(head, grad, tol, rng, share)
+    if found is not None:
+        return found
+    return slopes_if_they_pay(head, grad, tol, rng, lowranks)
 
 
 def _exact_slopes(head: Head, grad: Array) -> Slopes:

@@ -8,8 +8,8 @@ import pytest
 from fastattn import (
     Auto,
     Exact,
-    Multipole,
     Polynomial,
+    RandomFeatures,
     RefusalError,
     _lowrank_gradient,
     attention_vjp,
@@ -246,7 +246,7 @@ def test_a_low_rank_that_misses_is_refused():
     ("method", "message"),
     [
         (Polynomial(degree=2), "Polynomial.basis='minimax'. has no derivative"),
-        (Multipole(), "has no derivative: use Auto"),
+        (RandomFeatures(8), "has no derivative: use Auto"),
     ],
 )
 def test_methods_without_a_derivative_are_refused(method, message):

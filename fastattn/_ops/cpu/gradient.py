@@ -91,7 +91,7 @@ def _add_rows(
             _exponentiate(weights, count, known[0])
         blocks.append((keys, weights, change))
     if known is None:
-        factor, drift = _combine(peak, total, mean)
+        factor, drift, _ = _combine(peak, total, mean)
     else:
         factor, drift = np.ones_like(peak), known[1].astype(dtype, copy=False)
     for c, (keys, weights, change) in enumerate(blocks):
@@ -102,12 +102,12 @@ def _add_rows(
 
 
 def _combine(peak, total, mean):
-    """Factors of the weights of each block of keys, and the drift of each row."""
+    """Factors of the weights of each block of keys; drift and log-sum-exp of rows."""
     top = peak.max(axis=0)
     factor = np.exp(peak - np.where(np.isfinite(top), top, 0))
     whole = np.sum(factor * total, axis=0)
     factor /= np.where(whole == 0, 1, whole)
-    return factor, np.sum(factor * mean, axis=0)
+    return factor, np.sum(factor * mean, axis=0), top + np.log(whole)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
