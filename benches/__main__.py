@@ -1,26 +1,76 @@
-"""`python -m benches STUDY ...`: measure, print a table, keep JSON and markdown."""
+"""Measure everything, or some studies: tables, figures, and one page of them all.
+
+``python -m benches`` runs every study, ``python -m benches tensor exact`` families or
+studies by name. ``--quick`` is a look at all of them in a few minutes.
+"""
 
 import argparse
 import inspect
-import json
-import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
-from benches.figures import FIGURES
-from benches.measure import environment, threads
-from benches.studies import STUDIES
+from benches import compare, pages
+from benches.measure import comparable, environment, missing, threads
+from benches.progress import steps
+from benches.resume import code_of
+from benches.studies import FAMILIES, STUDIES, Study
 
 RESULTS = Path(__file__).parent / "results"
+# git ignores it: numbers of small sizes are for a look, not for a commit
+QUICK = Path(__file__).parent.parent / "build" / "benches-quick"
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.compare:
+        return compare.main(*arguments.compare, fail=arguments.fail_on_worse)
+    studies = _chosen(arguments.study, parser)
+    if arguments.results is None:
+        arguments.results = QUICK if arguments.quick else RESULTS
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    absent, failed = {}, []
+    with steps("studies", len(studies)) as step:
+        for study in studies:
+            step(study.name)
+            try:
+                absent[study.name] = _measure(study, arguments)
+            except Exception:
+                # the others are worth having; the status says that one is missing
+                traceback.print_exc()
+                failed.append(study.name)
+                absent[study.name] = "it failed in the last run"
+            step()
+            pages.write_index(arguments.results, STUDIES.values(), absent)
+    print(f"\n{arguments.results / 'index.md'} has all tables and figures")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
-        "study", nargs="*", help=f"of {', '.join(STUDIES)}; all if none"
+        "study",
+        nargs="*",
+        help=f"all if none; families: {', '.join(FAMILIES)}; "
+        f"studies: {', '.join(STUDIES)}",
     )
     parser.add_argument("--threads", type=int, default=1, help="of both sides, each")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"small sizes, into {QUICK.name}"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out studies whose result is there, by the same command and code",
+    )
     parser.add_argument(
         "--data",
         nargs="*",
@@ -33,19 +83,61 @@ def main(argv=None) -> int:
         type=int,
         help="of each file at most so many heads, in the studies of seeds and peers",
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args(argv)
-    unknown = [name for name in arguments.study if name not in STUDIES]
+    parser.add_argument("--results", type=Path, help="folder to write to")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help="measure nothing: compare two folders, or files, of results",
+    )
+    parser.add_argument(
+        "--fail-on-worse", action="store_true", help="status 1 if a case is worse"
+    )
+    return parser
+
+
+def _chosen(names: list[str], parser: argparse.ArgumentParser) -> list[Study]:
+    """Studies of the names, in the order of the registry."""
+    unknown = [name for name in names if name not in STUDIES and name not in FAMILIES]
     if unknown:
-        parser.error(f"unknown study {unknown}: choose from {list(STUDIES)}")
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    for name in arguments.study or STUDIES:
-        with threads(arguments.threads):
-            rows = STUDIES[name](**wanted(STUDIES[name], vars(arguments)))
-        table = markdown(rows)
-        print(f"\n## {name}\n\n{table}", flush=True)
-        keep(arguments, name, rows, table)
-    return 0
+        parser.error(
+            f"unknown study {unknown}: choose from {list(STUDIES)}, or from the "
+            f"families {list(FAMILIES)}"
+        )
+    wanted = set(names or STUDIES)
+    return [x for x in STUDIES.values() if {x.name, x.family} & wanted]
+
+
+def _measure(study: Study, arguments: argparse.Namespace) -> str:
+    """Run one study and keep it; say why where there is nothing to keep."""
+    lacking = missing(study.needs)
+    if lacking:
+        why = f"{', '.join(lacking)} is not installed"
+        print(f"\n## {study.name}\n\nnot run: {why}", flush=True)
+        return why
+    with threads(arguments.threads):
+        record = {
+            "study": study.name,
+            "family": study.family,
+            "command": command_of(study.name, arguments),
+            "threads": arguments.threads,
+            "quick": arguments.quick,
+            "code": code_of(study.run.__module__),
+            "environment": environment(),
+            "case": list(study.case),
+            "notes": inspect.getdoc(study.run),
+        }
+        if arguments.resume and _is_there(arguments.results, record):
+            print(f"\n## {study.name}\n\nkept: the same command and code", flush=True)
+            return ""
+        start = time.perf_counter()
+        record["rows"] = study.run(**wanted(study.run, vars(arguments)))
+        record["seconds"] = time.perf_counter() - start
+    table = pages.markdown(record["rows"])
+    print(f"\n## {study.name} ({record['seconds']:.0f} s)\n\n{table}", flush=True)
+    pages.keep(arguments.results, record)
+    return ""
 
 
 def wanted(study, options: dict) -> dict:
@@ -53,21 +145,8 @@ def wanted(study, options: dict) -> dict:
     return {name: options[name] for name in inspect.signature(study).parameters}
 
 
-def markdown(rows: list[dict]) -> str:
-    """Lay rows out as a markdown table; lists are for pictures."""
-    columns = [name for name, x in rows[0].items() if not isinstance(x, list)]
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(row[column]) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cell(value) -> str:
-    """Three significant digits for numbers, text as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def keep(arguments, name: str, rows: list[dict], table: str) -> None:
-    """Write the result beside, then rename; draw it where it has a picture."""
+def command_of(name: str, arguments: argparse.Namespace) -> str:
+    """The command that measures a study again."""
     command = f"python -m benches {name} --threads {arguments.threads}"
     command += " --quick" if arguments.quick else ""
     if arguments.heads_each:
@@ -75,27 +154,19 @@ def keep(arguments, name: str, rows: list[dict], table: str) -> None:
     if arguments.data:
         # where the files lie is nobody else's business
         command += " --data " + " ".join(Path(path).name for path in arguments.data)
-    record = {
-        "study": name,
-        "command": command,
-        "threads": arguments.threads,
-        "quick": arguments.quick,
-        "environment": environment(),
-        "rows": rows,
-    }
-    notes = inspect.getdoc(STUDIES[name])
-    page = f"# {name}\n\n{notes}\n\n`{command}`\n\n{table}\n"
-    suffix = "-quick" if arguments.quick else ""
-    for ending, text in (
-        ("json", json.dumps(record, indent=1, default=str) + "\n"),
-        ("md", page),
-    ):
-        path = arguments.results / f"{name}{suffix}.{ending}"
-        beside = path.with_suffix(f".{ending}.part")
-        beside.write_text(text)
-        os.replace(beside, path)
-    if name in FIGURES:
-        FIGURES[name](record, arguments.results / f"{name}{suffix}.png")
+    return command
+
+
+def _is_there(folder: Path, record: dict) -> bool:
+    """Whether a folder has the rows that this command would measure again."""
+    path = folder / f"{record['study']}.json"
+    if not path.exists():
+        return False
+    found = pages.read(path)
+    same = all(found.get(name) == record[name] for name in ("command", "code"))
+    return same and comparable(found["environment"]) == comparable(
+        record["environment"]
+    )
 
 
 if __name__ == "__main__":

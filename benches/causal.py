@@ -4,7 +4,7 @@ import numpy as np
 
 import fastattn
 from benches.cases import CASES, heads_of
-from benches.measure import faster, sdpa
+from benches.measure import faster, sdpa, spread
 
 _BLOCK = 512
 # rows that a head of a file is repeated to, at least
@@ -48,9 +48,7 @@ def _row(name, arrays, scale, tol, quick, **options):
         "method": str(answer.plan.method),
         "realised": error,
         "certified": answer.certificate.error,
-        "times faster": ratio.median,
-        "least": ratio.low,
-        "most": ratio.high,
+        **spread("times faster", ratio),
     }
 
 

@@ -1,4 +1,7 @@
-"""Pictures of kept results: ``python -m benches.figures RESULT.json PICTURE``."""
+"""Pictures of kept results: ``python -m benches.figures RESULT.json PICTURE``.
+
+What a study of peers that has not ended left, ``peers.part.jsonl``, is drawn too.
+"""
 
 import json
 import math
@@ -6,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benches.curve_figures import draw_attack, draw_growth, draw_map, draw_sketch_error
 from benches.linear_figures import draw_heads, draw_recall, draw_two_classes
+from benches.resume import part_lines
 from benches.threshold_figures import draw_decisions, draw_threshold
 
 _COLUMNS = 4
@@ -20,7 +25,7 @@ def draw_peers(record: dict, path: str | Path) -> None:
     # a Figure of its own draws with Agg and leaves pyplot's state alone
     from matplotlib.figure import Figure
 
-    rows = record["rows"]
+    rows = [row for row in record["rows"] if "family" in row]
     heads = list(dict.fromkeys(row["head"] for row in rows))
     tall = math.ceil(len(heads) / _COLUMNS)
     figure = Figure(figsize=(16, 3.8 * tall + 1.4), layout="constrained")
@@ -101,6 +106,10 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 FIGURES = {
+    "growth": draw_growth,
+    "map": draw_map,
+    "sketch-error": draw_sketch_error,
+    "attack": draw_attack,
     "decisions": draw_decisions,
     "threshold": draw_threshold,
     "peers": draw_peers,
@@ -115,7 +124,7 @@ def main(argv=None) -> int:
     if len(arguments) != 2:
         print(__doc__, file=sys.stderr)
         return 2
-    record = json.loads(Path(arguments[0]).read_text())
+    record = _read(Path(arguments[0]))
     if record["study"] not in FIGURES:
         print(
             f"{arguments[0]}: study {record['study']!r} has no picture, only "
@@ -125,6 +134,16 @@ def main(argv=None) -> int:
         return 2
     FIGURES[record["study"]](record, arguments[1])
     return 0
+
+
+def _read(path: Path) -> dict:
+    """A result, or the rows of the heads that were done when a run was stopped."""
+    if path.suffix != ".jsonl":
+        return json.loads(path.read_text())
+    # of a head that was measured again, the last
+    heads = {tuple(x["key"]): x["trial"] for x in part_lines(path)}
+    rows = [row for trial in heads.values() for row in trial]
+    return {"study": path.name.partition(".")[0], "threads": 1, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 
 import fastattn
 from benches.cases import gaussian
-from benches.measure import exponent, faster, seconds, torch_or_none
+from benches.measure import exponent, faster, seconds, spread, torch_or_none
 
 torch = torch_or_none()
 _LONGEST = 4
@@ -12,7 +12,7 @@ _LONGEST = 4
 
 def linear(*, quick):
     """Each feature map: time over torch's, causal over whole, exponent in n."""
-    n = 16384 if quick else 65536
+    n = 8192 if quick else 65536
     return [_row(feature_map, features, n) for feature_map, features in _maps(n)]
 
 
@@ -71,9 +71,7 @@ def _row(feature_map, features, n, d=64):
         "feature map": str(feature_map),
         "n": n,
         "error": error,
-        "times faster than torch": ratio.median,
-        "least": ratio.low,
-        "most": ratio.high,
-        "causal over whole": causal.median,
+        **spread("times faster than torch", ratio),
+        **spread("causal over whole", causal),
         "exponent in n": exponent(sizes, times),
     }

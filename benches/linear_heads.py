@@ -12,7 +12,7 @@ _ROWS = 1024
 def linear_heads(*, quick, data):
     """Error of linear attentions against softmax, entropy and rank of the weights."""
     return [
-        _row(head) for head in real_heads(data, each=2 if quick else None) if len(head)
+        _row(head) for head in real_heads(data, each=1 if quick else None) if len(head)
     ]
 
 

@@ -16,7 +16,7 @@ _TOL = 1e-2
 def lowdim(*, quick):
     """Near an 8-dimensional subspace at tol 1e-2: times faster than torch by seed."""
     noises = (0.05,) if quick else (0.05, 0.01)
-    n = 16384 if quick else 32768
+    n = 8192 if quick else 32768
     return [cell(n, noise, seeds=2 if quick else 9) for noise in noises]
 
 

@@ -1,5 +1,7 @@
 """Paired timing, correctness gates, and the environment that a figure came from."""
 
+import importlib.util
+import json
 import os
 import platform
 import statistics
@@ -9,10 +11,23 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 
 import numpy as np
 
 from fastattn._rates import processor
+
+# what is compared with, beside torch
+PACKAGES = (
+    "scipy",
+    "scikit-learn",
+    "faiss-cpu",
+    "performer-pytorch",
+    "darkformer-pytorch",
+    "nystrom-attention",
+    "taylor-series-linear-attention",
+    "python-sat",
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,23 @@ class Ratio:
     def __str__(self):
         return f"{self.median:.2f} ({self.low:.2f}..{self.high:.2f})"
 
+    @property
+    def inverse(self) -> "Ratio":
+        """Time of ours over the opponent's."""
+        return Ratio(1 / self.median, 1 / self.high, 1 / self.low)
+
+
+def spread(column: str, ratio: Ratio) -> dict:
+    """Columns of a measured number; ``--compare`` finds them by their names.
+
+    More is better where the name begins with "times faster", else less is.
+    """
+    return {
+        column: ratio.median,
+        f"{column}, least": ratio.low,
+        f"{column}, most": ratio.high,
+    }
+
 
 def faster(ours: Callable, theirs: Callable, *, pairs: int = 5) -> Ratio:
     """Time the two in turn, after one call of each that warms up."""
@@ -35,6 +67,11 @@ def faster(ours: Callable, theirs: Callable, *, pairs: int = 5) -> Ratio:
     for _ in range(pairs):
         own = seconds(ours)
         ratios.append(seconds(theirs) / own)
+    return median_of(ratios)
+
+
+def median_of(ratios: list[float]) -> Ratio:
+    """Median and extremes."""
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
@@ -51,17 +88,25 @@ def exponent(sizes: list[int], times: list[float]) -> float:
 
 
 @contextmanager
-def threads(count: int):
-    """Hold BLAS, OpenMP and torch to the same number of threads."""
+def threads(count: int, *, with_torch: bool = True):
+    """Hold BLAS, OpenMP, numba and torch to the same number of threads."""
+    import numba
+
     # SciPy brings a BLAS of its own: one that comes later would not know the limit
     import scipy.linalg  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    torch = torch_or_none()
+    torch = torch_or_none() if with_torch else None
     if torch is not None:
         torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
     with threadpool_limits(count):
         yield
+
+
+def missing(packages: tuple[str, ...]) -> list[str]:
+    """Those of the packages that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def torch_or_none():
@@ -113,8 +158,21 @@ def environment() -> dict:
             for pool in threadpool_info()
             if pool["user_api"] == "blas"
         ],
+        "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
     }
+
+
+def comparable(found: dict) -> dict:
+    """What must be the same of two environments for times to be compared."""
+    return {name: value for name, value in found.items() if name != "commit"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
@@ -128,8 +186,6 @@ def _commit() -> str | None:
 
 def peak_memory(code: str) -> dict:
     """Run Python ``code`` in a fresh process; it prints a JSON object last."""
-    import json
-
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

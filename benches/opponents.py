@@ -4,14 +4,13 @@ What is on the Python package index runs as published. Layers take part by the
 attention inside them: their projections are replaced by the identity.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from benches.measure import torch_or_none
+from benches.measure import missing, torch_or_none
 
 torch = torch_or_none()
 
@@ -197,11 +196,12 @@ def _pivots(points, size, block, generator):
 
 def opponents(*, quick: bool) -> Iterator[Opponent]:
     """Yield the methods at their sizes, those whose package is installed."""
-    for opponent in _table(quick):
-        if opponent.package == "definition" or _installed(opponent.package):
-            yield opponent
-        else:
-            print(f"{opponent.name}: {opponent.package} is not installed", flush=True)
+    return (x for x in _table(quick) if not _is_absent(x))
+
+
+def absent(*, quick: bool) -> list[str]:
+    """Families whose package is not installed."""
+    return list(dict.fromkeys(x.family for x in _table(quick) if _is_absent(x)))
 
 
 def _table(quick: bool) -> Iterator[Opponent]:
@@ -251,5 +251,5 @@ def _table(quick: bool) -> Iterator[Opponent]:
             )
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _is_absent(opponent: Opponent) -> bool:
+    return opponent.package != "definition" and bool(missing((opponent.package,)))

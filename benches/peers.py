@@ -13,7 +13,8 @@ import fastattn
 import sketching
 from benches.heads import Head, case_head, real_heads
 from benches.measure import seconds
-from benches.opponents import opponents, sdpa, torch
+from benches.opponents import absent, opponents, sdpa, torch
+from benches.progress import steps
 from benches.resume import fingerprint, recall, record
 
 OURS = "fastattn"
@@ -45,9 +46,7 @@ def peers(*, quick, data, heads_each, results):
     The rows of a head are kept in ``peers.part.jsonl`` until the study is complete; a
     run that was stopped goes on from there, if the code is the same.
     """
-    if torch is None:
-        raise SystemExit("peers: torch is not installed: pip install 'fastattn[bench]'")
-    names = ("iid1", "lowdim") if quick else ("iid1", "iid4", "lowdim")
+    names = ("lowdim",) if quick else ("iid1", "iid4", "lowdim")
     sizes = (4096,) if quick else (8192, 32768)
     # real heads first: a run that is stopped has what matters most
     heads = list(real_heads(data, each=1 if quick else heads_each, least=_LEAST))
@@ -55,20 +54,25 @@ def peers(*, quick, data, heads_each, results):
     part = Path(results) / f"peers{'-quick' if quick else ''}.part.jsonl"
     code = fingerprint(fastattn, sketching)
     done, rows = recall(part, code), []
-    with part.open("a") as file:
+    with part.open("a") as file, steps("peers", len(heads)) as step:
         for number, head in enumerate(heads):
             key = (head.name, len(head))
-            print(f"{number + 1} of {len(heads)}: {head.name}", flush=True)
+            step(f"peers: {head.name}")
             if key not in done:
                 done[key] = measured(head, quick=quick)
                 record(file, code, key, done[key])
             rows += done[key]
+            step()
             # the truth of a long head is large
             heads[number] = None
     part.unlink()
     for line in unmatched(rows):
         print(line)
-    return rows
+    # no points of the figure
+    return rows + [
+        {"head": "all", "n": "", "method": f"{name}: not installed"}
+        for name in absent(quick=quick)
+    ]
 
 
 def measured(head: Head, *, quick: bool) -> list[dict]:

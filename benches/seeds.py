@@ -4,11 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from rich.progress import Progress
 
 import fastattn
 import sketching
 from benches.heads import real_heads
+from benches.progress import steps
 from benches.resume import fingerprint, recall, record
 
 TOLS = (2e-1, 1e-1, 5e-2, 2e-2, 1e-2)
@@ -25,8 +25,8 @@ def seeds(*, quick, data, heads_each, results):
     done = recall(part, code)
     count, rows = 2 if quick else 20, []
     heads = list(real_heads(data, each=heads_each))
-    with Progress() as progress, part.open("a") as file:
-        task = progress.add_task("seeds", total=len(heads) * len(TOLS) * count)
+    total_steps = len(heads) * len(TOLS) * count
+    with steps("seeds", total_steps) as step, part.open("a") as file:
         for number, head in enumerate(heads):
             for tol in TOLS:
                 trials = []
@@ -36,7 +36,7 @@ def seeds(*, quick, data, heads_each, results):
                         done[key] = trial(head, tol, seed)
                         record(file, code, key, done[key])
                     trials.append(done[key])
-                    progress.advance(task)
+                    step()
                 rows.append(summary(head.name, len(head), tol, trials))
             # the truth of a long head is large
             heads[number] = None

@@ -75,7 +75,7 @@ def softmax_vs_linear(*, quick):
     """Share of draws in which each model tells the two classes apart, by sweeps."""
     rows = []
     for sweep, changes in {"centre": [{}], **SWEEPS}.items():
-        draws = (20 if quick else 60) if sweep in SWEEPS else (20 if quick else 500)
+        draws = 5 if quick else 60 if sweep in SWEEPS else 500
         for change in changes:
             setting = replace(Setting(), **change)
             found = success(setting, draws, np.random.default_rng([3, len(rows)]))

@@ -3,7 +3,7 @@
 import numpy as np
 
 import fastattn
-from benches.measure import exponent, faster, peak_memory, seconds
+from benches.measure import Ratio, exponent, faster, peak_memory, seconds, spread
 from fastattn import Exact, Polynomial, RefusalError
 from fastattn.expansions import LARGEST_BOUND, rank_of, relative_minimax
 
@@ -56,8 +56,8 @@ print(json.dumps([min(times), extra / 1e6, answer.certificate.error]))
 def tensor(*, quick):
     """d=8, entries in [-1, 1], tol 1e-3 proven: growth side by side, times faster."""
     rng = np.random.default_rng(0)
-    small = (128, 256, 512) if quick else (256, 512, 1024, 2048)
-    large = (4096, 16384, 65536) if quick else (4096, 16384, 65536, 262144)
+    small = (128, 256) if quick else (256, 512, 1024, 2048)
+    large = (4096, 16384) if quick else (4096, 16384, 65536, 262144)
     rows = []
     taken = []
     for n in small:
@@ -69,7 +69,8 @@ def tensor(*, quick):
         taken.append(min(seconds(exact) for _ in range(1 if n > 1024 else 5)))
         row = _row("Exact()", n, taken, truth.certificate.error)
         row["of Polynomial(): error"] = error
-        row["times faster"] = faster(ours, exact, pairs=3 if n > 1024 else 5).median
+        ratio = faster(ours, exact, pairs=3 if n > 1024 else 5)
+        row |= spread("times faster", ratio)
         rows.append(row)
     _fit(rows, small, taken)
     grown = []
@@ -119,21 +120,23 @@ def _wide(n, d, rng):
     method = Polynomial(degree=degree)
     unit = inputs(n, d, rng)
 
-    def serves(bound):
+    def scaled(bound):
         query, keys, values = unit
-        scaled = query * bound, tuple(x * bound for x in keys), values
+        return query * bound, tuple(x * bound for x in keys), values
+
+    def serves(bound):
         try:
-            proven(scaled, _WIDE_TOL, method)
+            proven(scaled(bound), _WIDE_TOL, method)
         except RefusalError:
             return False
         return True
 
     bound = _largest(serves, 4.0)
-    arrays = inputs(n, d, np.random.default_rng(1), bound=0.98 * bound)
+    arrays = scaled(0.98 * bound)
     ours, exact = _call(arrays, method, _WIDE_TOL), _call(arrays, Exact(), _WIDE_TOL)
     realised = _distance(ours().value, exact().value)
     assert realised <= ours().certificate.error + exact().certificate.error
-    ratio = faster(ours, exact, pairs=3).median
+    ratio = faster(ours, exact, pairs=3)
     return {
         "d": d,
         "degree": degree,
@@ -142,9 +145,9 @@ def _wide(n, d, rng):
         "proven": ours().certificate.error,
         "realised": realised,
         "n": n,
-        "times faster than Exact()": ratio,
+        **spread("times faster than Exact()", ratio),
         # exact grows by the cube, the polynomial in proportion
-        f"extrapolated to n={_FAR}": ratio * (_FAR / n) ** 2,
+        f"extrapolated to n={_FAR}": ratio.median * (_FAR / n) ** 2,
     }
 
 
@@ -186,7 +189,7 @@ def _row(method, n, taken, error):
         "fitted exponent": 0.0,
         "proven": error,
         "of Polynomial(): error": "",
-        "times faster": "",
+        **dict.fromkeys(spread("times faster", Ratio(1, 1, 1)), ""),
         "MB": "",
     }
 

@@ -177,6 +177,12 @@ def test_peers_are_drawn(tmp_path, capsys):
     path.write_text(json.dumps({"study": "peers", "threads": 1, "rows": rows}))
     assert figures.main([str(path), str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    # what a stopped run left, half a line among it
+    part = tmp_path / "peers.part.jsonl"
+    with part.open("a") as file:
+        resume.record(file, "code", ("h", 4), rows)
+        file.write('{"code": "co')
+    assert figures.main([str(part), str(picture)]) == 0
     path.write_text(json.dumps({"study": "exact", "rows": []}))
     assert figures.main([str(path), str(picture)]) == 2
     assert "'exact' has no picture" in capsys.readouterr().err

@@ -3,17 +3,26 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
-from benches import figures, hardness, threshold
-from benches.__main__ import markdown
-from lowerbounds import ThresholdRow, reduce_to_attention, threshold_sweep
+from benches import deciding, figures, hardness, threshold
+from benches.pages import markdown
+from lowerbounds import (
+    ThresholdRow,
+    at_entry_bound,
+    audit_methods,
+    polynomial_within,
+    reduce_to_attention,
+    threshold_sweep,
+)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Sweeps of two sizes of one order, without times."""
     monkeypatch.setattr(threshold, "QUICK", {2: (16, 32)})
+    monkeypatch.setattr(deciding, "FAMILIES", ("planted",))
     monkeypatch.setattr(threshold, "RATIOS", (0.3, 0.5, 0.7, 1.0, 1.4, 2.0))
     monkeypatch.setattr(threshold, "FAMILIES", ("bounded", "planted"))
     monkeypatch.setattr(threshold, "time_over_exact", lambda row: row.ratio / 0.7)
@@ -43,20 +52,35 @@ def test_a_sweep_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
 
 def test_other_code_begins_anew(tmp_path, monkeypatch):
     part = tmp_path / "part.jsonl"
-    sweeps = [(2, "bounded", 16)]
-    rows = threshold.computed(sweeps, (0.5,), part)
+
+    def computed():
+        with part.open("a") as file:
+            return threshold.computed([(2, "bounded", 16)], (0.5,), part, file)
+
+    def decided():
+        with part.open("a") as file:
+            return threshold.decision_rows((16,), part, file, 2)
+
+    rows, decisions = computed(), decided()
     monkeypatch.setattr(threshold, "cell", lambda *_: pytest.fail("computed again"))
-    assert threshold.computed(sweeps, (0.5,), part) == rows
+    monkeypatch.setattr(deciding, "decided", lambda *_: pytest.fail("decided again"))
+    assert computed() == rows
+    assert json.dumps(decided()) == json.dumps(decisions)
     monkeypatch.setattr(threshold, "code_of_cells", lambda: "other")
+    monkeypatch.setattr(threshold, "code_of_decisions", lambda: "other")
     monkeypatch.setattr(threshold, "cell", lambda *_: [ThresholdRow(**rows[0])])
-    assert threshold.computed(sweeps, (0.5,), part) == rows[:1]
+    assert computed() == rows[:1]
+    other = {"stated": 1.0, "shares": {"exact": [0.5] * 12}, "least": 2.0}
+    monkeypatch.setattr(deciding, "decided", lambda *_: other)
+    assert decided()[0]["crossed"] == "never"
 
 
 def test_a_sweep_ends_once_all_ranks_have_crossed():
-    def rows(rank, numerical_rank):
+    def rows(rank, *numerical_ranks, n=8):
+        ranks = numerical_ranks * (1 if len(numerical_ranks) > 1 else 3)
         return [
-            {"n": 8, "error": x, "rank": rank, "numerical_rank": numerical_rank}
-            for x in threshold.ERRORS
+            {"n": n, "error": x, "rank": rank, "numerical_rank": y}
+            for x, y in zip(threshold.ERRORS, ranks, strict=True)
         ]
 
     assert not threshold.is_over(rows(8.0, 8))
@@ -66,15 +90,42 @@ def test_a_sweep_ends_once_all_ranks_have_crossed():
     # a numerical rank may fall again where entries are large
     assert threshold.is_over(rows(8.0, 2) + rows(math.inf, 1))
     assert not threshold.is_over(rows(math.inf, 2) + rows(8.0, 2))
+    # where it was not looked at it has not crossed
+    assert not threshold.is_over(rows(8.0, 1) + rows(math.inf, None))
+    # at large n the numerical rank of the largest error is not waited for
+    assert not threshold.is_over(rows(math.inf, 1, 2, 2))
+    assert threshold.is_over(rows(math.inf, 1, 2000, 2000, n=8000))
+    assert not threshold.is_over(rows(math.inf, 1, 1999, 2000, n=8000))
+
+
+def test_large_matrices_are_looked_at_at_every_other_entry_bound(monkeypatch):
+    monkeypatch.setattr(threshold, "_SPARSE", 64)
+    for ratio, known in ((threshold.RATIOS[4], True), (threshold.RATIOS[5], False)):
+        for row in threshold.cell(2, "bounded", 64, ratio):
+            assert (row.numerical_rank is not None) is known
+
+
+def test_both_ends_of_a_bracket_are_in_the_table():
+    def row(ratio, low, high):
+        return ThresholdRow(
+            2, "bounded", 64, 4, ratio, ratio, 1e-2, low, high, 1.0, 1.0, 1.0, 1.0
+        )
+
+    rows = [row(1.0, 4, 4), row(2.0, 8, 16), row(4.0, 16, 32)]
+    (found,) = threshold.summaries(rows)
+    assert (found["measure"], found["at n"]) == ("numerical_rank", "64: 2.000..4.000")
+    ratios, low, high = [1.0, 2.0, 4.0], [1 / 16, 1 / 8, 1 / 4], [1 / 16, 1 / 4, 1 / 2]
+    assert found["curves"] == [[64, ratios, low, high]]
 
 
 def test_the_table_has_a_row_for_each_crossing(small, tmp_path):
     rows = threshold.threshold(quick=True, results=tmp_path)
-    assert {row["measure"] for row in rows} >= {"rank", "time"}
+    assert {row["measure"] for row in rows} >= {"rank", "time", "decided, exact"}
     for row in rows:
-        assert len(row["sizes"]) == len(row["locations"]) > 0
-        for _, ratios, shares in row["curves"]:
-            assert len(ratios) == len(shares)
+        assert len(row["sizes"]) == len(row["locations"])
+        assert len(row["sizes"]) > 0 or row["crossed"] == "never"
+        for _, ratios, *shares in row["curves"]:
+            assert {len(x) for x in shares} == {len(ratios)}
     (timed,) = (row for row in rows if row["measure"] == "time")
     assert timed["locations"] == pytest.approx([0.7] * len(timed["locations"]))
     table = markdown(rows)
@@ -91,7 +142,7 @@ def test_a_sweep_is_drawn(small, tmp_path):
 
 
 def test_an_infinite_rank_is_left_out_of_the_picture():
-    row = ThresholdRow(2, "bounded", 16, 3, 1.0, 1.7, 0.1, None, *[math.inf] * 4)
+    row = ThresholdRow(2, "bounded", 16, 3, 1.0, 1.7, 0.1, None, None, *[math.inf] * 4)
     fit = threshold.fit_locations(2, "bounded", 0.1, "rank", {16: 1.0})
     assert threshold.curves_of([row], fit) == [[16, [1.0], [None]]]
 
@@ -102,6 +153,31 @@ def test_the_polynomial_is_timed_against_exact_attention():
             order, sizes=[n], families=["bounded"], ratios=[0.8], errors=[1e-2], rng=0
         )
         assert 0 < threshold.time_over_exact(row) < math.inf
+
+
+@pytest.mark.parametrize("family", deciding.FAMILIES)
+def test_budgets_decide_as_the_deciders_of_the_library(family):
+    n, count = 32, 4
+    found = deciding.decided(family, n, count)
+    made = [reduce_to_attention(x) for x in deciding.instances(family, n, count)]
+    assert sum(x.instance.has_solution for x in made) == count / 2
+    deciders = {
+        "exact": lambda x: np.exp(x.log_output()),
+        "n^1 monomials": polynomial_within(n),
+        "n^2 monomials": polynomial_within(n * n),
+    }
+    assert set(found["shares"]) == set(deciders)
+    for i in (0, 6, 11):
+        scaled = [at_entry_bound(x, deciding.FACTORS[i] * x.entry_bound) for x in made]
+        for row in audit_methods(deciders, {family: scaled}):
+            assert found["shares"][row.method][i] == row.right / count
+    # what the reduction states is enough for exact attention, and for a polynomial of
+    # more than n^2 monomials
+    assert found["shares"]["exact"][-1] == 1.0
+    assert 2 < found["least"] < math.inf
+    assert found["stated"] == pytest.approx(
+        np.mean([x.entry_bound for x in made]) / math.sqrt(math.log(n))
+    )
 
 
 @pytest.mark.parametrize("construction", ["calibrated", "padded"])
