@@ -12,6 +12,7 @@ from fastattn._moments import Moments
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._sampling import (
     FAILURE,
+    FLOAT64_BELOW,
     ROWS,
     certify_rows,
     logit_spread,
@@ -138,7 +139,11 @@ def run_mended(head: Head, attempt: Attempt, hard: Array) -> tuple[Array, Array,
 
 
 def _mended(
-    head: Head, attempt: Attempt, answer: tuple[Array, ...], hard: Array
+    head: Head,
+    attempt: Attempt,
+    answer: tuple[Array, ...],
+    hard: Array,
+    dtype: Any = None,
 ) -> tuple[Array, Array, Array]:
     xp, n = head.xp, head.sizes[0]
     value, normalizer, good, *_ = answer
@@ -156,7 +161,7 @@ def _mended(
         )
     settled = np.union1d(wrong, hard)
     if len(settled):
-        value, normalizer = mend(head, value, normalizer, settled)
+        value, normalizer = mend(head, value, normalizer, settled, dtype)
     return *head.finish(value, normalizer), settled
 
 
@@ -175,7 +180,10 @@ def certified(
     plan = attempt.plan
     answer = attempt.run(head)
     spread = logit_spread(head, rng)
-    value, normalizer, settled = _mended(head, attempt, answer, outlying_rows(spread))
+    hard = outlying_rows(spread)
+    # those are not sampled: they must be as good as what the others are compared with
+    dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
+    value, normalizer, settled = _mended(head, attempt, answer, hard, dtype)
     if len(answer) > 3:
         doubt, first = to_host(answer[3]), None
     else:
@@ -217,13 +225,13 @@ def _in_range(head: Head, value: Array) -> Array:
 
 
 def mend(
-    head: Head, value: Array, normalizer: Array, rows: Array
+    head: Head, value: Array, normalizer: Array, rows: Array, dtype: Any = None
 ) -> tuple[Array, Array]:
-    """Replace the rows of the given numbers by exact ones."""
+    """Replace the rows of the given numbers by exact ones, computed in ``dtype``."""
     xp, n = head.xp, head.sizes[0]
     # special tokens come as many equal rows
     first, copies = _distinct(head, rows)
-    exact, logarithm = head.with_rows(first).attend()
+    exact, logarithm = head.with_rows(first).attend(dtype)
     copies = xp.asarray(copies, device=device_of(value))
     exact, logarithm = (xp.take(x, copies, axis=0) for x in (exact, logarithm))
     exact = xp.astype(exact, value.dtype, copy=False)
