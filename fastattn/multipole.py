@@ -24,6 +24,8 @@ _MOST = 2.0
 # clusters of a group, and most groups
 _CLUSTERS = 16
 _GROUPS = 16
+# so many serve errors as large as this in less time
+_FEW_GROUPS, _COARSE = 4, 0.02
 # queries of a block: a multiple of the root of their number, fewer where they spread,
 # but no fewer than the last
 _QUERIES = 2.83
@@ -169,7 +171,8 @@ def multipole_attempt(
         raise RefusalError("there is no key to cluster: use Exact() or Auto()")
     count = method.clusters or _clusters_for(m)
     cost = _Cost(n, m, d, p)
-    clusters, blocks = _arrange(head, count, cost, limit, rng)
+    groups = _FEW_GROUPS if wanted >= _COARSE else _GROUPS
+    clusters, blocks = _arrange(head, count, cost, limit, rng, groups)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
 
     def attempt(found: Choice, again: Callable[[float], Attempt] | None) -> Attempt:
@@ -244,7 +247,12 @@ def _clusters_for(m: int) -> int:
 
 
 def _arrange(
-    head: Head, count: int, cost: _Cost, limit: float, rng: np.random.Generator
+    head: Head,
+    count: int,
+    cost: _Cost,
+    limit: float,
+    rng: np.random.Generator,
+    groups: int = _GROUPS,
 ) -> tuple[Clusters, Blocks]:
     """Cluster the keys and cut the queries into blocks that are small enough."""
     n, size = head.sizes[0], max(_FEWEST, int(_QUERIES * math.sqrt(head.sizes[0])))
@@ -257,7 +265,7 @@ def _arrange(
                 f"{floor / limit:.1f} times the work allowed"
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            clusters = clusters or _cluster(head, count, size, limit, rng)
+            clusters = clusters or _cluster(head, count, size, limit, rng, groups)
             blocks = clusters.arrange(head.query, size)
             reach = clusters.reach(blocks)
         if reach <= _REACH:
@@ -292,14 +300,19 @@ def _too_far(size: int, reach: float) -> str:
 
 
 def _cluster(
-    head: Head, count: int, size: int, limit: float, rng: np.random.Generator
+    head: Head,
+    count: int,
+    size: int,
+    limit: float,
+    rng: np.random.Generator,
+    groups: int,
 ) -> Clusters:
     query, key = sample_rows(head, rng)
     transform = balance(query, key, head.scale, queries=False)
     if math.isfinite(limit):
         # spares most hopeless heads the clustering
         _glance(query, key, transform, size, -(-head.sizes[0] // size), count)
-    groups = min(_GROUPS, max(1, count // _CLUSTERS))
+    groups = min(groups, max(1, count // _CLUSTERS))
     return Clusters.of(
         head.key, head.value, transform, head.scale, clusters=count, groups=groups
     )
