@@ -9,7 +9,8 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 # a block of logits, 1024 x 320 float32, is what a core's second-level cache holds
 ROWS = 1024
 KEYS = 320
-# fewer rows take longer blocks of keys, up to this
+# fewer rows take longer blocks of keys: of so many logits, up to so many keys
+LOGITS = 3 << 16
 LONGEST = 1024
 
 
@@ -20,8 +21,8 @@ def attend(query, key, value, *, scale, visible, rows=None):
     normalizer = np.empty((heads, n), dtype=dtype)
     if rows is None:
         # few rows: smaller blocks keep more threads busy, too small ones starve BLAS
-        rows = min(ROWS, max(128, -(-heads * n // 4)))
-    keys = min(LONGEST, max(KEYS, ROWS * KEYS // min(rows, n)))
+        rows = min(ROWS, max(256, -(-heads * n // 4)))
+    keys = min(LONGEST, max(KEYS, LOGITS // min(rows, n)))
     per_head = -(-n // rows)
 
     def work(task):
