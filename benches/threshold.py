@@ -107,14 +107,15 @@ def threshold(*, quick, results):
     is proven. From n = 4096 on every second entry bound is looked at, up to the
     crossing at the error 0.01.
 
-    What this shows: at each n there is a narrow range of entry bounds in which the
-    rank of the polynomial grows from far below n to far above it, for every family, and
-    that range stays where it is on the scale of (ln n)^(1/k): at an additive error of
-    0.01 the `spread` of its location over all n is mostly a few hundredths, and for
-    pairs the `exponent` of B over ln n is that of the `theory` within two standard
-    errors. The numerical rank says that no factored method, however it is found, has a
-    small rank on these inputs beyond. Polynomials with n or n^2 monomials decide
-    nothing at any entry bound, at any n: those that do have more than n^5.
+    What this shows: at each n there is a narrow range of entry bounds in which the rank
+    of the polynomial grows from far below n to far above it, for every family, and that
+    range stays where it is on the scale of (ln n)^(1/k): at an additive error of 0.01
+    the `spread` of its location over all n is mostly a few hundredths, and for pairs
+    the `exponent` of B over ln n is that of the `theory` within two standard errors,
+    but for gap, where it is half of that. The numerical rank says that no factored
+    method, however it is found, has a small rank on these inputs beyond. Polynomials
+    with n or n^2 monomials decide nothing at any entry bound, at any n: those that do
+    have more than n^5.
 
     What it cannot show: ln n at most doubles over the sizes that can be computed, so
     that an exponent is hardly told from a near one. It shifts with the additive error
@@ -122,16 +123,16 @@ def threshold(*, quick, results):
     the error alone; coordinates are a whole number that jumps from size to size; orders
     3 and 4 reach small n only, and for order 4 the fit over n from 8 on is off by more
     than its errors for all families but bounded entries. The numerical rank crosses
-    n / 4 later, at two to three times the exponent: a row of weights 1 / n has norm
-    n^(-1/2), so that a fixed error forgives more as n grows. Where entries are larger
-    still it falls again, as rows look at few keys: hardness there is not a matter of
-    rank. Of satisfiability, whose vectors repeat, it stays below n / 4 at the error
-    0.01 throughout. And no rank says anything of methods that are not factored. The
-    reductions that can be run state an entry bound far above the threshold: for
+    n / 4 later, at the error 0.01 with two to three times the exponent: a row of weights
+    1 / n has norm n^(-1/2), so that a fixed error forgives more as n grows. Where entries
+    are larger still it falls again, as rows look at few keys: hardness there is not a
+    matter of rank. Of satisfiability, whose vectors repeat, it stays below n / 4 at the
+    error 0.01 throughout. And no rank says anything of methods that are not factored.
+    The reductions that can be run state an entry bound far above the threshold: for
     orthogonal vectors, whose gap is 1, of order ln n, and it takes the distributed
     proofs of the theory to bring it down. Decisions are of random instances, easy for
-    other algorithms. The lower bound is a theorem under a conjecture on
-    satisfiability, not a measurement.
+    other algorithms. The lower bound is a theorem under a conjecture on satisfiability,
+    not a measurement.
     """
     part = Path(results) / f"threshold{'-quick' if quick else ''}.part.jsonl"
     sizes = QUICK if quick else SIZES
