@@ -123,8 +123,8 @@ def threshold(*, quick, results):
     the error alone; coordinates are a whole number that jumps from size to size; orders
     3 and 4 reach small n only, and for order 4 the fit over n from 8 on is off by more
     than its errors for all families but bounded entries. The numerical rank crosses
-    n / 4 later, at the error 0.01 with two to three times the exponent: a row of weights
-    1 / n has norm n^(-1/2), so that a fixed error forgives more as n grows. Where entries
+    n/4 later, at the error 0.01 with two to three times the exponent: a row of weights
+    1/n has norm n^(-1/2), so that a fixed error forgives more as n grows. Where entries
     are larger still it falls again, as rows look at few keys: hardness there is not a
     matter of rank. Of satisfiability, whose vectors repeat, it stays below n / 4 at the
     error 0.01 throughout. And no rank says anything of methods that are not factored.
