@@ -273,8 +273,7 @@ class MahalanobisIndex:
         Neighbors
             The pair of distances and numbers, both ``(q, k)``, nearest first. Its
             attributes are ``certificate``, which for ``Exact`` and ``Filter`` promises
-            the right neighbours, and ``examined``, how many points each query had an
-            exact distance computed for.
+            the right neighbours, and ``examined``, the exact distances of each query.
         """
         queries = self._queries("Q", Q)
         k = check_integer("k", k, least=1)

@@ -74,8 +74,7 @@ def multipole(
     near keys, middle keys and clusters each block counted, ``(R, 3)``.
     """
     xp = array_namespace(query, mean, square, probe, key, value, metric)
-    label = np.repeat(np.arange(len(group)), np.diff(start))
-    keys = _Keys(key, value, _one_hot(key, label), _one_hot(key, group))
+    keys = _Keys(key, value, start, group)
     outs, norms, errors, counts = [], [], [], []
     for r, (lo, hi) in enumerate(pairwise(cuts)):
         step = query[lo:hi, :] - mean[r, :]
@@ -94,9 +93,12 @@ def multipole(
 class _Keys:
     """The keys with who belongs to which cluster, and which cluster to which group."""
 
-    def __init__(self, key: Array, value: Array, member: Array, group: Array) -> None:
+    def __init__(self, key: Array, value: Array, start: Any, group: Any) -> None:
         xp = array_namespace(key)
-        self.key, self.value, self.member, self.group = key, value, member, group
+        label = np.repeat(np.arange(len(group)), np.diff(start))
+        member = _one_hot(key, label)
+        self.key, self.value, self.member = key, value, member
+        self.group = _one_hot(key, group)
         self.size = xp.sum(member, axis=1)
         self.centre = xp.matmul(member, key) / self.size[:, None]
         self.local = key - self.spread(self.centre)

@@ -15,9 +15,7 @@ moments counted: queries see how values go with keys, however alike the queries 
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from fastattn._ops.multipole import _Field, _Keys, _one_hot
+from fastattn._ops.multipole import _Field, _Keys
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
@@ -48,8 +46,7 @@ def multipole_vjp(
     answer and ``grad``, ``(n,)`` each.
     """
     xp = array_namespace(query, mean, square, probe, key, value, metric, grad, limit)
-    label = np.repeat(np.arange(len(group)), np.diff(start))
-    keys = _Keys(key, value, _one_hot(key, label), _one_hot(key, group))
+    keys = _Keys(key, value, start, group)
     by_row = []
     by_key: list[Array] | None = None
     for r, (lo, hi) in enumerate(pairwise(cuts)):
