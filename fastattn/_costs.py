@@ -35,11 +35,12 @@ def multipole_work(
     clusters: float,
     near: float,
     middle: float,
+    coarse: bool = False,
 ) -> float:
     """Work of near keys and clusters for blocks of queries; counts are a row's."""
     rate = rates()
     keys = 4 * m * d + (near + middle) * (d + p) * rate.gathered + middle * d * p
-    rows = near * (d + p + rate.softmax)
+    rows = near * ((d + p) * (rate.coarse if coarse else 1.0) + rate.softmax)
     rows += clusters * (2 * d + p + rate.softmax) * rate.cluster
     return (n + m) * rate.parted + blocks * keys + n * rows
 

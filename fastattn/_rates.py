@@ -26,7 +26,7 @@ from sketching._lib.arrays import Array
 from sketching._lib.threads import single_threaded_blas
 
 # of the file; another layout gets another number
-_FORMAT = 1
+_FORMAT = 2
 # the product that is timed
 _ROWS, _COLUMNS, _KEYS = 1024, 64, 256
 
@@ -49,6 +49,8 @@ class Rates:
         One number of a key gathered for a block of queries.
     cluster : float
         One product of a query with what a cluster holds.
+    coarse : float
+        One multiply-add in eight bits, where the processor has them.
     """
 
     softmax: float = 16.0
@@ -57,6 +59,7 @@ class Rates:
     parted: float = 75000.0
     gathered: float = 23.0
     cluster: float = 4.4
+    coarse: float = 0.5
 
 
 class Speed(NamedTuple):

@@ -3,6 +3,7 @@
 import numpy as np
 from numba import njit
 
+from fastattn._ops.cpu.bfloat16 import multiplies_bfloat16, packed_rows
 from fastattn._ops.cpu.cluster_moments import (
     bend,
     classify,
@@ -11,6 +12,7 @@ from fastattn._ops.cpu.cluster_moments import (
     sum_moments,
     tilt,
 )
+from fastattn._ops.cpu.near_keys import add_near
 from fastattn._ops.cpu.softmax import _soften
 from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
 from sketching._lib.threads import run_blocks
@@ -33,14 +35,16 @@ def describe(query, *, cuts, rows):
 
 
 def multipole(
-    query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold
-):
+    query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
+    coarse=False,
+):  # fmt: skip
     blocks, m, dtype = len(cuts) - 1, len(key), query.dtype
     out = np.empty((len(query), value.shape[1]), dtype)
     norm, error = np.empty((2, len(query)), dtype)
     counts = np.empty((blocks, 3), np.int64)
     query, key, value = _plain(query), _plain(key), _plain(value)
-    keys = _Keys(key, value, metric, start, group)
+    coarse = coarse and multiplies_bfloat16() and dtype == np.float32
+    keys = _Keys(key, value, metric, start, group, coarse)
     limits = [dtype.type(x) for x in (threshold, MIDDLE * threshold, ALIKE)]
     rates = [dtype.type(x) for x in (BEND, LARGEST)]
     shared = max(1, min(_SHARED, _KEPT // m))
@@ -68,7 +72,7 @@ def _plain(x):
 class _Keys:
     """The keys, and what every block asks of them."""
 
-    def __init__(self, key, value, metric, start, group):
+    def __init__(self, key, value, metric, start, group, coarse):
         self.key, self.value, self.start, self.group = key, value, start, group
         self.metric = metric
         # groups by their clusters
@@ -76,6 +80,7 @@ class _Keys:
         self.centre = np.empty((len(group), key.shape[1]), key.dtype)
         self.local = np.empty_like(key)
         localise(key, start, self.centre, self.local)
+        self.pairs = packed_rows(key) if coarse else None
 
 
 class _Field:
@@ -142,11 +147,17 @@ class _Field:
     def answer(self, r, query, out, norm, error):
         """Answer queries of block ``r``; returns what was counted."""
         peak = np.full(len(query), -np.inf, query.dtype)
-        total = np.zeros(len(query))
+        total, keys = np.zeros(len(query)), self.keys
         out[:] = 0
         clusters = self._add_far(r, query, peak, total, out, error)
         near, before = self.near[r, : self.count[r]], peak.copy()
-        self._add_near(near, query, peak, total, out)
+        if keys.pairs is None:
+            self._add_near(near, query, peak, total, out)
+        else:
+            add_near(
+                near, query, self.mean[r], keys.key, keys.pairs, keys.value, peak,
+                total, out,
+            )  # fmt: skip
         out /= total[:, None]
         error *= (np.exp(before - peak) / total) ** 2
         norm[:] = peak + np.log(total)

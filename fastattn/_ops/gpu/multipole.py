@@ -38,8 +38,9 @@ def describe(query, *, cuts, rows):
 
 
 def multipole(
-    query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold
-):
+    query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
+    coarse=False,  # noqa: ARG001
+):  # fmt: skip
     keys = _Keys(key, value, metric, start, group)
     query = cp.ascontiguousarray(query)
     n, p, dtype = len(query), value.shape[1], query.dtype

@@ -17,7 +17,7 @@ CONTRACT = {"contract", "nsz"}
 
 
 @intrinsic
-def _power_of_two(typingctx, exponent, like):
+def power_of_two(typingctx, exponent, like):
     """``2.0 ** exponent`` in the type of ``like`` by writing the exponent's bits."""
     target, bits, bias = {
         types.float32: (ir.FloatType(), 23, 127),
@@ -62,7 +62,7 @@ def _exp32(x):
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    return (p * (r * r) + r + np.float32(1.0)) * _power_of_two(np.int32(n), x)
+    return (p * (r * r) + r + np.float32(1.0)) * power_of_two(np.int32(n), x)
 
 
 @njit(fastmath=CONTRACT, error_model="numpy", cache=True)
@@ -84,7 +84,7 @@ def _exp64(x):
     p = p * r + 4.1666666666666664e-2
     p = p * r + 1.6666666666666666e-1
     p = p * r + 0.5
-    return (p * (r * r) + r + 1.0) * _power_of_two(np.int64(n), x)
+    return (p * (r * r) + r + 1.0) * power_of_two(np.int64(n), x)
 
 
 def exp(x):
