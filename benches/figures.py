@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benches.curve_figures import draw_attack, draw_growth, draw_map, draw_sketch_error
-from benches.linear_figures import draw_heads, draw_recall, draw_two_classes
+from benches.linear_figures import (
+    draw_heads,
+    draw_recall,
+    draw_single_location,
+    draw_two_classes,
+)
 from benches.resume import part_lines
 from benches.threshold_figures import draw_decisions, draw_threshold
 
@@ -114,6 +119,7 @@ FIGURES = {
     "threshold": draw_threshold,
     "peers": draw_peers,
     "softmax-vs-linear": draw_two_classes,
+    "single-location": draw_single_location,
     "recall": draw_recall,
     "linear-heads": draw_heads,
 }

@@ -5,15 +5,23 @@ from pathlib import Path
 
 # errors above are drawn on the edge
 _LARGEST = 3.0
+# panels side by side: as many as a page has room for
+_COLUMNS = 3
 
 
-def _figure(columns: int, title: str):
+def _figure(count: int, title: str):
     # a Figure of its own draws with Agg and leaves pyplot's state alone
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * columns + 2, 4.2), layout="constrained")
+    columns = min(count, _COLUMNS)
+    rows = -(-count // columns)
+    size = (9.2, 4.2) if rows == 1 else (9.2, 2.8 * rows + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
-    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels[count:]:
+        panel.remove()
+    return figure, panels[:count]
 
 
 def draw_two_classes(record: dict, path: str | Path) -> None:
@@ -31,8 +39,28 @@ def draw_two_classes(record: dict, path: str | Path) -> None:
         panel.grid(alpha=0.25)
         if some[0]["sweep"] in ("m", "d", "n"):
             panel.set_xscale("log", base=2)
-    panels[0].set_ylabel("share of draws")
+    for panel in panels[::_COLUMNS]:
+        panel.set_ylabel("share of draws")
     panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_single_location(record: dict, path: str | Path) -> None:
+    """Draw the risk of each model against what each sweep changes."""
+    rows = record["rows"]
+    sweeps = [list(some) for _, some in groupby(rows, key=lambda row: row["sweep"])]
+    figure, panels = _figure(len(sweeps), "one token decides: risk of what was learned")
+    models = [name for name in rows[0] if name not in ("sweep", "at")]
+    for panel, some in zip(panels, sweeps, strict=True):
+        for model, marker in zip(models, "xosvD", strict=False):
+            points = [row["at"] for row in some], [row[model] for row in some]
+            panel.plot(*points, marker=marker, label=model, alpha=0.8)
+        panel.set(xlabel=some[0]["sweep"], yscale="log")
+        panel.grid(alpha=0.25)
+        if some[0]["sweep"] == "length":
+            panel.set_xscale("log", base=2)
+    panels[0].set_ylabel("risk over the variance of the target")
+    _legend(figure, panels[0])
     figure.savefig(path, dpi=110)
 
 

@@ -20,6 +20,7 @@ from benches.maps import speed_map
 from benches.peers import peers
 from benches.real_heads import diffuse, sharp
 from benches.seeds import seeds
+from benches.single_location import single_location
 from benches.sketches import attack, sketch_error
 from benches.softmax_vs_linear import recall, softmax_vs_linear
 from benches.streaming import streaming
@@ -83,6 +84,7 @@ STUDIES = {
         Study(
             "softmax-vs-linear", "linear attention", softmax_vs_linear, ("sweep", "at")
         ),
+        Study("single-location", "linear attention", single_location, ("sweep", "at")),
         Study("linear-heads", "linear attention", linear_heads, ("head", "n")),
         Study("recall", "linear attention", recall, ("method", "pairs")),
         Study(

@@ -10,7 +10,12 @@ import numpy as np
 from fastattn._problem import Head, HeadAnswer
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.certificate import Approximation, Certificate
-from sketching._lib.validation import check_flag, check_float_array, check_number
+from sketching._lib.validation import (
+    check_finite,
+    check_flag,
+    check_float_shape,
+    check_number,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,12 +38,16 @@ class Batch:
         scale: float | None,
         is_causal: bool,
         key_mask: Array | None,
+        finite: bool = True,
     ) -> "Batch":
+        """Check the inputs; without ``finite`` their numbers are left to the caller."""
         xp = array_namespace(query, key, value)
         query, key, value = plain(query), plain(key), plain(value)
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_unmasked(name, x)
-            check_float_array(name, x, least_ndim=2)
+            check_float_shape(name, x, least_ndim=2)
+            if finite:
+                check_finite(name, x)
         check_shapes(query, key, value)
         is_causal = check_flag("is_causal", is_causal)
         d = query.shape[-1]
@@ -56,6 +65,11 @@ class Batch:
                 + ("" if key_mask is None else f", key_mask {key_mask.shape}")
             ) from error
         return Batch(query, key, value, key_mask, factor, is_causal, lead)
+
+    def check_finite(self) -> None:
+        """Raise ``ValueError`` if a number is not finite."""
+        for name in ("query", "key", "value"):
+            check_finite(name, getattr(self, name))
 
     @property
     def count(self) -> int:

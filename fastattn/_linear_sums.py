@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 
 from fastattn._features import FeatureMap, Reader
-from fastattn._ops.linear import divided, prefix_products
+from fastattn._ops.linear import (
+    divided,
+    key_sums,
+    prefix_products,
+    row_means,
+)
 from fastattn._problem import Head
 from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import run_blocks
+from sketching._lib.validation import not_finite
 
 # features of a block of rows: as many numbers stay in cache; least and most rows
 _BLOCK = 1 << 18
@@ -87,16 +93,29 @@ def finish(
     key_log: Array | None,
     offset: float,
     normalize: bool,
+    out: Any = None,
 ) -> tuple[Array, Array, Array]:
     """Turn sums of ``[value, 1]`` into values, sums of weights and logarithms."""
-    xp = array_namespace(sums)
-    value, total = sums[..., :-1], sums[..., -1] + offset
-    log = xp.zeros_like(total) if row_log is None else (row_log + key_log)[..., 0]
     if normalize:
-        value, total = divided(sums, offset=offset)
-    elif row_log is not None:
-        value = value * xp.exp(log)[..., None]
-    return value, total, log
+        value, total = divided(sums, offset=offset, out=out)
+    else:
+        value, total = sums[..., :-1], sums[..., -1] + offset
+    return with_logs(value, total, row_log, key_log, normalize)
+
+
+def with_logs(
+    value: Array,
+    total: Array,
+    row_log: Array | None,
+    key_log: Array | None,
+    normalize: bool,
+) -> tuple[Array, Array, Array]:
+    """Return values, sums of weights, and the logarithms of their factors."""
+    xp = array_namespace(total)
+    if row_log is None:
+        return value, total, xp.zeros_like(total)
+    log = (row_log + key_log)[..., 0]
+    return (value if normalize else value * xp.exp(log)[..., None]), total, log
 
 
 def least_total(xp: Any, dtype: Any) -> float:
@@ -152,6 +171,8 @@ class LinearHead:
         What a key loses for each position that a row is ahead of it.
     normalize : bool
         Whether a row is divided by the sum of its weights.
+    check : callable, optional
+        What raises where a number of the inputs is not finite; by default they are.
     """
 
     head: Head
@@ -159,6 +180,7 @@ class LinearHead:
     column: Array
     decay: float | None = None
     normalize: bool = True
+    check: Callable[[], None] | None = None
 
     @property
     def visible(self) -> Array:
@@ -200,7 +222,10 @@ class LinearHead:
             total = None
             for start in range(task * span, min((task + 1) * span, m), size):
                 features, log, value = self.key(slice(start, min(start + size, m)))
-                sums = Sums.of(features, value, log)
+                if log is None:
+                    sums = Sums(key_sums(features, value), None)
+                else:
+                    sums = Sums.of(features, value, log)
                 total = sums if total is None else total.plus(sums)
             found[task] = total
 
@@ -211,6 +236,7 @@ class LinearHead:
     def key(self, rows: slice) -> tuple[Array, Array | None, Array]:
         """Features of some keys, their factors' logarithms, and the values."""
         head, xp = self.head, self.head.xp
+        self._look_at(head.key[rows, :], head.value[rows, :])
         features, log = self.features.key(head.key[rows, :], self.column[rows])
         value = xp.astype(head.value[rows, :], self.features.dtype, copy=False)
         return features, log, value
@@ -218,14 +244,19 @@ class LinearHead:
     def query(self, rows: slice) -> tuple[Array, Array | None]:
         """Features of some queries and their factors' logarithms."""
         position = np.arange(rows.start, rows.stop)
+        self._look_at(self.head.query[rows, :])
         return self.features.query(self.head.query[rows, :], position)
 
+    def _look_at(self, *arrays: Array) -> None:
+        if self.check and any(not_finite(x)[0] for x in arrays):
+            self.check()
+
     def finish(
-        self, sums: Array, row_log: Array | None, key_log: Array | None
+        self, sums: Array, row_log: Array | None, key_log: Array | None, out: Any = None
     ) -> tuple[Array, Array, Array]:
         """Turn the sums of some rows into values, sums of weights and logarithms."""
         offset = self.features.map.offset
-        return finish(sums, row_log, key_log, offset, self.normalize)
+        return finish(sums, row_log, key_log, offset, self.normalize, out)
 
     def check_weights(self, total: Array, rows: slice) -> None:
         """Refuse rows whose weights, which should be those of softmax, all vanish."""
@@ -237,24 +268,24 @@ class LinearHead:
 
     def _whole(self, sums: Sums, size: int) -> Answer:
         n, _, _, p = self.head.sizes
+        options = {"offset": self.features.map.offset, "normalize": self.normalize}
 
-        def work(rows: slice) -> tuple[Array, Array, Array]:
+        def work(rows: slice, out: Any) -> tuple[Array, Array, Array]:
             features, log = self.query(rows)
-            found = self.head.xp.matmul(features, sums.total)
-            return self.finish(found, log, sums.log)
+            value, total = row_means(features, sums.total, **options, out=out)
+            return with_logs(value, total, log, sums.log, self.normalize)
 
-        return Answer(*each_block(work, n, size, ((p,), (), ()), like=sums.total))
+        return Answer(*each_block(work, n, size, p, like=sums.total))
 
     def _causal(self, size: int) -> Answer:
-        (n, _, _, p), xp, visible = self.head.sizes, self.head.xp, self.visible
-        state, parts, done, place = None, [], 0, self.place
-        for start in range(0, n, size):
-            rows = slice(start, min(start + size, n))
-            left, row_log = self.query(rows)
+        (n, _, _, p), visible, place = self.head.sizes, self.visible, self.place
+        state, done = _empty(*self.query(slice(0, 1)), p), 0
+
+        def work(rows: slice, out: Any) -> tuple[Array, Array, Array]:
+            nonlocal state, done
             last = int(visible[rows][-1])
+            left, row_log = self.query(rows)
             right, log, value = self.key(slice(done, last))
-            if state is None:
-                state = _empty(left, log, p)
             extended, top = extend(value, log, state.log)
             found, total = prefix_products(
                 left,
@@ -265,8 +296,9 @@ class LinearHead:
                 **self.fading(slice(done, last), rows, place),
             )
             state, done = Sums(total, top), last
-            parts.append(self.finish(found, row_log, top))
-        return Answer(*(xp.concat(x) for x in zip(*parts, strict=True)))
+            return self.finish(found, row_log, top, out)
+
+        return Answer(*each_block(work, n, size, p, like=state.total, in_turn=True))
 
     @property
     def place(self) -> Array:
@@ -275,7 +307,7 @@ class LinearHead:
         Where rows are normalised, what fades for all their keys does not matter: rows
         stay with the last key that they see, so that its weight is never lost.
         """
-        if not self.normalize or self.features.map.offset:
+        if self.decay is None or not self.normalize or self.features.map.offset:
             return np.arange(self.head.sizes[0])
         visible = self.visible
         return np.where(visible > 0, self.column[np.maximum(visible, 1) - 1], 0)
@@ -293,26 +325,39 @@ class LinearHead:
 
 
 def each_block(
-    work: Callable[[slice], tuple[Array, ...]],
+    work: Callable[[slice, Any], tuple[Array, ...]],
     n: int,
     size: int,
-    shapes: tuple[tuple[int, ...], ...],
+    p: int,
     like: Array,
+    in_turn: bool = False,
 ) -> tuple[Array, ...]:
-    """Call ``work`` for blocks of rows and put the answers one below the other."""
+    """Call ``work`` for blocks of rows and put the answers one below the other.
+
+    It returns values, ``(rows, p)``, and two numbers for each row. It is given memory
+    for the values, or None, and may use it.
+    """
     blocks = [slice(s, min(s + size, n)) for s in range(0, n, size)]
     if place_of(like) != "cpu":
         xp = array_namespace(like)
-        parts = zip(*map(work, blocks), strict=True)
+        parts = zip(*(work(rows, None) for rows in blocks), strict=True)
         return tuple(xp.concat(list(x)) for x in parts)
-    outs = tuple(np.empty((n, *shape), like.dtype) for shape in shapes)
+    outs = tuple(np.empty((n, *shape), like.dtype) for shape in ((p,), (), ()))
 
     def call(number: int) -> None:
         rows = blocks[number]
-        for out, part in zip(outs, work(rows), strict=True):
+        value, *others = work(rows, outs[0][rows])
+        # where the memory was used there is nothing to copy
+        if value.base is not outs[0]:
+            outs[0][rows] = value
+        for out, part in zip(outs[1:], others, strict=True):
             out[rows] = part
 
-    run_tasks(call, range(len(blocks)), like)
+    if in_turn:
+        for number in range(len(blocks)):
+            call(number)
+    else:
+        run_tasks(call, range(len(blocks)), like)
     return outs
 
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from fastattn._features import Drawn, FeatureMap, Features
 from fastattn._linear_method import SoftmaxFeatures
-from fastattn._ops.linear import elu_plus_one, squares
-from sketching._lib.arrays import Array, array_namespace, device_of
+from fastattn._ops.linear import elu_plus_one, positive, squares
+from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.validation import check_integer
 
 
@@ -94,7 +94,7 @@ class Relu(FeatureMap):
 
     def apply(self, x: Array, drawn: Drawn) -> Features:  # noqa: ARG002
         """Return the positive parts."""
-        return _positive(x), None
+        return positive(x), None
 
     def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
         """Return the slope where ``x`` is positive."""
@@ -139,7 +139,7 @@ class Cosformer(FeatureMap):
         """Return positive parts times the cosine, and times the sine, of positions."""
         xp = array_namespace(x)
         cosine, sine = self._turn(x, drawn.position)
-        x = _positive(x)
+        x = positive(x)
         return xp.concat([x * cosine, x * sine], axis=-1), None
 
     def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
@@ -206,11 +206,6 @@ def pairs_vjp(x: Array, slope: Array) -> Array:
         rest = others * x[..., a : a + 1]
         total = total + xp.concat([xp.zeros_like(x[..., :a]), own, rest], axis=-1)
     return total
-
-
-def _positive(x: Array) -> Array:
-    xp = array_namespace(x)
-    return xp.maximum(x, xp.zeros((), dtype=x.dtype, device=device_of(x)))
 
 
 def _where_positive(x: Array, other: Array) -> Array:

@@ -5,6 +5,7 @@ import pytest
 
 from benches import linear_figures
 from benches.linear_heads import entropy, linear_heads, numerical_rank, softmax
+from benches.single_location import MODELS, Task, bayes, known, learn, risk
 from benches.softmax_vs_linear import Setting, recalled, success, tokens
 from fastattn import Identity, RandomFeatures
 
@@ -49,7 +50,45 @@ def test_entropy_and_rank_of_known_weights():
     np.testing.assert_array_equal(weights, 0.25)
 
 
-@pytest.mark.parametrize("draw", ["draw_two_classes", "draw_recall", "draw_heads"])
+def test_softmax_attention_has_the_risk_of_bayes():
+    task = Task(length=6, strength=2.0)
+    tokens, target = task.draw(200, np.random.default_rng(0))
+    best = np.mean((bayes(task, tokens) - target) ** 2)
+    assert known(task, tokens, target) == pytest.approx(best)
+    # no other query, and no other readout, does better on many draws
+    moved, asked = task.directions()
+    for weights in ((moved, asked), (2 * moved, 0.9 * asked)):
+        assert risk(MODELS["softmax"], weights, tokens, target) > best
+    # where the token stands out it is known
+    tokens, target = Task(strength=50.0).draw(20, np.random.default_rng(1))
+    np.testing.assert_allclose(bayes(Task(strength=50.0), tokens), target)
+
+
+def test_what_is_learned_of_one_token_is_near_bayes_for_softmax_only():
+    task = Task(length=6, strength=4.0, d=4)
+    seen = task.draw(200, np.random.default_rng(2))
+    judged = task.draw(400, np.random.default_rng(3))
+    variance = np.mean(judged[1] ** 2)
+    found = {
+        name: risk(model, learn(task, model, *seen), *judged) / variance
+        for name, model in MODELS.items()
+    }
+    best = np.mean((bayes(task, judged[0]) - judged[1]) ** 2) / variance
+    assert found.pop("softmax") < best + 0.05
+    assert min(found.values()) > best + 0.05
+
+
+def test_panels_stand_in_rows_of_a_page():
+    figure, panels = linear_figures._figure(5, "title")
+    assert len(panels) == len(figure.axes) == 5
+    assert figure.get_figwidth() < 10
+    assert len({panel.get_subplotspec().rowspan.start for panel in panels}) == 2
+
+
+DRAWN = ["draw_two_classes", "draw_recall", "draw_heads", "draw_single_location"]
+
+
+@pytest.mark.parametrize("draw", DRAWN)
 def test_pictures_are_drawn(draw, tmp_path):
     rows = {
         "draw_two_classes": [
@@ -59,6 +98,11 @@ def test_pictures_are_drawn(draw, tmp_path):
         "draw_recall": [
             {"method": "softmax", "pairs": x, "pairs over state": 1.0, "accuracy": 1.0}
             for x in (16, 64)
+        ],
+        "draw_single_location": [
+            {"sweep": sweep, "at": x, "Bayes": 0.1, "softmax": 0.2, "linear": 0.9}
+            for sweep in ("strength", "length")
+            for x in (4.0, 16.0)
         ],
         "draw_heads": [
             {"head": "h", "n": 4, "keys of a row": 2.0, "rank at 10 %": 1, "relu": 0.5}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sketching._lib.arrays import Array, array_namespace, mover
+from sketching._lib.arrays import Array, array_namespace, device_of, mover
 from sketching._lib.op import op
 
 # rows that see each other's keys one by one: about the width of the values is best
@@ -24,6 +24,13 @@ def elu_plus_one(x: Array) -> Array:
 
 
 @op("cpu")
+def positive(x: Array) -> Array:
+    """The larger of ``x``, which has no NaN, and zero."""
+    xp = array_namespace(x)
+    return xp.maximum(x, xp.zeros((), dtype=x.dtype, device=device_of(x)))
+
+
+@op("cpu")
 def exponentials(x: Array) -> tuple[Array, Array]:
     """``exp(x - peak)`` with the largest entry of each row, ``(..., n, 1)``."""
     xp = array_namespace(x)
@@ -32,10 +39,36 @@ def exponentials(x: Array) -> tuple[Array, Array]:
 
 
 @op("cpu")
-def divided(sums: Array, *, offset: float) -> tuple[Array, Array]:
+def key_sums(right: Array, value: Array) -> Array:
+    """Sum of ``right_j [value_j, 1]^T`` over all keys, ``(r, p + 1)``."""
+    xp = array_namespace(right, value)
+    extended = xp.concat([value, xp.ones_like(value[:, :1])], axis=1)
+    return xp.matmul(xp.matrix_transpose(right), extended)
+
+
+@op("cpu")
+def row_means(
+    left: Array, sums: Array, *, offset: float, normalize: bool, out: Any = None
+) -> tuple[Array, Array]:
+    """Rows ``[sum, total]`` of ``left @ sums`` as ``sum / (total + offset)`` and total.
+
+    ``sums`` is ``(r, p + 1)``, for example of ``key_sums``. Without ``normalize``
+    sums are not divided. ``out`` is memory that the answer, ``(n, p)``, may be in.
+    """
+    xp = array_namespace(left, sums)
+    found = xp.matmul(left, sums)
+    value, total = found[:, :-1], found[:, -1] + offset
+    if normalize:
+        value, total = divided(found, offset=offset, out=out)
+    return value, total
+
+
+@op("cpu")
+def divided(sums: Array, *, offset: float, out: Any = None) -> tuple[Array, Array]:  # noqa: ARG001
     """Rows ``[sum, total]`` as ``sum / (total + offset)`` and ``total + offset``.
 
-    ``sums`` is ``(n, p + 1)``; a row whose total is zero gets zeros.
+    ``sums`` is ``(n, p + 1)``; a row whose total is zero gets zeros. ``out`` is memory
+    that the answer may be in.
     """
     total = sums[..., -1:] + offset
     return sums[..., :-1] * reciprocal(total), total[..., 0]

@@ -13,7 +13,7 @@ from tests.cuda_emulation import KERNEL, Kernel, emulated, run
 from tests.fastattn import (
     test_clusters,
     test_feature_maps,
-    test_linear,
+    test_linear_ops,
     test_lowrank,
     test_multipole,
     test_multipole_rows,
@@ -140,8 +140,8 @@ LAWS = [
     test_multipole_rows.TestSummarise,
     test_feature_maps.TestEluPlusOne,
     test_feature_maps.TestSquares,
-    test_linear.TestPrefixProducts,
-    test_linear.TestFadingPrefixProducts,
+    test_linear_ops.TestPrefixProducts,
+    test_linear_ops.TestFadingPrefixProducts,
 ]
 for laws in LAWS:
     name = f"{laws.__name__}Emulated"

@@ -20,7 +20,13 @@ from fastattn import (
     TensorSketch,
 )
 from fastattn._features import Drawn, Reader
-from fastattn._ops.linear import divided, elu_plus_one, exponentials, squares
+from fastattn._ops.linear import (
+    divided,
+    elu_plus_one,
+    exponentials,
+    positive,
+    squares,
+)
 from fastattn.random_features import KINDS
 from sketching import projections
 from tests import linear_kernels as kernels
@@ -353,6 +359,10 @@ class TestEluPlusOne(MapOpLaws):
     op = elu_plus_one
 
 
+class TestPositive(MapOpLaws):
+    op = positive
+
+
 class TestExponentials(MapOpLaws):
     op = exponentials
 
@@ -371,7 +381,7 @@ class TestDivided(MapOpLaws):
         return [sums], {"offset": 0.0}
 
 
-@pytest.mark.parametrize("op", [elu_plus_one, exponentials, squares])
+@pytest.mark.parametrize("op", [elu_plus_one, positive, exponentials, squares])
 def test_ops_take_leading_dimensions(op, rng):
     x = rng.standard_normal((2, 3, 5, 4))
     whole, one = op(x), op(x[1, 2])

@@ -18,9 +18,8 @@ from fastattn import (
     TensorSketch,
     linear_attention,
 )
-from fastattn._ops.linear import prefix_products
 from tests import linear_kernels as kernels
-from tests.laws import BLOCK_EDGES, DTYPES, OpLaws
+from tests.laws import BLOCK_EDGES, DTYPES
 
 D = 4
 SPREAD = 0.5
@@ -336,26 +335,25 @@ def test_bad_options_are_named(options, error, message):
         linear_attention(*problem(), **options)
 
 
-class TestPrefixProducts(OpLaws):
-    op = prefix_products
-    decay = None
-
-    def inputs(self, rng, dtype, n, m):
-        left, right = rng.random((n, 5)), rng.random((m, 5))
-        value, state = rng.standard_normal((m, 3)), rng.standard_normal((5, 3))
-        visible = np.sort(rng.integers(0, m + 1, n))
-        options = {"visible": visible}
-        if self.decay is not None:
-            column = 3 + np.sort(rng.choice(2 * m, m, replace=False))
-            # no row is behind a key that it sees
-            least = np.where(visible, column[visible - 1], 3)
-            options |= {"decay": self.decay, "column": column, "origin": 2}
-            options["row"] = np.maximum.accumulate(least + rng.integers(0, 3, n))
-        return [x.astype(dtype) for x in (left, right, value, state)], options
-
-    def slack(self, arrays, options):  # noqa: ARG002
-        return 16 * np.finfo(arrays[0].dtype).eps * (5 + len(arrays[1]))
+# one of several blocks, which are looked at one by one
+@pytest.mark.parametrize("place", [(0, 0), (4500, 3), (4999, 63)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_number_that_is_not_finite_is_found(name, bad, place, is_causal):
+    inputs = {x: np.ones((5000, 64), np.float32) for x in ("query", "key", "value")}
+    inputs[name][place] = bad
+    message = f"{name}: expected finite numbers, got 1 .* at \\({place[0]}, {place[1]}"
+    # the map sends a number of minus infinity to zero
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**inputs, feature_map=Relu(), is_causal=is_causal)
 
 
-class TestFadingPrefixProducts(TestPrefixProducts):
-    decay = 0.8
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"key_mask": [1, 1, 0]}])
+def test_a_key_that_no_row_sees_is_looked_at(options):
+    if "key_mask" in options:
+        options = {"key_mask": np.array(options["key_mask"], bool)}
+    query, key, value = np.ones((2, 4)), np.ones((3, 4)), np.ones((3, 4))
+    value[2, 1] = np.nan
+    with pytest.raises(ValueError, match="value: expected finite numbers"):
+        linear_attention(query, key, value, feature_map=Relu(), **options)

@@ -8,11 +8,29 @@ from numba import njit
 from fastattn._ops.linear import CHUNK
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
+# multiplications of a product that BLAS does without copying its factors first
+_SMALL = 1_000_000
+# rows of a product: more gain nothing, and with fewer BLAS is better left alone
+_MOST_ROWS, _LEAST_ROWS = 128, 32
+# rows that are added up in their own precision, before sums go on in float64
+_FEW = 32
+# rows of a chunk whose state is found beside others, and numbers in their states
+_STEP, _STATES = 32, 1 << 17
+# fewer states at once are no better than one by one
+_LEAST_STATES = 4
+
 
 def elu_plus_one(x):
     x = np.ascontiguousarray(x)
     out = np.empty_like(x)
     _elu_plus_one(x.reshape(-1), out.reshape(-1))
+    return out
+
+
+def positive(x):
+    x = np.ascontiguousarray(x)
+    out = np.empty_like(x)
+    _positive(x.reshape(-1), x.dtype.type(0), out.reshape(-1))
     return out
 
 
@@ -25,13 +43,57 @@ def exponentials(x):
     return out, peak
 
 
-def divided(sums, *, offset):
+def key_sums(right, value):
+    (m, r), p = right.shape, value.shape[1]
+    rows = _rows(r * p)
+    whole = m // rows * rows if rows else 0
+    found = right[whole:].T @ value[whole:]
+    if whole:
+        some = right[:whole].reshape(-1, rows, r).transpose(0, 2, 1)
+        found += np.matmul(some, value[:whole].reshape(-1, rows, p)).sum(axis=0)
+    weights = np.zeros(r)
+    _add_rows(right, np.empty(r, right.dtype), weights)
+    weights = weights.astype(right.dtype)
+    return np.concatenate([found, weights[:, None]], axis=1)
+
+
+def row_means(left, sums, *, offset, normalize, out=None):
+    (n, r), p = left.shape, sums.shape[1] - 1
+    # the sum of the weights is a column of its own: one more would slow BLAS down
+    values, weights = (np.ascontiguousarray(x) for x in (sums[:, :-1], sums[:, -1]))
+    if out is None:
+        out = np.empty((n, p), sums.dtype)
+    rows = _rows(r * p)
+    whole = n // rows * rows if rows else 0
+    if whole:
+        some = left[:whole].reshape(-1, rows, r)
+        np.matmul(some, values, out=out[:whole].reshape(-1, rows, p))
+    np.matmul(left[whole:], values, out=out[whole:])
+    total = left @ weights
+    total += sums.dtype.type(offset)
+    if normalize:
+        _divide(out, total, np.empty_like(total))
+    return out, total
+
+
+def _rows(size):
+    """Rows of small products with matrices of ``size`` numbers; 0 for one product."""
+    rows = min(_SMALL // size, _MOST_ROWS) // 16 * 16
+    return rows if rows >= _LEAST_ROWS else 0
+
+
+def divided(sums, *, offset, out=None):
     *lead, width = sums.shape
-    out = np.empty((*lead, width - 1), sums.dtype)
+    if out is None:
+        out = np.empty((*lead, width - 1), sums.dtype)
     total = np.empty(lead, sums.dtype)
     rows = np.ascontiguousarray(sums).reshape(-1, width)
     _divided(
-        rows, sums.dtype.type(offset), out.reshape(-1, width - 1), total.reshape(-1)
+        rows,
+        sums.dtype.type(offset),
+        out.reshape(-1, width - 1),
+        total.reshape(-1),
+        np.empty(total.size, sums.dtype),
     )
     return out, total
 
@@ -58,15 +120,16 @@ def prefix_products(
 ):
     n, dtype = len(left), left.dtype
     out = np.empty((n, value.shape[1]), dtype)
-    state, done = state.copy(), 0
+    state = np.array(state, order="C")
     visible = np.ascontiguousarray(visible, dtype=np.int64)
     fading = None
     if decay is not None:
         first = min(origin, column.min(initial=origin))
         powers = (float(decay) ** np.arange(int(row[-1] - first) + 1)).astype(dtype)
         fading = _Fading(powers, row, column, origin)
+    done = _in_step(left, right, value, state, out, visible, fading)
     part = np.empty_like(state)
-    for start in range(0, n, CHUNK):
+    for start in range(done, n, CHUNK):
         end = min(start + CHUNK, n)
         early, last = int(visible[start]), int(visible[end - 1])
         if early - done > CHUNK:
@@ -90,6 +153,58 @@ def prefix_products(
     if fading and n:
         state *= fading.powers[row[-1] - fading.seen]
     return out, state
+
+
+def _in_step(left, right, value, state, out, visible, fading):
+    """Answer the first rows as long as each sees one key more; return how many.
+
+    States before all of a group of chunks are found before any is used: a few large
+    calls in place of many small ones.
+    """
+    (n, r), p = left.shape, value.shape[1]
+    group = _STATES // (r * p)
+    if group < _LEAST_STATES or n <= 2 * _STEP:
+        return 0
+    count = (_regular(visible, fading) - 1) // _STEP
+    if count < 1:
+        return 0
+    group = min(group, count)
+    powers = np.ones(_STEP + 1, left.dtype)
+    if fading:
+        state *= fading.powers[fading.row[0] - fading.seen]
+        powers = fading.powers[: _STEP + 1]
+        fading.seen = fading.row[count * _STEP]
+    falling = np.ascontiguousarray(powers[::-1])
+    states = np.empty((group, r, p), left.dtype)
+    weights = np.empty((group, _STEP, _STEP), left.dtype)
+    far = np.empty((group, _STEP, p), left.dtype)
+    for start in range(0, count, group):
+        size = min(group, count - start)
+        rows = slice(start * _STEP, (start + size) * _STEP)
+        some, keys, values, found = (
+            x[rows].reshape(size, _STEP, -1) for x in (left, right, value, out)
+        )
+        near = np.matmul(some, keys.transpose(0, 2, 1), out=weights[:size])
+        _hide_later(near, falling)
+        np.matmul(near, values, out=found)
+        if fading:
+            values = values * falling[:-1, None]
+        own = np.matmul(keys.transpose(0, 2, 1), values, out=states[:size])
+        _run(own.reshape(size, -1), state.reshape(-1), powers[-1])
+        _add_faded(found, np.matmul(some, own, out=far[:size]), powers)
+    return count * _STEP
+
+
+def _regular(visible, fading):
+    """How many rows from the first on see one key more each, one position on."""
+    number = np.arange(len(visible))
+    off = visible != number + 1
+    if fading:
+        keys = min(len(visible), len(fading.column))
+        off[keys:] = True
+        off |= fading.row - fading.row[0] != number
+        off[:keys] |= fading.column[:keys] != fading.row[:keys]
+    return int(off.argmax()) if off.any() else len(visible)
 
 
 class _Fading:
@@ -117,15 +232,32 @@ def _elu_plus_one(x, out):
         out[i] = above + exp(x[i] - above)
 
 
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _positive(x, zero, out):
+    for i in range(x.size):
+        out[i] = maximum(x[i], zero)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def _divided(sums, offset, out, total):
+def _divide(out, total, factor):
+    # divisions side by side first: one before each row would hold it up
+    for i in range(total.size):
+        factor[i] = 1 / total[i] if total[i] != 0 else total[i]
+    for i in range(out.shape[0]):
+        row, other = out[i], factor[i]
+        for j in range(row.size):
+            row[j] *= other
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _divided(sums, offset, out, total, factor):
     for i in range(sums.shape[0]):
-        row, result = sums[i], out[i]
-        whole = row[-1] + offset
-        total[i] = whole
-        factor = 1 / whole if whole != 0 else whole
+        total[i] = sums[i, -1] + offset
+        factor[i] = 1 / total[i] if total[i] != 0 else total[i]
+    for i in range(sums.shape[0]):
+        row, result, other = sums[i], out[i], factor[i]
         for j in range(result.size):
-            result[j] = row[j] * factor
+            result[j] = row[j] * other
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
@@ -155,6 +287,50 @@ def _squares(x, out):
             for b in range(1, d - a):
                 result[place + b] = factor * row[a + b]
             place += d - a
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _add_rows(x, part, total):
+    # what is left of sums that cancel is as good as those of few rows
+    for start in range(0, x.shape[0], _FEW):
+        part[:] = 0
+        for i in range(start, min(start + _FEW, x.shape[0])):
+            row = x[i]
+            for j in range(row.size):
+                part[j] += row[j]
+        for j in range(total.size):
+            total[j] += part[j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _hide_later(near, powers):
+    size = near.shape[1]
+    for c in range(near.shape[0]):
+        for i in range(size):
+            row, weights = near[c, i], powers[size - i :]
+            for j in range(i + 1):
+                row[j] *= weights[j]
+            row[i + 1 :] = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _run(own, state, shrink):
+    # what each chunk adds to the state becomes the state before it
+    for c in range(own.shape[0]):
+        row = own[c]
+        for j in range(state.size):
+            before = state[j]
+            state[j] = before * shrink + row[j]
+            row[j] = before
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _add_faded(found, far, powers):
+    for c in range(found.shape[0]):
+        for i in range(found.shape[1]):
+            row, other, factor = found[c, i], far[c, i], powers[i]
+            for j in range(row.size):
+                row[j] += other[j] * factor
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
