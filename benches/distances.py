@@ -14,7 +14,6 @@ from sketching import (
     MahalanobisIndex,
     MahalanobisMetric,
 )
-from sketching._ops.distances import row_products
 
 EPS = 0.3
 SAMPLED = {"rows": 64, "sampled": 9}
@@ -87,6 +86,8 @@ def _exact(rng, n, d):
 
 def _updates(rng, n, d):
     """A metric update against a pass over the points, one by one against queued."""
+    from benches.passes import fused_pass
+
     x = rng.standard_normal((n, d), dtype=np.float32)
     index = _index(_dense(rng, d), x, Exact())
     left, right = 1e-3 * rng.standard_normal((2, 100, d))
@@ -100,7 +101,7 @@ def _updates(rng, n, d):
 
         return call
 
-    one = faster(update(1), lambda: row_products(x, pair), pairs=9)
+    one = faster(update(1), lambda: fused_pass(x, pair), pairs=9)
     plain = faster(update(1), lambda: [x @ v for v in pair], pairs=9)
     rows = [
         _row("update_metric", n, d, "one fused pass over x", one, _drift(index, x)),

@@ -18,6 +18,7 @@ from benches.linear_heads import linear_heads
 from benches.lowdim import lowdim
 from benches.maps import speed_map
 from benches.peers import peers
+from benches.planning import alone, clustered_growth, nothing_fits
 from benches.real_heads import diffuse, sharp
 from benches.seeds import seeds
 from benches.single_location import single_location
@@ -66,6 +67,14 @@ STUDIES = {
         Study("streaming", "polynomials", streaming, ("keys", "by")),
         Study("sharp", "landmarks and clusters", sharp, _FILE, _TORCH),
         Study("diffuse", "landmarks and clusters", diffuse, _FILE, _TORCH),
+        Study("alone", "landmarks and clusters", alone, _HEAD, _TORCH),
+        Study("nothing-fits", "landmarks and clusters", nothing_fits, ("n", "d")),
+        Study(
+            "clustered-growth",
+            "landmarks and clusters",
+            clustered_growth,
+            ("head", "method"),
+        ),
         Study(
             "decoding-clusters",
             "landmarks and clusters",

@@ -15,7 +15,7 @@ from sketching._request import Request
 from sketching._sample_exact import sample_exact
 from sketching._waiting_updates import WaitingUpdates
 from sketching.distance_modes import Adaptive, Exact, Filter
-from sketching.metric import MahalanobisMetric
+from sketching.metric import MahalanobisMetric, add_update
 
 Mode = Exact | Filter | Adaptive
 # numbers of one block of distances
@@ -161,8 +161,9 @@ class Engine:
         if self.points is not None:
             longest = float(self.points.stats[2].max(initial=0))
             self.points.refuse_overflow("a, b", scale, longest)
-            self.waiting.append(left, right, self.metric.factor)
-        self.metric.update(left, right)
+        images = add_update(self.metric, left, right)
+        if self.points is not None:
+            self.waiting.append(left, right, images)
         self.scale = scale
 
     def flush(self) -> None:

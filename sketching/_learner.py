@@ -31,8 +31,6 @@ class Learner:
 
     @property
     def _factor(self) -> Array:
-        if isinstance(self._changed, MahalanobisIndex):
-            return self._changed.metric.factor
         return self._changed.factor
 
     def _apply(self, a: Array, b: Array) -> tuple[Array, Array]:

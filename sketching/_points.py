@@ -13,12 +13,10 @@ import numpy as np
 
 from sketching._half_width import halved, widened
 from sketching._lib.arrays import Array
-from sketching._ops.distances import norm_changes, row_products
+from sketching._ops.updates import changed_norms
 
 # rows that are mapped by the factor at a time
 _BLOCK = 1024
-# products with the vectors of updates that are looked at at a time
-_PRODUCTS = 1 << 21
 # drift of a squared norm, in roundings of a fresh one, at which it is computed anew
 _STALE = 64
 
@@ -217,57 +215,50 @@ class Points:
         ``images`` are :math:`U_t^\top a_t` of the factor before each update. The answer
         are the products with ``b_t``, ``(n, r)``, if they are to be kept.
         """
-        ratios, order, m = self._multiples(right, images)
-        left, right, images = left[order], right[order], images[order]
-        vectors = np.concatenate([right, images[:m]]).astype(self.dtype)
-        squares = np.einsum("rk,rk->r", left, left)
-        lengths = np.stack([np.linalg.norm(x, axis=1) for x in (right, images)])
-        kept = np.empty((self.size, len(left)), self.dtype) if keep else None
-        seen = self._since[: self.size]
-        # rows of integers are widened for it, all their columns
-        width = len(vectors) if self._steps is None else vectors.shape[1]
-        step = max(1, _PRODUCTS // width)
-        for start in range(0, self.size, step):
-            part = slice(start, min(start + step, self.size))
-            products = row_products(self.some(part), vectors)
-            if seen[part].any():
-                is_new = np.concatenate([order, order[:m]]) < seen[part, None]
-                products[is_new] = 0
-            changes = norm_changes(products, squares, ratios[order], lengths)
-            self._change_norms(part, *changes)
-            if kept is not None:
-                kept[part, order] = products[:, : len(left)]
-        seen[:] = 0
-        return kept
-
-    def _multiples(self, right: Array, images: Array) -> tuple[Array, Array, int]:
-        """Which images are multiples of ``b_t``: then one product serves for both.
-
-        So it is with updates that learners emit. The answer is how many times, the
-        order in which other updates are the first, and how many these are.
-        """
-        squares = np.einsum("rd,rd->r", right, right)
-        ratios = np.einsum("rd,rd->r", images, right) / np.where(
-            squares > 0, squares, 1
+        known, m = self._described(left, right, images)
+        order = known[4].astype(np.int64)
+        vectors = np.concatenate([right[order], images[order[:m]]])
+        self.stats[:], kept = changed_norms(
+            self.rows,
+            vectors.astype(self.dtype),
+            self.stats,
+            self._since[: self.size],
+            known,
+            rounding=self.rounding.unit,
+            steps=self.steps,
+            keep=keep,
         )
-        apart = np.linalg.norm(images - ratios[:, None] * right, axis=1)
-        # vectors are rounded to the dtype of the points anyway
-        off = float(np.finfo(self.dtype).eps) / 2 * np.linalg.norm(images, axis=1)
-        is_multiple = apart <= off
-        order = np.argsort(is_multiple, kind="stable")
-        return ratios, order, int((~is_multiple).sum())
+        self.forget_updates()
+        return kept[:, np.argsort(order)] if keep else None
 
-    def _change_norms(self, part: slice, change: Array, terms: Array) -> None:
-        h, off, reach = self._stats[:, part]
-        h += change
-        np.maximum(h, 0, out=h)
-        # each product may be off by the rounding of its terms
-        off += 2 * self.rounding.unit * reach * terms
+    def _described(self, left: Array, right: Array, images: Array) -> tuple[Array, int]:
+        """What an op wants to know of updates, and how many are the first of them.
+
+        The others are those whose image is a multiple of ``b_t``, as of updates that
+        learners emit: one product serves for both.
+        """
+        of_left, of_right, of_images = (
+            np.einsum("rd,rd->r", x, x) for x in (left, right, images)
+        )
+        ratios = np.einsum("rd,rd->r", images, right)
+        ratios /= np.maximum(of_right, np.finfo(np.float64).tiny)
+        apart = images - ratios[:, None] * right
+        # vectors are rounded to the dtype of the points anyway
+        off = np.finfo(self.dtype).eps / 2
+        is_multiple = np.einsum("rd,rd->r", apart, apart) <= off**2 * of_images
+        order = np.argsort(is_multiple, kind="stable")
+        lengths = np.sqrt(of_right), np.sqrt(of_images)
+        known = np.stack([of_left, ratios, *lengths, np.arange(len(left))])
+        return known[:, order], len(left) - int(is_multiple.sum())
 
     def stale(self) -> Array:
         """Where rounding of updates may have added up."""
         h, off, _ = self.stats
-        return np.flatnonzero(off > _STALE * self.rounding.unit * h)
+        share = _STALE * self.rounding.unit
+        # as a rule there is nothing to look for
+        if np.max(off, initial=0) <= share * np.min(h, initial=np.inf):
+            return np.arange(0)
+        return np.flatnonzero(off > share * h)
 
     def forget_updates(self) -> None:
         """No row waits for an update."""

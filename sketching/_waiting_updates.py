@@ -23,13 +23,12 @@ class WaitingUpdates:
     def __bool__(self) -> bool:
         return self.overflowed or len(self.left) > 0
 
-    def append(self, left: Array, right: Array, factor: Array) -> None:
-        """Queue updates; ``factor`` is the one before them."""
+    def append(self, left: Array, right: Array, images: Array) -> None:
+        """Queue updates; ``images`` are ``U_t^T a_t`` of the factor before each."""
         if self.overflowed or len(self) + len(left) > self.most:
             self.clear()
             self.overflowed = True
             return
-        images = left @ factor + np.tril(left @ left.T, -1) @ right
         self.left = np.concatenate([self.left, left])
         self.right = np.concatenate([self.right, right])
         self.images = np.concatenate([self.images, images])

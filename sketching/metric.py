@@ -7,9 +7,7 @@ import numpy as np
 from sketching._covariance import inverse_factor, shrunk_covariance
 from sketching._lib.arrays import Array
 from sketching._lib.validation import check_finite, check_integer
-
-# rows of the factor that are updated at a time
-_ROWS = 64
+from sketching._ops.updates import changed_factor
 
 
 class MahalanobisMetric:
@@ -254,13 +252,7 @@ class MahalanobisMetric:
         MahalanobisMetric
             This metric.
         """
-        left, right = as_update(a, b, self.shape)
-        # in pieces, whose products are still in the cache when they are added; an
-        # update of one row is one of all, zero elsewhere
-        for start in range(0, self.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            self._factor[rows] += left[:, rows].T @ right
-        self._is_suspect = False
+        add_update(self, *as_update(a, b, self.shape))
         return self
 
     def refuse_covariance_of(self, points: Array) -> None:
@@ -287,6 +279,15 @@ class MahalanobisMetric:
                     "MahalanobisMetric.from_covariance(C), or MahalanobisMetric(U) "
                     "with A = U^T U where A is meant"
                 )
+
+
+def add_update(metric: MahalanobisMetric, left: Array, right: Array) -> Array:
+    """Add a checked update; return ``U_t^T a_t`` of the factor before each of it."""
+    # an update of one row is one of all, zero elsewhere
+    metric._factor, images = changed_factor(metric._factor, left, right)
+    metric._is_suspect = False
+    found: Array = images
+    return found
 
 
 def as_update(a: Any, b: Any, shape: tuple[int, int]) -> tuple[Array, Array]:

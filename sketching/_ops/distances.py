@@ -99,32 +99,3 @@ def lower_bounds(
     """Bounds of every distance from below, ``(q, n)``; arguments as of brackets."""
     low, _ = _bracket(codes, queries, of_points, of_queries, rounding)
     return array_namespace(codes).astype(low, codes.dtype)
-
-
-@op("cpu")
-def row_products(points: Array, vectors: Array) -> Array:
-    """Products of every row of ``points``, ``(n, d)``, with ``vectors``, ``(r, d)``."""
-    return array_namespace(points, vectors).matmul(points, vectors.T)
-
-
-@op("cpu")
-def norm_changes(
-    products: Array, squares: Array, ratios: Array, lengths: Array
-) -> Array:
-    """Changes of squared norms by updates, and what their rounding is relative to.
-
-    ``products``, ``(n, r + m)``, are those of every point with all ``b_t``, and with
-    ``U_t^T a_t`` of the first ``m`` updates; those of the others are ``ratios`` times
-    the ones with ``b_t``. ``squares`` are ``|a_t|^2``, ``lengths``, ``(2, r)``, the
-    norms of both vectors. The answer is ``(2, n)``, in float64.
-    """
-    xp = array_namespace(products, squares, ratios, lengths)
-    both = xp.astype(products, xp.float64)
-    r = squares.shape[0]
-    w, given = both[:, :r], both[:, r:]
-    m = given.shape[1]
-    v = xp.concat([given, w[:, m:] * ratios[m:]], axis=1)
-    change = xp.sum(w * (2 * v + squares * w), axis=1)
-    wide = lengths[1, :] + squares * lengths[0, :]
-    terms = xp.sum(xp.abs(v) * lengths[0, :] + xp.abs(w) * wide, axis=1)
-    return xp.stack([change, terms])

@@ -69,18 +69,6 @@ def test_brackets_and_lower_bounds(n, q, dtype):
     )
 
 
-@DTYPES
-@SIZES
-@pytest.mark.parametrize("r", [1, 2, 5])
-def test_products_of_rows(n, r, dtype):
-    points, queries = problem(dtype, n, 5)
-    close(
-        (ops.row_products(points, queries[:r]),),
-        (ops.row_products.reference(points, queries[:r]),),
-        dtype,
-    )
-
-
 @SIZES
 @pytest.mark.parametrize("q", [1, 5])
 def test_median_distances(n, q):
@@ -132,18 +120,6 @@ def test_search(n, dtype):
             assert np.sort(row)[:k] == pytest.approx(np.sort(row[slots[:count]])[:k])
             known = ~np.isnan(values)
             close((values[known],), (row[slots[known]],), np.float32)
-
-
-@DTYPES
-@SIZES
-@pytest.mark.parametrize(("r", "m"), [(1, 1), (1, 0), (5, 5), (5, 2)])
-def test_changes_of_norms(n, r, m, dtype):
-    rng = np.random.default_rng(n)
-    products = rng.standard_normal((n, r + m)).astype(dtype)
-    squares, ratios, lengths = rng.random(r), rng.random(r), rng.random((2, r))
-    got = ops.norm_changes(products, squares, ratios, lengths)
-    want = ops.norm_changes.reference(products, squares, ratios, lengths)
-    close((got,), (want,), np.float64)
 
 
 @pytest.mark.parametrize("count", [1, 3, 9, 31])

@@ -195,3 +195,28 @@ def test_many_small_updates_of_sketches_stay_within_the_promise():
     assert 1e-3 < largest**0.5 < 2.1e-3
     answer = index.query(x[:9])
     assert_within(answer.certificate, answer.value, distances(index.factor, x[:9], x))
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1])
+@pytest.mark.parametrize("mode", [Exact(), Filter(size=8)])
+def test_long_queues_of_updates_equal_a_rebuild(mode, size):
+    # products of small ones with the points may be rounded to short integers
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 80)).astype(np.float32)
+    metric = MahalanobisMetric(rng.standard_normal((90, 80)))
+    index = MahalanobisIndex(metric, mode=mode, rng=0)
+    index.insert(x)
+    for _ in range(3):
+        index.update_metric(size * rng.standard_normal((30, 90)), x[:30])
+        answer = index.query(x[:9])
+        truth = distances(index.factor, x[:9], x)
+        assert_within(answer.certificate, answer.value, truth)
+        found, _ = index.kneighbors(x[:9], 5)
+        want = np.sort(truth, axis=1)[:, :5]
+        np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-9)
+        points = index._engine.points
+        images = points.rows.astype(np.float64) @ index.factor.T
+        h, off, _ = points.stats
+        error = np.abs(h - np.einsum("nk,nk->n", images, images))
+        assert (error <= off + 1e-9 * h).all()
+        assert (off <= 64 * points.rounding.unit * h).all()

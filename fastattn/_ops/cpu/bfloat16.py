@@ -6,31 +6,22 @@ float32 where a fused multiply-add adds one. numba has no such type: pairs are
 LLVM's language, so that a tile of sums stays in registers.
 """
 
-from functools import cache
-
 import numpy as np
-from llvmlite import binding, ir
-from numba import config, types
+from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from sketching._ops.cpu.features import has
 
 # a tile of sums: rows in so many vectors of 16 lanes, and so many columns
 _VECTORS, COLUMNS = 2, 8
 LANES = 16 * _VECTORS
 
 
-@cache
 def multiplies_bfloat16() -> bool:
     """Whether ``add_tile`` may be compiled here."""
-    # whoever compiles for another processor than this one names it
-    settings = vars(config)
-    if any(settings[x] for x in ("CPU_NAME", "CPU_FEATURES", "DISABLE_JIT")):
-        return False
-    try:
-        features = binding.get_host_cpu_features()
-    except RuntimeError:
-        return False
-    return bool(features.get("avx512f") and features.get("avx512bf16"))
+    return has("avx512f", "avx512bf16")
 
 
 class _Bfloat(ir.Type):

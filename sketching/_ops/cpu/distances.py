@@ -60,33 +60,6 @@ def lower_bounds(codes, queries, of_points, of_queries, *, rounding):
     return out
 
 
-def row_products(points, vectors):
-    if len(vectors) > 2:
-        return points @ vectors.T
-    out = np.empty((len(points), len(vectors)), points.dtype)
-
-    def work(start, end):
-        part = out[start:end]
-        if len(vectors) == 1:
-            part[:, 0] = vector_products(points[start:end], vectors[0])
-        else:
-            _paired_products(points[start:end], vectors[0], vectors[1], part)
-
-    over_spans(work, len(points), max(1, _SPAN // points.shape[1]))
-    return out
-
-
-def norm_changes(products, squares, ratios, lengths):
-    out = np.empty((2, len(products)))
-
-    def work(start, end):
-        part = out[:, start:end]
-        _norm_changes(products[start:end], squares, ratios, lengths, part)
-
-    over_spans(work, len(products), max(1, _SPAN // products.shape[1]))
-    return out
-
-
 def _rows(queries):
     return max(256, _TILE // len(queries))
 
@@ -162,32 +135,3 @@ def _finish_lower(products, of_points, of_queries, rounding, out):
             near = h[i] + own - 2 * row[i] - rounding * (h[i] + own) - off[i]
             apart: Any = maximum(maximum(least[i] - tail, tail - most[i]), 0.0)
             result[i] = np.sqrt(maximum(near, 0.0) + apart * apart)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _paired_products(points, left, right, out):
-    for i in range(points.shape[0]):
-        row = points[i]
-        first, second = row.dtype.type(0), row.dtype.type(0)
-        for t in range(row.size):
-            first += row[t] * left[t]
-            second += row[t] * right[t]
-        out[i, 0], out[i, 1] = first, second
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _norm_changes(products, squares, ratios, lengths, out):
-    r, m = squares.size, products.shape[1] - squares.size
-    long, wide = lengths[0], lengths[1] + squares * lengths[0]
-    for i in range(products.shape[0]):
-        change, terms = 0.0, 0.0
-        for t in range(m):
-            w, v = np.float64(products[i, t]), np.float64(products[i, r + t])
-            change += w * (2 * v + squares[t] * w)
-            terms += abs(v) * long[t] + abs(w) * wide[t]
-        for t in range(m, r):
-            w = np.float64(products[i, t])
-            v = ratios[t] * w
-            change += w * (2 * v + squares[t] * w)
-            terms += abs(v) * long[t] + abs(w) * wide[t]
-        out[0, i], out[1, i] = change, terms
