@@ -1,23 +1,29 @@
-"""The study of derivatives: exact ones, by a low rank, and by clusters of the keys."""
+"""The study of derivatives: exact, by a low rank, causal, by clusters of the keys."""
 
 import numpy as np
 
 import fastattn
 from benches.cases import CASES
-from benches.heads import Head, file_heads
+from benches.heads import Head, case_head, file_heads
 from benches.measure import faster, median_of, seconds, torch_or_none
 
 
 def gradients(*, quick, data):
     """Time of `attention_vjp`: over torch's backward, and over a forward call.
 
-    Heads of files are differentiated by clusters: over the exact derivative too.
+    Heads of files are differentiated by clusters, and with a causal mask by what is
+    chosen: over the exact derivative too.
     """
     rng = np.random.default_rng(0)
     rows = [_exact(n, rng) for n in ((2048,) if quick else (4096, 8192, 16384))]
     rows += [_lowrank(n, rng) for n in ((8192,) if quick else (32768, 65536))]
+    rounds = 1 if quick else 5
+    case = CASES["bounded"]
+    bounded = case_head("bounded", 8192 if quick else 32768)
+    rows += _causal(bounded, rng, tol=case.tol, rounds=rounds)
     for head in file_heads(data):
-        rows += _clusters(head, rng, rounds=1 if quick else 5)
+        rows += _clusters(head, rng, rounds=rounds)
+        rows += _causal(head, rng, tol=1e-1, rounds=rounds)
     return rows
 
 
@@ -82,6 +88,31 @@ def _clusters(head: Head, rng, *, rounds):
     return rows
 
 
+def _causal(head: Head, rng, *, tol, rounds):
+    """A head with a causal mask, over its forward call and over exact derivatives."""
+    grad = rng.standard_normal(head.value.shape).astype(np.float32)
+    arrays = *head.arrays, grad
+    options = {"scale": head.scale, "tol": tol, "is_causal": True, "rng": 0}
+    double = [x.astype(np.float64) for x in arrays]
+    truth = _backward(*double, scale=head.scale, is_causal=True)()
+    opponents = {
+        "its forward call": lambda: fastattn.attention(*arrays[:3], **options),
+        "Exact()": lambda: fastattn.attention_vjp(
+            *arrays, method=fastattn.Exact(), **options
+        ),
+        "torch's backward": _backward(*arrays, scale=head.scale, is_causal=True),
+    }
+
+    def call():
+        return fastattn.attention_vjp(*arrays, **options)
+
+    error = _largest_error(call(), truth)
+    assert error <= 3 * tol
+    name = f"Auto(), causal, tol {tol:g}, {head.name}"
+    ratios = _in_turn(call, opponents, rounds)
+    return [_row(name, len(head), error, x, y) for x, y in ratios.items()]
+
+
 def _in_turn(call, opponents, rounds):
     """How many times faster a call is than each opponent, all timed in turn."""
     for other in opponents.values():
@@ -94,14 +125,14 @@ def _in_turn(call, opponents, rounds):
     return {name: median_of(x) for name, x in ratios.items()}
 
 
-def _backward(query, key, value, grad, *, scale):
+def _backward(query, key, value, grad, *, scale, is_causal=False):
     """Prepare torch's backward pass of one head, in the dtype of the arrays."""
     torch = torch_or_none()
     leaves = [torch.from_numpy(x)[None, None] for x in (query, key, value)]
     for leaf in leaves:
         leaf.requires_grad_()
     attend = torch.nn.functional.scaled_dot_product_attention
-    output = attend(*leaves, scale=scale)
+    output = attend(*leaves, scale=scale, is_causal=is_causal)
     grad = torch.from_numpy(grad)[None, None]
 
     def call():

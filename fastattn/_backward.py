@@ -46,15 +46,6 @@ class Backward:
     normalizer: Array
     drift: Array
 
-    def without(self, rows: Array) -> "Backward":
-        """Let the given rows add nothing."""
-        mask = np.zeros(self.head.sizes[0], dtype=bool)
-        mask[rows] = True
-        xp = self.head.xp
-        mask = xp.asarray(mask, device=device_of(self.grad))
-        normalizer = xp.where(mask, xp.inf, self.normalizer)
-        return replace(self, normalizer=normalizer)
-
     def with_exact(self, rows: Array) -> "Backward":
         """Give rows their exact log-sum-exps and drifts."""
         if not len(rows):
@@ -63,9 +54,7 @@ class Backward:
         value, normalizer = self.head.with_rows(rows).attend()
         value = xp.astype(value, dtype, copy=False)
         drift = xp.sum(take(self.grad, rows) * value, axis=1)
-        mask = np.zeros(n, dtype=bool)
-        mask[rows] = True
-        mask = xp.asarray(mask, device=device_of(self.grad))
+        mask = marked(rows, self.head.query)
         found = [
             xp.where(mask, spread(x[:, None], rows, n)[:, 0], old)
             for x, old in ((normalizer, self.normalizer), (drift, self.drift))
@@ -73,19 +62,27 @@ class Backward:
         return replace(self, normalizer=found[0], drift=found[1])
 
     def exact(self, rows: Array | None, keys: Array | None) -> Slopes:
-        """Differentiate what the given rows make of the given keys; None means all."""
+        """Differentiate what the given rows make of the given keys; None means all.
+
+        The numbers of the keys must not decrease.
+        """
         head, dtype = self.head, self.grad.dtype
         query, grad, normalizer, drift = (
             take(x, rows) for x in (head.query, self.grad, self.normalizer, self.drift)
         )
-        xp = head.xp
+        xp, visible = head.xp, head.visible
+        if visible is not None:
+            visible = _visible(take(visible, rows), keys)
+            # of rows that see no key: any number does
+            blind = normalizer == -xp.inf
+            normalizer = xp.where(blind, xp.zeros_like(normalizer), normalizer)
         slopes: Slopes = attend_vjp(
             xp.astype(query, dtype, copy=False),
             take(head.key, keys),
             take(head.value, keys),
             grad,
             scale=head.scale,
-            visible=None,
+            visible=visible,
             log_normalizer=normalizer,
             drift=drift,
         )
@@ -100,7 +97,7 @@ class Backward:
             some.value,
             take(self.grad, rows),
             scale=some.scale,
-            visible=None,
+            visible=some.visible,
         )
         return slopes
 
@@ -191,6 +188,15 @@ class _Sample:
         return math.sqrt(ratio)
 
 
+def _visible(visible: Array, keys: Array | None) -> Array:
+    """How many of the keys rows see that see so many first ones."""
+    if keys is None:
+        return visible
+    few = np.searchsorted(keys, to_host(visible))
+    xp = array_namespace(visible)
+    return xp.asarray(few, dtype=visible.dtype, device=device_of(visible))
+
+
 def exact_vjp_work(head: Head) -> float:
     """Work of an exact derivative, in multiply-adds of a matrix product."""
     d, p = head.sizes[2:]
@@ -205,6 +211,13 @@ def _squares(x: Array) -> Array:
         return np.zeros(len(x))
     squares = np.sum((x / unit) ** 2, axis=1, dtype=np.float64)
     return squares / squares.sum()
+
+
+def marked(rows: Array, x: Array) -> Array:
+    """Boolean array, true at the numbers of some of the rows of ``x``."""
+    mask = np.zeros(x.shape[0], dtype=bool)
+    mask[rows] = True
+    return array_namespace(x).asarray(mask, device=device_of(x))
 
 
 def spread(part: Array, rows: Array, n: int) -> Array:

@@ -22,7 +22,7 @@ _SLACK = 20.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _LowRankPrefix:
+class LowRankPrefix:
     """A low-rank structure with the mean of the keys that it holds.
 
     Parameters
@@ -31,10 +31,22 @@ class _LowRankPrefix:
         Over the keys of the prefix.
     mean : array, shape (d,)
         Of all of its keys, in units of the scale.
+    far : boolean array
+        Which keys of its last chunk are far.
     """
 
     structure: LowRank
     mean: Array
+    far: Array
+
+    @property
+    def near_mean(self) -> Array:
+        """Mean of the keys that are not far, in units of the scale."""
+        structure, frame = self.structure, self.structure.basis.frame
+        far = len(structure.far_key)
+        total = (structure.count + far) * self.mean
+        apart = structure.far_key.sum(axis=0) + far * frame.center
+        return (total - frame.scale * apart) / max(structure.count, 1)
 
     def query(self, query: Array) -> Answer:
         """Answer queries; the least sum that is true follows from the mean key."""
@@ -62,27 +74,27 @@ class _MomentsPrefix:
 
 def lowrank_by_prefixes(head: Head, empty: LowRank) -> Answer:
     """Answer a causal head by a low-rank structure, given without keys."""
+    return by_prefixes(head, lambda counts: lowrank_prefixes(head, empty, counts))
 
-    def part(keys: slice) -> tuple[LowRank, Array]:
+
+def lowrank_prefixes(
+    head: Head, empty: LowRank, counts: list[int]
+) -> Iterator[list[LowRankPrefix]]:
+    """Yield structures over so many first keys, a few at a time."""
+
+    def part(keys: slice) -> tuple[LowRank, Array, Array]:
         key, value = head.key[keys, :], head.value[keys, :]
         total = to_host(head.xp.sum(key, axis=0, dtype=head.xp.float64))
-        return empty.part(key, value)[0], head.scale * total
+        return *empty.part(key, value), head.scale * total
 
-    def prefixes(counts: list[int]) -> Iterator[list[Prefix]]:
-        before, total = empty, np.zeros(head.sizes[2])
-        for panel in _panels(counts, empty.sums.nbytes):
-            parts = each(head, part, panel)
-            structures = _accumulated(before, [one for one, _ in parts])
-            totals = total + np.cumsum([key for _, key in parts], axis=0)
-            yield [
-                _LowRankPrefix(structure, total / keys.stop)
-                for structure, total, keys in zip(
-                    structures, totals, panel, strict=True
-                )
-            ]
-            before, total = structures[-1], totals[-1]
-
-    return by_prefixes(head, prefixes)
+    before, total = empty, np.zeros(head.sizes[2])
+    for panel in _panels(counts, empty.sums.nbytes):
+        parts, far, sums = zip(*each(head, part, panel), strict=True)
+        structures = _accumulated(before, list(parts))
+        totals = total + np.cumsum(sums, axis=0)
+        means = [x / keys.stop for x, keys in zip(totals, panel, strict=True)]
+        yield [LowRankPrefix(*x) for x in zip(structures, means, far, strict=True)]
+        before, total = structures[-1], totals[-1]
 
 
 def moments_by_prefixes(

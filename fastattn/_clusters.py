@@ -18,6 +18,7 @@ from sketching._lib.arrays import (
     Array,
     array_namespace,
     compute_dtype,
+    device_of,
     mover,
     to_host,
 )
@@ -57,6 +58,26 @@ class Blocks:
     probe: Array
     order: Array
 
+    def few(self, some: Array, sizes: Array, rng: np.random.Generator) -> "Blocks":
+        """Draw rows of some blocks, so many of each; described as they were."""
+        cuts = self.cuts
+        rows = np.concatenate(
+            [
+                cuts[r]
+                + np.sort(rng.choice(cuts[r + 1] - cuts[r], size, replace=False))
+                for r, size in zip(some, sizes, strict=True)
+            ]
+        )
+        xp = array_namespace(self.query)
+        by_row, by_block = (
+            xp.asarray(x, device=device_of(self.query)) for x in (rows, some)
+        )
+        mean, square, probe = (
+            xp.take(x, by_block, axis=0) for x in (self.mean, self.square, self.probe)
+        )
+        query, order = (xp.take(x, by_row, axis=0) for x in (self.query, self.order))
+        return Blocks(query, np.cumsum([0, *sizes]), mean, square, probe, order)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clusters:
@@ -77,6 +98,8 @@ class Clusters:
         Mean square of each coordinate.
     order : integer array, shape (m,), optional
         Numbers of the keys before they were sorted.
+    coarse : bool
+        Whether near keys may be multiplied in eight bits.
     """
 
     key: Array
@@ -87,6 +110,7 @@ class Clusters:
     offset: Array
     metric: Array
     order: Array | None = None
+    coarse: bool = False
 
     @staticmethod
     def of(
@@ -97,6 +121,7 @@ class Clusters:
         *,
         clusters: int,
         groups: int,
+        coarse: bool = False,
     ) -> "Clusters":
         """Cluster the keys: halving, then one round of k-means over all of them."""
         xp = array_namespace(key)
@@ -118,6 +143,7 @@ class Clusters:
             move(scale * transform.key_center),
             metric,
             order,
+            coarse,
         )
 
     @property
@@ -180,6 +206,7 @@ class Clusters:
             start=self.start,
             group=self.group,
             threshold=threshold,
+            coarse=self.coarse,
         )
         return answer
 

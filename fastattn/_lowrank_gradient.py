@@ -18,19 +18,20 @@ from fastattn._backward import (
     Backward,
     Slopes,
     exact_vjp_work,
+    marked,
     spread,
+    take,
 )
-from fastattn._costs import lowrank_work
+from fastattn._causal_gradient import causal_slopes
+from fastattn._causal_plan import leniency, lowrank_cost
 from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
-from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
+from fastattn._lowrank_passes import key_slopes, query_slopes
 from fastattn._problem import Head
-from fastattn._recipes import run_mended
 from fastattn._sampling import hardest_rows
 from fastattn._sizes import predict
 from fastattn.expansions import rank_of
-from fastattn.polynomial import lowrank_attempt
-from sketching._lib.arrays import Array, mover, to_host
+from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
 # heads with fewer logits than this are differentiated exactly: planning costs as much
@@ -42,9 +43,11 @@ _PASSES = 3.5
 _LOST = 3.0**-0.5
 # the share of what that allows which is aimed at: pilots show the answer's error only
 _AIM = 0.7
+# share of the rows that may be done exactly because they are out of reach
+_MENDED = 0.02
 # tries, how far the first may miss, and what is left to the second
 _TRIES = 2
-_HOPELESS, _TIGHTER = 3.0, 0.7
+_HOPELESS, _TIGHTER = 1.6, 0.7
 
 
 def lowrank_slopes(
@@ -64,22 +67,22 @@ def lowrank_slopes(
     RefusalError
         If the low rank fails in too many rows, or sums overflow.
     """
-    xp, m = head.xp, head.sizes[1]
-    structure, far = empty.filled(head.key, head.value)
-    attempt = lowrank_attempt(head, empty, math.nan, "derivative")
-    attempt = replace(attempt, run=lambda some: structure.query(some.query))
-    value, normalizer, settled = run_mended(head, attempt, hardest_rows(head, rng))
-    drift = xp.sum(grad * xp.astype(value, grad.dtype, copy=False), axis=1)
-    whole = Backward(head, grad, normalizer, drift)
-    rest = whole.without(settled)
-    query, key, values = whole.mended(_near(rest, structure, far), settled)
-    if bool(xp.any(far)):
-        keys = np.flatnonzero(to_host(far))
-        extra = rest.exact(None, keys)
-        query, key = query + extra[0], key + spread(extra[1], keys, m)
-        values = values + spread(extra[2], keys, m)
-    slopes = query, key, values
-    return slopes, whole.error(slopes, settled, rng)
+    n, hard = head.sizes[0], hardest_rows(head, rng)
+    skip = marked(hard, head.query)
+    if head.visible is None:
+        slopes, state = _slopes(head, grad, empty, skip)
+    else:
+        slopes, state = causal_slopes(head, grad, empty, skip)
+    settled = np.flatnonzero(to_host(state.normalizer) == math.inf)
+    if len(settled) > _MENDED * n + len(hard):
+        raise RefusalError(
+            f"Polynomial(rank={empty.rank}, landmarks={empty.landmarks}) fails in "
+            f"{len(settled)} of {n} rows, where its sum of weights is too small to be "
+            "true: the logits reach beyond what it serves"
+        )
+    state = state.with_exact(settled)
+    slopes = state.mended(slopes, settled)
+    return slopes, state.error(slopes, settled, rng)
 
 
 def slopes_if_they_pay(
@@ -93,10 +96,10 @@ def slopes_if_they_pay(
 
     The ``first`` to be tried are what ``worth_a_try`` lists.
     """
-    aim = _AIM
-    for number in range(_TRIES):
+    aim, structures = _AIM, first
+    for _ in range(_TRIES):
         least = math.inf
-        for empty in worth_a_try(head, tol, rng, aim) if number else first:
+        for empty in structures:
             try:
                 slopes, error = lowrank_slopes(head, grad, empty, rng)
             except RefusalError:
@@ -108,33 +111,42 @@ def slopes_if_they_pay(
             return None
         # what the derivatives lacked says how much more to ask for
         aim *= _TIGHTER * SLACK * tol / least
+        structures = worth_a_try(head, tol, rng, aim)
     return None
 
 
 def worth_a_try(
     head: Head, tol: float, rng: np.random.Generator, aim: float = _AIM
 ) -> list[LowRank]:
-    """List low ranks whose derivatives may meet ``3 * tol`` and should pay."""
-    n, m, d, p = head.sizes
-    if head.visible is not None or n * m < _SMALL:
+    """List polynomials whose derivatives may meet ``3 * tol`` and should pay.
+
+    Landmarks hardly ever do: they are fitted to queries, and derivatives by keys err
+    about as much however many there are.
+    """
+    if head.logits < _SMALL:
         return []
-    limit = WORTH * exact_vjp_work(head)
+    limit, work = WORTH * exact_vjp_work(head), lowrank_cost(head)
 
     def cost(rank: int, landmarks: int) -> float:
-        return _PASSES * lowrank_work(n, m, d, p, rank, landmarks)
+        return _PASSES * work(rank, landmarks)
 
     try:
-        sample = Sample.of(head, rng)
+        # pilots see all keys; rows that see some may err by so many times more
+        factor = 1.0 if head.visible is None else leniency(head, rng)
+        whole = head.unmasked()
+        sample = Sample.of(whole, rng)
         deviation = math.sqrt(float(Frame.of(sample).spread.sum()))
         wanted = aim * tol * min(1.0, SLACK * _LOST * deviation)
-        found = predict(head, sample, wanted, rng, cost, limit)
+        found = predict(whole, sample, factor * wanted, rng, cost, limit)
         structures = [x.empty for x in found if x.accepted and x.empty is not None]
         if structures:
-            return structures
+            return [x for x in structures if not x.landmarks]
         # a degree that the answer has in part may be what the derivatives lack
-        found = predict(head, sample, tol, rng, cost, limit)
+        found = predict(whole, sample, factor * tol, rng, cost, limit)
         ranks = [
-            _whole_degree(d, x.rank) for x in found if x.accepted and not x.landmarks
+            _whole_degree(head.sizes[2], x.rank)
+            for x in found
+            if x.accepted and not x.landmarks
         ]
         return [
             LowRank.plan(sample, rank=rank, landmarks=0, rng=rng)
@@ -149,7 +161,8 @@ def least_share(head: Head, structures: list[LowRank]) -> float:
     """The least share of the exact time that a low rank takes; 1 if there is none."""
     if not structures:
         return 1.0
-    work = [lowrank_work(*head.sizes, x.rank, x.landmarks) for x in structures]
+    cost = lowrank_cost(head)
+    work = [cost(x.rank, x.landmarks) for x in structures]
     return _PASSES * min(work) / exact_vjp_work(head)
 
 
@@ -158,35 +171,27 @@ def _whole_degree(d: int, rank: int) -> int:
     return next(size for g in range(rank + 1) if (size := rank_of(d, g)) >= rank)
 
 
-def _near(state: Backward, structure: LowRank, far: Array) -> Slopes:
-    """Differentiate what the rows make of the keys that are not far."""
-    head, basis = state.head, structure.basis
-    xp, frame, recipe = head.xp, basis.frame, basis.hermite.recipe
-    move = mover(head.query, head.dtype)
-    middle = move(structure.middle)
-    query, sums = query_vjp(
-        head.query,
-        state.grad,
-        # values are summed less their middle
-        state.drift - xp.matmul(state.grad, middle),
-        state.normalizer + frame.offset,
-        move(frame.to_query),
-        move(frame.origin),
-        move(basis.landmarks),
-        move(structure.weights),
-        **recipe,
+def _slopes(
+    head: Head, grad: Array, empty: LowRank, hard: Array
+) -> tuple[Slopes, Backward]:
+    """Do as ``causal_slopes`` where rows see all keys."""
+    xp, m = head.xp, head.sizes[1]
+    structure, far = empty.filled(head.key, head.value)
+    keys = np.flatnonzero(to_host(far))
+    alone = replace(head, key=take(head.key, keys), value=take(head.value, keys))
+    answer, normalizer = alone.attend()
+    query, sums, normalizer, drift = query_slopes(
+        head,
+        grad,
+        structure,
+        xp.where(hard, xp.inf, normalizer),
+        xp.sum(grad * answer, axis=1),
+        head.scale * structure.basis.frame.center,
     )
-    # the projection onto the basis is symmetric: it serves both sides
-    key, value = key_vjp(
-        head.key,
-        head.value,
-        far,
-        move(frame.center),
-        move(frame.to_key),
-        move(basis.landmarks),
-        middle,
-        move(basis.project(to_host(sums))),
-        offset=frame.offset,
-        **recipe,
-    )
-    return query, key, value
+    state = Backward(head, grad, normalizer, drift)
+    key, value = key_slopes(head.key, head.value, far, structure, sums)
+    if not len(keys):
+        return (query, key, value), state
+    more = state.exact(None, keys)
+    key, value = key + spread(more[1], keys, m), value + spread(more[2], keys, m)
+    return (query + more[0], key, value), state

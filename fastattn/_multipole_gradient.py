@@ -8,6 +8,7 @@ derivative. So a few rows are differentiated by it, and it is scaled by what the
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -25,14 +26,14 @@ from fastattn._ops.multipole_gradient import multipole_vjp
 from fastattn._problem import Head
 from fastattn._sampling import hardest_rows
 from fastattn._thresholds import Trial, choose
-from fastattn.multipole import Multipole, _arrange, _clusters_for, _Cost
+from fastattn.multipole import Cost, Multipole, arrange, clusters_for
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host
 from sketching._lib.certificate import RefusalError
 
 # with fewer logits clusters are not tried unasked: a refusal would cost too much
-_LARGE = 1 << 28
-# nor are they where a low rank takes less than this share of the exact time
-_QUICK = 0.15
+_LARGE = 1 << 26
+# a low rank that takes less than this share of the exact time is tried first
+QUICK = 0.15
 # time of a derivative in times of an answer
 _PASSES = 2.5
 # the share of what is allowed that the first derivatives aim at, and later ones do
@@ -42,9 +43,12 @@ _TRIES = 4
 # blocks of a pilot, and rows of each
 _BLOCKS, _ROWS = 8, 32
 # pilots, and how close to the aim an error says enough
-_PILOTS, _CLOSE = 3, 1.3
-# the error of a threshold is a power of it; so is the number of near keys
-_SLOPE, _CROWD = 0.8, 0.9
+_PILOTS, _CLOSE = 3, 1.4
+# the error of a threshold is a power of it
+_SLOPE = 0.8
+# a share of the keys whose being near changes little, and how much lower a threshold is
+# tried then, down to the last
+_FEW, _STEP, _SMALLEST = 0.01, 3.0, 1e-10
 # a pilot tells no more than this: thresholds change by factors of no more
 _FURTHEST = 100.0
 # more rows than this share out of reach leave nothing worth having
@@ -77,17 +81,24 @@ def multipole_slopes(
     """
     method = Multipole() if method is None else method
     n, m, d, p = head.sizes
-    cost = _Cost(n, m, d, p)
-    count = method.clusters or _clusters_for(m)
-    clusters, blocks = _arrange(head, count, cost, limit / _PASSES, rng)
-    pieces = _Pieces.of(head, grad, clusters, blocks, rng)
-    threshold = method.threshold
-    if threshold is None:
-        cost = replace(cost, blocks=len(blocks.cuts) - 1)
-        threshold = pieces.threshold(tol, cost, limit / _PASSES, rng)
+    cost = Cost(n, m, d, p)
+    count = method.clusters or clusters_for(m)
+    clusters, blocks = arrange(head, count, cost, limit / _PASSES, rng)
+    # a threshold that is given is all that may make an error
+    given = method.threshold
+    all_middle = given is not None
+    pieces = _Pieces.of(head, grad, clusters, blocks, rng, all_middle=all_middle)
+    if given is not None:
+        return pieces.slopes(given, rng)
+    cost = replace(cost, blocks=len(blocks.cuts) - 1)
+    threshold = pieces.threshold(tol, cost, limit / _PASSES, rng)
     for number in range(_TRIES):
+        if number == _TRIES // 2 or threshold <= _SMALLEST:
+            # keys that are alike, near by no threshold, may have other values
+            pieces = replace(pieces, all_middle=True)
+            threshold = pieces.threshold(tol, cost, limit / _PASSES, rng)
         slopes, error = pieces.slopes(threshold, rng)
-        if error <= SLACK * tol or method.threshold is not None:
+        if error <= SLACK * tol:
             break
         # what the derivatives lacked says how much more to ask for; more each time
         threshold *= _factor(_LESS * SLACK * tol, error) ** (number + 1)
@@ -101,6 +112,20 @@ def _factor(wanted: float, error: float) -> float:
     return float((wanted / change) ** (1 / _SLOPE))
 
 
+def _next(tried: list[tuple[float, float]], aim: float) -> float:
+    """Choose a threshold by those that were tried, and their errors."""
+    (threshold, error), number = tried[-1], len(tried)
+    if number > 1:
+        before, old = tried[-2]
+        if (error > aim) != (old > aim):
+            # an error may be zero
+            error = max(error, aim / _FURTHEST)
+            slope = math.log(old / error) / math.log(before / threshold)
+            return float(threshold * (aim / error) ** (1 / slope))
+    # without near keys the error hardly falls: more is asked for each time
+    return threshold * _factor(aim, error) ** (number if error > _CLOSE * aim else 1)
+
+
 def clusters_if_they_pay(
     head: Head, grad: Array, tol: float, rng: np.random.Generator, share: float
 ) -> Slopes | None:
@@ -108,7 +133,7 @@ def clusters_if_they_pay(
 
     What else there is takes ``share`` of the exact time.
     """
-    if head.visible is not None or head.logits < _LARGE or share <= _QUICK:
+    if head.visible is not None or head.logits < _LARGE:
         return None
     # the reference spells out who belongs to which cluster, which never pays
     if multipole_vjp.body(place_of(head.query)) is multipole_vjp.reference:
@@ -131,6 +156,10 @@ class _Pieces:
     blocks: Blocks
     sample: Blocks
     hard: Array
+    # good rows of the sample, and what they hand on exactly
+    known: list[Any]
+    # whether first moments of all far keys are counted
+    all_middle: bool
 
     @staticmethod
     def of(
@@ -139,47 +168,45 @@ class _Pieces:
         clusters: Clusters,
         blocks: Blocks,
         rng: np.random.Generator,
+        *,
+        all_middle: bool,
     ) -> "_Pieces":
         """Draw the few rows, and find the hard ones."""
         sizes = np.diff(blocks.cuts)
         count = min(len(sizes), _BLOCKS)
         some = np.sort(rng.choice(len(sizes), count, replace=False))
         few = np.minimum(sizes[some], _ROWS)
-        rows = np.concatenate(
-            [
-                lo + np.sort(rng.choice(size, each, replace=False))
-                for lo, size, each in zip(
-                    blocks.cuts[some], sizes[some], few, strict=True
-                )
-            ]
-        )
-        sample = Blocks(
-            take(blocks.query, rows),
-            np.cumsum([0, *few]),
-            take(blocks.mean, some),
-            take(blocks.square, some),
-            take(blocks.probe, some),
-            take(blocks.order, rows),
-        )
+        sample = blocks.few(some, few, rng)
         hard = hardest_rows(head, rng)
-        return _Pieces(head, grad, clusters, blocks, sample, hard)
+        return _Pieces(head, grad, clusters, blocks, sample, hard, [], all_middle)
 
     def threshold(
-        self, tol: float, cost: _Cost, limit: float, rng: np.random.Generator
+        self, tol: float, cost: Cost, limit: float, rng: np.random.Generator
     ) -> float:
         """Choose the threshold: that of the answer, scaled by what pilots show."""
-        trial = Trial.of(self.clusters, self.blocks, rng)
-        found = choose(trial, tol, cost, limit)
+        found = choose(Trial.of(self.clusters, self.blocks, rng), tol, cost, limit)
         aim, threshold = _AIM * SLACK * tol, found.threshold
-        for number in range(_PILOTS):
-            error = self._pilot(threshold)
-            # without near keys the error hardly falls: more is asked for each time
-            threshold *= _factor(aim, error) ** (number + 1 if error > aim else 1)
-            near = found.counts.near * (threshold / found.threshold) ** -_CROWD
+        # thresholds with their errors
+        tried: list[tuple[float, float]] = []
+        last = 0.0
+        while len(tried) < _PILOTS:
+            reach, near = self._look(threshold)
             if cost(replace(found.counts, near=near)) > limit:
                 raise RefusalError(
                     f"{near:.0f} near keys a row take more than the work allowed"
                 )
+            few = near <= last + _FEW * self.head.sizes[1]
+            lacking = tried[-1][1] > aim if tried else not self.all_middle
+            if few and lacking and threshold > _SMALLEST:
+                # as good as no key has become near: the error is hardly another
+                threshold /= _STEP if near else _STEP**2
+                continue
+            error, last = self._pilot(threshold, reach), near
+            tried.append((threshold, error))
+            threshold = _next(tried, aim)
+            if len(tried) > 1 and (error > aim) != (tried[-2][1] > aim):
+                # between two that were tried
+                break
             if aim / _CLOSE <= error <= aim * _CLOSE:
                 break
         return threshold
@@ -190,7 +217,7 @@ class _Pieces:
         """Differentiate by a threshold, mend rows out of reach, and check."""
         head, clusters, blocks = self.head, self.clusters, self.blocks
         xp, n = head.xp, head.sizes[0]
-        limit = np.full(n, self._limit(threshold))
+        limit = np.full(n, self._look(threshold)[0])
         limit[self.hard] = -1.0
         (query, key, value), *of_rows = self._sums(blocks, limit, threshold)
         back = xp.argsort(blocks.order)
@@ -210,25 +237,38 @@ class _Pieces:
         slopes = state.mended(slopes, settled)
         return slopes, state.error(slopes, settled, rng)
 
-    def _pilot(self, threshold: float) -> float:
+    def _pilot(self, threshold: float, reach: float) -> float:
         """The largest relative error of what the few rows hand on."""
-        sample, clusters = self.sample, self.clusters
-        xp = self.head.xp
-        limit = np.full(self.head.sizes[0], self._limit(threshold))
+        sample = self.sample
+        limit = np.full(self.head.sizes[0], reach)
         found, normalizer, _ = self._sums(sample, limit, threshold)
         # rows out of reach are going to be computed exactly
-        good = xp.isfinite(normalizer)
-        grad = take(self.grad, sample.order)
-        grad = xp.where(good[:, None], grad, xp.zeros_like(grad))
-        query, key, value = attend_vjp(
-            sample.query, clusters.key, clusters.value, grad, scale=1.0, visible=None
-        )
+        good = np.isfinite(to_host(normalizer))
         error = 0.0
-        for x, y in zip(found, (*self._turned(query, key), value), strict=True):
+        for x, y in zip(found, self._truth(good), strict=True):
             part, truth = (to_host(z).astype(np.float64) for z in (x, y))
             size = float(np.linalg.norm(truth))
             error = max(error, float(np.linalg.norm(part - truth)) / (size or 1.0))
         return error
+
+    def _truth(self, good: Array) -> Slopes:
+        """What the few rows hand on exactly, but for those that are not good."""
+        if self.known and np.array_equal(self.known[0], good):
+            found: Slopes = self.known[1]
+            return found
+        sample, clusters = self.sample, self.clusters
+        mask = mover(self.grad, self.grad.dtype)(good.astype(float))[:, None]
+        query, key, value = attend_vjp(
+            sample.query,
+            clusters.key,
+            clusters.value,
+            take(self.grad, sample.order) * mask,
+            scale=1.0,
+            visible=None,
+        )
+        found = (*self._turned(query, key), value)
+        self.known[:] = good, found
+        return found
 
     def _sums(
         self, blocks: Blocks, limit: Array, threshold: float
@@ -253,6 +293,7 @@ class _Pieces:
             start=clusters.start,
             group=clusters.group,
             threshold=threshold,
+            all_middle=self.all_middle,
         )
         return (*self._turned(query, key), value), normalizer, drift
 
@@ -264,9 +305,8 @@ class _Pieces:
         move = mover(query, query.dtype)
         return xp.matmul(query, xp.matrix_transpose(turn)), xp.matmul(key, move(back))
 
-    def _limit(self, threshold: float) -> float:
-        """How large the estimated error of a row may be, by the few rows."""
+    def _look(self, threshold: float) -> tuple[float, float]:
+        """How large the estimated error of a row may be, and near keys, by few rows."""
         _, _, error, counts = self.clusters.answer(self.sample, threshold)
-        sizes = np.diff(self.sample.cuts)
-        near = float(np.average(counts[:, 0], weights=sizes))
-        return doubtful(error, near / self.head.sizes[1])
+        near = float(np.average(counts[:, 0], weights=np.diff(self.sample.cuts)))
+        return doubtful(error, near / self.head.sizes[1]), near

@@ -13,7 +13,7 @@ import numpy as np
 from fastattn._clusters import Blocks, Clusters, doubtful
 from fastattn._ops.softmax import attend
 from fastattn._sampling import MARGIN, guessed_odds, guessed_rows
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
 # blocks of a sample, and queries for each: fewer are not worth a larger one
@@ -71,50 +71,36 @@ class Trial:
         Exact answers, in float64 on the host.
     share : array, shape (rows,)
         The share of all rows that each stands for.
+    n : int
+        Number of all rows.
     """
 
     clusters: Clusters
     blocks: Blocks
     truth: Array
     share: Array
+    n: int
 
     @staticmethod
     def of(clusters: Clusters, blocks: Blocks, rng: np.random.Generator) -> "Trial":
         """Draw rows and answer them exactly."""
-        xp, n = array_namespace(blocks.query), int(blocks.cuts[-1])
+        n = int(blocks.cuts[-1])
         sizes = np.diff(blocks.cuts)
         count = min(len(sizes), max(4, min(_BLOCKS, n // _QUERIES_A_BLOCK)))
         total = guessed_rows(n)
         # large blocks more often: each then stands for as many rows
         some = np.sort(rng.choice(len(sizes), count, replace=False))
         few = np.minimum(sizes[some], -(-total // count))
-        rows = [
-            lo + np.sort(rng.choice(size, each, replace=False))
-            for lo, size, each in zip(blocks.cuts[some], sizes[some], few, strict=True)
-        ]
-
-        def take(x: Array, numbers: Array) -> Array:
-            numbers = xp.asarray(numbers, device=device_of(x))
-            return xp.take(x, numbers, axis=0)
-
-        query = take(blocks.query, np.concatenate(rows))
+        sample = blocks.few(some, few, rng)
         truth, _ = attend(
-            query[None, ...],
+            sample.query[None, ...],
             clusters.key[None, ...],
             clusters.value[None, ...],
             scale=1.0,
             visible=None,
         )
-        sample = replace(
-            blocks,
-            query=query,
-            cuts=np.cumsum([0, *few]),
-            mean=take(blocks.mean, some),
-            square=take(blocks.square, some),
-            probe=take(blocks.probe, some),
-        )
         share = np.repeat(sizes[some] / few, few) / sizes[some].sum()
-        return Trial(clusters, sample, _double(truth[0, ...]), share)
+        return Trial(clusters, sample, _double(truth[0, ...]), share, n)
 
     def run(self, threshold: float) -> tuple[float, Counts]:
         """The error that a certificate is expected to show, and the counts."""
@@ -132,7 +118,7 @@ class Trial:
             guess = to_host(error)
             often = guessed_odds(np.where(guess > limit, 0, guess)) * len(guess)
             spread = float(self.share @ (squares**2 / often)) - mean**2
-            rows = guessed_rows(self.blocks.order.shape[0])
+            rows = guessed_rows(self.n)
             upper = mean + MARGIN * math.sqrt(max(spread, 0.0) / rows)
         upper = math.sqrt(upper / size) if size else math.inf if upper else 0.0
         return upper, found

@@ -47,13 +47,27 @@ def cuts_of(seen: int) -> list[int]:
     return [0, *range(first, seen, _CHUNK), seen]
 
 
+def chunks_of(visible: Array) -> list[tuple[slice, slice]]:
+    """Cut rows and keys alike: rows see all keys before theirs, but none behind them.
+
+    The keys of the last chunk are none.
+    """
+    cuts = cuts_of(int(visible[-1]))
+    # chunk k serves the rows that see cuts[k] keys, but not yet cuts[k + 1]
+    rows = [*(int(i) for i in np.searchsorted(visible, cuts)), len(visible)]
+    return [
+        (slice(*some), slice(*keys))
+        for some, keys in zip(pairwise(rows), pairwise([*cuts, cuts[-1]]), strict=True)
+    ]
+
+
 def largest_chunk(seen: int) -> int:
     """Largest number of keys within which a row is answered exactly."""
     return max(high - low for low, high in pairwise(cuts_of(seen)))
 
 
 def by_prefixes(
-    head: Head, prefixes: Callable[[list[int]], Iterable[list[Prefix]]]
+    head: Head, prefixes: Callable[[list[int]], Iterable[Sequence[Prefix]]]
 ) -> Answer:
     """Answer a head by structures over prefixes of its keys.
 
@@ -69,15 +83,11 @@ def by_prefixes(
     -------
     value, log_normalizer, good : array, shapes (n, p), (n,) and (n,)
     """
-    visible = to_host(head.visible)
-    cuts = cuts_of(int(visible[-1]))
-    # chunk k serves the rows that see cuts[k] keys, but not yet cuts[k + 1]
-    rows = [*(int(i) for i in np.searchsorted(visible, cuts)), len(visible)]
-    keys = [*cuts, cuts[-1]]
-    parts = [within(head, slice(*rows[:2]), slice(*keys[:2]))]
-    for structures in prefixes(cuts[1:]):
+    chunks = chunks_of(to_host(head.visible))
+    parts = [within(head, *chunks[0])]
+    for structures in prefixes([keys.start for _, keys in chunks[1:]]):
         tasks = [
-            (slice(*rows[k : k + 2]), slice(*keys[k : k + 2]), structure)
+            (*chunks[k], structure)
             for k, structure in enumerate(structures, len(parts))
         ]
         parts += each(head, lambda task: _beyond(head, *task), tasks)
@@ -115,15 +125,20 @@ def within(head: Head, rows: slice, keys: slice) -> Answer | None:
     """Answer some rows exactly over those of some keys that they see."""
     if rows.start == rows.stop:
         return None
-    xp, visible = head.xp, head.visible
-    value, logarithm = replace(
+    value, logarithm = part_of(head, rows, keys).attend()
+    return value, logarithm, head.xp.ones_like(logarithm, dtype=head.xp.bool)
+
+
+def part_of(head: Head, rows: slice, keys: slice) -> Head:
+    """Cut out some rows with those of some keys that they see."""
+    visible = head.visible
+    return replace(
         head,
         query=head.query[rows, :],
         key=head.key[keys, :],
         value=head.value[keys, :],
         visible=None if visible is None else visible[rows] - keys.start,
-    ).attend()
-    return value, logarithm, xp.ones_like(logarithm, dtype=xp.bool)
+    )
 
 
 def _beyond(head: Head, rows: slice, keys: slice, before: Prefix) -> Answer | None:

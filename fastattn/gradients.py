@@ -18,7 +18,11 @@ from fastattn._lowrank_gradient import (
     slopes_if_they_pay,
     worth_a_try,
 )
-from fastattn._multipole_gradient import clusters_if_they_pay, multipole_slopes
+from fastattn._multipole_gradient import (
+    QUICK,
+    clusters_if_they_pay,
+    multipole_slopes,
+)
 from fastattn._ops.gradient import attend_vjp
 from fastattn._planner import Auto
 from fastattn._problem import Head, Method
@@ -132,8 +136,9 @@ def attention_vjp(
         np.ndindex(*batch.lead), batch.heads(), children, strict=True
     ):
         grad = head.xp.astype(grad_output[(*place, ...)], head.dtype, copy=False)
-        slopes = _slopes(head, grad, tol, method, guarantee, child)
-        slopes = unmasked(batch, place, slopes)
+        seen = head.trimmed()
+        slopes = _slopes(seen, grad, tol, method, guarantee, child)
+        slopes = unmasked(batch, place, _untrimmed(head, seen, slopes))
         for sums, x, slope in zip(total, inputs, slopes, strict=True):
             own = own_place(x, place)
             sums[own] = sums[own] + slope if own in sums else slope
@@ -254,7 +259,10 @@ def _check_method(method: Any, guarantee: str) -> None:
     if isinstance(method, Auto | Exact):
         return
     if not isinstance(method, Polynomial | Multipole):
-        raise RefusalError(f"{method} has no derivative: use Auto() or Exact()")
+        raise RefusalError(
+            f"{method} has no derivative here: use Auto() or Exact(), or "
+            "linear_attention_vjp() for a feature map"
+        )
     if (
         isinstance(method, Polynomial)
         and method.basis != "hermite"
@@ -294,12 +302,12 @@ def _asked_for(
     rng: np.random.Generator,
 ) -> Slopes:
     """Differentiate by the given method, or refuse."""
-    name = type(method).__name__
-    if head.visible is not None:
-        raise RefusalError(
-            f"derivatives of {name}() do not take is_causal=True: use Exact() or Auto()"
-        )
     if isinstance(method, Multipole):
+        if head.visible is not None:
+            raise RefusalError(
+                "derivatives of Multipole() do not take is_causal=True: use "
+                "Polynomial(basis='hermite'), Exact() or Auto()"
+            )
         slopes, error = multipole_slopes(head, grad, tol, rng, method=method)
         more = "lower threshold"
     else:
@@ -321,10 +329,14 @@ def _near_linear(
     """Differentiate by clusters or a low rank, if one pays and meets ``3 * tol``."""
     lowranks = worth_a_try(head, tol, rng)
     share = least_share(head, lowranks)
-    found = clusters_if_they_pay(head, grad, tol, rng, share)
-    if found is not None:
-        return found
-    return slopes_if_they_pay(head, grad, tol, rng, lowranks)
+    if share > QUICK:
+        found = clusters_if_they_pay(head, grad, tol, rng, share)
+        if found is not None:
+            return found
+    found = slopes_if_they_pay(head, grad, tol, rng, lowranks)
+    if found is None and share <= QUICK:
+        found = clusters_if_they_pay(head, grad, tol, rng, 1.0)
+    return found
 
 
 def _exact_slopes(head: Head, grad: Array) -> Slopes:
@@ -354,6 +366,14 @@ def _exact_slopes(head: Head, grad: Array) -> Slopes:
 
 def _arrays(head: Head) -> tuple[Array, Array, Array]:
     return head.query, head.key, head.value
+
+
+def _untrimmed(head: Head, seen: Head, slopes: Slopes) -> Slopes:
+    """Give the last keys, which no row sees, derivatives of zero."""
+    m, some = head.sizes[1], np.arange(seen.sizes[1])
+    if len(some) == m:
+        return slopes
+    return slopes[0], spread(slopes[1], some, m), spread(slopes[2], some, m)
 
 
 def unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:

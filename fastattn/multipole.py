@@ -9,6 +9,7 @@ import numpy as np
 from fastattn._causal_halves import halves_attempt
 from fastattn._clusters import Blocks, Clusters, reach_of_sample
 from fastattn._costs import multipole_work, seconds
+from fastattn._ops.multipole import rounds_near
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._recipes import Attempt, candidate_of, certified, sample_rows
 from fastattn._sampling import ROWS
@@ -26,11 +27,14 @@ _CLUSTERS = 16
 _GROUPS = 16
 # so many serve errors as large as this in less time
 _FEW_GROUPS, _COARSE = 4, 0.02
-# queries of a block: a multiple of the root of their number, fewer where they spread,
-# but no fewer than the last
-_QUERIES = 2.83
+# queries of a block: a multiple of the root of their number, more where near keys are
+# cheap, fewer where they spread, but no fewer than the last
+_QUERIES, _MORE_QUERIES = 2.83, 4.0
 _FEWER = 4
 _FEWEST = 16
+# errors as small as this leave room for products of eight bits, which err by a quarter
+# of it at most on real heads
+_COARSE_ENOUGH = 0.005
 # the largest mean square of logits between centred queries and keys
 _REACH = 1.5
 # a sample, of so many rows or so many a cluster, must exceed it clearly; clusters that
@@ -66,7 +70,9 @@ class Multipole:
     Notes
     -----
     The answer is no convex combination of the values; a row outside their range is
-    computed exactly. Nothing is proven: ``guarantee="proven"`` is refused. With
+    computed exactly. Nothing is proven: ``guarantee="proven"`` is refused. Where the
+    tolerance leaves room and the processor has AVX-512 BF16, float32 queries and near
+    keys are multiplied in eight bits, relative to the mean of a block. With
     ``is_causal=True`` the keys are halved: rows behind a half meet all of it.
 
     Examples
@@ -169,10 +175,10 @@ def multipole_attempt(
     n, m, d, p = head.sizes
     if m == 0:
         raise RefusalError("there is no key to cluster: use Exact() or Auto()")
-    count = method.clusters or _clusters_for(m)
-    cost = _Cost(n, m, d, p)
+    count = method.clusters or clusters_for(m)
+    cost = Cost(n, m, d, p, coarse=_may_be_coarse(head, wanted))
     groups = _FEW_GROUPS if wanted >= _COARSE else _GROUPS
-    clusters, blocks = _arrange(head, count, cost, limit, rng, groups)
+    clusters, blocks = arrange(head, count, cost, limit, rng, groups)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
 
     def attempt(found: Choice, again: Callable[[float], Attempt] | None) -> Attempt:
@@ -220,7 +226,7 @@ def _by_halves(
 
 
 @dataclass(frozen=True, slots=True)
-class _Cost:
+class Cost:
     """Predicted work of one head from what its blocks count."""
 
     n: int
@@ -228,8 +234,10 @@ class _Cost:
     d: int
     p: int
     blocks: int = 1
+    coarse: bool = False
 
     def __call__(self, counts: Counts) -> float:
+        """Work, in multiply-adds, for what blocks count on average."""
         return multipole_work(
             self.n,
             self.m,
@@ -239,24 +247,36 @@ class _Cost:
             clusters=counts.clusters,
             near=counts.near,
             middle=counts.middle,
+            coarse=self.coarse,
         )
 
 
-def _clusters_for(m: int) -> int:
+def _may_be_coarse(head: Head, wanted: float) -> bool:
+    """Whether near keys are multiplied in eight bits."""
+    return (
+        wanted >= _COARSE_ENOUGH
+        and bool(head.dtype == head.xp.float32)
+        and rounds_near(head.query)
+    )
+
+
+def clusters_for(m: int) -> int:
+    """Choose the number of clusters for so many keys."""
     return max(1, min(m // _KEYS, int(_MOST * math.sqrt(m))))
 
 
-def _arrange(
+def arrange(
     head: Head,
     count: int,
-    cost: _Cost,
+    cost: Cost,
     limit: float,
     rng: np.random.Generator,
     groups: int = _GROUPS,
 ) -> tuple[Clusters, Blocks]:
     """Cluster the keys and cut the queries into blocks that are small enough."""
-    n, size = head.sizes[0], max(_FEWEST, int(_QUERIES * math.sqrt(head.sizes[0])))
-    clusters = None
+    n, clusters = head.sizes[0], None
+    each = _MORE_QUERIES if cost.coarse else _QUERIES
+    size = max(_FEWEST, int(each * math.sqrt(n)))
     while True:
         floor = replace(cost, blocks=-(-n // size))(Counts(0, 0, count))
         if floor > limit:
@@ -266,6 +286,7 @@ def _arrange(
             )
         with np.errstate(over="ignore", invalid="ignore"):
             clusters = clusters or _cluster(head, count, size, limit, rng, groups)
+            clusters = replace(clusters, coarse=cost.coarse)
             blocks = clusters.arrange(head.query, size)
             reach = clusters.reach(blocks)
         if reach <= _REACH:

@@ -19,28 +19,34 @@ _BLOCK = 1024
 def query_vjp(
     query: Array,
     grad: Array,
-    drift: Array,
-    logarithm: Array,
+    elsewhere: Array,
+    partial: Array,
+    least: Array,
     projection: Array,
     origin: Array,
     landmarks: Array,
+    spread: Array,
     weights: Array,
     *,
     parent: Any,
     coordinate: Any,
     power: Any,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     r"""Derivatives by the queries, and the sums over queries that keys need.
 
     With ``[x, s] = query @ projection - origin`` and ``f(x)`` the orthonormal Hermite
     polynomials and the ``exp(x . p - |p|^2 / 2)`` at the rows ``p`` of ``landmarks``,
-    a query adds ``f(x) @ weights @ e`` with ``e = exp(s - logarithm) [grad, -drift]``,
-    which is differentiated by the query with ``logarithm`` and ``drift`` held fixed.
-    ``query`` is ``(n, d)``, ``grad`` ``(n, p)``, ``projection`` ``(d, t + 1)``,
-    ``weights`` ``(r + c, p + 1)``; a row whose ``logarithm`` is infinite adds nothing.
+    ``exp(s) f(x) @ weights``, ``(r + c, p + 1)``, holds the weighted sums of the values
+    and, last, the sum of the weights. There may be other keys: ``elsewhere`` is the
+    log-sum-exp of their logits, minus infinity where there are none, and ``partial``
+    the product of their own answer and ``grad``, ``(n, p)``; both are held fixed.
 
-    Returns the derivatives, ``(n, d)``, and the sum of ``f(x) e^T``, ``(r + c, p + 1)``
-    in float64.
+    A row is good if ``sum(spread x^2) <= 1``, the logarithm of its sum of weights is
+    above ``least`` and finite, and ``elsewhere`` is below infinity; the others add
+    nothing. Returns the derivatives of ``sum(grad * answer)``, ``(n, d)``; the sum of
+    ``f(x) e^T``, ``(r + c, p + 1)`` in float64, where ``e = exp(s - logarithm) [grad,
+    -drift]``; the log-sum-exp of all keys, infinite where a row is not good; and the
+    drift, which is the product of the answer and ``grad``, ``(n,)`` each.
     """
     xp = array_namespace(query, grad, projection, weights)
     dtype, parts, total = projection.dtype, [], None
@@ -48,25 +54,46 @@ def query_vjp(
     for start in range(0, query.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
         both = xp.matmul(xp.astype(query[rows, :], dtype), projection) - origin
-        used = xp.isfinite(logarithm[rows])
-        both = xp.where(used[:, None], both, xp.zeros_like(both))
-        x, factor = both[:, :-1], xp.exp(both[:, -1] - logarithm[rows])
-        right = xp.concat([grad[rows, :], -drift[rows, None]], axis=1)
-        right = right * factor[:, None]
-        columns = _polynomials(x, xp.ones_like(factor), parent, coordinate, power, True)
+        good = xp.sum(spread * both[:, :-1] ** 2, axis=1) <= 1
+        both = xp.where(good[:, None], both, xp.zeros_like(both))
+        x, shift = both[:, :-1], both[:, -1]
+        one = xp.ones_like(shift)
+        columns = _polynomials(x, one, parent, coordinate, power, True)
         exponents = xp.matmul(x, landmarks.T) - half
         most = xp.full_like(exponents, CLAMP)
         marks = xp.exp(xp.where(exponents < most, exponents, most))
         features = xp.concat([xp.stack(columns, axis=1), marks], axis=1)
+        slope = xp.matmul(grad[rows, :], xp.matrix_transpose(weights[:, :-1]))
+        mean, mass = (
+            xp.sum(features * slope, axis=1),
+            xp.matmul(features, weights[:, -1]),
+        )
+        near = xp.log(xp.where(mass > 0, mass, one)) + shift
+        good = xp.logical_and(good, xp.logical_and(mass > 0, xp.isfinite(mass)))
+        good = xp.logical_and(good, near > least[rows])
+        good = xp.logical_and(good, elsewhere[rows] < xp.inf)
+        near, other, mass = (
+            xp.where(good, x, one) for x in (near, elsewhere[rows], mass)
+        )
+        peak = xp.where(near > other, near, other)
+        left, right = xp.exp(near - peak), xp.exp(other - peak)
+        logarithm = peak + xp.log(left + right)
+        drift = (left * (mean / mass) + right * partial[rows]) / (left + right)
+        logarithm = xp.where(good, logarithm, xp.full_like(logarithm, xp.inf))
+        drift = xp.where(good, drift, xp.zeros_like(drift))
+        factor = xp.exp(shift - logarithm)
+        right = xp.concat([grad[rows, :], -drift[:, None]], axis=1) * factor[:, None]
         part = xp.astype(xp.matmul(features.T, right), xp.float64)
         total = part if total is None else total + part
-        slope = xp.matmul(right, weights.T)
+        slope = (slope - drift[:, None] * weights[:, -1]) * factor[:, None]
         back = _pulled_back(x, columns, slope, parent, coordinate, power, True)
-        r = len(parent)
-        back = back + xp.matmul(slope[:, r:] * marks, landmarks)
-        tilt = xp.sum(slope * features, axis=1)[:, None]
-        parts.append(xp.matmul(xp.concat([back, tilt], axis=1), projection.T))
-    return xp.concat(parts, axis=0), total
+        back = back + xp.matmul(slope[:, len(parent) :] * marks, landmarks)
+        tilt = (factor * (mean - drift * mass))[:, None]
+        slope = xp.matmul(xp.concat([back, tilt], axis=1), projection.T)
+        slope = xp.where(good[:, None], slope, xp.zeros_like(slope))
+        parts.append((slope, logarithm, drift))
+    slope, logarithm, drift = (xp.concat(x, axis=0) for x in zip(*parts, strict=True))
+    return slope, total, logarithm, drift
 
 
 @op("cpu")

@@ -8,14 +8,13 @@ cluster, and for its group, and then shared: with ``p_i`` the cluster's weights,
 the derivatives by its logits and ``G_i`` the rows of ``grad``, value ``j`` gets
 ``u_j sum p_i G_i``, and key ``j``
 ``u_j (sum D_i (q_i - a) + a (sum D_i + <sum p_i G_i, v_j - mean>))``. The factor in
-brackets above adds what keys get from their group. All far keys have their first
-moments counted: queries see how values go with keys, however alike the queries are.
+brackets above adds what middle keys get from their group.
 """
 
 from itertools import pairwise
 from typing import Any
 
-from fastattn._ops.multipole import _Field, _Keys
+from fastattn._ops.multipole import MIDDLE, _Field, _Keys
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
@@ -36,10 +35,12 @@ def multipole_vjp(
     start: Any,
     group: Any,
     threshold: float,
+    all_middle: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Derivatives of ``sum(grad * answer)`` by query, key and value.
 
-    All but ``grad``, ``(n, p)``, and ``limit``, ``(n,)``, is as in ``multipole``. A row
+    All but ``grad``, ``(n, p)``, and ``limit``, ``(n,)``, is as in ``multipole``; with
+    ``all_middle`` the first moments of all far keys are counted. A row
     whose estimated error exceeds its limit, or whose sums are not finite, adds nothing.
     Returns the derivatives, ``(n, d)``, ``(m, d)`` and ``(m, p)``, and of every row the
     log-sum-exp of its logits, infinite where it added nothing, and the product of its
@@ -49,9 +50,10 @@ def multipole_vjp(
     keys = _Keys(key, value, start, group)
     by_row = []
     by_key: list[Array] | None = None
+    middle = None if all_middle else MIDDLE
     for r, (lo, hi) in enumerate(pairwise(cuts)):
         described = mean[r, :], square[r, :], probe[r, :, :]
-        field = _Field(keys, *described, metric, threshold, middle=None)
+        field = _Field(keys, *described, metric, threshold, middle)
         rows = query[lo:hi, :], grad[lo:hi, :], limit[lo:hi]
         found, sums = _Block(field, mean[r, :], *rows).slopes()
         by_row.append(found)

@@ -18,47 +18,58 @@ _ROWS = 128
 
 
 def query_vjp(
-    query, grad, drift, logarithm, projection, origin, landmarks, weights, *,
-    parent, coordinate, power,
+    query, grad, elsewhere, partial, least, projection, origin, landmarks, spread,
+    weights, *, parent, coordinate, power,
 ):  # fmt: skip
     dtype, n = projection.dtype, len(query)
-    r, size = len(parent), len(weights)
-    width = weights.shape[1]
+    r, (size, width) = len(parent), weights.shape
     span = span_of(n, size * width * 8)
     tasks = -(-n // span)
     parts = np.zeros((tasks, size, width))
     out = np.empty((n, query.shape[1]), dtype=dtype)
+    logarithm, drift = np.empty((2, n), dtype=dtype)
     half = 0.5 * np.sum(landmarks**2, axis=1)
     lower = np.sqrt((power - 1) / power).astype(dtype)
     recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
     origin, clamp = origin[:, None], dtype.type(CLAMP)
+    readout, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(-1), -1))
+    # copies: read-only arrays would be compiled for once more
+    spread, elsewhere, partial, least = (
+        np.array(x, dtype=dtype) for x in (spread, elsewhere, partial, least)
+    )
 
-    @np.errstate(over="ignore", invalid="ignore", under="ignore")
+    @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
     def work(task):
         buffers = np.empty((2, size * _ROWS), dtype=dtype)
         part = np.empty((size, width), dtype=dtype)
+        right = np.empty((_ROWS, width), dtype=dtype)
         for lo in range(task * span, min((task + 1) * span, n), _ROWS):
             rows = slice(lo, min(lo + _ROWS, n))
             features, slope = _cut(buffers, size, rows)
             x = projection.T @ query[rows].astype(dtype, copy=False).T
             x -= origin
-            _leave_out(x, logarithm[rows])
-            right = np.column_stack([grad[rows], -drift[rows]])
-            right *= np.exp(x[-1] - logarithm[rows])[:, None]
+            _settle(x, spread, elsewhere[rows])
             np.matmul(landmarks, x[:-1], out=features[r:])
             features[0] = 1
             _polynomials(x, *recipe, lower, features)
             _at_landmarks(half, clamp, features[r:])
-            np.matmul(features, right, out=part)
+            own = right[: features.shape[1]]
+            own[:, :-1] = grad[rows]
+            np.matmul(readout, own[:, :-1].T, out=slope)
+            tilt = _judge(
+                features, slope, shares, x[-1], elsewhere[rows], partial[rows],
+                least[rows], own, logarithm[rows], drift[rows],
+            )  # fmt: skip
+            np.matmul(features, own, out=part)
             parts[task] += part
-            np.matmul(weights, right.T, out=slope)
-            x[-1] = _pull_back(x, *recipe, lower, features, slope)
+            _pull_back(x, *recipe, lower, features, slope)
             x[:-1] += landmarks.T @ slope[r:]
+            x[-1] = tilt
             np.matmul(x.T, projection.T, out=out[rows])
 
     run_blocks(work, range(tasks))
     with np.errstate(over="ignore", invalid="ignore"):
-        return out, parts.sum(axis=0)
+        return out, parts.sum(axis=0), logarithm, drift
 
 
 def key_vjp(
@@ -91,7 +102,8 @@ def key_vjp(
             np.subtract(value[rows], middle, out=right[:, :p], dtype=dtype)
             np.matmul(weights, right.T, out=slope)
             coordinates = y[:-1].copy()
-            y[-1] = _pull_back(y, *recipe, lower, features, slope)
+            y[-1] = _products(features, slope)
+            _pull_back(y, *recipe, lower, features, slope)
             y[:-1] += landmarks.T @ slope[r:]
             y[:-1] += coordinates * y[-1]
             np.matmul(y.T, projection.T, out=out[rows])
@@ -107,12 +119,57 @@ def _cut(buffers, size, rows):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _leave_out(x, logarithm):
-    # nothing that a row without a finite logarithm is put into may overflow
-    for i in range(x.shape[1]):
-        if not np.isfinite(logarithm[i]):
-            for l in range(x.shape[0]):
-                x[l, i] = 0
+def _settle(x, spread, elsewhere):
+    # nothing that a row out of reach is put into may overflow
+    n, zero = x.shape[1], x.dtype.type(0)
+    energy = np.zeros(n, dtype=x.dtype)
+    for l in range(spread.size):
+        for i in range(n):
+            energy[i] += spread[l] * x[l, i] * x[l, i]
+    for i in range(n):
+        if not (energy[i] <= 1 and elsewhere[i] < np.inf):
+            for l in range(spread.size):
+                x[l, i] = zero
+            x[spread.size, i] = np.nan
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _judge(
+    features, slope, shares, shift, elsewhere, partial, least, right, logarithm, drift
+):
+    # completes what is known of the rows, and the derivatives by their functions
+    n, p, zero = features.shape[1], right.shape[1] - 1, slope.dtype.type(0)
+    mean, mass = np.zeros_like(shift), np.zeros_like(shift)
+    for j in range(features.shape[0]):
+        row, push, share = features[j], slope[j], shares[j]
+        for i in range(n):
+            mean[i] += row[i] * push[i]
+            mass[i] += row[i] * share
+    factor = np.empty_like(shift)
+    for i in range(n):
+        near, other = np.log(mass[i]) + shift[i], elsewhere[i]
+        if near > least[i] and np.isfinite(near):
+            peak = max(near, other)
+            one, two = np.exp(near - peak), np.exp(other - peak)
+            logarithm[i] = peak + np.log(one + two)
+            drift[i] = (one * (mean[i] / mass[i]) + two * partial[i]) / (one + two)
+            factor[i] = np.exp(shift[i] - logarithm[i])
+        else:
+            logarithm[i], drift[i], factor[i] = np.inf, zero, zero
+            mean[i] = mass[i] = zero
+            for j in range(features.shape[0]):
+                features[j, i] = zero
+                slope[j, i] = zero
+        for l in range(p):
+            right[i, l] *= factor[i]
+        right[i, p] = -drift[i] * factor[i]
+    for j in range(features.shape[0]):
+        push, share = slope[j], shares[j]
+        for i in range(n):
+            push[i] = factor[i] * (push[i] - share * drift[i])
+    for i in range(n):
+        mean[i] = factor[i] * (mean[i] - drift[i] * mass[i])
+    return mean
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
@@ -158,14 +215,9 @@ def _polynomials(x, parent, grandparent, coordinate, factor, lower, features):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _pull_back(x, parent, grandparent, coordinate, factor, lower, features, slope):
-    # puts the derivatives by the coordinates in their place, leaves slope times
-    # function of the landmarks in slope, and returns the sum of all such products
+    # puts the derivatives by the coordinates in their place, and leaves slope times
+    # function of the landmarks in slope
     n, r, t = features.shape[1], parent.size, x.shape[0] - 1
-    total = np.zeros(n, dtype=x.dtype)
-    for j in range(features.shape[0]):
-        row, push = features[j], slope[j]
-        for i in range(n):
-            total[i] += row[i] * push[i]
     for j in range(r, features.shape[0]):
         row, push = features[j], slope[j]
         for i in range(n):
@@ -182,4 +234,13 @@ def _pull_back(x, parent, grandparent, coordinate, factor, lower, features, slop
             for i in range(n):
                 older[i] -= v * push[i]
     x[:t] = back
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _products(features, slope):
+    total = np.zeros(features.shape[1], dtype=features.dtype)
+    for j in range(features.shape[0]):
+        row, push = features[j], slope[j]
+        for i in range(total.size):
+            total[i] += row[i] * push[i]
     return total

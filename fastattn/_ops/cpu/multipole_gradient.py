@@ -19,7 +19,7 @@ from fastattn._ops.cpu.multipole import (
     _plain,
     _tabulate,
 )
-from fastattn._ops.multipole import ALIKE, BEND, LARGEST
+from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE
 
@@ -32,14 +32,14 @@ _FEWEST_TASKS = 4
 
 def multipole_vjp(
     query, mean, square, probe, key, value, metric, grad, limit, *,
-    cuts, start, group, threshold,
+    cuts, start, group, threshold, all_middle=False,
 ):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
     blocks = len(cuts) - 1
     query, key, value, grad = (_plain(x) for x in (query, key, value, grad))
-    keys = _Keys(key, value, metric, start, group)
-    # all far keys have their first moments counted
-    limits = [dtype.type(x) for x in (threshold, -1, ALIKE)]
+    keys = _Keys(key, value, metric, start, group, coarse=False)
+    middle = -1 if all_middle else MIDDLE * threshold
+    limits = [dtype.type(x) for x in (threshold, middle, ALIKE)]
     rates = [dtype.type(x) for x in (BEND, LARGEST)]
     shared = max(1, min(_SHARED, _KEPT // m))
     most = max(_FEWEST_TASKS, _LARGEST_PARTS // (m * (d + p) * dtype.itemsize))
