@@ -23,8 +23,8 @@ _WORTH = 0.8
 # heads with fewer logits than this are computed exactly: planning costs as much
 _SMALL = 1 << 24
 # with fewer logits clusters are not tried: a refusal would cost too much; nor are they
-# up to the second number unless low ranks miss by so many times, as on sharp heads
-_LARGE, _LARGEST, _MISSED = 1 << 26, 1 << 28, 3.0
+# up to the second number where a low rank serves
+_LARGE, _LARGEST = 1 << 26, 1 << 28
 # nor are they where a low rank takes less than this share of exact attention's time
 _QUICK = 0.15
 # answers that may miss their certificate before the head is computed exactly, and where
@@ -149,7 +149,7 @@ def _sampled(
     exact = Exact().plan(head).predicted_seconds
     accepted = [c.plan.predicted_seconds for _, c in tried if c.accepted]
     share = min(accepted, default=exact) / exact
-    if _clusters_may_pay(head, tried, wanted) and share > _QUICK:
+    if _clusters_may_pay(head, tried) and share > _QUICK:
         limit = _WORTH * share * exact_work(*head.sizes, logits=head.logits)
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
@@ -157,7 +157,7 @@ def _sampled(
 
 
 def _clusters_may_pay(
-    head: Head, tried: list[tuple[Attempt | None, Candidate]], wanted: float
+    head: Head, tried: list[tuple[Attempt | None, Candidate]]
 ) -> bool:
     """Whether the chance that clusters serve is worth what their refusal costs."""
     if head.logits >= _LARGEST:
@@ -165,8 +165,7 @@ def _clusters_may_pay(
     # each rectangle of a causal head is smaller
     if head.logits < _LARGE or head.visible is not None:
         return False
-    errors = [candidate.plan.predicted_error for _, candidate in tried]
-    return not any(error <= _MISSED * wanted for error in errors)
+    return not any(candidate.accepted for _, candidate in tried)
 
 
 def _multipole(
