@@ -1,12 +1,13 @@
 """The planner: it keeps tolerances, says why, and does not depend on luck."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import fastattn
-from fastattn import Auto, Exact, Polynomial, approximate, attention, explain
+from fastattn import Auto, Exact, Polynomial, _planner, approximate, attention, explain
 from tests import oracles
 
 
@@ -205,3 +206,42 @@ def test_masked_heads_may_still_be_fast():
     answer = approximate(query, key, value, key_mask=mask, tol=0.1, rng=0)
     truth, _ = oracles.attention(query, key, value, key_mask=mask)
     assert oracles.frobenius_error(answer.value, truth) <= 0.1
+
+
+def large(bound, d=2, n=4100, m=4100, p=3):
+    """A head with enough logits to be planned, none beyond ``bound``."""
+    rng = np.random.default_rng(0)
+    query, key = rng.uniform(-1, 1, (n, d)), rng.uniform(-1, 1, (m, d))
+    # the default scale is undone
+    return bound / d**0.5 * query, key, rng.standard_normal((m, p))
+
+
+@pytest.mark.parametrize(
+    ("bound", "d", "reason"),
+    [(0.5, 24, "times as long as Exact"), (400.0, 2, "")],
+)
+def test_proven_polynomials_that_do_not_pay_are_left(bound, d, reason):
+    inputs = large(bound, d)
+    answer = approximate(*inputs, tol=1e-6, guarantee="proven")
+    assert isinstance(answer.plan.method, Exact)
+    assert answer.certificate.failure == 0
+    assert reason in str(explain(*inputs, tol=1e-6, guarantee="proven"))
+
+
+def test_certificates_that_miss_end_in_exact_attention(monkeypatch):
+    inputs = [x.astype(np.float32) for x in large(1.0, d=4)]
+    seen = []
+
+    def missing(head, attempt, tol, rng):
+        answer = real_answer(head, attempt, tol, rng)
+        seen.append(attempt.plan.method)
+        return replace(answer, error=1.5 * tol)
+
+    real_answer = _planner.answer_of
+    monkeypatch.setattr(_planner, "answer_of", missing)
+    answer = approximate(*inputs, tol=1e-2, rng=0)
+    assert isinstance(answer.plan.method, Exact)
+    assert "certified 1.50e-02 where" in answer.plan.reason
+    # the second asks for more than the first
+    assert len(seen) == 2
+    assert seen[1].rank + seen[1].landmarks >= seen[0].rank + seen[0].landmarks
