@@ -121,7 +121,6 @@ class Clusters:
         *,
         clusters: int,
         groups: int,
-        coarse: bool = False,
     ) -> "Clusters":
         """Cluster the keys: halving, then one round of k-means over all of them."""
         xp = array_namespace(key)
@@ -143,7 +142,6 @@ class Clusters:
             move(scale * transform.key_center),
             metric,
             order,
-            coarse,
         )
 
     @property

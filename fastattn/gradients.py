@@ -260,8 +260,7 @@ def _check_method(method: Any, guarantee: str) -> None:
         return
     if not isinstance(method, Polynomial | Multipole):
         raise RefusalError(
-            f"{method} has no derivative here: use Auto() or Exact(), or "
-            "linear_attention_vjp() for a feature map"
+            f"{method} has no derivative: use Auto(), or linear_attention_vjp()"
         )
     if (
         isinstance(method, Polynomial)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
-from fastattn._ops.cpu.recurrence import add_polynomial
+from fastattn._ops.cpu.recurrence import add_polynomial, energies
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -177,10 +177,7 @@ def _extremes(values, ends):
 def _settle(x, spread, good):
     # outliers get no coordinates: nothing they are put into overflows
     n, one = x.shape[1], x.dtype.type(1)
-    energy = np.zeros(n, dtype=x.dtype)
-    for l in range(spread.size):
-        for i in range(n):
-            energy[i] += spread[l] * x[l, i] * x[l, i]
+    energy = energies(x, spread)
     for i in range(n):
         good[i] = energy[i] <= one
         if not good[i]:

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import span_of
-from fastattn._ops.cpu.recurrence import add_polynomial
+from fastattn._ops.cpu.recurrence import add_polynomial, energies
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -122,10 +122,7 @@ def _cut(buffers, size, rows):
 def _settle(x, spread, elsewhere):
     # nothing that a row out of reach is put into may overflow
     n, zero = x.shape[1], x.dtype.type(0)
-    energy = np.zeros(n, dtype=x.dtype)
-    for l in range(spread.size):
-        for i in range(n):
-            energy[i] += spread[l] * x[l, i] * x[l, i]
+    energy = energies(x, spread)
     for i in range(n):
         if not (energy[i] <= 1 and elsewhere[i] < np.inf):
             for l in range(spread.size):
