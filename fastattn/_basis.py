@@ -24,6 +24,9 @@ _LARGEST_DEGREE = 12
 _JITTERS = (1e-6, 1e-4, 1e-2)
 # landmarks that the polynomials explain but for this share are no longer told apart
 _EXPLAINED = 1e-9
+# so is what sums in float32 cannot tell from their rounding: undamped, landmarks beside
+# many polynomials turned it into errors of some per cent
+_NOISE = 1e-7
 # share of the logits' variance in coordinates that landmarks may ignore
 _IGNORED = 1e-4
 
@@ -127,9 +130,10 @@ class Basis:
         mixed = self.hermite.features(marks)
         with np.errstate(over="ignore", invalid="ignore"):
             gram = np.exp(marks @ marks.T)
-            floor = _EXPLAINED * np.diag(gram)
+            whole = np.diag(gram).copy()
             gram -= mixed @ mixed.T
-            size = np.sqrt(np.maximum(np.diag(gram), floor))
+            size = np.sqrt(np.maximum(np.diag(gram), _EXPLAINED * whole))
+            gram[np.diag_indices_from(gram)] += _NOISE * whole
             gram *= 1 / size
             gram *= 1 / size[:, None]
         object.__setattr__(self, "_mixed", mixed)

@@ -27,6 +27,9 @@ from sketching._lib.threads import single_threaded_blas
 
 # of the file; another layout gets another number
 _FORMAT = 2
+# what tells processors apart: lines of /proc/cpuinfo, and instructions
+_KNOWN_AS = {"model name": "name", "flags": "flags"}
+_INSTRUCTIONS = "avx2", "avx512f", "avx512_vnni", "avx512_bf16"
 # the product that is timed
 _ROWS, _COLUMNS, _KEYS = 1024, 64, 256
 
@@ -211,15 +214,18 @@ def _fitting() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the processor."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, text = line.partition(":")
-            if name.strip() == "model name":
-                return text.strip()
+    """Name of the processor, with the instructions that bodies make a difference by."""
     import platform
 
-    return platform.processor() or platform.machine()
+    found = {"name": platform.processor() or platform.machine(), "flags": ""}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, text = (part.strip() for part in line.partition(":"))
+            # some names, as "AMD EPYC", stand for processors of several generations
+            if name in _KNOWN_AS:
+                found[_KNOWN_AS[name]] = text
+    flags = set(found["flags"].split())
+    return " ".join([found["name"], *(x for x in _INSTRUCTIONS if x in flags)])
 
 
 _overriding: ContextVar[Rates | None] = ContextVar("_overriding", default=None)

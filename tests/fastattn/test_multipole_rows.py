@@ -187,9 +187,10 @@ def test_single_rows_are_within_the_certificate(decoding):
     assert 0 < error <= answer.certificate.error <= TOL
     assert np.sqrt(np.mean((answer.log_normalizer - logarithm) ** 2)) <= TOL
     assert prepared.certificate.error == answer.certificate.error
-    # rows do not depend on who is asked with them
+    # rows do not depend on who is asked with them, but for BLAS, which may add in
+    # another order for one row
     one = prepared.query(query[1500:1501])
-    assert_array_equal(one.value[0], answer.value[0])
+    assert_allclose(one.value[0], answer.value[0], rtol=1e-5, atol=1e-6)
 
 
 def test_the_certificate_fails_rarely():
