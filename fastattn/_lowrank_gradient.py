@@ -51,9 +51,15 @@ _HOPELESS, _TIGHTER = 1.6, 0.7
 
 
 def lowrank_slopes(
-    head: Head, grad: Array, empty: LowRank, rng: np.random.Generator
+    head: Head,
+    grad: Array,
+    empty: LowRank,
+    rng: np.random.Generator,
+    enough: float = 0.0,
 ) -> tuple[Slopes, float]:
     """Differentiate a head over the basis of an empty structure, and check.
+
+    The check is content with few rows where they show an error below ``enough``.
 
     Returns
     -------
@@ -82,7 +88,7 @@ def lowrank_slopes(
         )
     state = state.with_exact(settled)
     slopes = state.mended(slopes, settled)
-    return slopes, state.error(slopes, settled, rng)
+    return slopes, state.error(slopes, settled, rng, enough)
 
 
 def slopes_if_they_pay(
@@ -101,7 +107,7 @@ def slopes_if_they_pay(
         least = math.inf
         for empty in structures:
             try:
-                slopes, error = lowrank_slopes(head, grad, empty, rng)
+                slopes, error = lowrank_slopes(head, grad, empty, rng, SLACK * tol)
             except RefusalError:
                 return None
             if error <= SLACK * tol:

@@ -311,7 +311,7 @@ def _asked_for(
         more = "lower threshold"
     else:
         empty = method.structure(head, rng)
-        slopes, error = lowrank_slopes(head, grad, empty, rng)
+        slopes, error = lowrank_slopes(head, grad, empty, rng, SLACK * tol)
         method = replace(method, rank=empty.rank, landmarks=empty.landmarks)
         more = "rank"
     if not error <= SLACK * tol:

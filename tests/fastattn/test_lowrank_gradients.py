@@ -277,8 +277,8 @@ def test_auto_computes_exactly_what_fails_its_check(monkeypatch):
     inputs = diffuse()
     tried = []
 
-    def misses(head, grad, empty, rng):
-        slopes, error = lowrank_slopes(head, grad, empty, rng)
+    def misses(head, grad, empty, rng, enough):
+        slopes, error = lowrank_slopes(head, grad, empty, rng, enough)
         tried.append(error)
         return slopes, 10 * error + 1
 

@@ -14,8 +14,10 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 # a block of logits, 512 x 256 float32, and the products beside it stay in cache
 ROWS = 512
 KEYS = 256
-# queries in a block are fewer, down to this, where there are many keys
+# queries in a block are fewer, down to this, where there are many keys; and where rows
+# see some keys only: a block multiplies all keys that one of its rows sees
 FEWEST = 32
+_STEPS, _FEWEST_SEEING = 8, 64
 # the products that a block of queries keeps stay below this many bytes
 _LARGEST_KEPT = 1 << 27
 # tasks, each with its own sums over queries: a number that does not depend on the
@@ -31,6 +33,8 @@ def attend_vjp(
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
     kept, part = 2 * m * dtype.itemsize, m * (d + p) * dtype.itemsize
     rows = min(ROWS, max(FEWEST, _LARGEST_KEPT // max(kept, 1)))
+    if visible is not None:
+        rows = min(rows, max(_FEWEST_SEEING, n // _STEPS))
     tasks = min(_TASKS, max(_FEWEST_TASKS, _LARGEST_PARTS // max(part, 1)))
     span = rows * max(1, -(-n // (rows * tasks)))
     tasks = -(-n // span)
