@@ -218,16 +218,20 @@ class Points:
         known, m = self._described(left, right, images)
         order = known[4].astype(np.int64)
         vectors = np.concatenate([right[order], images[order[:m]]])
-        self.stats[:], kept = changed_norms(
+        stats = self.stats
+        after, kept = changed_norms(
             self.rows,
             vectors.astype(self.dtype),
-            self.stats,
+            stats,
             self._since[: self.size],
             known,
             rounding=self.rounding.unit,
             steps=self.steps,
             keep=keep,
         )
+        # a body that wrote in place is spared a copy of every number onto itself
+        if after is not stats:
+            stats[:] = after
         self.forget_updates()
         return kept[:, np.argsort(order)] if keep else None
 
