@@ -228,6 +228,24 @@ def test_proven_polynomials_that_do_not_pay_are_left(bound, d, reason):
     assert reason in str(explain(*inputs, tol=1e-6, guarantee="proven"))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_proven_polynomials_that_pay_are_taken(dtype):
+    inputs = [x.astype(dtype) for x in large(0.5, m=4200)]
+    answer = approximate(*inputs, tol=1e-3, guarantee="proven", rng=0)
+    assert isinstance(answer.plan.method, Polynomial)
+    assert answer.plan.reason == "proven"
+    assert answer.certificate.failure == 0
+    half = np.ptp(inputs[2], axis=0).max() / 2
+    truth, _ = oracles.attention(*inputs)
+    error = oracles.largest_error(answer.value, truth)
+    assert 0 < error <= answer.certificate.error <= 1e-3 * half
+    # what it was compared with stands behind it
+    first, last = explain(*inputs, tol=1e-3, guarantee="proven", rng=0).heads[0]
+    assert first.accepted
+    assert first.plan.method == answer.plan.method
+    assert isinstance(last.plan.method, Exact)
+
+
 def test_certificates_that_miss_end_in_exact_attention(monkeypatch):
     inputs = [x.astype(np.float32) for x in large(1.0, d=4)]
     seen = []
