@@ -26,7 +26,8 @@ settings.register_profile(
     "explore", deadline=None, max_examples=500, suppress_health_check=_SUITES
 )
 # rates that a developer has calibrated would change which method runs
-os.environ["FASTATTN_CACHE"] = tempfile.mkdtemp(prefix="fastattn-tests-")
+_CACHE = tempfile.TemporaryDirectory(prefix="fastattn-tests-")
+os.environ["FASTATTN_CACHE"] = _CACHE.name
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
