@@ -16,10 +16,10 @@ def gradients(*, quick, data):
     """
     rng = np.random.default_rng(0)
     rows = [_exact(n, rng) for n in ((2048,) if quick else (4096, 8192, 16384))]
-    rows += [_lowrank(n, rng) for n in ((8192,) if quick else (32768, 65536))]
+    rows += [_lowrank(n, rng) for n in ((4608,) if quick else (32768, 65536))]
     rounds = 1 if quick else 5
     case = CASES["bounded"]
-    bounded = case_head("bounded", 8192 if quick else 32768)
+    bounded = case_head("bounded", 4608 if quick else 32768)
     rows += _causal(bounded, rng, tol=case.tol, rounds=rounds)
     for head in file_heads(data):
         rows += _clusters(head, rng, rounds=rounds)

@@ -57,7 +57,7 @@ def subjects() -> dict[str, Subject]:
             partial(_method, fastattn.Exact()), _QUADRATIC, (2048, 4096), 1e-5
         ),
         "Polynomial, degree 2": Subject(
-            partial(_method, hermite(degree=2), tol=3e-2), _LINEAR, (8192, 32768), 3e-2
+            partial(_method, hermite(degree=2), tol=3e-2), _LINEAR, (4096, 16384), 3e-2
         ),
         "Polynomial, degree 2, causal": Subject(causal, _NEAR_LINEAR, (), 3e-2),
         "256 landmarks": Subject(
@@ -66,7 +66,7 @@ def subjects() -> dict[str, Subject]:
         "Multipole, threshold 1e-3": Subject(
             partial(_method, fastattn.Multipole(threshold=1e-3)), _QUADRATIC
         ),
-        "linear, elu+1": Subject(_linear, _LINEAR, (8192, 32768), 1e-4),
+        "linear, elu+1": Subject(_linear, _LINEAR, (4096, 16384), 1e-4),
         "tensor, Exact()": Subject(
             partial(_tensor, fastattn.Exact()), (256, 512, 1024, 2048), (), 1e-3
         ),

@@ -10,6 +10,8 @@ from benches.measure import exponent, faster, sdpa, seconds, spread
 
 _ALONE = 5e-2, 3e-2
 _GROWTH, _GROWING = 3e-2, (4096, 8192, 16384, 32768)
+# shorter packaged heads have a single cluster
+_LEAST = 2048
 
 
 def alone(*, quick, data):
@@ -59,7 +61,7 @@ def _hopeless(n: int, d: int, quick: bool) -> dict:
 
 def clustered_growth(*, quick, data):
     """Time of sharp heads at tol .03 as they grow: the fitted exponent, and where."""
-    heads = file_heads(data) if data else real_heads([])
+    heads = file_heads(data) if data else real_heads([], least=_LEAST)
     methods = (None, fastattn.Multipole())
     return [_growth(head, method, quick) for head in heads for method in methods]
 

@@ -86,7 +86,7 @@ def single_location(*, quick):
     """Risk of learned attention over the target's variance, beside Bayes's."""
     rows = []
     for sweep, changes in SWEEPS.items():
-        for change in changes[2:3] if quick else changes:
+        for change in changes[1:2] if quick else changes:
             task, rng = (
                 replace(Task(), **change),
                 np.random.default_rng([11, len(rows)]),

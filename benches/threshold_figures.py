@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import numpy as np
+
 _LINES = {"rank": "-", "numerical_rank": "--", "predicted_rank": ":", "time": "-."}
 _NAMES = {
     "rank": "polynomial of the least degree",
@@ -187,8 +189,19 @@ def draw_decisions(record: dict, path: str | Path) -> None:
 
     rows = record["rows"]
     cases = list(dict.fromkeys((row["order"], row["family"], row["n"]) for row in rows))
-    figure = Figure(figsize=(3.6 * len(cases), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    # a line for each order
+    orders = list(dict.fromkeys(order for order, *_ in cases))
+    width = max(sum(case[0] == order for case in cases) for order in orders)
+    size = 3.6 * width, 3.6 * len(orders) + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(orders), width, squeeze=False)
+    places = [
+        (orders.index(x), sum(case[0] == x for case in cases[:i]))
+        for i, (x, *_) in enumerate(cases)
+    ]
+    for place in set(np.ndindex(grid.shape)) - set(places):
+        grid[place].axis("off")
+    panels = [grid[place] for place in places]
     for (order, family, n), panel in zip(cases, panels, strict=True):
         mine = [
             x for x in rows if (x["order"], x["family"], x["n"]) == (order, family, n)
@@ -215,7 +228,7 @@ def draw_decisions(record: dict, path: str | Path) -> None:
         panel.grid(alpha=0.25)
         _label(panel.xaxis)
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
     )
     figure.suptitle("what a fixed rank decides as the entries grow")
     figure.savefig(path, dpi=100)

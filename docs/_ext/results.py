@@ -72,7 +72,8 @@ def where(record: dict[str, Any]) -> str:
         if found.get(name)
     ]
     lines = [", ".join(machine), ", ".join(libraries)]
-    if "commit" in found:
+    # a run outside of a checkout knows none
+    if found.get("commit"):
         lines.append(f"commit {found['commit']}")
     return "Measured on " + "; ".join(line for line in lines if line) + "."
 
