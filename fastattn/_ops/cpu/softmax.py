@@ -5,10 +5,11 @@ from numba import njit
 
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
+from sketching._ops.cpu.features import has
 
-# a block of logits, 1024 x 320 float32, is what a core's second-level cache holds
-ROWS = 1024
-KEYS = 320
+# a block of logits in float32 is what a core's second-level cache holds: a mebibyte
+# where there is AVX-512, as a rule, and half of that elsewhere
+ROWS, KEYS = (1024, 320) if has("avx512f") else (512, 256)
 # fewer rows take longer blocks of keys: of so many logits, up to so many keys
 LOGITS = 3 << 16
 LONGEST = 1024
