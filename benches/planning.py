@@ -63,7 +63,16 @@ def clustered_growth(*, quick, data):
     """Time of sharp heads at tol .03 as they grow: the fitted exponent, and where."""
     heads = file_heads(data) if data else real_heads([], least=_LEAST)
     methods = (None, fastattn.Multipole())
-    return [_growth(head, method, quick) for head in heads for method in methods]
+    return [_grown(head, method, quick) for head in heads for method in methods]
+
+
+def _grown(head: Head, method, quick: bool) -> dict:
+    """A row of figures, or of what a method says that does not serve the head."""
+    try:
+        return _growth(head, method, quick)
+    except fastattn.RefusalError as error:
+        name = type(method).__name__
+        return {"head": head.name, "method": name, "ran": f"refused: {error}"}
 
 
 def _growth(head: Head, method, quick: bool) -> dict:
