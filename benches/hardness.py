@@ -63,7 +63,7 @@ def reductions(*, quick):
                     reduce_to_attention(
                         draw(problem, order, n, seed), construction=construction
                     )
-                    for seed in range(6 if quick else 200)
+                    for seed in range(3 if quick else 200)
                 ]
                 rows.append(checked(problem, order, n, construction, made))
     if missing(("pysat",)):
@@ -220,7 +220,7 @@ def audit(*, quick):
     attention as it says (`beyond certificate` is 0). Methods without a certificate
     answer the same whether there is a solution or not.
     """
-    count = 8 if quick else 220
+    count = 4 if quick else 220
     pairs = families(count)
     tensors = {
         "planted, order 3": [draw("orthogonal", 3, 8, seed) for seed in range(count)],
