@@ -3,8 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
-
 _LINES = {"rank": "-", "numerical_rank": "--", "predicted_rank": ":", "time": "-."}
 _NAMES = {
     "rank": "polynomial of the least degree",
@@ -184,51 +182,51 @@ def _draw_bounds(
 
 
 def draw_decisions(record: dict, path: str | Path) -> None:
-    """Draw the share of right answers against the entry bound, a panel a family."""
+    """Draw right answers against the entry bound, a panel an order and family."""
     from matplotlib.figure import Figure
 
     rows = record["rows"]
-    cases = list(dict.fromkeys((row["order"], row["family"], row["n"]) for row in rows))
-    # a line for each order
-    orders = list(dict.fromkeys(order for order, *_ in cases))
-    width = max(sum(case[0] == order for case in cases) for order in orders)
-    size = 3.6 * width, 3.6 * len(orders) + 0.6
+    orders, families = (
+        list(dict.fromkeys(row[name] for row in rows)) for name in ("order", "family")
+    )
+    size = 3.6 * len(families), 3.6 * len(orders) + 0.6
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(orders), width, squeeze=False)
-    places = [
-        (orders.index(x), sum(case[0] == x for case in cases[:i]))
-        for i, (x, *_) in enumerate(cases)
-    ]
-    for place in set(np.ndindex(grid.shape)) - set(places):
-        grid[place].axis("off")
-    panels = [grid[place] for place in places]
-    for (order, family, n), panel in zip(cases, panels, strict=True):
-        mine = [
-            x for x in rows if (x["order"], x["family"], x["n"]) == (order, family, n)
-        ]
-        for number, row in enumerate(mine):
-            # lines that fall together show as nested widths
-            panel.plot(
-                row["ratios"],
-                row["shares"],
-                label=row["method"],
-                color=f"C{number}",
-                lw=2 * (len(mine) - number),
-                alpha=0.7,
-            )
-        panel.axvline(mine[0]["stated"], color="0.6", lw=1, label="stated entry bound")
-        panel.axhline(0.5, color="0.85", lw=1)
-        panel.set(
-            xscale="log",
-            ylim=(-0.02, 1.05),
-            title=f"order {order}, {family}, n = {n}",
-            xlabel=r"$B / (\ln n)^{1/k}$",
-            ylabel="right answers",
-        )
-        panel.grid(alpha=0.25)
-        _label(panel.xaxis)
+    panels = figure.subplots(len(orders), len(families), squeeze=False)
+    for order, line in zip(orders, panels, strict=True):
+        for family, panel in zip(families, line, strict=True):
+            mine = [x for x in rows if (x["order"], x["family"]) == (order, family)]
+            _draw_shares(panel, mine)
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
+        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3
     )
     figure.suptitle("what a fixed rank decides as the entries grow")
     figure.savefig(path, dpi=100)
+
+
+def _draw_shares(panel, rows: list[dict]) -> None:
+    """Right answers of every method to one family of one order."""
+    if not rows:
+        panel.axis("off")
+        return
+    for number, row in enumerate(rows):
+        # lines that fall together show as nested widths
+        panel.plot(
+            row["ratios"],
+            row["shares"],
+            label=row["method"],
+            color=f"C{number}",
+            lw=2 * (len(rows) - number),
+            alpha=0.7,
+        )
+    first = rows[0]
+    panel.axvline(first["stated"], color="0.6", lw=1, label="stated entry bound")
+    panel.axhline(0.5, color="0.85", lw=1)
+    panel.set(
+        xscale="log",
+        ylim=(-0.02, 1.05),
+        title=f"order {first['order']}, {first['family']}, n = {first['n']}",
+        xlabel=r"$B / (\ln n)^{1/k}$",
+        ylabel="right answers",
+    )
+    panel.grid(alpha=0.25)
+    _label(panel.xaxis)
