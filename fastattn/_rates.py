@@ -27,9 +27,8 @@ from sketching._lib.threads import single_threaded_blas
 
 # of the file; another layout gets another number
 _FORMAT = 2
-# what tells processors apart: lines of /proc/cpuinfo, and instructions
-_KNOWN_AS = {"model name": "name", "flags": "flags"}
-_INSTRUCTIONS = "avx2", "avx512f", "avx512_vnni", "avx512_bf16"
+# instructions that bodies make a difference by
+_INSTRUCTIONS = "avx2", "avx512f", "avx512vnni", "avx512bf16"
 # the product that is timed
 _ROWS, _COLUMNS, _KEYS = 1024, 64, 256
 
@@ -214,18 +213,25 @@ def _fitting() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the processor, with the instructions that bodies make a difference by."""
-    import platform
+    """Name of the processor, with what it can do that bodies make a difference by.
 
-    found = {"name": platform.processor() or platform.machine(), "flags": ""}
+    Some names, as "AMD EPYC", stand for processors of several generations.
+    """
+    # numba is imported no earlier than a file of rates is read
+    from sketching._ops.cpu.features import has
+
+    return " ".join([_name(), *(name for name in _INSTRUCTIONS if has(name))])
+
+
+def _name() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, text = (part.strip() for part in line.partition(":"))
-            # some names, as "AMD EPYC", stand for processors of several generations
-            if name in _KNOWN_AS:
-                found[_KNOWN_AS[name]] = text
-    flags = set(found["flags"].split())
-    return " ".join([found["name"], *(x for x in _INSTRUCTIONS if x in flags)])
+            name, _, text = line.partition(":")
+            if name.strip() == "model name":
+                return text.strip()
+    import platform
+
+    return platform.processor() or platform.machine()
 
 
 _overriding: ContextVar[Rates | None] = ContextVar("_overriding", default=None)
