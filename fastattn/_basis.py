@@ -22,10 +22,8 @@ from sketching._lib.certificate import RefusalError
 _LARGEST_DEGREE = 12
 # added to the landmarks' correlations, and what follows where rounding defeats it
 _JITTERS = (1e-6, 1e-4, 1e-2)
-# landmarks that the polynomials explain but for this share are no longer told apart
-_EXPLAINED = 1e-9
-# so is what sums in float32 cannot tell from their rounding: undamped, landmarks beside
-# many polynomials turned it into errors of some per cent
+# share of a landmark that sums in float32 do not tell from their rounding: undamped,
+# what many polynomials leave of landmarks turned it into errors of some per cent
 _NOISE = 1e-7
 # share of the logits' variance in coordinates that landmarks may ignore
 _IGNORED = 1e-4
@@ -130,10 +128,10 @@ class Basis:
         mixed = self.hermite.features(marks)
         with np.errstate(over="ignore", invalid="ignore"):
             gram = np.exp(marks @ marks.T)
-            whole = np.diag(gram).copy()
+            noise = _NOISE * np.diag(gram)
             gram -= mixed @ mixed.T
-            size = np.sqrt(np.maximum(np.diag(gram), _EXPLAINED * whole))
-            gram[np.diag_indices_from(gram)] += _NOISE * whole
+            gram[np.diag_indices_from(gram)] += noise
+            size = np.sqrt(np.diag(gram))
             gram *= 1 / size
             gram *= 1 / size[:, None]
         object.__setattr__(self, "_mixed", mixed)
