@@ -230,11 +230,12 @@ def test_merge_is_concatenation(rank, landmarks):
     for rows in np.array_split(np.arange(1300), 7):
         pieces = pieces.insert(key[rows], value[rows])
     assert whole.nbytes == pieces.nbytes
+    # float32, and landmarks that 30 polynomials leave little of
+    slack = 3e-4 if rank > 1 and landmarks else 1e-4
     for other in (halves[0].merge(halves[1]), halves[1].merge(halves[0]), pieces):
         assert other.count + len(other.far_key) == 1300
         for one, two in zip(whole.query(query), other.query(query), strict=True):
-            # float32, and landmarks that 30 polynomials leave little of
-            np.testing.assert_allclose(one, two, rtol=3e-4, atol=3e-4)
+            np.testing.assert_allclose(one, two, rtol=slack, atol=slack)
 
 
 def test_structures_of_different_plans_do_not_merge():
