@@ -6,6 +6,9 @@ its derivative is handed back to its parent, the last number first.
 """
 
 import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 from fastattn._ops.lowrank import CLAMP
@@ -48,52 +51,66 @@ def query_vjp(
     -drift]``; the log-sum-exp of all keys, infinite where a row is not good; and the
     drift, which is the product of the answer and ``grad``, ``(n,)`` each.
     """
-    xp = array_namespace(query, grad, projection, weights)
-    dtype, parts, total = projection.dtype, [], None
-    half = xp.sum(landmarks**2, axis=1) / 2
+    xp, found = array_namespace(query, grad, projection, weights), []
+    shared = projection, origin, landmarks, spread, weights
     for start in range(0, query.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
-        both = xp.matmul(xp.astype(query[rows, :], dtype), projection) - origin
-        good = xp.sum(spread * both[:, :-1] ** 2, axis=1) <= 1
-        both = xp.where(good[:, None], both, xp.zeros_like(both))
-        x, shift = both[:, :-1], both[:, -1]
-        one = xp.ones_like(shift)
-        columns = _polynomials(x, one, parent, coordinate, power, True)
-        exponents = xp.matmul(x, landmarks.T) - half
-        most = xp.full_like(exponents, CLAMP)
-        marks = xp.exp(xp.where(exponents < most, exponents, most))
-        features = xp.concat([xp.stack(columns, axis=1), marks], axis=1)
-        slope = xp.matmul(grad[rows, :], xp.matrix_transpose(weights[:, :-1]))
-        mean, mass = (
-            xp.sum(features * slope, axis=1),
-            xp.matmul(features, weights[:, -1]),
-        )
-        near = xp.log(xp.where(mass > 0, mass, one)) + shift
-        good = xp.logical_and(good, xp.logical_and(mass > 0, xp.isfinite(mass)))
-        good = xp.logical_and(good, near > least[rows])
-        good = xp.logical_and(good, elsewhere[rows] < xp.inf)
-        near, other, mass = (
-            xp.where(good, x, one) for x in (near, elsewhere[rows], mass)
-        )
-        peak = xp.where(near > other, near, other)
-        left, right = xp.exp(near - peak), xp.exp(other - peak)
-        logarithm = peak + xp.log(left + right)
-        drift = (left * (mean / mass) + right * partial[rows]) / (left + right)
-        logarithm = xp.where(good, logarithm, xp.full_like(logarithm, xp.inf))
-        drift = xp.where(good, drift, xp.zeros_like(drift))
-        factor = xp.exp(shift - logarithm)
-        right = xp.concat([grad[rows, :], -drift[:, None]], axis=1) * factor[:, None]
-        part = xp.astype(xp.matmul(features.T, right), xp.float64)
-        total = part if total is None else total + part
-        slope = (slope - drift[:, None] * weights[:, -1]) * factor[:, None]
-        back = _pulled_back(x, columns, slope, parent, coordinate, power, True)
-        back = back + xp.matmul(slope[:, len(parent) :] * marks, landmarks)
-        tilt = (factor * (mean - drift * mass))[:, None]
-        slope = xp.matmul(xp.concat([back, tilt], axis=1), projection.T)
-        slope = xp.where(good[:, None], slope, xp.zeros_like(slope))
-        parts.append((slope, logarithm, drift))
-    slope, logarithm, drift = (xp.concat(x, axis=0) for x in zip(*parts, strict=True))
-    return slope, total, logarithm, drift
+        some = [x[rows, ...] for x in (query, grad, elsewhere, partial, least)]
+        found.append(_block_vjp(some, shared, (parent, coordinate, power)))
+    slope, sums, logarithm, drift = zip(*found, strict=True)
+    total = reduce(add, sums)
+    return xp.concat(slope, axis=0), total, xp.concat(logarithm), xp.concat(drift)
+
+
+def _block_vjp(
+    rows: Sequence[Array], shared: Sequence[Array], recipe: tuple[Any, Any, Any]
+) -> tuple[Array, Array, Array, Array]:
+    """Do as ``query_vjp`` for a block of rows; ``shared`` is what all blocks see."""
+    query, grad, elsewhere, partial, least = rows
+    projection, origin, landmarks, spread, weights = shared
+    xp, dtype = array_namespace(query, projection), projection.dtype
+    both = xp.matmul(xp.astype(query, dtype), projection) - origin
+    good = xp.sum(spread * both[:, :-1] ** 2, axis=1) <= 1
+    both = xp.where(good[:, None], both, xp.zeros_like(both))
+    x, shift = both[:, :-1], both[:, -1]
+    one = xp.ones_like(shift)
+    columns = _polynomials(x, one, *recipe, True)
+    exponents = xp.matmul(x, landmarks.T) - xp.sum(landmarks**2, axis=1) / 2
+    most = xp.full_like(exponents, CLAMP)
+    marks = xp.exp(xp.where(exponents < most, exponents, most))
+    features = xp.concat([xp.stack(columns, axis=1), marks], axis=1)
+    slope = xp.matmul(grad, xp.matrix_transpose(weights[:, :-1]))
+    mean, mass = xp.sum(features * slope, axis=1), xp.matmul(features, weights[:, -1])
+    near = xp.log(xp.where(mass > 0, mass, one)) + shift
+    good = xp.logical_and(good, xp.logical_and(mass > 0, xp.isfinite(mass)))
+    good = xp.logical_and(good, near > least)
+    good = xp.logical_and(good, elsewhere < xp.inf)
+    mass = xp.where(good, mass, one)
+    own = xp.where(good, near, one), mean / mass
+    logarithm, drift = _joined(own, (xp.where(good, elsewhere, one), partial))
+    logarithm = xp.where(good, logarithm, xp.full_like(logarithm, xp.inf))
+    drift = xp.where(good, drift, xp.zeros_like(drift))
+    factor = xp.exp(shift - logarithm)
+    right = xp.concat([grad, -drift[:, None]], axis=1) * factor[:, None]
+    total = xp.astype(xp.matmul(features.T, right), xp.float64)
+    slope = (slope - drift[:, None] * weights[:, -1]) * factor[:, None]
+    back = _pulled_back(x, columns, slope, *recipe, True)
+    back = back + xp.matmul(slope[:, len(columns) :] * marks, landmarks)
+    tilt = (factor * (mean - drift * mass))[:, None]
+    slope = xp.matmul(xp.concat([back, tilt], axis=1), projection.T)
+    return xp.where(good[:, None], slope, xp.zeros_like(slope)), total, logarithm, drift
+
+
+def _joined(
+    one: tuple[Array, Array], other: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Log-sum-exps over two sets of keys, and means of what is known of both."""
+    (near, own), (far, partial) = one, other
+    xp = array_namespace(near)
+    peak = xp.where(near > far, near, far)
+    left, right = xp.exp(near - peak), xp.exp(far - peak)
+    whole = left + right
+    return peak + xp.log(whole), (left * own + right * partial) / whole
 
 
 @op("cpu")
