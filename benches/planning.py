@@ -10,7 +10,7 @@ from benches.measure import exponent, faster, sdpa, seconds, spread
 
 _ALONE = 5e-2, 3e-2
 _GROWTH, _GROWING = 3e-2, (4096, 8192, 16384, 32768)
-# shorter packaged heads have a single cluster
+# packaged heads that are shorter do not grow
 _LEAST = 2048
 
 

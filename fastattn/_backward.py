@@ -128,12 +128,11 @@ class Backward:
         normalizers and drifts of all queries, which are taken as they are. Fewer rows
         are looked at first, which may show an error that is small ``enough``.
         """
-        sizes = [_squares(x) for x in slopes]
+        query, key, value = (_squares(x) for x in slopes)
         # settled rows are exact
-        sizes[0][settled] = 0
-        sizes = [sizes[0], sizes[1] + sizes[2]]
-        numbers = [np.arange(len(x)) for x in sizes]
-        numbers[0] = np.delete(numbers[0], settled)
+        query[settled] = 0
+        sizes = [query, key + value]
+        numbers = [np.delete(np.arange(len(query)), settled), np.arange(len(key))]
         counts = [guessed_rows(len(x)) for x in numbers]
         if not (enough and max(counts) > ROWS):
             return self._look(slopes, numbers, sizes, counts, MARGIN, rng)

@@ -11,6 +11,7 @@ from fastattn import (
     Polynomial,
     RandomFeatures,
     RefusalError,
+    _backward,
     _lowrank_gradient,
     attention_vjp,
 )
@@ -20,6 +21,7 @@ from fastattn._lowrank import LowRank
 from fastattn._lowrank_gradient import lowrank_slopes, worth_a_try
 from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
 from fastattn._problem import Head
+from fastattn._sampling import ROWS
 from fastattn.expansions import rank_of
 from tests import oracles
 from tests.derivatives import problem, softmax_vjp
@@ -298,6 +300,29 @@ def test_the_check_sees_what_is_wrong():
         slopes, seen = lowrank_slopes(head, grad, empty, rng)
         worst = max(errors(slopes, inputs))
         assert 0.8 * worst <= seen <= 4 * worst
+
+
+def test_a_first_look_of_fewer_rows_may_be_enough(monkeypatch):
+    # as if the head were long
+    monkeypatch.setattr(_backward, "guessed_rows", lambda _: 2 * ROWS)
+    query, key, value, grad = inputs = diffuse(1500, 1400, np.float64)
+    head = Head(query, key, value, 0.5)
+    rng = np.random.default_rng(0)
+    empty = LowRank.plan(Sample.of(head, rng), rank=70, landmarks=0, rng=rng)
+    counts = []
+
+    def look(*args):
+        counts.append(args[4])
+        return real_look(*args)
+
+    real_look = _backward.Backward._look
+    monkeypatch.setattr(_backward.Backward, "_look", look)
+    for enough in (0.0, 1.0, 1e-9):
+        slopes, seen = lowrank_slopes(head, grad, empty, rng, enough)
+        worst = max(errors(slopes, inputs))
+        assert 0.8 * worst <= seen <= 4 * worst
+    few, many = [ROWS] * 2, [2 * ROWS] * 2
+    assert counts == [many, few, few, many]
 
 
 def test_a_flat_head_gets_all_monomials_of_a_degree():

@@ -14,9 +14,10 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 # a block of logits, 512 x 256 float32, and the products beside it stay in cache
 ROWS = 512
 KEYS = 256
-# queries in a block are fewer, down to this, where there are many keys; and where rows
-# see some keys only: a block multiplies all keys that one of its rows sees
+# queries in a block are fewer, down to this, where there are many keys
 FEWEST = 32
+# and where rows see some keys only, since a block multiplies all that one of its rows
+# sees: so many blocks then, but no fewer queries
 _STEPS, _FEWEST_SEEING = 8, 64
 # the products that a block of queries keeps stay below this many bytes
 _LARGEST_KEPT = 1 << 27
