@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastattn.polynomial_sketches import TensorSketch as TensorSketch
     from fastattn.prepared import load as load
     from fastattn.prepared import prepare as prepare
+    from fastattn.quantized import Quantized as Quantized
     from fastattn.random_features import RandomFeatures as RandomFeatures
     from fastattn.random_features import RandomMaclaurin as RandomMaclaurin
     from fastattn.samples import load_sample as load_sample
@@ -57,6 +58,7 @@ _HOMES = {
     "fastattn.polynomial": ("Polynomial",),
     "fastattn.polynomial_sketches": ("PolySketch", "TensorSketch"),
     "fastattn.prepared": ("load", "prepare"),
+    "fastattn.quantized": ("Quantized",),
     "fastattn.random_features": ("RandomFeatures", "RandomMaclaurin"),
     "fastattn.samples": ("load_sample", "sample_names"),
     "fastattn.tensor": ("tensor_attention",),

@@ -98,8 +98,8 @@ class Clusters:
         Mean square of each coordinate.
     order : integer array, shape (m,), optional
         Numbers of the keys before they were sorted.
-    coarse : bool
-        Whether near keys may be multiplied in eight bits.
+    coarse : str
+        What the logits' factors of near keys may be rounded to; nothing if empty.
     """
 
     key: Array
@@ -110,7 +110,7 @@ class Clusters:
     offset: Array
     metric: Array
     order: Array | None = None
-    coarse: bool = False
+    coarse: str = ""
 
     @staticmethod
     def of(

@@ -10,7 +10,24 @@ from sketching._lib.threads import single_threaded_blas
 
 def exact_work(n: int, m: int, d: int, p: int, *, logits: int | None = None) -> float:
     """Work of exact attention, over so many logits where rows see some keys only."""
-    return (n * m if logits is None else logits) * (d + p + rates().softmax)
+    return (n * m if logits is None else logits) * _pair_work(d, p)
+
+
+def quantized_work(
+    n: int, m: int, d: int, p: int, *, integers: bool, logits: int | None = None
+) -> float:
+    """Work of attention in products of eight bits, over so many logits."""
+    each = _pair_work(d, p, "int8" if integers else "bfloat16")
+    return (n * m if logits is None else logits) * each + (n + m) * rates().row
+
+
+def _pair_work(d: int, p: int, coarse: str = "") -> float:
+    """Work of one query and one key."""
+    rate = rates()
+    if not coarse:
+        return d + p + rate.softmax
+    # four bytes are multiplied where two bfloat16 numbers are
+    return ((d / 2 if coarse == "int8" else d) + p) * rate.coarse + rate.weight
 
 
 def polynomial_work(n: int, m: int, d: int, p: int, rank: int) -> float:
@@ -35,12 +52,12 @@ def multipole_work(
     clusters: float,
     near: float,
     middle: float,
-    coarse: bool = False,
+    coarse: str = "",
 ) -> float:
     """Work of near keys and clusters for blocks of queries; counts are a row's."""
     rate = rates()
     keys = 4 * m * d + (near + middle) * (d + p) * rate.gathered + middle * d * p
-    rows = near * ((d + p) * (rate.coarse if coarse else 1.0) + rate.softmax)
+    rows = near * _pair_work(d, p, coarse)
     rows += clusters * (2 * d + p + rate.softmax) * rate.cluster
     return (n + m) * rate.parted + blocks * keys + n * rows
 

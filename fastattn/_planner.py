@@ -1,7 +1,7 @@
 """The rule that picks a method for each head."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,20 +12,31 @@ from fastattn._frame import Sample
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._proven import proven_recipe
 from fastattn._recipes import Attempt
+from fastattn._sampling import logit_variance
 from fastattn._sizes import predict
 from fastattn.exact import Exact
 from fastattn.multipole import Multipole, multipole_attempt
 from fastattn.polynomial import Polynomial, answer_of, attempt_of, lowrank_attempt
+from fastattn.quantized import Quantized, quantized_attempt, why_not
 from sketching._lib.certificate import RefusalError
 
-# a method must be predicted to take at most this share of exact attention's time
+# a method must be predicted to take at most this share of exact attention's time; of
+# that of products of eight bits, which need next to no planning, where they serve: low
+# ranks, and clusters
 _WORTH = 0.8
-# heads with fewer logits than this are computed exactly: planning costs as much
-_SMALL = 1 << 24
+_WORTH_MORE = 0.3, 0.6
+# heads with fewer logits than this are computed exactly: planning costs as much. With
+# fewer than the second number even products of eight bits gain less than their check
+_SMALL, _TINY = 1 << 24, 1 << 21
 # with fewer logits clusters are not tried: a refusal would cost too much; nor are they
 # up to the second number where a low rank serves
 _LARGE, _LARGEST = 1 << 26, 1 << 28
-# nor are they where a low rank takes less than this share of exact attention's time
+# where products of eight bits serve, low ranks are tried if the variance of the logits
+# times this is no more than their number, clusters if times that it is at least so
+# much: the smaller a head, the clearer it must be that another search will pay
+_CALM, _SHARP = 5 << 25, 1 << 30
+# nor are clusters tried where a low rank takes less than this share of exact
+# attention's time
 _QUICK = 0.15
 # answers that may miss their certificate before the head is computed exactly, and where
 # one serves to make the next
@@ -38,13 +49,15 @@ class Auto:
 
     Notes
     -----
-    With ``guarantee="sampled"`` small structures over a sample of the keys predict how
-    many polynomials or landmarks a head needs; where those do not pay, clusters of the
-    keys are tried on sampled rows. The cheapest that is predicted to meet
-    the tolerance in clearly less work than exact attention runs and is checked on
-    fresh rows; if it misses, a larger one gets a chance, then exact attention. Causal
-    heads are planned alike, but for what their first rows, which are exact, allow. With
-    ``"proven"`` the least proven polynomial runs if it is cheaper than exact attention.
+    With ``guarantee="sampled"`` a few rows tell whether products of eight bits are good
+    enough, where the processor has them. Small structures over a sample of the keys
+    predict how many polynomials or landmarks a head needs; where those do not pay,
+    clusters of the keys are tried on sampled rows. The cheapest that is predicted to
+    meet the tolerance in clearly less work than exact attention runs and is checked on
+    fresh rows; if it misses, a larger one gets a chance, then eight bits, then exact
+    attention. Causal heads are planned alike, but for what their first rows, which are
+    exact, allow. With ``"proven"`` the least proven polynomial runs if it is cheaper
+    than exact attention.
 
     Examples
     --------
@@ -60,9 +73,10 @@ class Auto:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Say what is considered; the first that is accepted would run."""
-        reason = _why_exact(head)
+        reason = _why_exact(head, guarantee)
         if reason is None:
-            considered = _considered(head, tol, 1.0, guarantee, rng)
+            rounded = _rounded(head, tol, guarantee, rng)
+            considered = _considered(head, tol, 1.0, guarantee, rng, rounded)
             yield from (candidate for _, candidate in considered)
         plan = Exact().plan(head, reason or "nothing cheaper meets the tolerance")
         yield Candidate(plan, accepted=True)
@@ -71,11 +85,12 @@ class Auto:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the first accepted candidate whose answer keeps its certificate."""
-        reason = _why_exact(head)
+        reason = _why_exact(head, guarantee)
         if reason is not None:
             return Exact().solve(head, tol, guarantee, rng, reason)
         reason, aim = "nothing cheaper meets the tolerance", 1.0
         attempt, more = None, 1.0
+        rounded = _rounded(head, tol, guarantee, rng)
         for number in range(_TRIES_AGAIN):
             try:
                 if attempt is not None and attempt.again:
@@ -83,8 +98,9 @@ class Auto:
                 elif number == _TRIES:
                     break
                 else:
-                    considered = _considered(head, tol, aim, guarantee, rng)
-                    attempt = next((x for x, c in considered if x and c.accepted), None)
+                    attempt = _first(
+                        _considered(head, tol, aim, guarantee, rng, rounded)
+                    )
                 if attempt is None:
                     break
                 answer = answer_of(head, attempt, tol, rng)
@@ -100,12 +116,26 @@ class Auto:
             # what was certified says how much more to ask for
             more = 0.9 * tol / answer.error
             aim *= more
+        last = None if attempt and attempt.alike else _first(rounded)
+        if last is not None:
+            plan = replace(last.plan, reason=reason)
+            answer = answer_of(head, replace(last, plan=plan), tol, rng)
+            if answer.error <= tol:
+                return answer
         return Exact().solve(head, tol, guarantee, rng, reason)
 
 
-def _why_exact(head: Head) -> str | None:
+def _first(considered: Iterable[tuple[Attempt | None, Candidate]]) -> Attempt | None:
+    """The first attempt that was accepted."""
+    return next((x for x, c in considered if x and c.accepted), None)
+
+
+def _why_exact(head: Head, guarantee: str) -> str | None:
     """Say why a head goes to exact attention without planning, if it does."""
-    if head.logits >= _SMALL:
+    least = _SMALL
+    if guarantee == "sampled" and not why_not(head):
+        least = _TINY
+    if head.logits >= least:
         return None
     n, m, _, _ = head.sizes
     logits = f"{n} x {m}" if head.visible is None else head.logits
@@ -113,13 +143,37 @@ def _why_exact(head: Head) -> str | None:
 
 
 def _considered(
-    head: Head, tol: float, aim: float, guarantee: str, rng: np.random.Generator
+    head: Head,
+    tol: float,
+    aim: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    rounded: list[tuple[Attempt | None, Candidate]],
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """Yield attempts with the verdict on each; None where there is nothing to run."""
     if guarantee == "proven":
         # a bound needs no room for its own sampling
         return _proven(head, tol, rng)
-    return _sampled(head, aim * tol, rng)
+    if head.logits < _SMALL:
+        return iter(rounded)
+    return _sampled(head, aim * tol, rng, rounded)
+
+
+def _rounded(
+    head: Head, tol: float, guarantee: str, rng: np.random.Generator
+) -> list[tuple[Attempt | None, Candidate]]:
+    """Products of eight bits, where they are to be had at all."""
+    if guarantee == "proven" or why_not(head):
+        return []
+    try:
+        # a stream of its own: other choices must not depend on the processor
+        attempt = quantized_attempt(
+            head, tol, rng.spawn(1)[0], "predicted to meet the tolerance"
+        )
+    except RefusalError as error:
+        plan = Plan(Quantized(), math.nan, math.nan, str(error))
+        return [(None, Candidate(plan, accepted=False))]
+    return [(attempt, Candidate(attempt.plan, accepted=True))]
 
 
 def _proven(
@@ -142,22 +196,43 @@ def _proven(
 
 
 def _sampled(
-    head: Head, wanted: float, rng: np.random.Generator
+    head: Head,
+    wanted: float,
+    rng: np.random.Generator,
+    rounded: list[tuple[Attempt | None, Candidate]],
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """What is predicted to meet the tolerance, the cheapest first."""
-    tried = list(_lowrank(head, wanted, rng))
-    exact = Exact().plan(head).predicted_seconds
-    accepted = [c.plan.predicted_seconds for _, c in tried if c.accepted]
-    share = min(accepted, default=exact) / exact
-    if _clusters_may_pay(head, tried) and share > _QUICK:
-        limit = _WORTH * share * exact_work(*head.sizes, logits=head.logits)
+    exact = exact_work(*head.sizes, logits=head.logits)
+    unit = Exact().plan(head).predicted_seconds / exact
+    least, worth, calm, sharp = exact, (_WORTH, _WORTH), True, True
+    if _first(rounded) is not None:
+        (least,), worth = _works(rounded, unit), _WORTH_MORE
+        variance = logit_variance(head, rng.spawn(1)[0])
+        calm = variance * _CALM <= head.logits
+        sharp = variance * head.logits >= _SHARP
+    tried = list(_lowrank(head, wanted, rng, worth[0] * least)) if calm else []
+    works = _works(tried, unit)
+    if (
+        sharp
+        and _clusters_may_pay(head, tried)
+        and min(works, default=exact) > _QUICK * exact
+    ):
+        limit = min([worth[1] * least, *(_WORTH * work for work in works)])
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
-    yield from tried
+    yield from (x for x in tried if x[1].accepted)
+    yield from rounded
+    yield from (x for x in tried if not x[1].accepted)
+
+
+def _works(tried: list[tuple[Attempt | None, Candidate]], unit: float) -> list[float]:
+    """Work of what was accepted, where a multiply-add takes ``unit`` seconds."""
+    return [c.plan.predicted_seconds / unit for _, c in tried if c.accepted]
 
 
 def _clusters_may_pay(
-    head: Head, tried: list[tuple[Attempt | None, Candidate]]
+    head: Head,
+    tried: list[tuple[Attempt | None, Candidate]],
 ) -> bool:
     """Whether the chance that clusters serve is worth what their refusal costs."""
     if head.logits >= _LARGEST:
@@ -182,7 +257,7 @@ def _multipole(
 
 
 def _lowrank(
-    head: Head, wanted: float, rng: np.random.Generator
+    head: Head, wanted: float, rng: np.random.Generator, limit: float
 ) -> Iterator[tuple[Attempt | None, Candidate]]:
     """Low ranks that are predicted to meet the tolerance, the cheapest first."""
     # pilots see all keys; rows that see some may err by so many times more
@@ -195,7 +270,7 @@ def _lowrank(
             factor * wanted,
             rng,
             lowrank_cost(head),
-            _WORTH * exact_work(*head.sizes, logits=head.logits),
+            limit,
         )
     except RefusalError as error:
         plan = Plan(Polynomial(basis="hermite"), math.nan, math.nan, str(error))

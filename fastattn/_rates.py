@@ -26,7 +26,7 @@ from sketching._lib.arrays import Array
 from sketching._lib.threads import single_threaded_blas
 
 # of the file; another layout gets another number
-_FORMAT = 2
+_FORMAT = 3
 # instructions that bodies make a difference by
 _INSTRUCTIONS = "avx2", "avx512f", "avx512vnni", "avx512bf16"
 # the product that is timed
@@ -53,6 +53,8 @@ class Rates:
         One product of a query with what a cluster holds.
     coarse : float
         One multiply-add in eight bits, where the processor has them.
+    weight : float
+        One logit of those turned into a weight.
     """
 
     softmax: float = 16.0
@@ -61,7 +63,8 @@ class Rates:
     parted: float = 75000.0
     gathered: float = 23.0
     cluster: float = 4.4
-    coarse: float = 0.5
+    coarse: float = 0.43
+    weight: float = 5.0
 
 
 class Speed(NamedTuple):

@@ -13,10 +13,14 @@ from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._sampling import (
     FAILURE,
     FLOAT64_BELOW,
+    MARGIN,
     ROWS,
+    SECOND_MARGIN,
     certify_rows,
+    few_rows,
     logit_spread,
     outlying_rows,
+    rough_spread,
     series_doubt,
 )
 from fastattn.expansions import (
@@ -99,12 +103,16 @@ class Attempt:
         Proven bound on the largest absolute error; infinite where none is claimed.
     again : callable, optional
         From a factor to an attempt with that many times the error.
+    alike : bool, default False
+        Whether the rows' errors only grow with how much their logits vary: no row
+        stands out by so much that it is computed exactly beforehand.
     """
 
     plan: Plan
     run: Callable[[Head], tuple[Array, ...]]
     bound: float
     again: "Callable[[float], Attempt] | None" = None
+    alike: bool = False
 
 
 def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
@@ -179,18 +187,32 @@ def certified(
     """Run an attempt that has no proven bound; its error is that of sampled rows."""
     plan = attempt.plan
     answer = attempt.run(head)
-    spread = logit_spread(head, rng)
-    hard = outlying_rows(spread)
+    if attempt.alike:
+        spread, hard = rough_spread(head), np.zeros(0, np.intp)
+    else:
+        spread = logit_spread(head, rng)
+        hard = outlying_rows(spread)
     # those are not sampled: they must be as good as what the others are compared with
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
     value, normalizer, settled = _mended(head, attempt, answer, hard, dtype)
-    if len(answer) > 3:
+    margin = MARGIN
+    if attempt.alike:
+        # few rows tell little of rare large errors
+        doubt, first, margin = spread, few_rows(len(spread)), SECOND_MARGIN
+    elif len(answer) > 3:
         doubt, first = to_host(answer[3]), None
     else:
         # what polynomials and landmarks leave grows like that
         doubt, first = series_doubt(spread) * prefix_doubt(head), ROWS
     sampled = certify_rows(
-        head, value, tol, rng, settled=settled, doubt=doubt, first=first
+        head,
+        value,
+        tol,
+        rng,
+        settled=settled,
+        doubt=doubt,
+        first=first,
+        margin=margin,
     )
     if math.isnan(plan.predicted_error):
         plan = replace(plan, predicted_error=sampled.estimate)

@@ -31,6 +31,8 @@ ROWS = 128
 # that are made without the guess
 _GUESSED, _MOST_GUESSED = 128, 256
 BLIND = 0.5
+# where the whole answer is cheap: one row in so many, and at least so many
+_FEW, _FEWEST = 128, 64
 # rows of a second one, where the first leaves it open: one row in so many, and most
 _SECOND = 32
 _MOST = 1024
@@ -49,6 +51,8 @@ _EXACT_ROWS = 8
 # keys that the spread of a row's logits is judged from
 _KEYS = 2048
 _BLOCK = 2048
+# rows and keys that the variance of all logits is judged from
+_PAIRS = 256
 # rounding of the truth itself, in units of eps times the size of the exponents
 TRUTH = 4
 
@@ -117,6 +121,33 @@ def logit_spread(head: Head, rng: np.random.Generator) -> Array:
     return spread
 
 
+def rough_spread(head: Head) -> Array:
+    """``logit_spread`` as if the coordinates of the keys did not correlate.
+
+    That of a row is taken over the number of keys that it sees: errors of weights
+    average out.
+    """
+    xp, d = head.xp, head.sizes[2]
+    query, key = (xp.astype(x, head.dtype, copy=False) for x in (head.query, head.key))
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = (query - xp.mean(query, axis=0)) ** 2
+        spread = xp.matmul(step, xp.reshape(xp.var(key, axis=0), (d, 1)))[:, 0]
+    if head.visible is None:
+        return to_host(spread)
+    return to_host(spread) / np.maximum(to_host(head.visible), 1)
+
+
+def logit_variance(head: Head, rng: np.random.Generator) -> float:
+    """Variance of the logits over a few rows and keys, but for what keys share."""
+    few = (
+        host_rows(x, rng.choice(x.shape[0], min(x.shape[0], _PAIRS)))
+        for x in (head.query, head.key)
+    )
+    query, key = (x - x.mean(axis=0) for x in few)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.var(head.scale * (query @ key.T)))
+
+
 def certify_rows(
     head: Head,
     value: Array,
@@ -127,6 +158,7 @@ def certify_rows(
     size: tuple[float, float] | None = None,
     doubt: Array | None = None,
     first: int | None = None,
+    margin: float = MARGIN,
 ) -> SampledError:
     """Compare ``value`` with exact attention on a fresh sample of rows.
 
@@ -135,7 +167,7 @@ def certify_rows(
     again would show no error at all. ``size`` is what ``scaled_frobenius`` says of
     ``value``, where that is known; ``doubt`` is how the squares of the rows' errors are
     guessed to compare. ``first`` rows are drawn, by default ``ROWS``, or by
-    ``guessed_rows`` where there is a guess.
+    ``guessed_rows`` where there is a guess; their ``margin`` is in standard errors.
     """
     n = head.sizes[0]
     others = np.arange(n)
@@ -176,7 +208,7 @@ def certify_rows(
         judgement = judge(squares, weights, norm, len(others), rounding, margin, lost)
         return judgement, squares
 
-    found, squares = judged(slice(0, first), np.zeros(0), MARGIN)
+    found, squares = judged(slice(0, first), np.zeros(0), margin)
     if second and found.estimate <= tol < found.upper:
         found, _ = judged(slice(first, None), squares, SECOND_MARGIN)
     return found
@@ -190,6 +222,11 @@ def second_rows(n: int) -> int:
 def guessed_rows(n: int) -> int:
     """Rows of a first sample of ``n``, drawn by how their errors are guessed."""
     return max(ROWS, min(_MOST_GUESSED, n // _GUESSED))
+
+
+def few_rows(n: int) -> int:
+    """Rows of a first sample of ``n`` where each of them costs a good deal."""
+    return max(_FEWEST, min(ROWS, n // _FEW))
 
 
 def series_doubt(spread: Array) -> Array:

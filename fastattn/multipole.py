@@ -9,7 +9,7 @@ import numpy as np
 from fastattn._causal_halves import halves_attempt
 from fastattn._clusters import Blocks, Clusters, reach_of_sample
 from fastattn._costs import multipole_work, seconds
-from fastattn._ops.multipole import rounds_near
+from fastattn._ops.quantized import multiplies_quantized
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._recipes import Attempt, candidate_of, certified, sample_rows
 from fastattn._sampling import ROWS
@@ -19,8 +19,9 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer, check_number
 
-# keys of a cluster where it is not given, and what holds the number of clusters down
-_KEYS = 128
+# keys of a cluster where it is not given, more where near keys are cheap, and what
+# holds the number of clusters down
+_KEYS, _MORE_KEYS = 128, 256
 _MOST = 2.0
 # clusters of a group, and most groups
 _CLUSTERS = 16
@@ -29,12 +30,14 @@ _GROUPS = 16
 _FEW_GROUPS, _COARSE = 4, 0.02
 # queries of a block: a multiple of the root of their number, more where near keys are
 # cheap, fewer where they spread, but no fewer than the last
-_QUERIES, _MORE_QUERIES = 2.83, 4.0
+_QUERIES, _MORE_QUERIES = 2.83, 6.0
 _FEWER = 4
 _FEWEST = 16
-# errors as small as this leave room for products of eight bits, which err by a quarter
-# of it at most on real heads
-_COARSE_ENOUGH = 0.005
+# errors as small as these leave room for products of eight bits, which err by a quarter
+# of it at most on real heads: factors of logits in integers, or in bfloat16
+_COARSE_ENOUGH = {"int8": 0.02, "bfloat16": 0.005}
+# integers are in units of a column's largest: it may be so many deviations
+_OUTSTANDING = 12.0
 # the largest mean square of logits between centred queries and keys
 _REACH = 1.5
 # a sample, of so many rows or so many a cluster, must exceed it clearly; clusters that
@@ -71,8 +74,8 @@ class Multipole:
     -----
     The answer is no convex combination of the values; a row outside their range is
     computed exactly. Nothing is proven: ``guarantee="proven"`` is refused. Where the
-    tolerance leaves room and the processor has AVX-512 BF16, float32 queries and near
-    keys are multiplied in eight bits, relative to the mean of a block. With
+    tolerance leaves room and the processor has AVX-512 BF16 and VNNI, float32 queries
+    and near keys are multiplied in eight bits, relative to the mean of a block. With
     ``is_causal=True`` the keys are halved: rows behind a half meet all of it.
 
     Examples
@@ -175,8 +178,8 @@ def multipole_attempt(
     n, m, d, p = head.sizes
     if m == 0:
         raise RefusalError("there is no key to cluster: use Exact() or Auto()")
-    count = method.clusters or clusters_for(m)
-    cost = Cost(n, m, d, p, coarse=_may_be_coarse(head, wanted))
+    cost = Cost(n, m, d, p, coarse=_coarseness(head, wanted))
+    count = method.clusters or clusters_for(m, _MORE_KEYS if cost.coarse else _KEYS)
     groups = _FEW_GROUPS if wanted >= _COARSE else _GROUPS
     clusters, blocks = arrange(head, count, cost, limit, rng, groups)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
@@ -234,7 +237,7 @@ class Cost:
     d: int
     p: int
     blocks: int = 1
-    coarse: bool = False
+    coarse: str = ""
 
     def __call__(self, counts: Counts) -> float:
         """Work, in multiply-adds, for what blocks count on average."""
@@ -251,18 +254,26 @@ class Cost:
         )
 
 
-def _may_be_coarse(head: Head, wanted: float) -> bool:
-    """Whether near keys are multiplied in eight bits."""
-    return (
-        wanted >= _COARSE_ENOUGH
-        and bool(head.dtype == head.xp.float32)
-        and rounds_near(head.query)
-    )
+def _coarseness(head: Head, wanted: float) -> str:
+    """What the logits' factors of near keys are rounded to; nothing if empty."""
+    if head.dtype != head.xp.float32 or not multiplies_quantized(head.query):
+        return ""
+    if wanted >= _COARSE_ENOUGH["int8"] and not _stands_out(head):
+        return "int8"
+    return "bfloat16" if wanted >= _COARSE_ENOUGH["bfloat16"] else ""
 
 
-def clusters_for(m: int) -> int:
+def _stands_out(head: Head) -> bool:
+    """Whether the largest key of a column leaves few integers to the others."""
+    xp = head.xp
+    key = xp.astype(head.key, head.dtype, copy=False)
+    step, deviation = xp.abs(key - xp.mean(key, axis=0)), xp.std(key, axis=0)
+    return bool(xp.any(xp.max(step, axis=0) > _OUTSTANDING * deviation))
+
+
+def clusters_for(m: int, keys: int = _KEYS) -> int:
     """Choose the number of clusters for so many keys."""
-    return max(1, min(m // _KEYS, int(_MOST * math.sqrt(m))))
+    return max(1, min(m // keys, int(_MOST * math.sqrt(m))))
 
 
 def arrange(

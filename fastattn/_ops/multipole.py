@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sketching._lib.arrays import Array, array_namespace, device_of, place_of
+from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
 # share of the threshold beyond which a key has its first moment counted
@@ -61,7 +61,7 @@ def multipole(
     start: Any,
     group: Any,
     threshold: float,
-    coarse: bool = False,  # noqa: ARG001
+    coarse: str = "",  # noqa: ARG001
 ) -> tuple[Array, Array, Array, Any]:
     """Softmax-weighted means of ``value`` and the log-sum-exp of ``query @ key^T``.
 
@@ -73,8 +73,9 @@ def multipole(
     from the mean. Returns the means, ``(n, p)``, the logarithms, ``(n,)``, an estimate
     of how the squares of the rows' errors compare, ``(n,)``, and on the host how many
     near keys, middle keys and clusters each block counted, ``(R, 3)``. Where it is
-    ``coarse`` a body may round to eight bits what it multiplies for near keys: values,
-    weights, and logits' factors, but for those of the mean of a block.
+    ``coarse``, "int8" or "bfloat16", a body may round to eight bits what it multiplies
+    for near keys: values and weights to bfloat16, logits' factors to that or to
+    integers, but for those of the mean of a block.
     """
     xp = array_namespace(query, mean, square, probe, key, value, metric)
     keys = _Keys(key, value, start, group)
@@ -91,16 +92,6 @@ def multipole(
         counts.append(field.counts())
     out = xp.concat(outs, axis=0)
     return out, xp.concat(norms), xp.concat(errors), np.array(counts)
-
-
-def rounds_near(x: Array) -> bool:
-    """Whether the body for float32 arrays like this one rounds what is coarse."""
-    if place_of(x) != "cpu":
-        return False
-    # numba is imported no earlier than by the body
-    from fastattn._ops.cpu.bfloat16 import multiplies_bfloat16
-
-    return multiplies_bfloat16()
 
 
 class _Keys:

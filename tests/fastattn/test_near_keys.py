@@ -6,22 +6,19 @@ import pytest
 import fastattn.multipole
 from fastattn import Multipole, approximate, load_sample
 from fastattn._ops.cpu import multipole as body
-from fastattn._ops.cpu.bfloat16 import multiplies_bfloat16, packed_rows
+from fastattn._ops.cpu.bfloat16 import multiplies_bytes
+from fastattn._ops.cpu.near_keys import add_near
+from fastattn._ops.cpu.packing import PackedKeys
 from fastattn._ops.multipole import multipole
 from tests import oracles
 from tests.fastattn.test_multipole import TestMultipoleOp as _Op
 
-needs_bfloat16 = pytest.mark.skipif(
-    not multiplies_bfloat16(), reason="the processor has no AVX-512 BF16"
+needs_eight_bits = pytest.mark.skipif(
+    not multiplies_bytes(), reason="the processor has no AVX-512 BF16 and VNNI"
 )
-# half a unit in the last of eight bits
-ROUNDING = 2.0**-9
-
-
-def rounded(x):
-    """To bfloat16: eight bits, ties up."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32) + np.uint32(0x8000)
-    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+both = pytest.mark.parametrize("integers", [False, True])
+# half a unit in the last of eight bits, and of the integers of a factor
+ROUNDING, HALF = 2.0**-9, 0.5 / 127
 
 
 def problem(n, m, d, p, seed=0, spread=1.0):
@@ -32,123 +29,148 @@ def problem(n, m, d, p, seed=0, spread=1.0):
     return [x.astype(np.float32) for x in arrays]
 
 
-def added(query, mean, key, value, near, before=None):
+def nothing_yet(n, p):
+    return np.full(n, -np.inf, np.float32), np.zeros(n), np.zeros((n, p), np.float32)
+
+
+def added(query, mean, key, value, near, integers, before=None):
     """What ``add_near`` makes of ``before``: nothing, unless it is given."""
-    from fastattn._ops.cpu.near_keys import add_near
-
-    n, p = len(query), value.shape[1]
-    peak, total, out = before or (
-        np.full(n, -np.inf, np.float32),
-        np.zeros(n),
-        np.zeros((n, p), np.float32),
-    )
-    pairs = packed_rows(key)
-    add_near(near.astype(np.int32), query, mean, key, pairs, value, peak, total, out)
-    return peak, total, out
+    state = before or nothing_yet(len(query), value.shape[1])
+    packed = PackedKeys(key, integers)
+    near = near.astype(np.int32)
+    assert add_near(near, query, mean, key, packed, value, *state)
+    return state
 
 
-def rounded_attention(query, mean, key, value, near):
-    """Softmax of near keys whose factors are rounded as the body rounds them."""
-    step, key = rounded(query - mean).astype(float), key[near]
-    logits = step @ rounded(key).astype(float).T + (key @ mean).astype(float)
-    return oracles.softmax_mean(logits, value[near])
+def slack(query, mean, key, integers):
+    """How far weights may be off: logits by their factors' rounding, and by itself."""
+    step, key = np.abs(query - mean), np.abs(key - key.mean(axis=0))
+    if integers:
+        column = key.max(axis=0)
+        row = np.max(step * column, axis=1)[:, None] / np.where(column > 0, column, 1)
+        logit = HALF * (row @ key.T + step @ np.broadcast_to(column, key.shape).T)
+    else:
+        logit = 2 * ROUNDING * step @ key.T
+    # weights and values are cut or rounded to eight bits
+    return 2 * np.expm1(1.1 * logit.max() + 4 * ROUNDING)
 
 
-@needs_bfloat16
+@needs_eight_bits
+@both
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 511, 512, 513, 1100])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 127, 129, 1100])
 @pytest.mark.parametrize(("d", "p"), [(1, 1), (5, 3), (64, 64), (33, 9)])
-def test_near_keys_are_summed_as_defined(n, m, d, p):
-    inputs = problem(n, m, d, p, seed=n + m)
+def test_near_keys_are_summed_as_defined(n, m, d, p, integers):
+    query, mean, key, value = inputs = problem(n, m, d, p, seed=n + m)
     near = np.random.default_rng(m).permutation(m)[: max(1, m - m // 5)]
     near.sort()
-    peak, total, out = added(*inputs, near)
-    want, norm = rounded_attention(*inputs, near)
-    # weights and values are rounded, and logits summed in float32
-    largest = np.abs(inputs[3]).max()
-    slack = 3 * ROUNDING * largest
-    np.testing.assert_allclose(out / total[:, None], want, rtol=0, atol=slack)
-    np.testing.assert_allclose(peak + np.log(total), norm, rtol=1e-4, atol=1e-3)
+    peak, total, out = added(*inputs, near, integers)
+    want, norm = oracles.softmax_mean(
+        query.astype(float) @ key[near].astype(float).T, value[near]
+    )
+    off = slack(query, mean, key, integers)
+    largest = np.abs(value).max()
+    np.testing.assert_allclose(out / total[:, None], want, rtol=0, atol=off * largest)
+    np.testing.assert_allclose(peak + np.log(total), norm, rtol=1e-4, atol=off)
 
 
-@needs_bfloat16
-def test_what_was_summed_before_stays():
+@needs_eight_bits
+@both
+def test_what_was_summed_before_stays(integers):
     query, mean, key, value = problem(50, 300, 8, 5)
     first, second = np.arange(0, 300, 2), np.arange(1, 300, 2)
-    state = added(query, mean, key, value, first)
-    _, total, out = added(query, mean, key, value, second, state)
-    want, _ = rounded_attention(query, mean, key, value, np.arange(300))
-    slack = 3 * ROUNDING * np.abs(value).max()
-    np.testing.assert_allclose(out / total[:, None], want, rtol=0, atol=slack)
+    state = added(query, mean, key, value, first, integers)
     before = [x.copy() for x in state]
-    added(query, mean, key, value, first[:0], state)
+    added(query, mean, key, value, first[:0], integers, state)
     for one, other in zip(state, before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    _, total, out = added(query, mean, key, value, second, integers, state)
+    whole = added(query, mean, key, value, np.arange(300), integers)
+    want = whole[2] / whole[1][:, None]
+    # the same factors: only weights are rounded in another way
+    off = 4 * ROUNDING * np.abs(value).max()
+    np.testing.assert_allclose(out / total[:, None], want, rtol=0, atol=off)
+
+
+@needs_eight_bits
+@both
+def test_logits_far_from_each_other_stay_in_range_or_change_nothing(integers):
+    query, mean, key, value = problem(40, 600, 4, 3, spread=60.0)
+    state = nothing_yet(40, 3)
+    packed = PackedKeys(key, integers)
+    near = np.arange(600, dtype=np.int32)
+    if add_near(near, query, mean, key, packed, value, *state):
+        assert all(np.isfinite(x).all() for x in state)
+        want, _ = oracles.softmax_mean(query.astype(float) @ key.T, value)
+        off = slack(query, mean, key, integers) * np.abs(value).max()
+        np.testing.assert_allclose(state[2] / state[1][:, None], want, atol=off)
+        return
+    for one, other in zip(state, nothing_yet(40, 3), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@needs_bfloat16
-def test_logits_far_from_each_other_stay_in_range():
-    query, mean, key, value = problem(40, 600, 4, 3, spread=60.0)
-    _, total, out = added(query, mean, key, value, np.arange(600))
-    assert np.isfinite(total).all()
-    want, _ = rounded_attention(query, mean, key, value, np.arange(600))
-    # logits of hundreds are rounded in float32, too
-    slack = 6 * ROUNDING * np.abs(value).max()
-    np.testing.assert_allclose(out / total[:, None], want, rtol=0, atol=slack)
-
-
-def test_rows_are_packed_in_pairs():
-    x = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
-    pairs = packed_rows(x)
-    assert pairs.shape == (7, 3)
-    low, high = (pairs << 16).view(np.float32), (pairs & 0xFFFF0000).view(np.float32)
-    np.testing.assert_array_equal(low, rounded(x[:, 0::2]))
-    np.testing.assert_array_equal(high[:, :2], rounded(x[:, 1::2]))
-    np.testing.assert_array_equal(high[:, 2], 0)
+@needs_eight_bits
+@both
+def test_sums_that_overflow_are_left_to_float32(integers):
+    query, mean, key, value = problem(40, 600, 4, 3)
+    # not among the keys that the weights are relative to
+    key[1] = 200 * mean / np.linalg.norm(mean)
+    state = nothing_yet(40, 3)
+    near = np.arange(600, dtype=np.int32)
+    with np.errstate(over="ignore"):
+        packed = PackedKeys(key, integers)
+        assert not add_near(near, query, mean, key, packed, value, *state)
+    for one, other in zip(state, nothing_yet(40, 3), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 class TestCoarseMultipoleOp(_Op):
     """The laws of the op, for float64 as before and for float32 to eight bits."""
 
+    coarse = "bfloat16"
+
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "coarse": True}
+        return arrays, {**options, "coarse": self.coarse}
 
     def slack(self, arrays, options):
         fine = super().slack(arrays, options)
         if arrays[0].dtype != np.float32:
             return fine
         query, key, value = arrays[0], arrays[4], arrays[5]
-        # a logit is off by the rounding of two factors, a weight by as much
-        step = (
-            np.linalg.norm(query, axis=1).max()
-            + np.linalg.norm(arrays[1], axis=1).max()
-        )
-        logit = 2 * ROUNDING * step * np.linalg.norm(key, axis=1).max()
-        return fine + 2 * (logit + 2 * ROUNDING) * max(1.0, np.abs(value).max())
+        # no more than from the rows that are furthest from any mean
+        size = np.abs(query).max() + np.abs(arrays[1]).max()
+        step = np.full((1, query.shape[1]), size)
+        off = slack(step, 0 * step, key, self.coarse == "int8")
+        return fine + off * max(1.0, np.abs(value).max())
 
 
-def test_processors_without_pairs_compute_in_float32(monkeypatch):
+class TestIntegerMultipoleOp(TestCoarseMultipoleOp):
+    coarse = "int8"
+
+
+def test_processors_without_eight_bits_compute_in_float32(monkeypatch):
     arrays, options = _Op().inputs(np.random.default_rng(0), np.float32, 200, 150)
     fine = multipole(*arrays, **options)
-    monkeypatch.setattr(body, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(body, "multiplies_bytes", lambda: False)
     for one, other in zip(
-        multipole(*arrays, **options, coarse=True), fine, strict=True
+        multipole(*arrays, **options, coarse="int8"), fine, strict=True
     ):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=needs_bfloat16)])
-def test_a_real_head_is_served_with_and_without(fast, monkeypatch):
-    monkeypatch.setattr(fastattn.multipole, "rounds_near", lambda _: fast)
+@pytest.mark.parametrize("tol", [0.05, 0.01])
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=needs_eight_bits)])
+def test_a_real_head_is_served_with_and_without(fast, tol, monkeypatch):
+    monkeypatch.setattr(fastattn.multipole, "multiplies_quantized", lambda _: fast)
     query, key, value = (x[0] for x in load_sample("minilm-sharp"))
     exact, _ = oracles.attention(query, key, value)
-    answer = approximate(query, key, value, tol=0.05, method=Multipole(), rng=0)
+    answer = approximate(query, key, value, tol=tol, method=Multipole(), rng=0)
     error = np.linalg.norm(answer.value - exact) / np.linalg.norm(exact)
-    assert error <= answer.certificate.error <= 0.05
+    assert error <= answer.certificate.error <= tol
 
 
-@needs_bfloat16
+@needs_eight_bits
 def test_small_tolerances_are_left_to_float32():
     query, key, value = (x[0] for x in load_sample("minilm-sharp"))
     exact, _ = oracles.attention(query, key, value)

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from fastattn._ops.cpu.bfloat16 import multiplies_bfloat16, packed_rows
+from fastattn._ops.cpu.bfloat16 import multiplies_bytes
 from fastattn._ops.cpu.cluster_moments import (
     bend,
     classify,
@@ -13,6 +13,7 @@ from fastattn._ops.cpu.cluster_moments import (
     tilt,
 )
 from fastattn._ops.cpu.near_keys import add_near
+from fastattn._ops.cpu.packing import PackedKeys
 from fastattn._ops.cpu.softmax import _soften
 from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
 from sketching._lib.threads import run_blocks
@@ -36,14 +37,14 @@ def describe(query, *, cuts, rows):
 
 def multipole(
     query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
-    coarse=False,
+    coarse="",
 ):  # fmt: skip
     blocks, m, dtype = len(cuts) - 1, len(key), query.dtype
     out = np.empty((len(query), value.shape[1]), dtype)
     norm, error = np.empty((2, len(query)), dtype)
     counts = np.empty((blocks, 3), np.int64)
     query, key, value = _plain(query), _plain(key), _plain(value)
-    coarse = coarse and multiplies_bfloat16() and dtype == np.float32
+    coarse = coarse if multiplies_bytes() and dtype == np.float32 else ""
     keys = _Keys(key, value, metric, start, group, coarse)
     limits = [dtype.type(x) for x in (threshold, MIDDLE * threshold, ALIKE)]
     rates = [dtype.type(x) for x in (BEND, LARGEST)]
@@ -80,7 +81,7 @@ class _Keys:
         self.centre = np.empty((len(group), key.shape[1]), key.dtype)
         self.local = np.empty_like(key)
         localise(key, start, self.centre, self.local)
-        self.pairs = packed_rows(key) if coarse else None
+        self.packed = PackedKeys(key, coarse == "int8") if coarse else None
 
 
 class _Field:
@@ -151,13 +152,12 @@ class _Field:
         out[:] = 0
         clusters = self._add_far(r, query, peak, total, out, error)
         near, before = self.near[r, : self.count[r]], peak.copy()
-        if keys.pairs is None:
+        done = keys.packed is not None and add_near(
+            near, query, self.mean[r], keys.key, keys.packed, keys.value, peak, total,
+            out,
+        )  # fmt: skip
+        if not done:
             self._add_near(near, query, peak, total, out)
-        else:
-            add_near(
-                near, query, self.mean[r], keys.key, keys.pairs, keys.value, peak,
-                total, out,
-            )  # fmt: skip
         out /= total[:, None]
         error *= (np.exp(before - peak) / total) ** 2
         norm[:] = peak + np.log(total)

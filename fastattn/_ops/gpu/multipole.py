@@ -39,7 +39,7 @@ def describe(query, *, cuts, rows):
 
 def multipole(
     query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
-    coarse=False,  # noqa: ARG001
+    coarse="",  # noqa: ARG001
 ):  # fmt: skip
     keys = _Keys(key, value, metric, start, group)
     query = cp.ascontiguousarray(query)

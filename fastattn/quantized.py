@@ -1,0 +1,180 @@
+"""Exact softmax attention but for products of eight bits, which take half the time."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from fastattn._costs import quantized_work, seconds
+from fastattn._ops.quantized import attend_quantized, multiplies_quantized
+from fastattn._problem import Candidate, Head, HeadAnswer, Plan
+from fastattn._recipes import Attempt, candidate_of, certified
+from sketching._lib.arrays import Array, to_host
+from sketching._lib.certificate import RefusalError
+from sketching._lib.validation import check_choice
+
+# the coarsest first
+_LOGITS = "int8", "bfloat16"
+# rows that tell the error of all
+_PILOT = 32
+# the share of the tolerance that they may err by
+_SURE = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Softmax attention over all keys with products of eight bits.
+
+    Queries, keys and values are centred and rounded to eight bits, and so are the
+    weights; what is added up, and the part of the logits that the mean query has, is
+    not. On real heads, sharp or diffuse, it errs by .1 to .4 per cent with factors of
+    the logits in bfloat16 and by .2 to 1.6 per cent with integers, in about half and a
+    third of the time of exact attention.
+
+    Parameters
+    ----------
+    logits : {"int8", "bfloat16"}, optional
+        What the factors of the logits are rounded to; by default the coarsest that a
+        few rows say meets the tolerance. Values and weights are bfloat16.
+
+    Notes
+    -----
+    It needs NumPy arrays in float32 or float16 and a processor with AVX-512 BF16 and
+    VNNI; elsewhere it would take longer than :class:`Exact` and is refused. Nothing is
+    proven: ``guarantee="proven"`` is refused, too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import Quantized, RefusalError, approximate
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 64, 8), dtype=np.float32)
+    >>> try:
+    ...     answer = approximate(query, key, value, method=Quantized(), rng=0)
+    ...     small = bool(answer.certificate.error <= 1e-2)
+    ... except RefusalError as error:
+    ...     small = "AVX-512" in str(error)
+    >>> small
+    True
+
+    References
+    ----------
+    Zhang et al., SageAttention: Accurate 8-Bit Attention for Plug-and-play Inference
+    Acceleration, arXiv 2410.02367.
+    """
+
+    logits: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.logits is not None:
+            check_choice("logits", self.logits, _LOGITS)
+
+    def candidates(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Iterator[Candidate]:
+        """Say what would run, or why it would be refused."""
+        yield candidate_of(self, lambda: self.attempt(head, tol, guarantee, rng).plan)
+
+    def solve(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> HeadAnswer:
+        """Run the method and certify the answer, or refuse."""
+        attempt = self.attempt(head, tol, guarantee, rng)
+        answer = certified(head, attempt, tol, rng)
+        if not answer.error <= tol:
+            raise RefusalError(
+                f"{attempt.plan.method} misses tol={tol:g}: {answer.error:.2e} on "
+                "sampled rows; raise tol, or use Exact() or Auto()"
+            )
+        return answer
+
+    def attempt(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Attempt:
+        """Choose what is coarse enough for one head."""
+        if guarantee == "proven":
+            raise RefusalError(
+                "Quantized() has no proven bound: use guarantee='sampled', or Exact()"
+            )
+        reason = why_not(head)
+        if reason:
+            raise RefusalError(reason)
+        if self.logits is not None:
+            return _attempt(self, head, math.nan, "asked for")
+        return quantized_attempt(head, tol, rng, "asked for")
+
+
+def why_not(head: Head) -> str:
+    """Say why a head is not multiplied in eight bits; nothing if it may be."""
+    if head.dtype != head.xp.float32:
+        return f"eight bits are too coarse for {head.dtype}: use Exact() or Auto()"
+    if head.sizes[1] == 0:
+        return "there is no key to multiply with: use Exact() or Auto()"
+    if not multiplies_quantized(head.query):
+        return (
+            "products of eight bits need NumPy arrays and a processor with AVX-512 "
+            "BF16 and VNNI: use Exact() or Auto()"
+        )
+    return ""
+
+
+def quantized_attempt(
+    head: Head, tol: float, rng: np.random.Generator, reason: str
+) -> Attempt:
+    """Choose the coarsest products that a few rows say meet a tolerance.
+
+    Parameters
+    ----------
+    head : Head
+        One head, of which ``why_not`` says nothing.
+    tol : float
+        Relative Frobenius error that is allowed.
+    rng : Generator
+        Draws the rows.
+    reason : str
+        Goes into the plan.
+
+    Raises
+    ------
+    RefusalError
+        If none is predicted to.
+    """
+    n, error = head.sizes[0], math.inf
+    few = head.with_rows(np.sort(rng.choice(n, min(n, _PILOT), replace=False)))
+    truth = few.attend()[0]
+    for logits in _LOGITS:
+        method = Quantized(logits)
+        error = _relative(_run(few, logits=logits)[0], truth)
+        if error <= _SURE * tol:
+            return _attempt(method, head, error, reason)
+    raise RefusalError(f"products of eight bits err by {error:.1e} in a pilot")
+
+
+def _attempt(method: Quantized, head: Head, error: float, reason: str) -> Attempt:
+    logits = method.logits or _LOGITS[-1]
+    work = quantized_work(*head.sizes, integers=logits == "int8", logits=head.logits)
+    plan = Plan(method, error, seconds(work), reason)
+    return Attempt(plan, partial(_run, logits=logits), math.inf, alike=True)
+
+
+def _run(head: Head, *, logits: str) -> tuple[Array, Array, Array]:
+    value, normalizer = attend_quantized(
+        head.query,
+        head.key,
+        head.value,
+        scale=head.scale,
+        visible=head.visible,
+        integers=logits == "int8",
+    )
+    return value, normalizer, head.xp.logical_not(head.xp.isnan(normalizer))
+
+
+def _relative(answer: Array, truth: Array) -> float:
+    """Relative Frobenius error; infinite where something overflows."""
+    answer, truth = (to_host(x).astype(np.float64) for x in (answer, truth))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        error = np.linalg.norm(answer - truth)
+        error = error / np.linalg.norm(truth) if error else error
+    return float(error) if np.isfinite(error) else math.inf
