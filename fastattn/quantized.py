@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 
 from fastattn._costs import quantized_work, seconds
-from fastattn._ops.quantized import attend_quantized, multiplies_quantized
-from fastattn._problem import Candidate, Head, HeadAnswer, Plan
+from fastattn._ops.quantized import attend_quantized, factors, multiplies_quantized
+from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._recipes import Attempt, candidate_of, certified
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
@@ -17,9 +17,12 @@ from sketching._lib.validation import check_choice
 
 # the coarsest first
 _LOGITS = "int8", "bfloat16"
-# rows that tell the error of all
+# rows and keys whose logits are looked at first; logits that err by this share of the
+# tolerance need no pilot, since errors of weights average out
+_ROWS, _KEYS = 128, 1024
+_SAFE = 0.75
+# rows that tell the error of all, and the share of the tolerance that they may err by
 _PILOT = 32
-# the share of the tolerance that they may err by
 _SURE = 0.6
 
 
@@ -123,7 +126,7 @@ def why_not(head: Head) -> str:
 def quantized_attempt(
     head: Head, tol: float, rng: np.random.Generator, reason: str
 ) -> Attempt:
-    """Choose the coarsest products that a few rows say meet a tolerance.
+    """Choose the coarsest products that a few logits, or rows, say meet a tolerance.
 
     Parameters
     ----------
@@ -141,15 +144,33 @@ def quantized_attempt(
     RefusalError
         If none is predicted to.
     """
-    n, error = head.sizes[0], math.inf
+    n, truth, error = head.sizes[0], None, math.inf
     few = head.with_rows(np.sort(rng.choice(n, min(n, _PILOT), replace=False)))
-    truth = few.attend()[0]
+    off = dict(zip(_LOGITS, _logit_errors(head, rng), strict=True))
     for logits in _LOGITS:
-        method = Quantized(logits)
-        error = _relative(_run(few, logits=logits)[0], truth)
-        if error <= _SURE * tol:
-            return _attempt(method, head, error, reason)
+        error, most = off[logits], _SAFE
+        if not error <= most * tol:
+            truth = few.attend()[0] if truth is None else truth
+            error, most = _relative(_run(few, logits=logits)[0], truth), _SURE
+        if error <= most * tol:
+            return _attempt(Quantized(logits), head, error, reason)
     raise RefusalError(f"products of eight bits err by {error:.1e} in a pilot")
+
+
+def _logit_errors(head: Head, rng: np.random.Generator) -> list[float]:
+    """Root mean squares of the errors of some logits, for either rounding."""
+    query, key = (
+        host_rows(x, rng.choice(x.shape[0], min(x.shape[0], size), replace=False))
+        for x, size in ((head.query, _ROWS), (head.key, _KEYS))
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        query, key = head.scale * (query - query.mean(axis=0)), key - key.mean(axis=0)
+        query = query.astype(np.float32)
+        exact, errors = query @ key.T, []
+        for logits in _LOGITS:
+            left, right = factors(query, key, integers=logits == "int8")
+            errors.append(float(np.sqrt(np.mean((left @ right.T - exact) ** 2))))
+    return errors
 
 
 def _attempt(method: Quantized, head: Head, error: float, reason: str) -> Attempt:

@@ -48,7 +48,7 @@ def attend_quantized(
     key = key - key_mean
     tilt = xp.matmul(key, own)
     probes = xp.matrix_transpose(key[:: max(1, m // PROBES), :])
-    left, right = _factors(query - own, key, integers=integers)
+    left, right = factors(query - own, key, integers=integers)
     low, high = (end(value, axis=0) for end in (xp.min, xp.max))
     value, number = rounded(value - value_mean), xp.arange(m, device=device_of(key))
     values, normalizers = [], []
@@ -73,7 +73,7 @@ def attend_quantized(
     return xp.concat(values), xp.concat(normalizers)
 
 
-def _factors(query: Array, key: Array, *, integers: bool) -> tuple[Array, Array]:
+def factors(query: Array, key: Array, *, integers: bool) -> tuple[Array, Array]:
     """What the logits are products of."""
     if not integers:
         return rounded(query), rounded(key)
