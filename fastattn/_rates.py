@@ -57,7 +57,7 @@ class Rates:
         One logit of those turned into a weight.
     """
 
-    softmax: float = 16.0
+    softmax: float = 7.0
     monomial: float = 6.0
     row: float = 1500.0
     parted: float = 75000.0

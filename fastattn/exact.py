@@ -24,7 +24,8 @@ from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
-# keys that the fast body sums before it adds to the running sums: least and most
+# keys that the fast bodies sum before they add to the running sums: least and most,
+# or, in tiles, few enough that there are no more terms in all
 _KEYS_A_BLOCK = (320, 1024)
 
 

@@ -14,8 +14,6 @@ _SPLIT = 2.0**16 + 1
 STEPS = 127
 # keys, evenly spread, whose largest logit a row's weights are relative to
 PROBES = 64
-# sums of weights below this may have lost some to underflow
-LEAST = 2.0**-60
 
 
 @op("cpu")
@@ -36,8 +34,8 @@ def attend_quantized(
     and so are the weights; the logits of the mean query are not. Where ``integers``
     are wanted the other logits are products of those up to ``STEPS``: a key's in units
     of the largest of its column, a query's in units of its own largest. Sums are in
-    float32. Weights are relative to the largest logit of a few keys. The logarithm of
-    a row whose weights overflow, or nearly vanish, is NaN. No mean leaves the range of
+    float32. Weights are relative to the largest logit of a few keys that the row sees.
+    The logarithm of a row whose weights overflow is NaN. No mean leaves the range of
     the values.
     """
     xp = array_namespace(query, key, value)
@@ -47,14 +45,20 @@ def attend_quantized(
     key_mean, value_mean = (xp.mean(x, axis=0) for x in (key, value))
     key = key - key_mean
     tilt = xp.matmul(key, own)
-    probes = xp.matrix_transpose(key[:: max(1, m // PROBES), :])
+    step = max(1, m // PROBES)
+    probes = xp.matrix_transpose(key[::step, :])
     left, right = factors(query - own, key, integers=integers)
     low, high = (end(value, axis=0) for end in (xp.min, xp.max))
     value, number = rounded(value - value_mean), xp.arange(m, device=device_of(key))
     values, normalizers = [], []
     for start in range(0, query.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
-        shift = xp.max(xp.matmul(query[rows, :], probes), axis=1, keepdims=True)
+        probed = xp.matmul(query[rows, :], probes)
+        if visible is not None:
+            # row by row; the first key stands in where none is seen
+            unseen = xp.logical_and(number > 0, number >= visible[rows, None])
+            probed = _or(~unseen[:, ::step], probed, -math.inf)
+        shift = xp.max(probed, axis=1, keepdims=True)
         logits = xp.matmul(left[rows, :], xp.matrix_transpose(right))
         weights = rounded(xp.exp(logits + tilt - shift))
         empty: Any = xp.zeros_like(shift) > 0
@@ -64,7 +68,7 @@ def attend_quantized(
             empty = (visible[rows] == 0)[:, None]
         total = xp.sum(weights, axis=1, keepdims=True)
         sums = xp.matmul(weights, value) / _or(total > 0, total, math.inf)
-        good = xp.logical_and(total >= LEAST, xp.isfinite(total))
+        good = xp.logical_and(total > 0, xp.isfinite(total))
         norm = xp.log(_or(good, total, math.nan)) + shift
         norm = norm + xp.matmul(query[rows, :], key_mean)[:, None]
         mean = xp.minimum(xp.maximum(sums + value_mean, low), high)
@@ -105,6 +109,6 @@ def multiplies_quantized(x: Array) -> bool:
     if place_of(x) != "cpu":
         return False
     # numba is imported no earlier than by the body
-    from fastattn._ops.cpu.bfloat16 import multiplies_bytes
+    from fastattn._ops.cpu.tiles import multiplies_bytes
 
     return multiplies_bytes()

@@ -6,9 +6,9 @@ import pytest
 import fastattn.multipole
 from fastattn import Multipole, approximate, load_sample
 from fastattn._ops.cpu import multipole as body
-from fastattn._ops.cpu.bfloat16 import multiplies_bytes
 from fastattn._ops.cpu.near_keys import add_near
 from fastattn._ops.cpu.packing import PackedKeys
+from fastattn._ops.cpu.tiles import multiplies_bytes
 from fastattn._ops.multipole import multipole
 from tests import oracles
 from tests.fastattn.test_multipole import TestMultipoleOp as _Op

@@ -18,7 +18,7 @@ from fastattn import (
     explain,
     load_sample,
 )
-from fastattn._ops.cpu.bfloat16 import multiplies_bytes
+from fastattn._ops.cpu.tiles import multiplies_bytes
 from fastattn._ops.quantized import attend_quantized, rounded
 from fastattn._sampling import FAILURE
 from tests import oracles

@@ -3,7 +3,6 @@
 import numpy as np
 from numba import njit
 
-from fastattn._ops.cpu.bfloat16 import multiplies_bytes
 from fastattn._ops.cpu.cluster_moments import (
     bend,
     classify,
@@ -15,6 +14,7 @@ from fastattn._ops.cpu.cluster_moments import (
 from fastattn._ops.cpu.near_keys import add_near
 from fastattn._ops.cpu.packing import PackedKeys
 from fastattn._ops.cpu.softmax import _soften
+from fastattn._ops.cpu.tiles import multiplies_bytes
 from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE

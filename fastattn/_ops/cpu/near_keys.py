@@ -10,8 +10,8 @@ import math
 import numpy as np
 from numba import njit
 
-from fastattn._ops.cpu.bfloat16 import COLUMNS, LANES, pair
 from fastattn._ops.cpu.packing import KEYS, NOTHING, add_values, pack_lanes, weigh_keys
+from fastattn._ops.cpu.tiles import COLUMNS, LANES, pair
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # near keys whose largest logit a row's weights are relative to

@@ -7,7 +7,7 @@ four integers in units of a column's largest, or of a query's own.
 import numpy as np
 from numba import njit
 
-from fastattn._ops.cpu.bfloat16 import (
+from fastattn._ops.cpu.tiles import (
     COLUMNS,
     LANES,
     add_tile,

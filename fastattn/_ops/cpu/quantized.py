@@ -5,7 +5,6 @@ import math
 import numpy as np
 from numba import njit
 
-from fastattn._ops.cpu.bfloat16 import COLUMNS, LANES
 from fastattn._ops.cpu.packing import (
     KEYS,
     NOTHING,
@@ -16,7 +15,9 @@ from fastattn._ops.cpu.packing import (
     packed_values,
     weigh_keys,
 )
-from fastattn._ops.quantized import LEAST, PROBES
+from fastattn._ops.cpu.softmax_tiles import largest_seen
+from fastattn._ops.cpu.tiles import COLUMNS, LANES
+from fastattn._ops.quantized import PROBES
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
@@ -44,7 +45,9 @@ def attend_quantized(query, key, value, *, scale, visible, integers):
     def work(start):
         rows = slice(start, min(start + _QUERIES, n))
         scaled = np.multiply(query[rows], scale, dtype=np.float32)
-        shift = np.max(scaled @ probes, axis=1)
+        shift = largest_seen(
+            scaled @ probes, visible if visible is None else seen[rows], m
+        )
         constant = scaled @ keys.mean
         scaled -= own
         _answer(
@@ -117,7 +120,7 @@ def _finish(sums, mass, shifts, seen, constant, middle, ends, out, norm):
     (n, p), low, high = out.shape, ends[0], ends[1]
     for i in range(n):
         norm[i] = np.nan
-        if mass[i] >= LEAST and np.isfinite(mass[i]):
+        if mass[i] > 0 and np.isfinite(mass[i]):
             norm[i] = (np.log2(mass[i]) + shifts[i] + constant[i]) / _LOG2
         if seen[i] == 0:
             norm[i] = -np.inf

@@ -3,6 +3,7 @@
 import numpy as np
 from numba import njit
 
+from fastattn._ops.cpu.softmax_tiles import attend_tiles, serves
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 from sketching._ops.cpu.features import has
@@ -43,6 +44,10 @@ def attend(query, key, value, *, scale, visible, rows=None):
 @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
 def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
     """Stream all keys past one block of rows."""
+    if serves(query, key, value) and attend_tiles(
+        query, key, value, scale, visible, out, normalizer
+    ):
+        return
     n, dtype = len(query), query.dtype
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)

@@ -1,10 +1,9 @@
-"""Products of numbers rounded to eight bits, two at a time, and weights made of them.
+"""Tiles of products that stay in registers, and weights made of them there.
 
 AVX-512 BF16, where the processor has it, adds two products of bfloat16 numbers to a
-float32 where a fused multiply-add adds one. numba has no such type: pairs are
-``uint32``, the first of a pair in the lower half, and the loop over them is written in
-LLVM's language, so that a tile of sums, or of logits that become weights, stays in
-registers.
+float32 where a fused multiply-add adds one; AVX-512 VNNI adds four of bytes. numba has
+no such types: pairs are ``uint32``, the first of a pair in the lower half, and the
+loops are written in LLVM's language.
 """
 
 from typing import Any
@@ -21,14 +20,14 @@ _VECTORS, COLUMNS = 2, 8
 LANES = 16 * _VECTORS
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether ``add_tile`` may be compiled here."""
-    return has("avx512f", "avx512dq", "avx512bf16")
+def has_tiles() -> bool:
+    """Whether tiles of float32 numbers may be compiled here."""
+    return has("avx512f", "avx512dq")
 
 
 def multiplies_bytes() -> bool:
-    """Whether ``weigh_integer_tile`` may be compiled here."""
-    return multiplies_bfloat16() and has("avx512vnni")
+    """Whether all tiles may be compiled here."""
+    return has_tiles() and has("avx512bf16", "avx512vnni")
 
 
 class _Bfloat(ir.Type):
@@ -51,8 +50,12 @@ _PAIRS = ir.VectorType(_Bfloat(), 32)
 _PAIRWISE = "llvm.x86.avx512bf16.dpbf16ps.512"
 _BYTEWISE = "llvm.x86.avx512.vpdpbusd.512"
 # of 2 ** x on [0, 1), lowest first: the least relative error, 7.5e-5, which is less
-# than what weights are rounded by
+# than what weights are rounded by; and one below the rounding of float32
 _POWER = 0.99992522, 0.69583354, 0.22606715, 0.07802453
+_FINE_POWER = (
+    1.0, 0.693146933, 0.240230454, 0.0554806302, 0.00968418631, 0.00123913318,
+    0.000218657848,
+)  # fmt: skip
 
 
 @intrinsic
@@ -78,7 +81,16 @@ def add_tile(typingctx, left, row, right, column, step, steps, sums, line, fresh
     k * step``, line ``c`` of the sums ``c * line``. Sums that are ``fresh`` start at
     zero.
     """
+    return types.void(*[types.intp] * 9), _add_code("pairs")
 
+
+@intrinsic
+def add_float_tile(typingctx, left, row, right, column, step, steps, sums, line, fresh):
+    """Add products of float32 numbers as ``add_tile`` adds those of pairs."""
+    return types.void(*[types.intp] * 9), _add_code("floats")
+
+
+def _add_code(kind):
     def codegen(context, builder, signature, args):
         left, row, right, column, step, steps, sums, line, fresh = args
         places = [
@@ -95,12 +107,12 @@ def add_tile(typingctx, left, row, right, column, step, steps, sums, line, fresh
         builder.position_at_end(start)
         zero = ir.Constant(_FLOATS, [0.0] * 16)
         first = [_phi(builder, _FLOATS, (before, zero), (load, x)) for x in loaded]
-        made = _summed(builder, first, left, row, right, column, step, steps)
+        made = _summed(builder, kind, first, left, row, right, column, step, steps)
         for place, total in zip(places, made, strict=True):
             builder.store(total, _pointer(builder, place, _FLOATS), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 9), codegen
+    return codegen
 
 
 @intrinsic
@@ -116,11 +128,43 @@ def weigh_tile(typingctx, left, row, right, column, steps, tilt, shift, mass, we
     def codegen(context, builder, signature, args):
         left, row, right, column, steps, tilt, shift, mass, weights = args
         first = _raised(builder, tilt, shift)
-        made = _summed(builder, first, left, row, right, column, _long(4), steps)
+        made = _summed(
+            builder, "pairs", first, left, row, right, column, _long(4), steps
+        )
         _weigh(builder, made, mass, weights)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 9), codegen
+
+
+@intrinsic
+def weigh_float_tile(typingctx, left, row, right, column, steps, shift, mass, weights):
+    """Turn a tile of logits into weights, without rounding beyond float32's.
+
+    ``2 ** (sum_k left[k, l] * right[k, c] - shift[l])`` are written and added to
+    ``mass[l]``. Addresses and distances are those of ``weigh_tile``.
+    """
+
+    def codegen(context, builder, signature, args):
+        left, row, right, column, steps, shift, mass, weights = args
+        zero = [ir.Constant(_FLOATS, [0.0] * 16)] * (COLUMNS * _VECTORS)
+        made = _summed(
+            builder, "floats", zero, left, row, right, column, _long(4), steps
+        )
+        shifts, masses = _vectors(builder, shift), _vectors(builder, mass)
+        for i, total in enumerate(made):
+            v = i % _VECTORS
+            exponent = builder.fsub(total, shifts[v])
+            power = _power_of_two(builder, exponent, _FINE_POWER)
+            masses[v] = builder.fadd(masses[v], power)
+            place = builder.add(weights, _long(64 * i))
+            builder.store(power, _pointer(builder, place, _FLOATS), align=4)
+        for v, total in enumerate(masses):
+            place = _pointer(builder, builder.add(mass, _long(64 * v)), _FLOATS)
+            builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 8), codegen
 
 
 @intrinsic
@@ -142,7 +186,7 @@ def weigh_integer_tile(
             own = _load(builder, builder.add(offset, _long(4 * c)), _WORD)
             first.extend([_everywhere(builder, _WORDS, own)] * _VECTORS)
         made = _summed(
-            builder, first, left, row, right, column, _long(4), steps, integers=True
+            builder, "bytes", first, left, row, right, column, _long(4), steps
         )
         units, raised = _vectors(builder, unit), _raised(builder, tilt, shift)
         logits = [
@@ -168,7 +212,7 @@ def _raised(builder, tilt, shift):
 
 def _weigh(builder, logits, mass, weights):
     """Write the powers of two of a tile of logits in pairs, and add them to a mass."""
-    made = [builder.bitcast(_power_of_two(builder, x), _WORDS) for x in logits]
+    made = [builder.bitcast(_power_of_two(builder, x, _POWER), _WORDS) for x in logits]
     masses, half = _vectors(builder, mass), ir.Constant(_WORDS, [16] * 16)
     upper = ir.Constant(_WORDS, [0xFFFF0000] * 16)
     ones = ir.Constant(_WORDS, [0x3F803F80] * 16)
@@ -184,7 +228,7 @@ def _weigh(builder, logits, mass, weights):
         builder.store(total, place, align=4)
 
 
-def _summed(builder, first, left, row, right, column, step, steps, integers=False):
+def _summed(builder, kind, first, left, row, right, column, step, steps):
     """Totals with all words multiplied and added, ``steps`` at least one."""
     columns = [
         builder.add(right, builder.mul(column, _long(c))) for c in range(COLUMNS)
@@ -196,7 +240,7 @@ def _summed(builder, first, left, row, right, column, step, steps, integers=Fals
     starts = (_long(0), left, _long(0))
     counters = [_phi(builder, _LONG, (before, x)) for x in starts]
     totals = [_phi(builder, first[0].type, (before, x)) for x in first]
-    made = _products(builder, totals, counters[1], columns, counters[2], integers)
+    made = _products(builder, kind, totals, counters[1], columns, counters[2])
     after = [
         builder.add(x, by)
         for x, by in zip(counters, (_long(1), row, step), strict=True)
@@ -209,9 +253,9 @@ def _summed(builder, first, left, row, right, column, step, steps, integers=Fals
     return made
 
 
-def _products(builder, totals, left, columns, offset, integers):
+def _products(builder, kind, totals, left, columns, offset):
     """Totals with one word of every row and column multiplied and added."""
-    multiply = _dot_integers if integers else _dot
+    multiply = {"pairs": _dot, "bytes": _dot_integers, "floats": _dot_floats}[kind]
     rows = _vectors(builder, left, _WORDS)
     made: list[Any] = []
     for c, column in enumerate(columns):
@@ -235,13 +279,18 @@ def _dot_integers(builder, total, left, right):
     return builder.call(call, [total, left, right])
 
 
+def _dot_floats(builder, total, left, right):
+    left, right = (builder.bitcast(x, _FLOATS) for x in (left, right))
+    return _fma(builder, left, right, total)
+
+
 def _fma(builder, x, y, z):
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
     call = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
     return builder.call(call, [x, y, z])
 
 
-def _power_of_two(builder, x):
+def _power_of_two(builder, x, coefficients):
     """``2 ** x``: a polynomial of what is beyond an integer, scaled by that."""
     module, all_lanes = builder.module, ir.Constant(ir.IntType(16), 0xFFFF)
     nothing, one = ir.Constant(_FLOATS, None), ir.Constant(_WORD, 1)
@@ -253,7 +302,7 @@ def _power_of_two(builder, x):
     )
     # less the integer below
     rest = builder.call(reduce, [x, one, nothing, all_lanes, current])
-    *lower, highest = (ir.Constant(_FLOATS, [c] * 16) for c in _POWER)
+    *lower, highest = (ir.Constant(_FLOATS, [c] * 16) for c in coefficients)
     y = highest
     for c in reversed(lower):
         y = _fma(builder, y, rest, c)

@@ -1,0 +1,145 @@
+"""A block of rows of exact attention whose logits never leave the registers.
+
+Queries are lanes, ``LANES`` to a group. Keys and values are read as they lie: few rows
+are done at the speed of many, which they are not by BLAS, since it packs both sides.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from fastattn._ops.cpu.tiles import (
+    COLUMNS,
+    LANES,
+    add_float_tile,
+    has_tiles,
+    weigh_float_tile,
+)
+from fastattn._ops.quantized import PROBES
+from sketching._ops.cpu.elementary import REASSOCIATE
+
+# keys that pass a group at once, after which their sums are added to those before:
+# no more terms are added one after the other than the bound of the rounding allows for
+KEYS = 256
+_LOG2 = 1 / math.log(2)
+
+
+def serves(query, key, value):
+    """Whether a block of rows can be attended to in tiles."""
+    arrays = query, key, value
+    return (
+        has_tiles()
+        and all(x.dtype == np.float32 for x in arrays)
+        and all(x.flags.c_contiguous for x in (key, value))
+        and value.shape[1] % COLUMNS == 0
+    )
+
+
+def attend_tiles(query, key, value, scale, visible, out, normalizer):
+    """Attend to a block of rows; False, and nothing of use, if a sum overflows."""
+    # in float64: a scale, and a query, of extreme size may only meet halfway
+    scaled = np.multiply(query, scale * _LOG2, dtype=np.float64).astype(np.float32)
+    m = len(key)
+    shift = largest_seen(scaled @ key[:: max(1, m // PROBES)].T, visible, m)
+    if not np.isfinite(shift).all():
+        return False
+    seen = np.full(len(query), m) if visible is None else visible
+    return _attend(scaled, shift, seen, key, value, out, normalizer)
+
+
+def largest_seen(logits, visible, m):
+    """The largest logit of every row with evenly spread keys of ``m`` that it sees."""
+    if visible is not None:
+        number = np.arange(0, m, max(1, m // PROBES))
+        # a row that sees none takes the first
+        logits[number[None, :] >= np.maximum(visible, 1)[:, None]] = -np.inf
+    return np.max(logits, axis=1)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _attend(query, shift, visible, key, value, out, normalizer):
+    (n, d), (m, p) = query.shape, value.shape
+    lanes, shifts = np.empty((d, LANES), np.float32), np.empty(LANES, np.float32)
+    seen, total = np.empty(LANES, np.int64), np.empty(LANES, np.float64)
+    mass, spare = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    sums, part = np.empty((p, LANES), np.float32), np.empty((p, LANES), np.float32)
+    weights = np.empty((KEYS, LANES), np.float32)
+    # the last keys, filled up to a tile
+    rest = m - m % COLUMNS
+    last_key = np.zeros((COLUMNS, d), np.float32)
+    last_value = np.zeros((COLUMNS, p), np.float32)
+    last_key[: m - rest], last_value[: m - rest] = key[rest:], value[rest:]
+    good = True
+    for start in range(0, n, LANES):
+        for l in range(LANES):
+            # lanes beyond the last query repeat it
+            i = min(start + l, n - 1)
+            shifts[l], seen[l] = shift[i], visible[i]
+            for t in range(d):
+                lanes[t, l] = query[i, t]
+        total[:], sums[:] = 0, 0
+        last, full = seen.max(), seen.min()
+        for lo in range(0, last, KEYS):
+            mass[:] = 0
+            tiles = -(-(min(lo + KEYS, last) - lo) // COLUMNS)
+            for j in range(tiles):
+                first = lo + j * COLUMNS
+                right = key.ctypes.data + 4 * d * first
+                if first == rest:
+                    right = last_key.ctypes.data
+                own = mass if first + COLUMNS <= full else spare
+                weigh_float_tile(
+                    lanes.ctypes.data, 4 * LANES, right, 4 * d, d, shifts.ctypes.data,
+                    own.ctypes.data, weights.ctypes.data + 4 * LANES * COLUMNS * j,
+                )  # fmt: skip
+                if first + COLUMNS > full:
+                    _hide(weights[j * COLUMNS :], first, seen, mass)
+            whole = tiles - (lo + tiles * COLUMNS > rest)
+            _add(weights, value[lo:], whole, 1, part)
+            if whole < tiles:
+                _add(weights[whole * COLUMNS :], last_value, 1, whole == 0, part)
+            for l in range(LANES):
+                total[l] += mass[l]
+            for c in range(p):
+                for l in range(LANES):
+                    sums[c, l] += part[c, l]
+        good &= _finish(start, sums, total, shifts, seen, out, normalizer)
+    return good
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _add(weights, value, tiles, fresh, part):
+    p = value.shape[1]
+    for c in range(0, p if tiles else 0, COLUMNS):
+        add_float_tile(
+            weights.ctypes.data, 4 * LANES, value.ctypes.data + 4 * c, 4, 4 * p,
+            tiles * COLUMNS, part.ctypes.data + 4 * LANES * c, 4 * LANES, fresh,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _hide(weights, first, seen, mass):
+    # a tile's weights of keys that a lane does not see become zero; the rest is summed
+    for i in range(COLUMNS):
+        for l in range(LANES):
+            if first + i >= seen[l]:
+                weights[i, l] = 0
+            mass[l] += weights[i, l]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _finish(start, sums, total, shifts, seen, out, normalizer):
+    good = True
+    for i in range(start, min(start + LANES, out.shape[0])):
+        l = i - start
+        if seen[l] == 0:
+            normalizer[i] = -np.inf
+            out[i] = 0
+            continue
+        good &= total[l] > 0 and np.isfinite(total[l])
+        normalizer[i] = (np.log2(total[l]) + shifts[l]) / _LOG2
+        for c in range(out.shape[1]):
+            good &= np.isfinite(sums[c, l])
+            out[i, c] = sums[c, l] / total[l]
+    return good
