@@ -22,6 +22,8 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 # keys that pass a group at once, after which their sums are added to those before:
 # no more terms are added one after the other than the bound of the rounding allows for
 KEYS = 256
+# groups that a block of keys passes while it is in second-level cache
+_GROUPS = 8
 _LOG2 = 1 / math.log(2)
 
 
@@ -60,52 +62,87 @@ def largest_seen(logits, visible, m):
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _attend(query, shift, visible, key, value, out, normalizer):
     (n, d), (m, p) = query.shape, value.shape
-    lanes, shifts = np.empty((d, LANES), np.float32), np.empty(LANES, np.float32)
-    seen, total = np.empty(LANES, np.int64), np.empty(LANES, np.float64)
-    mass, spare = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    sums, part = np.empty((p, LANES), np.float32), np.empty((p, LANES), np.float32)
+    most = min(_GROUPS, -(-n // LANES))
+    lanes = np.empty((most, d, LANES), np.float32)
+    sums = np.empty((most, p, LANES), np.float32)
+    shifts, total = np.empty((most, LANES), np.float32), np.empty((most, LANES))
+    seen = np.empty((most, LANES), np.int64)
+    part = np.empty((p, LANES), np.float32)
     weights = np.empty((KEYS, LANES), np.float32)
+    mass, good = np.empty(LANES, np.float32), True
     # the last keys, filled up to a tile
     rest = m - m % COLUMNS
     last_key = np.zeros((COLUMNS, d), np.float32)
     last_value = np.zeros((COLUMNS, p), np.float32)
     last_key[: m - rest], last_value[: m - rest] = key[rest:], value[rest:]
-    good = True
-    for start in range(0, n, LANES):
-        for l in range(LANES):
-            # lanes beyond the last query repeat it
-            i = min(start + l, n - 1)
-            shifts[l], seen[l] = shift[i], visible[i]
-            for t in range(d):
-                lanes[t, l] = query[i, t]
+    for start in range(0, n, most * LANES):
+        groups = min(most, -(-(n - start) // LANES))
+        for g in range(groups):
+            _pack(
+                query, shift, visible, start + g * LANES, lanes[g], shifts[g], seen[g]
+            )
         total[:], sums[:] = 0, 0
-        last, full = seen.max(), seen.min()
-        for lo in range(0, last, KEYS):
-            mass[:] = 0
-            tiles = -(-(min(lo + KEYS, last) - lo) // COLUMNS)
-            for j in range(tiles):
-                first = lo + j * COLUMNS
-                right = key.ctypes.data + 4 * d * first
-                if first == rest:
-                    right = last_key.ctypes.data
-                own = mass if first + COLUMNS <= full else spare
-                weigh_float_tile(
-                    lanes.ctypes.data, 4 * LANES, right, 4 * d, d, shifts.ctypes.data,
-                    own.ctypes.data, weights.ctypes.data + 4 * LANES * COLUMNS * j,
-                )  # fmt: skip
-                if first + COLUMNS > full:
-                    _hide(weights[j * COLUMNS :], first, seen, mass)
-            whole = tiles - (lo + tiles * COLUMNS > rest)
-            _add(weights, value[lo:], whole, 1, part)
-            if whole < tiles:
-                _add(weights[whole * COLUMNS :], last_value, 1, whole == 0, part)
-            for l in range(LANES):
-                total[l] += mass[l]
-            for c in range(p):
+        for lo in range(0, m, KEYS):
+            for g in range(groups):
+                last = seen[g].max()
+                if lo >= last:
+                    continue
+                tiles = -(-(min(lo + KEYS, last) - lo) // COLUMNS)
+                mass[:] = 0
+                _weigh(
+                    lanes[g],
+                    shifts[g],
+                    seen[g],
+                    key,
+                    last_key,
+                    lo,
+                    tiles,
+                    mass,
+                    weights,
+                )
+                whole = tiles - (lo + tiles * COLUMNS > rest)
+                _add(weights, value[lo:], whole, 1, part)
+                if whole < tiles:
+                    _add(weights[whole * COLUMNS :], last_value, 1, whole == 0, part)
                 for l in range(LANES):
-                    sums[c, l] += part[c, l]
-        good &= _finish(start, sums, total, shifts, seen, out, normalizer)
+                    total[g, l] += mass[l]
+                for c in range(p):
+                    for l in range(LANES):
+                        sums[g, c, l] += part[c, l]
+        for g in range(groups):
+            rows = slice(start + g * LANES, min(start + (g + 1) * LANES, n))
+            good &= _finish(
+                sums[g], total[g], shifts[g], seen[g], out[rows], normalizer[rows]
+            )
     return good
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _pack(query, shift, visible, start, lanes, shifts, seen):
+    for l in range(LANES):
+        # lanes beyond the last query repeat it
+        i = min(start + l, query.shape[0] - 1)
+        shifts[l], seen[l] = shift[i], visible[i]
+        for t in range(query.shape[1]):
+            lanes[t, l] = query[i, t]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _weigh(lanes, shifts, seen, key, last_key, lo, tiles, mass, weights):
+    m, d = key.shape
+    full, spare = seen.min(), np.empty(LANES, np.float32)
+    for j in range(tiles):
+        first = lo + j * COLUMNS
+        right = key.ctypes.data + 4 * d * first
+        if first + COLUMNS > m:
+            right = last_key.ctypes.data
+        own = mass if first + COLUMNS <= full else spare
+        weigh_float_tile(
+            lanes.ctypes.data, 4 * LANES, right, 4 * d, d, shifts.ctypes.data,
+            own.ctypes.data, weights.ctypes.data + 4 * LANES * COLUMNS * j,
+        )  # fmt: skip
+        if first + COLUMNS > full:
+            _hide(weights[j * COLUMNS :], first, seen, mass)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
@@ -129,17 +166,16 @@ def _hide(weights, first, seen, mass):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _finish(start, sums, total, shifts, seen, out, normalizer):
+def _finish(sums, total, shifts, seen, out, normalizer):
     good = True
-    for i in range(start, min(start + LANES, out.shape[0])):
-        l = i - start
-        if seen[l] == 0:
+    for i in range(out.shape[0]):
+        if seen[i] == 0:
             normalizer[i] = -np.inf
             out[i] = 0
             continue
-        good &= total[l] > 0 and np.isfinite(total[l])
-        normalizer[i] = (np.log2(total[l]) + shifts[l]) / _LOG2
+        good &= total[i] > 0 and np.isfinite(total[i])
+        normalizer[i] = (np.log2(total[i]) + shifts[i]) / _LOG2
         for c in range(out.shape[1]):
-            good &= np.isfinite(sums[c, l])
-            out[i, c] = sums[c, l] / total[l]
+            good &= np.isfinite(sums[c, i])
+            out[i, c] = sums[c, i] / total[i]
     return good
