@@ -21,7 +21,13 @@ import numpy as np
 
 from fastattn._problem import Head, host_rows
 from fastattn._rounding import cut_weights, smallest_number
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.arrays import (
+    Array,
+    array_namespace,
+    compute_dtype,
+    device_of,
+    to_host,
+)
 
 # the probability with which a sampled certificate is allowed to be wrong
 FAILURE = 0.05
@@ -116,7 +122,8 @@ def logit_spread(head: Head, rng: np.random.Generator) -> Array:
         block = xp.astype(head.query[rows, :], head.dtype, copy=False) - center
         # a row whose spread overflows is a hard one
         with np.errstate(over="ignore", invalid="ignore"):
-            spread[rows] = to_host(xp.sum(xp.matmul(block, root) ** 2, axis=1))
+            turned = xp.matmul(block, root)
+            spread[rows] = to_host(xp.vecdot(turned, turned))
     spread[np.isnan(spread)] = np.inf
     return spread
 
@@ -269,9 +276,10 @@ def scaled_frobenius(x: Array) -> tuple[float, float]:
     peak = max(float(xp.max(xp.abs(x[rows, :]))) for rows in blocks)
     if peak == 0 or not math.isfinite(peak):
         return peak, 0.0
-    total = 0.0
+    dtype, total = compute_dtype(xp, x.dtype), 0.0
     for rows in blocks:
-        total += float(xp.sum((xp.astype(x[rows, :], xp.float64) / peak) ** 2))
+        block = xp.astype(x[rows, :], dtype, copy=False) / peak
+        total += float(xp.sum(xp.vecdot(block, block), dtype=xp.float64))
     return peak, math.sqrt(total)
 
 

@@ -35,8 +35,9 @@ _PARTS = 2
 # landmarks of a first pilot, polynomials of the other
 _LANDMARKS = 64
 _RANK = 128
-# indices that are looked at before all of them, and the share taken beyond what is
-# likely to be enough: a pilot tells the error of any prefix, but of no more
+# indices that are looked at before twice as many, and then all, and the share taken
+# beyond what is likely to be enough: a pilot tells the error of any prefix, but of no
+# more
 _MANY = 640
 _MORE = 1.2
 # a share of the trace, and an error, that are no more than rounding
@@ -258,7 +259,7 @@ class _Search:
 
     def _enough(self, rank: int, error: float, most: int) -> Hermite | None:
         """Somewhat more indices than meet the aim, by the error of ``rank`` of them."""
-        for many in (min(_MANY, most), most):
+        for many in dict.fromkeys(min(x, most) for x in (_MANY, 2 * _MANY, most)):
             hermite, left = self._indices(many)
             if rank <= many:
                 unit = error / float(left[rank - 1])

@@ -10,6 +10,7 @@ from numba import njit
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
 from fastattn._ops.cpu.recurrence import add_polynomial, energies
+from fastattn._ops.cpu.tile_products import combine_functions, weigh_values
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -46,7 +47,7 @@ def key_sums(
             np.matmul(landmarks, y[:-1], out=features[r:])
             _key_features(y, parent, coordinate, factor, features, totals)
             _extremes(shifted, ends[task])
-            np.matmul(features, shifted, out=part)
+            weigh_values(features, shifted, part)
             parts[task, :, :p] += part
         parts[task, :, p] = totals
 
@@ -91,7 +92,8 @@ def query_means(
             _settle(x, spread, good)
             np.matmul(landmarks, x[:-1], out=features[r:])
             _query_features(x, half, shares, *recipe, clamp, features, total)
-            out = np.matmul(features.T, readout, out=value[lo:hi])
+            out = value[lo:hi]
+            combine_functions(features, readout, out)
             if len(far_key):
                 _add_far(block, far_key, far_value, good, total, out)
             _finish(x[-1], total, good, least, bounds, middle, out, logarithm[lo:hi])
