@@ -56,15 +56,16 @@ def query_vjp(
             own = right[: features.shape[1]]
             own[:, :-1] = grad[rows]
             np.matmul(readout, own[:, :-1].T, out=slope)
-            tilt = _judge(
+            tilt, factor = _judge(
                 features, slope, shares, x[-1], elsewhere[rows], partial[rows],
                 least[rows], own, logarithm[rows], drift[rows],
             )  # fmt: skip
             np.matmul(features, own, out=part)
             parts[task] += part
-            _pull_back(x, *recipe, lower, features, slope)
+            _pull_back(x, *recipe, lower, shares, drift[rows], features, slope)
             x[:-1] += landmarks.T @ slope[r:]
             x[-1] = tilt
+            x *= factor
             np.matmul(x.T, projection.T, out=out[rows])
 
     run_blocks(work, range(tasks))
@@ -83,7 +84,8 @@ def key_vjp(
     values = np.empty((m, p), dtype=dtype)
     recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
     lower, offset = np.zeros(r, dtype=dtype), dtype.type(offset)
-    readout = np.ascontiguousarray(weights[:, :p])
+    readout, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(p), p))
+    minus = np.full(_ROWS, -1, dtype=dtype)
     far = np.array(far)
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
@@ -98,12 +100,11 @@ def key_vjp(
             _start(y[-1], features, r)
             _polynomials(y, *recipe, lower, features)
             np.matmul(features.T, readout, out=values[rows])
-            right = np.ones((features.shape[1], p + 1), dtype=dtype)
-            np.subtract(value[rows], middle, out=right[:, :p], dtype=dtype)
-            np.matmul(weights, right.T, out=slope)
+            shifted = np.subtract(value[rows], middle, dtype=dtype)
+            np.matmul(readout, shifted.T, out=slope)
             coordinates = y[:-1].copy()
-            y[-1] = _products(features, slope)
-            _pull_back(y, *recipe, lower, features, slope)
+            y[-1] = _products(features, slope, shares)
+            _pull_back(y, *recipe, lower, shares, minus[: len(shifted)], features, slope)
             y[:-1] += landmarks.T @ slope[r:]
             y[:-1] += coordinates * y[-1]
             np.matmul(y.T, projection.T, out=out[rows])
@@ -134,7 +135,7 @@ def _settle(x, spread, elsewhere):
 def _judge(
     features, slope, shares, shift, elsewhere, partial, least, right, logarithm, drift
 ):
-    # completes what is known of the rows, and the derivatives by their functions
+    # completes what is known of the rows, and what their functions are summed with
     n, p, zero = features.shape[1], right.shape[1] - 1, slope.dtype.type(0)
     mean, mass = np.zeros_like(shift), np.zeros_like(shift)
     for j in range(features.shape[0]):
@@ -160,13 +161,8 @@ def _judge(
         for l in range(p):
             right[i, l] *= factor[i]
         right[i, p] = -drift[i] * factor[i]
-    for j in range(features.shape[0]):
-        push, share = slope[j], shares[j]
-        for i in range(n):
-            push[i] = factor[i] * (push[i] - share * drift[i])
-    for i in range(n):
-        mean[i] = factor[i] * (mean[i] - drift[i] * mass[i])
-    return mean
+        mean[i] -= drift[i] * mass[i]
+    return mean, factor
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
@@ -211,33 +207,42 @@ def _polynomials(x, parent, grandparent, coordinate, factor, lower, features):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _pull_back(x, parent, grandparent, coordinate, factor, lower, features, slope):
-    # puts the derivatives by the coordinates in their place, and leaves slope times
-    # function of the landmarks in slope
+def _pull_back(
+    x, parent, grandparent, coordinate, factor, lower, shares, drift, features, slope
+):
+    # puts the derivatives by the coordinates, of slopes less shares times drift, in
+    # their place, and leaves those of the landmarks times their functions in slope
     n, r, t = features.shape[1], parent.size, x.shape[0] - 1
     for j in range(r, features.shape[0]):
-        row, push = features[j], slope[j]
+        row, push, share = features[j], slope[j], shares[j]
         for i in range(n):
-            push[i] *= row[i]
+            push[i] = (push[i] - share * drift[i]) * row[i]
     back = np.zeros((t, n), dtype=x.dtype)
+    part = np.empty(n, dtype=x.dtype)
     for j in range(r - 1, 0, -1):
         push, source, side = slope[j], features[parent[j]], x[coordinate[j]]
-        left, sum_, w = slope[parent[j]], back[coordinate[j]], factor[j]
+        left, sum_ = slope[parent[j]], back[coordinate[j]]
+        w, share = factor[j], factor[j] * shares[j]
+        # a loop for each row that is written: together they would not vectorise
         for i in range(n):
-            sum_[i] += w * push[i] * source[i]
-            left[i] += w * push[i] * side[i]
+            part[i] = w * push[i] - share * drift[i]
+        for i in range(n):
+            sum_[i] += part[i] * source[i]
+        for i in range(n):
+            left[i] += part[i] * side[i]
         if lower[j] != 0:
-            older, v = slope[grandparent[j]], lower[j]
+            older, v = slope[grandparent[j]], lower[j] / w
             for i in range(n):
-                older[i] -= v * push[i]
+                older[i] -= v * part[i]
     x[:t] = back
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _products(features, slope):
+def _products(features, slope, shares):
+    # of functions with slopes and shares of them
     total = np.zeros(features.shape[1], dtype=features.dtype)
     for j in range(features.shape[0]):
-        row, push = features[j], slope[j]
+        row, push, share = features[j], slope[j], shares[j]
         for i in range(total.size):
-            total[i] += row[i] * push[i]
+            total[i] += row[i] * (push[i] + share)
     return total
