@@ -68,6 +68,7 @@ def query_slopes(
         move(basis.landmarks),
         move(frame.spread / frame.limit),
         move(structure.weights * unit),
+        coarse=structure.coarse,
         **basis.hermite.recipe,
     )
     return slope, to_host(sums) * unit, normalizer, drift + middle
@@ -77,7 +78,11 @@ def key_slopes(
     key: Array, value: Array, far: Array, empty: LowRank, sums: Array
 ) -> tuple[Array, Array]:
     """Differentiate what rows, given by their sums, make of keys that are not far."""
-    basis = empty.basis
+    basis, served = empty.basis, None
+    if empty.coarse and not empty.landmarks:
+        # a derivative by a coordinate is made of the functions that others are made
+        # from; so few do as well for values, which lose no degree
+        served = int(basis.hermite.parent.max()) + 1
     frame = basis.frame
     move = mover(key, compute_dtype(array_namespace(key), key.dtype))
     # the projection onto the basis is symmetric: it serves both sides
@@ -91,6 +96,8 @@ def key_slopes(
         move(empty.middle),
         move(basis.project(sums)),
         offset=frame.offset,
+        served=served,
+        coarse=empty.coarse,
         **basis.hermite.recipe,
     )
     return found

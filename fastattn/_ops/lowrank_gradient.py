@@ -34,6 +34,7 @@ def query_vjp(
     parent: Any,
     coordinate: Any,
     power: Any,
+    coarse: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array, Array]:
     r"""Derivatives by the queries, and the sums over queries that keys need.
 
@@ -49,7 +50,9 @@ def query_vjp(
     nothing. Returns the derivatives of ``sum(grad * answer)``, ``(n, d)``; the sum of
     ``f(x) e^T``, ``(r + c, p + 1)`` in float64, where ``e = exp(s - logarithm) [grad,
     -drift]``; the log-sum-exp of all keys, infinite where a row is not good; and the
-    drift, which is the product of the answer and ``grad``, ``(n,)`` each.
+    drift, which is the product of the answer and ``grad``, ``(n,)`` each. With
+    ``coarse`` a body may round to eight bits what it multiplies, but not for the sums
+    of weights.
     """
     xp, found = array_namespace(query, grad, projection, weights), []
     shared = projection, origin, landmarks, spread, weights
@@ -128,6 +131,8 @@ def key_vjp(
     parent: Any,
     coordinate: Any,
     power: Any,
+    served: int | None = None,
+    coarse: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array]:
     r"""Derivatives by keys and values of ``f(key) @ weights @ [value - middle, 1]``.
 
@@ -135,7 +140,9 @@ def key_vjp(
     offset)`` the functions are ``a y^alpha / sqrt(alpha!)`` and ``a exp(y . p)`` at
     the rows ``p`` of ``landmarks``; keys that are ``far``, boolean ``(m,)``, have none.
     ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``weights`` ``(r + c, p + 1)``; the
-    answers are ``(m, d)`` and ``(m, p)``.
+    answers are ``(m, d)`` and ``(m, p)``. Derivatives by values are made of the first
+    ``served`` functions, all where it is None; with ``coarse`` a body may round to
+    eight bits what those by keys are made of.
     """
     xp = array_namespace(key, value, projection, weights)
     dtype, keys, values = projection.dtype, [], []
@@ -151,7 +158,7 @@ def key_vjp(
         columns = _polynomials(y, first, parent, coordinate, power, False)
         marks = xp.exp(xp.matmul(y, landmarks.T) + log_weight[:, None])
         features = xp.concat([xp.stack(columns, axis=1), marks], axis=1)
-        values.append(xp.matmul(features, weights[:, :-1]))
+        values.append(xp.matmul(features[:, :served], weights[:served, :-1]))
         shifted = xp.astype(value[rows, :], dtype) - middle
         right = xp.concat([shifted, xp.ones_like(shifted[:, :1])], axis=1)
         slope = xp.matmul(right, weights.T)
