@@ -110,7 +110,9 @@ def key_vjp(
             readout.multiply(shifted, wide)
             coordinates = y[:-1].copy()
             y[-1] = _products(features, slope, shares)
-            _pull_back(y, *recipe, lower, shares, minus[: len(shifted)], features, slope)
+            _pull_back(
+                y, *recipe, lower, shares, minus[: len(shifted)], features, slope
+            )
             y[:-1] += landmarks.T @ slope[r:]
             y[:-1] += coordinates * y[-1]
             np.matmul(y.T, projection.T, out=out[rows])
