@@ -55,8 +55,7 @@ class LowRank:
     weights : array, shape (r + c, p + 1)
         The sums projected onto the basis.
     coarse : bool
-        Whether sums, and derivatives, may be made of products of eight bits, and
-        derivatives by values of fewer functions.
+        Whether sums over keys, and derivatives, may be made of products of eight bits.
     """
 
     basis: Basis

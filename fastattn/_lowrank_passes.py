@@ -78,11 +78,7 @@ def key_slopes(
     key: Array, value: Array, far: Array, empty: LowRank, sums: Array
 ) -> tuple[Array, Array]:
     """Differentiate what rows, given by their sums, make of keys that are not far."""
-    basis, served = empty.basis, None
-    if empty.coarse and not empty.landmarks:
-        # a derivative by a coordinate is made of the functions that others are made
-        # from; so few do as well for values, which lose no degree
-        served = int(basis.hermite.parent.max()) + 1
+    basis = empty.basis
     frame = basis.frame
     move = mover(key, compute_dtype(array_namespace(key), key.dtype))
     # the projection onto the basis is symmetric: it serves both sides
@@ -96,7 +92,6 @@ def key_slopes(
         move(empty.middle),
         move(basis.project(sums)),
         offset=frame.offset,
-        served=served,
         coarse=empty.coarse,
         **basis.hermite.recipe,
     )

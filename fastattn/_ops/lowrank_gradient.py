@@ -131,7 +131,6 @@ def key_vjp(
     parent: Any,
     coordinate: Any,
     power: Any,
-    served: int | None = None,
     coarse: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array]:
     r"""Derivatives by keys and values of ``f(key) @ weights @ [value - middle, 1]``.
@@ -140,9 +139,8 @@ def key_vjp(
     offset)`` the functions are ``a y^alpha / sqrt(alpha!)`` and ``a exp(y . p)`` at
     the rows ``p`` of ``landmarks``; keys that are ``far``, boolean ``(m,)``, have none.
     ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``weights`` ``(r + c, p + 1)``; the
-    answers are ``(m, d)`` and ``(m, p)``. Derivatives by values are made of the first
-    ``served`` functions, all where it is None; with ``coarse`` a body may round to
-    eight bits what those by keys are made of.
+    answers are ``(m, d)`` and ``(m, p)``. With ``coarse`` a body may round to eight
+    bits what it multiplies.
     """
     xp = array_namespace(key, value, projection, weights)
     dtype, keys, values = projection.dtype, [], []
@@ -158,7 +156,7 @@ def key_vjp(
         columns = _polynomials(y, first, parent, coordinate, power, False)
         marks = xp.exp(xp.matmul(y, landmarks.T) + log_weight[:, None])
         features = xp.concat([xp.stack(columns, axis=1), marks], axis=1)
-        values.append(xp.matmul(features[:, :served], weights[:served, :-1]))
+        values.append(xp.matmul(features, weights[:, :-1]))
         shifted = xp.astype(value[rows, :], dtype) - middle
         right = xp.concat([shifted, xp.ones_like(shifted[:, :1])], axis=1)
         slope = xp.matmul(right, weights.T)

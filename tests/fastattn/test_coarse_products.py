@@ -28,7 +28,7 @@ def matrices(*shapes):
 @needs_bfloat16
 @pytest.mark.parametrize("n", [32, 33, 128])
 @pytest.mark.parametrize(("size", "p"), [(8, 4), (13, 7), (200, 64), (1, 1)])
-def test_weights_are_read_out_at_rows(size, p, n):
+def test_weights_go_to_rows_and_back(size, p, n):
     weights, rows = matrices((size, p), (n, p))
     out = np.full((tiles_of(size), n), np.nan, np.float32)
     Readout(weights, rounded=True).multiply(rows, out)
@@ -36,6 +36,12 @@ def test_weights_are_read_out_at_rows(size, p, n):
     factors = (weights, rows) if n % 32 else (rounded(weights), rounded(rows))
     want = factors[0].astype(np.float64) @ factors[1].astype(np.float64).T
     np.testing.assert_allclose(out[:size], want, rtol=1e-5, atol=1e-5)
+    (features,) = matrices((size, n))
+    back = np.empty((n, p), np.float32)
+    Readout(weights, rounded=True).read(features, back)
+    other = features if n % 32 else rounded(features)
+    want = other.astype(np.float64).T @ factors[0].astype(np.float64)
+    np.testing.assert_allclose(back, want, rtol=1e-4, atol=1e-4)
 
 
 @needs_bfloat16
@@ -64,7 +70,7 @@ def test_processors_without_pairs_do_not_round(suite, dtype, monkeypatch):
 
 @needs_bfloat16
 @pytest.mark.parametrize(
-    ("suite", "same"), [(_KeySums, [1, 2]), (_KeyVjp, [1]), (_QueryVjp, [2])]
+    ("suite", "same"), [(_KeySums, [1, 2]), (_KeyVjp, []), (_QueryVjp, [2])]
 )
 def test_sums_of_weights_are_not_rounded(suite, same):
     arrays, options = suite().inputs(np.random.default_rng(0), np.float32, 256, 256)
@@ -77,22 +83,6 @@ def test_sums_of_weights_are_not_rounded(suite, same):
         assert far <= 4 * ROUNDING * np.linalg.norm(other[used])
     if suite is _KeySums:
         np.testing.assert_array_equal(found[0][:, -1], fine[0][:, -1])
-
-
-class TestKeyVjpOfFewFunctions(_KeyVjp):
-    def inputs(self, rng, dtype, n, m):
-        arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "served": 5}
-
-    def test_it_is_the_derivative_of_the_sum(self, place):
-        arrays, options = self.inputs(np.random.default_rng(3), np.float64, 1, 9)
-        body = self.op.body(place)
-        keys, values = body(*arrays, **options)
-        whole = body(*arrays, **{**options, "served": None})
-        np.testing.assert_array_equal(keys, whole[0])
-        arrays[7] = np.where(np.arange(len(arrays[7]))[:, None] < 5, arrays[7], 0)
-        _, few = body(*arrays, **{**options, "served": None})
-        np.testing.assert_allclose(values, few, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -112,8 +102,7 @@ def test_coarse_derivatives_err_little_more(is_causal):
         ]
         worst.append(max(errors))
         assert seen >= 0.8 * worst[-1]
-    # values get fewer functions: with them they err as queries and keys do
-    assert worst[1] <= 1.3 * worst[0]
+    assert worst[1] <= 1.02 * worst[0] + 2 * ROUNDING
 
 
 def test_only_tolerances_with_room_are_coarse(monkeypatch):

@@ -79,7 +79,7 @@ def query_vjp(
 
 def key_vjp(
     key, value, far, center, projection, landmarks, middle, weights, *,
-    offset, parent, coordinate, power, served=None, coarse=False,
+    offset, parent, coordinate, power, coarse=False,
 ):  # fmt: skip
     dtype, (m, p) = projection.dtype, value.shape
     r, size = len(parent), len(weights)
@@ -105,7 +105,7 @@ def key_vjp(
             np.matmul(landmarks, y[:-1], out=features[r:])
             _start(y[-1], features, r)
             _polynomials(y, *recipe, lower, features)
-            np.matmul(features[:served].T, own[:served], out=values[rows])
+            readout.read(features, values[rows])
             shifted = np.subtract(value[rows], middle, dtype=dtype, order="C")
             readout.multiply(shifted, wide)
             coordinates = y[:-1].copy()

@@ -28,17 +28,15 @@ def tiles_of(size):
 
 
 class Readout:
-    """Weights of functions, ``(size, p)``, to be multiplied with rows of p numbers."""
+    """Weights of functions, ``(size, p)``, on their way to rows and back."""
 
     def __init__(self, weights, rounded):
         self.weights, self.pairs = weights, None
         if rounded:
-            size, p = weights.shape
-            self.pairs = np.zeros((tiles_of(size), -(-p // 2)), np.uint32)
-            _pack(weights, self.pairs)
+            self.pairs, self.across = _packed(weights), _packed(weights.T.copy())
 
     def multiply(self, rows, out):
-        """Write ``weights @ rows.T``; more than the first rows where it is rounded."""
+        """Write ``weights @ rows.T``; ``out`` has so many lines as tiles do."""
         size, n = len(self.weights), len(rows)
         if self.pairs is None or n % LANES:
             np.matmul(self.weights, rows.T, out=out[:size])
@@ -46,6 +44,24 @@ class Readout:
         lanes = np.empty((n // LANES, self.pairs.shape[1], LANES), np.uint32)
         _pack_lanes(rows, lanes)
         _add_products(lanes, self.pairs, out, 1)
+
+    def read(self, features, out):
+        """Write ``features.T @ weights``, for features with a column for each row."""
+        n = features.shape[1]
+        if self.pairs is None or n % LANES:
+            np.matmul(features.T, self.weights, out=out)
+            return
+        lanes = np.empty((n // LANES, self.across.shape[1], LANES), np.uint32)
+        _pack_columns(features, lanes)
+        across = np.empty((len(self.across), n), np.float32)
+        _add_products(lanes, self.across, across, 1)
+        out[:] = across[: out.shape[1]].T
+
+
+def _packed(x):
+    pairs = np.zeros((tiles_of(len(x)), -(-x.shape[1] // 2)), np.uint32)
+    _pack(x, pairs)
+    return pairs
 
 
 class Sums:
