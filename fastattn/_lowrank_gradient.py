@@ -37,7 +37,7 @@ from sketching._lib.certificate import RefusalError
 # heads with fewer logits than this are differentiated exactly: planning costs as much
 _SMALL = 1 << 24
 # time of the passes of a derivative and its answer, in times of the answer alone
-_PASSES = 3.5
+_PASSES = 3.1
 # error of the answer over that of its derivatives, in standard deviations of a logit:
 # 1/sqrt(g + 1) for Hermite polynomials up to degree g of normal logits, here g = 2
 _LOST = 3.0**-0.5
