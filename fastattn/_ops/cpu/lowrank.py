@@ -10,7 +10,7 @@ from numba import njit
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
 from fastattn._ops.cpu.products import Sums, rounds
-from fastattn._ops.cpu.recurrence import add_polynomial, energies
+from fastattn._ops.cpu.recurrence import add_polynomials, energies
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -195,8 +195,8 @@ def _query_features(
     for i in range(n):
         features[0, i] = x.dtype.type(1)
         total[i] = shares[0]
+    add_polynomials(x, parent, grandparent, coordinate, factor, lower, features)
     for j in range(1, r):
-        add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features)
         row, share = features[j], shares[j]
         for i in range(n):
             total[i] += share * row[i]

@@ -9,7 +9,7 @@ from numba import njit
 
 from fastattn._ops.cpu.blocks import span_of
 from fastattn._ops.cpu.products import Readout, Sums, rounds, tiles_of
-from fastattn._ops.cpu.recurrence import add_polynomial, energies
+from fastattn._ops.cpu.recurrence import add_polynomials, energies
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -55,7 +55,7 @@ def query_vjp(
             _settle(x, spread, elsewhere[rows])
             np.matmul(landmarks, x[:-1], out=features[r:])
             features[0] = 1
-            _polynomials(x, *recipe, lower, features)
+            add_polynomials(x, *recipe, lower, features)
             _at_landmarks(half, clamp, features[r:])
             own = np.array(grad[rows], dtype=dtype, order="C")
             readout.multiply(own, wide)
@@ -104,7 +104,7 @@ def key_vjp(
             _weigh(y, offset, far[rows])
             np.matmul(landmarks, y[:-1], out=features[r:])
             _start(y[-1], features, r)
-            _polynomials(y, *recipe, lower, features)
+            add_polynomials(y, *recipe, lower, features)
             readout.read(features, values[rows])
             shifted = np.subtract(value[rows], middle, dtype=dtype, order="C")
             readout.multiply(shifted, wide)
@@ -205,12 +205,6 @@ def _at_landmarks(half, clamp, features):
         row, h = features[j], half[j]
         for i in range(row.size):
             row[i] = exp(-maximum(h - row[i], -clamp))
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _polynomials(x, parent, grandparent, coordinate, factor, lower, features):
-    for j in range(1, parent.size):
-        add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
