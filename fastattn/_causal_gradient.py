@@ -7,6 +7,7 @@ and from the sums over all rows of the chunks behind.
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from fastattn._backward import Backward, Slopes, spread, take
 from fastattn._causal_prefixes import LowRankPrefix, lowrank_prefixes
 from fastattn._lowrank import LowRank
 from fastattn._lowrank_passes import key_slopes, query_slopes
+from fastattn._ops.gradient import attend_vjp
 from fastattn._probes import join
 from fastattn._problem import Head
 from fastattn.causal import chunks_of, each, part_of
@@ -113,22 +115,53 @@ class _Causal:
                 for x in (part.query, part.key, part.value)
             )
             return *slopes, grad[:, 0], grad[:, 0], sums
-        answer, normalizer = self._beside(part, keys.start)
-        normalizer = xp.where(self.hard[rows], xp.inf, normalizer)
-        drift, slope = xp.sum(grad * answer, axis=1), None
-        if k:
-            prefix = self.prefixes[k - 1]
-            slope, sums, normalizer, drift = query_slopes(
-                part, grad, prefix.structure, normalizer, drift, prefix.near_mean
-            )
-        query, *rest = Backward(part, grad, normalizer, drift).exact(None, None)
-        query = query if slope is None else query + slope
-        return query, *rest, normalizer, drift, sums
+        found = {}
 
-    def _beside(self, part: Head, start: int) -> tuple[Array, Array]:
-        """Answer rows over what is exact: their chunk, and far keys before it."""
-        own, far = part.attend(), self.far[: np.searchsorted(self.far, start)]
-        if not len(far):
-            return own
-        key, value = (take(x, far) for x in (self.head.key, self.head.value))
-        return join(own, replace(part, key=key, value=value, visible=None).attend())
+        def beside(some: slice, normalizer: Array, drift: Array) -> tuple[Array, Array]:
+            some = slice(rows.start + some.start, rows.start + some.stop)
+            found[some.start] = self._before(k, some, normalizer, drift)
+            return found[some.start][:2]
+
+        query, key, value = attend_vjp(
+            xp.astype(part.query, grad.dtype, copy=False),
+            part.key,
+            part.value,
+            grad,
+            scale=part.scale,
+            visible=part.visible,
+            beside=beside,
+        )
+        normalizer, drift, slope, more = zip(
+            *(found[start] for start in sorted(found)), strict=True
+        )
+        query = query + xp.concat(list(slope))
+        known = xp.concat(list(normalizer)), xp.concat(list(drift))
+        return query, key, value, *known, sum(more, sums)
+
+    def _before(
+        self, k: int, rows: slice, normalizer: Array, drift: Array
+    ) -> tuple[Any, ...]:
+        """Add the keys before a chunk to what some of its rows know of those in it.
+
+        Returns their log-sum-exps and drifts over all keys, their derivatives over
+        those that are not far, and what the keys need to know of them.
+        """
+        head, grad, start = self.head, self.grad[rows, :], self.chunks[k][1].start
+        xp, few = head.xp, replace(head, query=head.query[rows, :], visible=None)
+        far = self.far[: np.searchsorted(self.far, start)]
+        if len(far):
+            key, value = (take(x, far) for x in (head.key, head.value))
+            answer, more = replace(few, key=key, value=value).attend()
+            moved = xp.sum(grad * answer, axis=1)
+            both, normalizer = join(
+                (drift[:, None], normalizer), (moved[:, None], more)
+            )
+            drift = both[:, 0]
+        normalizer = xp.where(self.hard[rows], xp.inf, normalizer)
+        if k == 0:
+            return normalizer, drift, xp.zeros_like(few.query, dtype=grad.dtype), 0.0
+        prefix = self.prefixes[k - 1]
+        slope, sums, normalizer, drift = query_slopes(
+            few, grad, prefix.structure, normalizer, drift, prefix.near_mean
+        )
+        return normalizer, drift, slope, sums

@@ -54,6 +54,8 @@ class LowRank:
         Far keys less the centre, and their values less ``middle``.
     weights : array, shape (r + c, p + 1)
         The sums projected onto the basis.
+    coarse : bool
+        Whether sums over keys, and derivatives, may be made of products of eight bits.
     """
 
     basis: Basis
@@ -64,6 +66,7 @@ class LowRank:
     far_key: Array
     far_value: Array
     weights: Array
+    coarse: bool = False
 
     @staticmethod
     def plan(
@@ -178,6 +181,7 @@ class LowRank:
             move(self.middle),
             offset=frame.offset,
             longest=frame.longest,
+            coarse=self.coarse,
             **self.basis.hermite.recipe,
         )
         rows = np.flatnonzero(to_host(far))

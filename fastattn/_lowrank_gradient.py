@@ -37,12 +37,14 @@ from sketching._lib.certificate import RefusalError
 # heads with fewer logits than this are differentiated exactly: planning costs as much
 _SMALL = 1 << 24
 # time of the passes of a derivative and its answer, in times of the answer alone
-_PASSES = 3.5
+_PASSES = 3.1
 # error of the answer over that of its derivatives, in standard deviations of a logit:
 # 1/sqrt(g + 1) for Hermite polynomials up to degree g of normal logits, here g = 2
 _LOST = 3.0**-0.5
 # the share of what that allows which is aimed at: pilots show the answer's error only
 _AIM = 0.7
+# tolerances that leave room for products of eight bits
+_COARSE_ENOUGH = 0.005
 # share of the rows that may be done exactly because they are out of reach
 _MENDED = 0.02
 # tries, how far the first may miss, and what is left to the second
@@ -107,7 +109,8 @@ def slopes_if_they_pay(
         least = math.inf
         for empty in structures:
             try:
-                slopes, error = lowrank_slopes(head, grad, empty, rng, SLACK * tol)
+                some = replace(empty, coarse=tol >= _COARSE_ENOUGH)
+                slopes, error = lowrank_slopes(head, grad, some, rng, SLACK * tol)
             except RefusalError:
                 return None
             if error <= SLACK * tol:

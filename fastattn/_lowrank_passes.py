@@ -68,6 +68,7 @@ def query_slopes(
         move(basis.landmarks),
         move(frame.spread / frame.limit),
         move(structure.weights * unit),
+        coarse=structure.coarse,
         **basis.hermite.recipe,
     )
     return slope, to_host(sums) * unit, normalizer, drift + middle
@@ -91,6 +92,7 @@ def key_slopes(
         move(empty.middle),
         move(basis.project(sums)),
         offset=frame.offset,
+        coarse=empty.coarse,
         **basis.hermite.recipe,
     )
     return found

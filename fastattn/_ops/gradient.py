@@ -1,5 +1,7 @@
 """The derivative of exact softmax attention over blocks of rows."""
 
+from collections.abc import Callable
+
 from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
@@ -18,6 +20,7 @@ def attend_vjp(
     visible: Array | None,
     log_normalizer: Array | None = None,
     drift: Array | None = None,
+    beside: Callable[[slice, Array, Array], tuple[Array, Array]] | None = None,
 ) -> tuple[Array, Array, Array]:
     r"""Derivatives of ``sum(grad * attention)`` by query, key and value of one head.
 
@@ -27,7 +30,9 @@ def attend_vjp(
     ``grad`` ``(n, p)``. Row ``i`` sees the first ``visible[i]`` keys, all where it is
     None; a row that sees none adds nothing. Where ``log_normalizer`` and ``drift``,
     ``(n,)``, are given the keys are some of those that made them, and ``P`` is
-    ``exp(logits - log_normalizer)``. Computed in the dtype of ``query``.
+    ``exp(logits - log_normalizer)``. Where those are not known yet, ``beside`` is asked
+    for them: with a slice of rows, their log-sum-exps and their drifts over these keys.
+    Computed in the dtype of ``query``.
     """
     xp = array_namespace(query, key, value, grad)
     dtype, n, m = query.dtype, query.shape[0], key.shape[0]
@@ -43,12 +48,16 @@ def attend_vjp(
             hidden = number[None, :] >= visible[block, None]
             logits = xp.where(hidden, xp.full_like(logits, -xp.inf), logits)
         if log_normalizer is None or drift is None:
-            weights = _softmax(logits)
+            weights, known = _softmax(logits)
             mean = xp.sum(weights * change, axis=1)
+            if beside is not None:
+                known, mean = beside(block, known, mean)
         else:
-            logits = logits - log_normalizer[block, None]
-            weights = xp.exp(xp.where(logits < 0, logits, xp.zeros_like(logits)))
-            mean = drift[block]
+            known, mean = log_normalizer[block], drift[block]
+        if log_normalizer is not None or beside is not None:
+            # hidden keys have no weight, whatever is known
+            less = xp.where(logits == -xp.inf, logits, logits - known[:, None])
+            weights = xp.exp(xp.where(less < 0, less, xp.zeros_like(less)))
         change = weights * (change - mean[:, None])
         value_sum = value_sum + _products(weights.T, grad[block, :].T)
         key_sum = key_sum + _products(change.T, scaled.T)
@@ -57,13 +66,16 @@ def attend_vjp(
     return xp.concat(query_parts, axis=0), key_sum, value_sum
 
 
-def _softmax(logits: Array) -> Array:
-    """Weights of each row; zeros where no logit is finite."""
+def _softmax(logits: Array) -> tuple[Array, Array]:
+    """Weights of each row, zeros where no logit is finite, and log-sum-exps."""
     xp = array_namespace(logits)
+    if logits.shape[1] == 0:
+        return logits, xp.sum(logits, axis=1) - xp.inf
     peak = xp.max(logits, axis=1, keepdims=True)
     weights = xp.exp(logits - xp.where(xp.isfinite(peak), peak, xp.zeros_like(peak)))
     total = xp.sum(weights, axis=1, keepdims=True)
-    return weights / xp.where(total == 0, xp.ones_like(total), total)
+    safe = xp.where(total == 0, xp.ones_like(total), total)
+    return weights / safe, (peak + xp.log(safe))[:, 0]
 
 
 def _products(x: Array, y: Array) -> Array:

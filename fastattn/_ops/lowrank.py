@@ -36,6 +36,7 @@ def key_sums(
     parent: Any,
     coordinate: Any,
     power: Any,
+    coarse: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array]:
     r"""Sum over keys of every function times weight times ``[value - middle, 1]``.
 
@@ -44,7 +45,8 @@ def key_sums(
     ``y^alpha / sqrt(alpha!)`` and ``exp(y . p)`` at the rows ``p`` of ``landmarks``.
     Keys with ``|key - center|^2 > longest``, or with exponents beyond ``LARGEST``,
     are far and left out. ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``projection``
-    ``(d, t + 1)``, ``landmarks`` ``(c, t)``.
+    ``(d, t + 1)``, ``landmarks`` ``(c, t)``. With ``coarse`` a body may round functions
+    and values to eight bits, but not for the sums of weights.
 
     Returns the sums in float64, ``(r + c, p + 1)``, the least and the largest of
     ``value - middle``, ``(2, p)``, and which keys are far, boolean ``(m,)``.

@@ -34,6 +34,7 @@ def query_vjp(
     parent: Any,
     coordinate: Any,
     power: Any,
+    coarse: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array, Array]:
     r"""Derivatives by the queries, and the sums over queries that keys need.
 
@@ -49,7 +50,9 @@ def query_vjp(
     nothing. Returns the derivatives of ``sum(grad * answer)``, ``(n, d)``; the sum of
     ``f(x) e^T``, ``(r + c, p + 1)`` in float64, where ``e = exp(s - logarithm) [grad,
     -drift]``; the log-sum-exp of all keys, infinite where a row is not good; and the
-    drift, which is the product of the answer and ``grad``, ``(n,)`` each.
+    drift, which is the product of the answer and ``grad``, ``(n,)`` each. With
+    ``coarse`` a body may round to eight bits what it multiplies, but not for the sums
+    of weights.
     """
     xp, found = array_namespace(query, grad, projection, weights), []
     shared = projection, origin, landmarks, spread, weights
@@ -128,6 +131,7 @@ def key_vjp(
     parent: Any,
     coordinate: Any,
     power: Any,
+    coarse: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array]:
     r"""Derivatives by keys and values of ``f(key) @ weights @ [value - middle, 1]``.
 
@@ -135,7 +139,8 @@ def key_vjp(
     offset)`` the functions are ``a y^alpha / sqrt(alpha!)`` and ``a exp(y . p)`` at
     the rows ``p`` of ``landmarks``; keys that are ``far``, boolean ``(m,)``, have none.
     ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``weights`` ``(r + c, p + 1)``; the
-    answers are ``(m, d)`` and ``(m, p)``.
+    answers are ``(m, d)`` and ``(m, p)``. With ``coarse`` a body may round to eight
+    bits what it multiplies.
     """
     xp = array_namespace(key, value, projection, weights)
     dtype, keys, values = projection.dtype, [], []

@@ -63,6 +63,41 @@ class TestAttendVjpOfSomeKeys(TestAttendVjp):
         return arrays, {**options, **{k: x.astype(dtype) for k, x in known.items()}}
 
 
+class TestAttendVjpBeside(TestAttendVjp):
+    def inputs(self, rng, dtype, n, m):
+        arrays, options = super().inputs(rng, dtype, n, m)
+        # rows that see none of the keys, and rows that are to add nothing
+        visible, hard = rng.integers(0, m + 1, n), rng.random(n) < 0.1
+        other, moved = rng.standard_normal((2, n)).astype(dtype)
+
+        def beside(rows, log_normalizer, drift):
+            both = np.logaddexp(log_normalizer, other[rows])
+            share = np.exp(log_normalizer - both)
+            both[hard[rows]] = np.inf
+            return both, share * drift + (1 - share) * moved[rows]
+
+        return arrays, {**options, "visible": visible, "beside": beside}
+
+    def test_rows_beside_no_keys_are_asked_too(self, place):
+        (query, key, value, grad), options = self.inputs(
+            np.random.default_rng(0), np.float64, 40, 1
+        )
+        asked = []
+
+        def beside(rows, log_normalizer, drift):
+            assert np.all(log_normalizer == -np.inf)
+            assert np.all(drift == 0)
+            asked.extend(range(rows.start, rows.stop))
+            return log_normalizer, drift
+
+        slopes = self.op.body(place)(
+            query, key[:0], value[:0], grad, **{**options, "beside": beside}
+        )
+        assert sorted(asked) == list(range(40))
+        assert [x.shape for x in slopes] == [(40, 5), (0, 5), (0, 3)]
+        np.testing.assert_array_equal(slopes[0], 0)
+
+
 @given(
     n=st.integers(1, 12),
     m=st.integers(1, 12),

@@ -21,6 +21,8 @@ FEWEST = 32
 _STEPS, _FEWEST_SEEING = 8, 64
 # the products that a block of queries keeps stay below this many bytes
 _LARGEST_KEPT = 1 << 27
+# and those of the blocks that wait for what is known beside their keys below this many
+_LARGEST_GROUP = 1 << 24
 # tasks, each with its own sums over queries: a number that does not depend on the
 # threads, so that the answer does not; fewer where sums would exceed so many bytes
 _TASKS = 16
@@ -29,15 +31,18 @@ _LARGEST_PARTS = 1 << 26
 
 
 def attend_vjp(
-    query, key, value, grad, *, scale, visible, log_normalizer=None, drift=None
-):
+    query, key, value, grad, *, scale, visible, log_normalizer=None, drift=None,
+    beside=None,
+):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
     kept, part = 2 * m * dtype.itemsize, m * (d + p) * dtype.itemsize
     rows = min(ROWS, max(FEWEST, _LARGEST_KEPT // max(kept, 1)))
     if visible is not None:
         rows = min(rows, max(_FEWEST_SEEING, n // _STEPS))
+    blocks = 1 if beside is None else max(1, _LARGEST_GROUP // max(kept * rows, 1))
+    group = rows * min(blocks, -(-n // rows))
     tasks = min(_TASKS, max(_FEWEST_TASKS, _LARGEST_PARTS // max(part, 1)))
-    span = rows * max(1, -(-n // (rows * tasks)))
+    span = group * max(1, -(-n // (group * tasks)))
     tasks = -(-n // span)
     query_slope = np.zeros((n, d), dtype=dtype)
     key_parts = np.zeros((tasks, m, d), dtype=dtype)
@@ -48,21 +53,31 @@ def attend_vjp(
     def work(task):
         sums = key_parts[task], value_parts[task]
         # once a task: fresh memory costs as much as a product
-        buffers = np.empty((2, min(rows, n) * m), dtype=dtype)
-        for start in range(task * span, min((task + 1) * span, n), rows):
-            block = slice(start, min(start + rows, n))
-            seen = None if visible is None else visible[block]
-            known = None
-            if log_normalizer is not None:
-                known = log_normalizer[block], drift[block]
-            # in float64: a scale, and a query, of extreme size may only meet halfway
-            scaled = np.multiply(query[block], scale, dtype=np.float64).astype(dtype)
-            _add_rows(
-                scaled, key, value, grad[block].astype(dtype, copy=False),
-                seen, known, buffers, query_slope[block], *sums,
-            )  # fmt: skip
-            slope = query_slope[block]
-            np.multiply(slope, scale, out=slope, dtype=np.float64, casting="same_kind")
+        buffers = np.empty((2, min(group, n) * m), dtype=dtype)
+        for first in range(task * span, min((task + 1) * span, n), group):
+            last, some = min(first + group, n), []
+            for start in range(first, last, rows):
+                own = slice(start, min(start + rows, last))
+                # in float64: a scale, and a query, of extreme size may only meet
+                # halfway
+                scaled = np.multiply(query[own], scale, dtype=np.float64).astype(dtype)
+                block = _Block(own, scaled, grad[own].astype(dtype, copy=False))
+                block.weigh(
+                    key, value, None if visible is None else visible[own],
+                    None if log_normalizer is None else log_normalizer[own],
+                    buffers[:, (start - first) * m :],
+                )  # fmt: skip
+                some.append(block)
+            if beside is not None:
+                _settle(some, beside)
+            for block in some:
+                if drift is not None:
+                    block.drift = drift[block.rows].astype(dtype, copy=False)
+                slope = query_slope[block.rows]
+                block.add(key, slope, *sums)
+                np.multiply(
+                    slope, scale, out=slope, dtype=np.float64, casting="same_kind"
+                )
 
     run_blocks(work, range(tasks))
     return query_slope, _total(key_parts), _total(value_parts)
@@ -72,43 +87,64 @@ def _total(parts):
     return parts[0] if len(parts) == 1 else parts.sum(axis=0)
 
 
-def _add_rows(
-    query, key, value, grad, visible, known, buffers, query_sum, key_sum, value_sum
-):
-    """Add what one block of rows has to say to the three sums."""
-    n, dtype = len(query), query.dtype
-    last = len(key) if visible is None else min(len(key), int(visible.max()))
-    spans = [slice(start, min(start + KEYS, last)) for start in range(0, last, KEYS)]
-    if not spans:
-        return
-    peak, total, mean = np.empty((3, len(spans), n), dtype=dtype)
-    blocks = []
-    for c, keys in enumerate(spans):
-        # contiguous, the last one too: strided rows would not vectorise
-        place, shape = slice(n * keys.start, n * keys.stop), (n, keys.stop - keys.start)
-        weights, change = (buffer[place].reshape(shape) for buffer in buffers)
-        np.matmul(query, key[keys].astype(dtype, copy=False).T, out=weights)
-        np.matmul(grad, value[keys].astype(dtype, copy=False).T, out=change)
-        count = np.full(n, shape[1]) if visible is None else visible - keys.start
+def _settle(blocks, beside):
+    """Ask what is known of the rows of some blocks over all keys."""
+    rows = slice(blocks[0].rows.start, blocks[-1].rows.stop)
+    own = np.concatenate([x.normalizer for x in blocks])
+    normalizer, drift = beside(rows, own, np.concatenate([x.drift for x in blocks]))
+    # rows that see none of these keys have no weights
+    share = np.exp(np.where(own == -np.inf, own, own - normalizer))
+    for block in blocks:
+        some = slice(block.rows.start - rows.start, block.rows.stop - rows.start)
+        block.factor *= share[some]
+        block.drift = drift[some]
+
+
+class _Block:
+    """A block of rows, which keeps weights between two passes over the keys."""
+
+    def __init__(self, rows, query, grad):
+        self.rows, self.query, self.grad = rows, query, grad
+
+    def weigh(self, key, value, visible, known, buffers):
+        """Exponentiate logits, relative to what normalizers are known or to peaks."""
+        n, dtype = len(self.query), self.query.dtype
+        last = len(key) if visible is None else min(len(key), int(visible.max()))
+        spans = [slice(lo, min(lo + KEYS, last)) for lo in range(0, last, KEYS)]
+        peak, total, mean = np.empty((3, len(spans), n), dtype=dtype)
+        self.parts = []
+        for c, keys in enumerate(spans):
+            # contiguous, the last one too: strided rows would not vectorise
+            place, width = slice(n * keys.start, n * keys.stop), keys.stop - keys.start
+            weights, change = (x[place].reshape(n, width) for x in buffers)
+            np.matmul(self.query, key[keys].astype(dtype, copy=False).T, out=weights)
+            np.matmul(self.grad, value[keys].astype(dtype, copy=False).T, out=change)
+            count = np.full(n, width) if visible is None else visible - keys.start
+            if known is None:
+                _soften(weights, change, count, peak[c], total[c], mean[c])
+            else:
+                _exponentiate(weights, count, known)
+            self.parts.append((keys, weights, change))
         if known is None:
-            _soften(weights, change, count, peak[c], total[c], mean[c])
+            self.factor, self.drift, self.normalizer = _combine(peak, total, mean)
         else:
-            _exponentiate(weights, count, known[0])
-        blocks.append((keys, weights, change))
-    if known is None:
-        factor, drift, _ = _combine(peak, total, mean)
-    else:
-        factor, drift = np.ones_like(peak), known[1].astype(dtype, copy=False)
-    for c, (keys, weights, change) in enumerate(blocks):
-        _differentiate(weights, change, factor[c], drift)
-        value_sum[keys] += weights.T @ grad
-        key_sum[keys] += change.T @ query
-        query_sum += change @ key[keys].astype(dtype, copy=False)
+            self.factor = np.ones_like(peak)
+
+    def add(self, key, query_sum, key_sum, value_sum):
+        """Add what the rows have to say to the three sums."""
+        dtype = self.query.dtype
+        for (keys, weights, change), factor in zip(
+            self.parts, self.factor, strict=True
+        ):
+            _differentiate(weights, change, factor, self.drift)
+            value_sum[keys] += weights.T @ self.grad
+            key_sum[keys] += change.T @ self.query
+            query_sum += change @ key[keys].astype(dtype, copy=False)
 
 
 def _combine(peak, total, mean):
     """Factors of the weights of each block of keys; drift and log-sum-exp of rows."""
-    top = peak.max(axis=0)
+    top = peak.max(axis=0, initial=-np.inf)
     factor = np.exp(peak - np.where(np.isfinite(top), top, 0))
     whole = np.sum(factor * total, axis=0)
     factor /= np.where(whole == 0, 1, whole)

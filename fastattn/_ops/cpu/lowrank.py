@@ -9,8 +9,9 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
-from fastattn._ops.cpu.recurrence import add_polynomial, energies
-from fastattn._ops.cpu.tile_products import combine_functions, weigh_values
+from fastattn._ops.cpu.products import Sums, rounds
+from fastattn._ops.cpu.recurrence import add_polynomials, energies
+from fastattn._ops.cpu.tile_products import combine_functions
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -18,14 +19,15 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 def key_sums(
     key, value, center, projection, landmarks, middle, *,
-    offset, longest, parent, coordinate, power,
+    offset, longest, parent, coordinate, power, coarse=False,
 ):  # fmt: skip
     dtype = projection.dtype
     m, p = value.shape
     r, c = len(parent), len(landmarks)
     span = span_of(m, (r + c) * (p + 1) * 8)
     tasks = -(-m // span)
-    parts = np.zeros((tasks, r + c, p + 1))
+    parts = np.empty((tasks, r + c, p + 1))
+    rounded = rounds(coarse, dtype)
     ends = np.full((tasks, 2, p), np.inf, dtype=dtype)
     ends[:, 1] *= -1
     far = np.empty(m, dtype=np.bool_)
@@ -35,7 +37,7 @@ def key_sums(
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
     def work(task):
         flat = np.empty((r + c) * ROWS, dtype=dtype)
-        part = np.empty((r + c, p), dtype=dtype)
+        sums = Sums(r + c, p, ROWS, rounded, dtype)
         totals = np.zeros(r + c)
         for lo in range(task * span, min((task + 1) * span, m), ROWS):
             hi = min(lo + ROWS, m)
@@ -47,9 +49,8 @@ def key_sums(
             np.matmul(landmarks, y[:-1], out=features[r:])
             _key_features(y, parent, coordinate, factor, features, totals)
             _extremes(shifted, ends[task])
-            weigh_values(features, shifted, part)
-            parts[task, :, :p] += part
-        parts[task, :, p] = totals
+            sums.add(features, shifted)
+        parts[task, :, :p], parts[task, :, p] = sums.total(), totals
 
     run_blocks(work, range(tasks))
     low, high = ends[:, 0].min(axis=0), ends[:, 1].max(axis=0)
@@ -196,8 +197,8 @@ def _query_features(
     for i in range(n):
         features[0, i] = x.dtype.type(1)
         total[i] = shares[0]
+    add_polynomials(x, parent, grandparent, coordinate, factor, lower, features)
     for j in range(1, r):
-        add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features)
         row, share = features[j], shares[j]
         for i in range(n):
             total[i] += share * row[i]

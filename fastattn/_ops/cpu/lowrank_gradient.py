@@ -8,7 +8,8 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import span_of
-from fastattn._ops.cpu.recurrence import add_polynomial, energies
+from fastattn._ops.cpu.products import Readout, Sums, rounds, tiles_of
+from fastattn._ops.cpu.recurrence import add_polynomials, energies
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -19,7 +20,7 @@ _ROWS = 128
 
 def query_vjp(
     query, grad, elsewhere, partial, least, projection, origin, landmarks, spread,
-    weights, *, parent, coordinate, power,
+    weights, *, parent, coordinate, power, coarse=False,
 ):  # fmt: skip
     dtype, n = projection.dtype, len(query)
     r, (size, width) = len(parent), weights.shape
@@ -32,7 +33,9 @@ def query_vjp(
     lower = np.sqrt((power - 1) / power).astype(dtype)
     recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
     origin, clamp = origin[:, None], dtype.type(CLAMP)
-    readout, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(-1), -1))
+    values, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(-1), -1))
+    rounded = rounds(coarse, dtype)
+    readout = Readout(values, rounded)
     # copies: read-only arrays would be compiled for once more
     spread, elsewhere, partial, least = (
         np.array(x, dtype=dtype) for x in (spread, elsewhere, partial, least)
@@ -40,32 +43,34 @@ def query_vjp(
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
     def work(task):
-        buffers = np.empty((2, size * _ROWS), dtype=dtype)
-        part = np.empty((size, width), dtype=dtype)
-        right = np.empty((_ROWS, width), dtype=dtype)
+        buffers = np.empty((2, tiles_of(size) * _ROWS), dtype=dtype)
+        sums = Sums(size, width - 1, _ROWS, rounded, dtype)
+        masses = np.zeros(size)
         for lo in range(task * span, min((task + 1) * span, n), _ROWS):
             rows = slice(lo, min(lo + _ROWS, n))
-            features, slope = _cut(buffers, size, rows)
+            features, wide = _cut(buffers, rows)
+            features, slope = features[:size], wide[:size]
             x = projection.T @ query[rows].astype(dtype, copy=False).T
             x -= origin
             _settle(x, spread, elsewhere[rows])
             np.matmul(landmarks, x[:-1], out=features[r:])
             features[0] = 1
-            _polynomials(x, *recipe, lower, features)
+            add_polynomials(x, *recipe, lower, features)
             _at_landmarks(half, clamp, features[r:])
-            own = right[: features.shape[1]]
-            own[:, :-1] = grad[rows]
-            np.matmul(readout, own[:, :-1].T, out=slope)
-            tilt = _judge(
+            own = np.array(grad[rows], dtype=dtype, order="C")
+            readout.multiply(own, wide)
+            tilt, factor = _judge(
                 features, slope, shares, x[-1], elsewhere[rows], partial[rows],
                 least[rows], own, logarithm[rows], drift[rows],
             )  # fmt: skip
-            np.matmul(features, own, out=part)
-            parts[task] += part
-            _pull_back(x, *recipe, lower, features, slope)
+            sums.add(features, own)
+            masses -= features @ (factor * drift[rows])
+            _pull_back(x, *recipe, lower, shares, drift[rows], features, slope)
             x[:-1] += landmarks.T @ slope[r:]
             x[-1] = tilt
+            x *= factor
             np.matmul(x.T, projection.T, out=out[rows])
+        parts[task, :, :-1], parts[task, :, -1] = sums.total(), masses
 
     run_blocks(work, range(tasks))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -74,7 +79,7 @@ def query_vjp(
 
 def key_vjp(
     key, value, far, center, projection, landmarks, middle, weights, *,
-    offset, parent, coordinate, power,
+    offset, parent, coordinate, power, coarse=False,
 ):  # fmt: skip
     dtype, (m, p) = projection.dtype, value.shape
     r, size = len(parent), len(weights)
@@ -83,27 +88,31 @@ def key_vjp(
     values = np.empty((m, p), dtype=dtype)
     recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
     lower, offset = np.zeros(r, dtype=dtype), dtype.type(offset)
-    readout = np.ascontiguousarray(weights[:, :p])
+    own, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(p), p))
+    readout = Readout(own, rounds(coarse, dtype))
+    minus = np.full(_ROWS, -1, dtype=dtype)
     far = np.array(far)
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
     def work(task):
-        buffers = np.empty((2, size * _ROWS), dtype=dtype)
+        buffers = np.empty((2, tiles_of(size) * _ROWS), dtype=dtype)
         for lo in range(task * span, min((task + 1) * span, m), _ROWS):
             rows = slice(lo, min(lo + _ROWS, m))
-            features, slope = _cut(buffers, size, rows)
+            features, wide = _cut(buffers, rows)
+            features, slope = features[:size], wide[:size]
             y = projection.T @ np.subtract(key[rows], center, dtype=dtype).T
             _weigh(y, offset, far[rows])
             np.matmul(landmarks, y[:-1], out=features[r:])
             _start(y[-1], features, r)
-            _polynomials(y, *recipe, lower, features)
-            np.matmul(features.T, readout, out=values[rows])
-            right = np.ones((features.shape[1], p + 1), dtype=dtype)
-            np.subtract(value[rows], middle, out=right[:, :p], dtype=dtype)
-            np.matmul(weights, right.T, out=slope)
+            add_polynomials(y, *recipe, lower, features)
+            readout.read(features, values[rows])
+            shifted = np.subtract(value[rows], middle, dtype=dtype, order="C")
+            readout.multiply(shifted, wide)
             coordinates = y[:-1].copy()
-            y[-1] = _products(features, slope)
-            _pull_back(y, *recipe, lower, features, slope)
+            y[-1] = _products(features, slope, shares)
+            _pull_back(
+                y, *recipe, lower, shares, minus[: len(shifted)], features, slope
+            )
             y[:-1] += landmarks.T @ slope[r:]
             y[:-1] += coordinates * y[-1]
             np.matmul(y.T, projection.T, out=out[rows])
@@ -112,9 +121,9 @@ def key_vjp(
     return out, values
 
 
-def _cut(buffers, size, rows):
+def _cut(buffers, rows):
     """Matrices with a column for each row of a block."""
-    count = rows.stop - rows.start
+    count, size = rows.stop - rows.start, buffers.shape[1] // _ROWS
     return buffers[:, : size * count].reshape(2, size, count)
 
 
@@ -134,8 +143,8 @@ def _settle(x, spread, elsewhere):
 def _judge(
     features, slope, shares, shift, elsewhere, partial, least, right, logarithm, drift
 ):
-    # completes what is known of the rows, and the derivatives by their functions
-    n, p, zero = features.shape[1], right.shape[1] - 1, slope.dtype.type(0)
+    # completes what is known of the rows, and what their functions are summed with
+    n, p, zero = features.shape[1], right.shape[1], slope.dtype.type(0)
     mean, mass = np.zeros_like(shift), np.zeros_like(shift)
     for j in range(features.shape[0]):
         row, push, share = features[j], slope[j], shares[j]
@@ -159,14 +168,8 @@ def _judge(
                 slope[j, i] = zero
         for l in range(p):
             right[i, l] *= factor[i]
-        right[i, p] = -drift[i] * factor[i]
-    for j in range(features.shape[0]):
-        push, share = slope[j], shares[j]
-        for i in range(n):
-            push[i] = factor[i] * (push[i] - share * drift[i])
-    for i in range(n):
-        mean[i] = factor[i] * (mean[i] - drift[i] * mass[i])
-    return mean
+        mean[i] -= drift[i] * mass[i]
+    return mean, factor
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
@@ -205,39 +208,42 @@ def _at_landmarks(half, clamp, features):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _polynomials(x, parent, grandparent, coordinate, factor, lower, features):
-    for j in range(1, parent.size):
-        add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _pull_back(x, parent, grandparent, coordinate, factor, lower, features, slope):
-    # puts the derivatives by the coordinates in their place, and leaves slope times
-    # function of the landmarks in slope
+def _pull_back(
+    x, parent, grandparent, coordinate, factor, lower, shares, drift, features, slope
+):
+    # puts the derivatives by the coordinates, of slopes less shares times drift, in
+    # their place, and leaves those of the landmarks times their functions in slope
     n, r, t = features.shape[1], parent.size, x.shape[0] - 1
     for j in range(r, features.shape[0]):
-        row, push = features[j], slope[j]
+        row, push, share = features[j], slope[j], shares[j]
         for i in range(n):
-            push[i] *= row[i]
+            push[i] = (push[i] - share * drift[i]) * row[i]
     back = np.zeros((t, n), dtype=x.dtype)
+    part = np.empty(n, dtype=x.dtype)
     for j in range(r - 1, 0, -1):
         push, source, side = slope[j], features[parent[j]], x[coordinate[j]]
-        left, sum_, w = slope[parent[j]], back[coordinate[j]], factor[j]
+        left, sum_ = slope[parent[j]], back[coordinate[j]]
+        w, share = factor[j], factor[j] * shares[j]
+        # a loop for each row that is written: together they would not vectorise
         for i in range(n):
-            sum_[i] += w * push[i] * source[i]
-            left[i] += w * push[i] * side[i]
+            part[i] = w * push[i] - share * drift[i]
+        for i in range(n):
+            sum_[i] += part[i] * source[i]
+        for i in range(n):
+            left[i] += part[i] * side[i]
         if lower[j] != 0:
-            older, v = slope[grandparent[j]], lower[j]
+            older, v = slope[grandparent[j]], lower[j] / w
             for i in range(n):
-                older[i] -= v * push[i]
+                older[i] -= v * part[i]
     x[:t] = back
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _products(features, slope):
+def _products(features, slope, shares):
+    # of functions with slopes and shares of them
     total = np.zeros(features.shape[1], dtype=features.dtype)
     for j in range(features.shape[0]):
-        row, push = features[j], slope[j]
+        row, push, share = features[j], slope[j], shares[j]
         for i in range(total.size):
-            total[i] += row[i] * push[i]
+            total[i] += row[i] * (push[i] + share)
     return total

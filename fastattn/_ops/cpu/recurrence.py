@@ -1,4 +1,4 @@
-"""Of many rows: one polynomial from those that it is made from, and energies."""
+"""Of many rows: polynomials from those that they are made from, and energies."""
 
 import numpy as np
 from numba import njit
@@ -6,18 +6,18 @@ from numba import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 
-@njit(nogil=True, error_model="numpy", fastmath=REASSOCIATE, inline="always")
-def add_polynomial(j, x, parent, grandparent, coordinate, factor, lower, features):
-    # number j from the one it was made from, and for Hermite that one's own
-    row, source, side = features[j], features[parent[j]], x[coordinate[j]]
-    w = factor[j]
-    if lower[j] == 0:
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def add_polynomials(x, parent, grandparent, coordinate, factor, lower, features):
+    # each from the one that it was made from, and for Hermite that one's own
+    for j in range(1, parent.size):
+        row, source, side = features[j], features[parent[j]], x[coordinate[j]]
+        w = factor[j]
         for i in range(row.size):
             row[i] = source[i] * side[i] * w
-    else:
-        back, v = features[grandparent[j]], lower[j]
-        for i in range(row.size):
-            row[i] = source[i] * side[i] * w - v * back[i]
+        if lower[j] != 0:
+            back, v = features[grandparent[j]], lower[j]
+            for i in range(row.size):
+                row[i] -= v * back[i]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

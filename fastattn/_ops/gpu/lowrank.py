@@ -37,6 +37,7 @@ _SPAN = 1024
 def key_sums(
     key, value, center, projection, landmarks, middle, *,
     offset, longest, parent, coordinate, power,
+    coarse=False,  # noqa: ARG001
 ):  # fmt: skip
     dtype, (m, p), r = projection.dtype, value.shape, len(parent)
     recipe = _recipe(parent, coordinate, power)
