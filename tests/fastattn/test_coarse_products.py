@@ -11,13 +11,14 @@ from fastattn._lowrank import LowRank
 from fastattn._lowrank_gradient import lowrank_slopes
 from fastattn._ops.cpu import products
 from fastattn._ops.cpu.products import Readout, Sums, tiles_of
+from fastattn._ops.quantized import rounded
 from fastattn._problem import Head
 from tests import oracles
 from tests.derivatives import problem, softmax_vjp
 from tests.fastattn.test_lowrank import TestKeySums as _KeySums
 from tests.fastattn.test_lowrank_gradients import TestKeyVjp as _KeyVjp
 from tests.fastattn.test_lowrank_gradients import TestQueryVjp as _QueryVjp
-from tests.fastattn.test_near_keys import ROUNDING, needs_bfloat16, rounded
+from tests.fastattn.test_near_keys import ROUNDING, needs_eight_bits
 
 
 def matrices(*shapes):
@@ -25,7 +26,7 @@ def matrices(*shapes):
     return [rng.standard_normal(x).astype(np.float32) for x in shapes]
 
 
-@needs_bfloat16
+@needs_eight_bits
 @pytest.mark.parametrize("n", [32, 33, 128])
 @pytest.mark.parametrize(("size", "p"), [(8, 4), (13, 7), (200, 64), (1, 1)])
 def test_weights_go_to_rows_and_back(size, p, n):
@@ -44,7 +45,7 @@ def test_weights_go_to_rows_and_back(size, p, n):
     np.testing.assert_allclose(back, want, rtol=1e-4, atol=1e-4)
 
 
-@needs_bfloat16
+@needs_eight_bits
 @pytest.mark.parametrize("counts", [(1,), (32, 7), (128, 128, 5)])
 @pytest.mark.parametrize(("size", "p"), [(8, 4), (13, 33), (200, 64), (1, 1)])
 def test_sums_over_rows_go_on(size, p, counts):
@@ -68,7 +69,7 @@ def test_processors_without_pairs_do_not_round(suite, dtype, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-@needs_bfloat16
+@needs_eight_bits
 @pytest.mark.parametrize(
     ("suite", "same"), [(_KeySums, [1, 2]), (_KeyVjp, []), (_QueryVjp, [2])]
 )
