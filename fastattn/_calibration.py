@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._costs import exact_work, lowrank_work
+from fastattn._costs import exact_work, lowrank_work, quantized_work
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
+from fastattn._ops.quantized import attend_quantized, multiplies_quantized
 from fastattn._problem import Head
 from fastattn._rates import (
     Rates,
@@ -109,11 +110,22 @@ def _pieces(rng: np.random.Generator) -> list[Piece]:
         pieces.append(_low_rank(flat, empty))
     for n, error, clusters in _SHARP:
         pieces.append(_sharp(_head(n, 32, 2.0, rng), error, Multipole(clusters)))
+    if multiplies_quantized(flat.query):
+        pieces += [_quantized(head, x) for head in heads for x in (False, True)]
     return pieces
 
 
 def _exact(head: Head) -> Callable[[], float]:
     return lambda: exact_work(*head.sizes)
+
+
+def _quantized(head: Head, integers: bool) -> Piece:
+    arrays = head.query, head.key, head.value
+    options = {"scale": head.scale, "visible": None, "integers": integers}
+    return Piece(
+        lambda: attend_quantized(*arrays, **options),
+        lambda: quantized_work(*head.sizes, integers=integers),
+    )
 
 
 def _low_rank(head: Head, empty: LowRank) -> Piece:

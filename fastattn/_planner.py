@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,8 @@ _LARGE, _LARGEST = 1 << 26, 1 << 28
 # times this is no more than their number, clusters if times that it is at least so
 # much: the smaller a head, the clearer it must be that another search will pay
 _CALM, _SHARP = 5 << 25, 1 << 30
+# logits of a larger variance, judged roughly, are not worth fitting a basis to
+_RESTLESS = 6.0
 # nor are clusters tried where a low rank takes less than this share of exact
 # attention's time
 _QUICK = 0.15
@@ -171,8 +174,7 @@ def _rounded(
             head, tol, rng.spawn(1)[0], "predicted to meet the tolerance"
         )
     except RefusalError as error:
-        plan = Plan(Quantized(), math.nan, math.nan, str(error))
-        return [(None, Candidate(plan, accepted=False))]
+        return [_refused(Quantized(), str(error))]
     return [(attempt, Candidate(attempt.plan, accepted=True))]
 
 
@@ -183,8 +185,7 @@ def _proven(
     try:
         recipe = proven_recipe(head, tol, rng)
     except RefusalError as error:
-        plan = Plan(Polynomial(), math.nan, math.nan, str(error))
-        yield None, Candidate(plan, accepted=False)
+        yield _refused(Polynomial(), str(error))
         return
     attempt = attempt_of(head, recipe, "minimax", "proven")
     ratio = attempt.plan.predicted_seconds / Exact().plan(head).predicted_seconds
@@ -204,25 +205,35 @@ def _sampled(
     """What is predicted to meet the tolerance, the cheapest first."""
     exact = exact_work(*head.sizes, logits=head.logits)
     unit = Exact().plan(head).predicted_seconds / exact
-    least, worth, calm, sharp = exact, (_WORTH, _WORTH), True, True
+    least, worth, sharp = exact, (_WORTH, _WORTH), True
+    # a stream of its own: what else is drawn must not depend on it
+    variance = logit_variance(head, rng.spawn(1)[0])
+    calm = variance <= _RESTLESS
+    reason = f"the variance of the logits is {variance:.1f}"
     if _first(rounded) is not None:
         (least,), worth = _works(rounded, unit), _WORTH_MORE
-        variance = logit_variance(head, rng.spawn(1)[0])
-        calm = variance * _CALM <= head.logits
+        reason += f", and eight bits serve: {head.logits} logits do not pay a search"
+        calm = calm and variance * _CALM <= head.logits
         sharp = variance * head.logits >= _SHARP
-    tried = list(_lowrank(head, wanted, rng, worth[0] * least)) if calm else []
+    if calm:
+        tried = list(_lowrank(head, wanted, rng, worth[0] * least))
+    else:
+        tried = [_refused(Polynomial(basis="hermite"), reason)]
     works = _works(tried, unit)
-    if (
-        sharp
-        and _clusters_may_pay(head, tried)
-        and min(works, default=exact) > _QUICK * exact
-    ):
+    if not sharp:
+        tried.append(_refused(Multipole(), reason))
+    elif _clusters_may_pay(head, tried) and min(works, default=exact) > _QUICK * exact:
         limit = min([worth[1] * least, *(_WORTH * work for work in works)])
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
     yield from (x for x in tried if x[1].accepted)
     yield from rounded
     yield from (x for x in tried if not x[1].accepted)
+
+
+def _refused(method: Any, reason: str) -> tuple[None, Candidate]:
+    """A method that is not tried, and why."""
+    return None, Candidate(Plan(method, math.nan, math.nan, reason), accepted=False)
 
 
 def _works(tried: list[tuple[Attempt | None, Candidate]], unit: float) -> list[float]:
@@ -251,8 +262,7 @@ def _multipole(
     try:
         attempt = multipole_attempt(head, wanted, rng, limit=limit, reason=reason)
     except RefusalError as error:
-        plan = Plan(Multipole(), math.nan, math.nan, str(error))
-        return None, Candidate(plan, accepted=False)
+        return _refused(Multipole(), str(error))
     return attempt, Candidate(attempt.plan, accepted=True)
 
 
@@ -273,8 +283,7 @@ def _lowrank(
             limit,
         )
     except RefusalError as error:
-        plan = Plan(Polynomial(basis="hermite"), math.nan, math.nan, str(error))
-        yield None, Candidate(plan, accepted=False)
+        yield _refused(Polynomial(basis="hermite"), str(error))
         return
     for found in predictions:
         if found.empty is None:

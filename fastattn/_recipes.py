@@ -294,12 +294,14 @@ def _distinct(head: Head, rows: Array) -> tuple[Array, Array]:
     return rows[first], copies.reshape(-1)
 
 
-def sample_rows(head: Head, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return up to 4096 random queries and keys on the host."""
+def sample_rows(
+    head: Head, rng: np.random.Generator, size: int = SAMPLE
+) -> tuple[Array, Array]:
+    """Return up to so many random queries and keys on the host."""
     n, m, _, _ = head.sizes
     return (
-        host_rows(head.query, _draw(n, SAMPLE, rng)),
-        host_rows(head.key, _draw(m, SAMPLE, rng)),
+        host_rows(head.query, _draw(n, size, rng)),
+        host_rows(head.key, _draw(m, size, rng)),
     )
 
 

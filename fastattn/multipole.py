@@ -11,7 +11,13 @@ from fastattn._clusters import Blocks, Clusters, reach_of_sample
 from fastattn._costs import multipole_work, seconds
 from fastattn._ops.quantized import multiplies_quantized
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
-from fastattn._recipes import Attempt, candidate_of, certified, sample_rows
+from fastattn._recipes import (
+    SAMPLE,
+    Attempt,
+    candidate_of,
+    certified,
+    sample_rows,
+)
 from fastattn._sampling import ROWS
 from fastattn._thresholds import Choice, Counts, Trial, choose
 from fastattn.transforms import Transform, balance
@@ -43,6 +49,8 @@ _REACH = 1.5
 # a sample, of so many rows or so many a cluster, must exceed it clearly; clusters that
 # leave more than this share of the mean square of all logits are of no use
 _SAMPLE, _A_CLUSTER = 1024, 8
+# the metric is fitted to one row in so many, where work is limited
+_SAMPLED = 4
 _CLEARLY = 1.25
 _USELESS = 0.55
 # answers that may miss their certificate where the threshold is not given
@@ -339,7 +347,11 @@ def _cluster(
     rng: np.random.Generator,
     groups: int,
 ) -> Clusters:
-    query, key = sample_rows(head, rng)
+    few = SAMPLE
+    if math.isfinite(limit):
+        # most such heads are refused, which must not take long
+        few = min(SAMPLE, max(_SAMPLE, max(head.sizes[:2]) // _SAMPLED))
+    query, key = sample_rows(head, rng, few)
     transform = balance(query, key, head.scale, queries=False)
     if math.isfinite(limit):
         # spares most hopeless heads the clustering

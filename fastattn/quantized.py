@@ -18,9 +18,10 @@ from sketching._lib.validation import check_choice
 # the coarsest first
 _LOGITS = "int8", "bfloat16"
 # rows and keys whose logits are looked at first; logits that err by this share of the
-# tolerance need no pilot, since errors of weights average out
+# tolerance need no pilot, since errors of weights average out, and those that err by so
+# many times it have no use for one
 _ROWS, _KEYS = 128, 1024
-_SAFE = 0.75
+_SAFE, _HOPELESS = 0.75, 4.5
 # rows that tell the error of all, and the share of the tolerance that they may err by
 _PILOT = 32
 _SURE = 0.6
@@ -149,12 +150,14 @@ def quantized_attempt(
     off = dict(zip(_LOGITS, _logit_errors(head, rng), strict=True))
     for logits in _LOGITS:
         error, most = off[logits], _SAFE
+        if not error <= _HOPELESS * tol:
+            continue
         if not error <= most * tol:
             truth = few.attend()[0] if truth is None else truth
             error, most = _relative(_run(few, logits=logits)[0], truth), _SURE
         if error <= most * tol:
             return _attempt(Quantized(logits), head, error, reason)
-    raise RefusalError(f"products of eight bits err by {error:.1e} in a pilot")
+    raise RefusalError(f"products of eight bits err by {error:.1e} in a few rows")
 
 
 def _logit_errors(head: Head, rng: np.random.Generator) -> list[float]:

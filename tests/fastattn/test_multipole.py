@@ -187,7 +187,7 @@ def test_rows_that_leave_the_key_of_their_block_are_right(rng, dtype):
     answer = approximate(query, key, value, tol=0.05, method=method, rng=0)
     truth, log_sum = oracles.attention(query, key, value)
     assert oracles.frobenius_error(answer.value, truth) <= 0.01
-    assert np.abs(answer.log_normalizer - log_sum).max() <= 0.1
+    assert np.abs(answer.log_normalizer - log_sum).max() <= 0.2
 
 
 def test_a_lower_threshold_errs_less(rng):

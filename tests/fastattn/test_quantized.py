@@ -177,7 +177,7 @@ def test_coarse_products_are_taken_where_they_suffice():
 @needs_eight_bits
 def test_a_tolerance_beyond_eight_bits_is_refused_with_the_error():
     inputs = problem(600, 600, spread=1.5)
-    with pytest.raises(RefusalError, match=r"err by \d\.\de-\d\d in a pilot"):
+    with pytest.raises(RefusalError, match=r"err by \d\.\de-\d\d in a few rows"):
         attention(*inputs, tol=1e-5, method=Quantized(), rng=0)
     with pytest.raises(RefusalError, match=r"misses tol=1e-05: .* on sampled rows"):
         attention(*inputs, tol=1e-5, method=Quantized("int8"), rng=0)
