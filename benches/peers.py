@@ -161,6 +161,8 @@ def entries(head: Head, *, quick: bool) -> Iterator[Entry]:
 def given(*, quick: bool) -> Iterator[tuple]:
     """Yield our methods at sizes given by hand."""
     yield fastattn.Exact(), ""
+    for logits in ("int8", "bfloat16"):
+        yield fastattn.Quantized(logits), logits
     sizes = ((1, 256), (256, 256), (561, 0))
     more = ((1, 64), (1, 1024), (128, 64), (561, 256), (561, 1024), (2000, 0))
     for rank, landmarks in sizes if quick else sizes + more:

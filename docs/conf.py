@@ -36,11 +36,13 @@ html_static_path = ["_static"]
 html_css_files = ["fastattn.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
-# rows from which heads are planned at all, with a causal mask, and with clusters
+# rows from which heads are planned at all, with a causal mask, and with clusters, and
+# from which products of eight bits are tried
 myst_substitutions = {
     "planned": math.isqrt(_planner._SMALL),
     "planned_causal": math.isqrt(2 * _planner._SMALL),
     "clustered": math.isqrt(_planner._LARGE),
+    "rounded": math.isqrt(_planner._TINY),
 }
 myst_heading_anchors = 2
 # options and quotes in tables stay as they are typed
