@@ -41,6 +41,9 @@ _RESTLESS = 6.0
 # nor are clusters tried where a low rank takes less than this share of exact
 # attention's time
 _QUICK = 0.15
+# errors as small as this leave room for sums over keys of products of eight bits, which
+# add a twentieth to it
+_COARSE_SUMS = 0.009
 # answers that may miss their certificate before the head is computed exactly, and where
 # one serves to make the next
 _TRIES, _TRIES_AGAIN = 2, 3
@@ -294,5 +297,9 @@ def _lowrank(
             yield None, Candidate(plan, accepted=False)
             continue
         reason = found.reason or "predicted to meet the tolerance"
-        attempt = lowrank_attempt(head, found.empty, found.error / factor, reason)
+        empty = found.empty
+        if not found.landmarks:
+            # what corrects landmarks would magnify the rounding
+            empty = replace(empty, coarse=wanted >= _COARSE_SUMS)
+        attempt = lowrank_attempt(head, empty, found.error / factor, reason)
         yield attempt, Candidate(attempt.plan, found.accepted)

@@ -180,7 +180,7 @@ def errors(got, inputs):
     return [oracles.frobenius_error(x, y) for x, y in zip(got, truth, strict=True)]
 
 
-@pytest.mark.parametrize(("rank", "landmarks"), [(126, 0), (1, 100), (35, 60)])
+@pytest.mark.parametrize(("rank", "landmarks"), [(126, 0), (1, 120), (35, 60)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_rank_keeps_three_times_the_tolerance(rank, landmarks, dtype):
     inputs = diffuse(1500, 1400, dtype)
