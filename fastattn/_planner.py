@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,6 +113,7 @@ class Auto:
                 answer = answer_of(head, attempt, tol, rng)
             except RefusalError as error:
                 reason = str(error)
+                rounded = [] if attempt and attempt.alike else rounded
                 break
             if guarantee == "proven" or answer.error <= tol:
                 return answer
@@ -119,15 +121,20 @@ class Auto:
                 f"{attempt.plan.method} certified {answer.error:.2e} where "
                 f"{attempt.plan.predicted_error:.2e} was predicted"
             )
+            if attempt.alike:
+                # the same rounding would err alike
+                rounded = []
+                break
             # what was certified says how much more to ask for
             more = 0.9 * tol / answer.error
             aim *= more
-        last = None if attempt and attempt.alike else _first(rounded)
+        last = _first(rounded)
         if last is not None:
-            plan = replace(last.plan, reason=reason)
-            answer = answer_of(head, replace(last, plan=plan), tol, rng)
-            if answer.error <= tol:
-                return answer
+            last = replace(last, plan=replace(last.plan, reason=reason))
+            with suppress(RefusalError):
+                answer = answer_of(head, last, tol, rng)
+                if answer.error <= tol:
+                    return answer
         return Exact().solve(head, tol, guarantee, rng, reason)
 
 

@@ -261,3 +261,23 @@ def test_eight_bits_come_before_exact_attention_where_others_miss(monkeypatch):
     assert seen[-1] == "Quantized"
     assert isinstance(answer.plan.method, Quantized)
     assert answer.certificate.error <= 0.05
+
+
+@needs_eight_bits
+@pytest.mark.parametrize("fault", ["misses", "fails"])
+def test_eight_bits_that_miss_are_not_tried_again(fault, monkeypatch):
+    query, key, value = (x[0] for x in load_sample("minilm-sharp"))
+    seen, real = [], _planner.answer_of
+
+    def missing(head, attempt, tol, rng):
+        seen.append(attempt.plan.method)
+        if fault == "fails":
+            raise RefusalError("fails in all rows")
+        return replace(real(head, attempt, tol, rng), error=2 * tol)
+
+    monkeypatch.setattr(_planner, "answer_of", missing)
+    answer = approximate(query, key, value, tol=0.02, rng=0)
+    assert isinstance(answer.plan.method, Exact)
+    assert all(isinstance(x, Quantized) for x in seen)
+    # another draw of rows would only give chance another chance
+    assert len(seen) == 1
