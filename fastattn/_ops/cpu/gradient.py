@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu import gradient_tiles as tiles
-from fastattn._ops.cpu.tiles import COLUMNS
+from fastattn._ops.cpu.tiles import multiplies_bytes
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
@@ -35,7 +35,7 @@ _LARGEST_PARTS = 1 << 26
 
 def attend_vjp(
     query, key, value, grad, *, scale, visible, log_normalizer=None, drift=None,
-    beside=None,
+    beside=None, coarse=False,
 ):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
     if visible is not None:
@@ -43,15 +43,17 @@ def attend_vjp(
     rows = _Rows(query, key, value, grad, scale, visible, log_normalizer, drift, beside)
     in_tiles = tiles.serves(query, key, value, grad)
     group = tiles.rows_at_once(n, m) if in_tiles else rows.group
+    size, keys = m, None
     if in_tiles:
-        key, value = (tiles.filled(x, COLUMNS) for x in (key, value))
-    part = len(key) * (d + p) * dtype.itemsize
+        keys = tiles.Keys(key, value, coarse and multiplies_bytes())
+        size = len(keys.key)
+    part = size * (d + p) * dtype.itemsize
     tasks = min(_TASKS, max(_FEWEST_TASKS, _LARGEST_PARTS // max(part, 1)))
     span = group * max(1, -(-n // (group * tasks)))
     tasks = -(-n // span)
     query_slope = np.zeros((n, d), dtype=dtype)
-    key_parts = np.zeros((tasks, len(key), d), dtype=dtype)
-    value_parts = np.zeros((tasks, len(key), p), dtype=dtype)
+    key_parts = np.zeros((tasks, size, d), dtype=dtype)
+    value_parts = np.zeros((tasks, size, p), dtype=dtype)
 
     # sums that overflow leave numbers that are not finite, which the caller looks for
     @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
@@ -59,7 +61,7 @@ def attend_vjp(
         own = slice(task * span, min((task + 1) * span, n))
         sums = key_parts[task], value_parts[task]
         if in_tiles:
-            rows.add_in_tiles(own, group, key, value, query_slope, *sums)
+            rows.add_in_tiles(own, group, keys, query_slope, *sums)
         else:
             rows.add_by_blas(own, query_slope, *sums)
 
@@ -85,10 +87,10 @@ class _Rows:
         blocks = 1 if beside is None else blocks
         self.group = self.size * min(blocks, -(-n // self.size))
 
-    def add_in_tiles(self, own, group, key, value, query_slope, key_sum, value_sum):
-        """Add what some rows have to say to the sums; keys are filled up."""
+    def add_in_tiles(self, own, group, keys, query_slope, key_sum, value_sum):
+        """Add what some rows have to say to the sums, in tiles."""
         m, known = len(self.key), self.log_normalizer
-        size = tiles.kept(min(group, len(self.query)), len(key))
+        size = tiles.kept(min(group, len(self.query)), len(keys.key))
         # once a thread: fresh memory costs as much as a product
         room = self.rooms.pop() if self.rooms else np.empty(size, np.float32)
         for start in range(own.start, own.stop, group):
@@ -96,7 +98,7 @@ class _Rows:
             seen = self.visible
             seen = np.full(some.stop - start, m) if seen is None else seen[some]
             block = tiles.Block(
-                self.query[some], key, value, self.grad[some], self.scale, seen, m,
+                self.query[some], keys, self.grad[some], self.scale, seen,
                 None if known is None else known[some], room,
             )  # fmt: skip
             if not block.is_fine:
