@@ -16,7 +16,7 @@ from sketching._lib.certificate import RefusalError
 # rounding made derivatives of real heads err by up to 0.016: a half of three times this
 _ENOUGH = 0.01
 # heads with fewer logits than this are differentiated exactly: the check costs as much
-_SMALL = 1 << 21
+_SMALL = 1 << 23
 # time of rounded products and their check, in times of exact ones by BLAS
 _COARSE = 0.5
 
