@@ -24,6 +24,7 @@ from fastattn._backward import (
 )
 from fastattn._causal_gradient import causal_slopes
 from fastattn._causal_plan import leniency, lowrank_cost
+from fastattn._exact_gradient import vjp_work
 from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
 from fastattn._lowrank_passes import key_slopes, query_slopes
@@ -134,7 +135,7 @@ def worth_a_try(
     """
     if head.logits < _SMALL:
         return []
-    limit, work = WORTH * exact_vjp_work(head), lowrank_cost(head)
+    limit, work = WORTH * vjp_work(head, tol), lowrank_cost(head)
 
     def cost(rank: int, landmarks: int) -> float:
         return _PASSES * work(rank, landmarks)

@@ -12,6 +12,7 @@ import numpy as np
 from fastattn._attention import attention, check_options
 from fastattn._backward import SLACK, Slopes, spread
 from fastattn._batch import Batch, own_place, pick
+from fastattn._exact_gradient import coarse_slopes, exact_slopes
 from fastattn._lowrank_gradient import (
     least_share,
     lowrank_slopes,
@@ -23,7 +24,6 @@ from fastattn._multipole_gradient import (
     clusters_if_they_pay,
     multipole_slopes,
 )
-from fastattn._ops.gradient import attend_vjp
 from fastattn._planner import Auto
 from fastattn._problem import Head, Method
 from fastattn.exact import Exact
@@ -68,14 +68,15 @@ def attention_vjp(
         Derivative of a loss by the output of :func:`attention`, of its shape and
         dtype.
     tol : float, default 1e-2
-        A low rank, or clusters, are kept only where each of the three derivatives
-        errs, on rows sampled after the fact, by at most ``3 * tol`` in relative
-        Frobenius norm.
+        A low rank, clusters, or products of rounded numbers, are kept only where each
+        of the three derivatives errs, on rows sampled after the fact, by at most ``3 *
+        tol`` in relative Frobenius norm.
     scale, is_causal, key_mask
         As in :func:`attention`.
     method : AttentionMethod, optional
         ``Auto()`` by default: clusters or a low rank where they are predicted to pay
-        and pass the check, else ``Exact()``. The other choices are ``Multipole()`` and
+        and pass the check, else all logits: in bfloat16 where the processor and the
+        check allow, or as ``Exact()``. The other choices are ``Multipole()`` and
         ``Polynomial(basis="hermite")``.
     guarantee : {"sampled", "proven"}
         With ``"proven"`` derivatives are exact up to rounding.
@@ -288,9 +289,10 @@ def _slopes(
         return _asked_for(head, grad, tol, method, rng)
     if isinstance(method, Auto) and guarantee == "sampled":
         found = _near_linear(head, grad, tol, rng)
+        found = coarse_slopes(head, grad, tol, rng) if found is None else found
         if found is not None:
             return found
-    return _exact_slopes(head, grad)
+    return exact_slopes(head, grad)
 
 
 def _asked_for(
@@ -336,35 +338,6 @@ def _near_linear(
     if found is None and share <= QUICK:
         found = clusters_if_they_pay(head, grad, tol, rng, 1.0)
     return found
-
-
-def _exact_slopes(head: Head, grad: Array) -> Slopes:
-    """Differentiate one head exactly, in a precision where nothing overflows."""
-    xp, (_, m, d, p) = head.xp, head.sizes
-    if m == 0:
-        query, key, value = (xp.zeros_like(x, dtype=head.dtype) for x in _arrays(head))
-        return query, key, value
-    peaks = [float(xp.max(xp.abs(x))) for x in (*_arrays(head), grad)]
-    largest = max(d * abs(head.scale) * peaks[0] * peaks[1], p * peaks[2] * peaks[3])
-    for dtype in dict.fromkeys([head.dtype, xp.float64]):
-        if largest <= float(xp.finfo(dtype).max) / 16:
-            slopes: Slopes = attend_vjp(
-                xp.astype(head.query, dtype, copy=False),
-                head.key,
-                head.value,
-                grad,
-                scale=head.scale,
-                visible=head.visible,
-            )
-            return slopes
-    raise RefusalError(
-        f"products of up to {largest:.1e} overflow float64: scale query, key, value or "
-        "grad_output down"
-    )
-
-
-def _arrays(head: Head) -> tuple[Array, Array, Array]:
-    return head.query, head.key, head.value
 
 
 def _untrimmed(head: Head, seen: Head, slopes: Slopes) -> Slopes:

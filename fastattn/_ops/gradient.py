@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from sketching._lib.arrays import Array, array_namespace, device_of
+from sketching._lib.arrays import Array, array_namespace, device_of, place_of
 from sketching._lib.op import op
 
 # queries in a block of the reference
@@ -21,6 +21,7 @@ def attend_vjp(
     log_normalizer: Array | None = None,
     drift: Array | None = None,
     beside: Callable[[slice, Array, Array], tuple[Array, Array]] | None = None,
+    coarse: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array]:
     r"""Derivatives of ``sum(grad * attention)`` by query, key and value of one head.
 
@@ -32,7 +33,8 @@ def attend_vjp(
     ``(n,)``, are given the keys are some of those that made them, and ``P`` is
     ``exp(logits - log_normalizer)``. Where those are not known yet, ``beside`` is asked
     for them: with a slice of rows, their log-sum-exps and their drifts over these keys.
-    Computed in the dtype of ``query``.
+    Computed in the dtype of ``query``; where it may be ``coarse``, a fast body rounds
+    what it multiplies to bfloat16, if no normalizers are given.
     """
     xp = array_namespace(query, key, value, grad)
     dtype, n, m = query.dtype, query.shape[0], key.shape[0]
@@ -64,6 +66,18 @@ def attend_vjp(
         slope = xp.astype(xp.matmul(change, key), xp.float64) * scale
         query_parts.append(xp.astype(slope, dtype))
     return xp.concat(query_parts, axis=0), key_sum, value_sum
+
+
+def multiplies_coarsely(query: Array, key: Array, value: Array, grad: Array) -> bool:
+    """Whether products of arrays like these are faster where they may be coarse."""
+    if place_of(query) != "cpu":
+        return False
+    # numba is imported no earlier than by the body
+    from fastattn._ops.cpu.gradient_tiles import serves
+    from fastattn._ops.cpu.tiles import multiplies_bytes
+
+    is_served: bool = serves(query, key, value, grad)  # type: ignore[no-untyped-call]
+    return multiplies_bytes() and is_served
 
 
 def _softmax(logits: Array) -> tuple[Array, Array]:

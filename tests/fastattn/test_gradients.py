@@ -35,9 +35,11 @@ def assert_right(inputs, **options):
 
 class TestAttendVjp(OpLaws):
     op = attend_vjp
+    widths = 5, 3
 
     def inputs(self, rng, dtype, n, m):
-        shapes = (n, 5), (m, 5), (m, 3), (n, 3)
+        d, p = self.widths
+        shapes = (n, d), (m, d), (m, p), (n, p)
         arrays = [rng.standard_normal(x).astype(dtype) for x in shapes]
         return arrays, {"scale": 0.4, "visible": None}
 
@@ -93,8 +95,9 @@ class TestAttendVjpBeside(TestAttendVjp):
         slopes = self.op.body(place)(
             query, key[:0], value[:0], grad, **{**options, "beside": beside}
         )
+        d, p = self.widths
         assert sorted(asked) == list(range(40))
-        assert [x.shape for x in slopes] == [(40, 5), (0, 5), (0, 3)]
+        assert [x.shape for x in slopes] == [(40, d), (0, d), (0, p)]
         np.testing.assert_array_equal(slopes[0], 0)
 
 

@@ -1,13 +1,16 @@
-"""The derivative of exact attention: five products by BLAS, two fused passes.
+"""The derivative of exact attention: five products in tiles, or by BLAS.
 
-A block of queries keeps its logits and the products ``grad V^T`` with all keys, so
-that each is computed once: weights are made relative to the peak of a block of keys,
-and set right on the way back, when the row's own peak, sum and drift are known.
+By BLAS there are two fused passes beside them. A block of queries keeps its logits and
+the products ``grad V^T`` with all keys, so that each is computed once: weights are made
+relative to the peak of a block of keys, and set right on the way back, when the row's
+own peak, sum and drift are known.
 """
 
 import numpy as np
 from numba import njit
 
+from fastattn._ops.cpu import gradient_tiles as tiles
+from fastattn._ops.cpu.tiles import multiplies_bytes
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
@@ -32,55 +35,115 @@ _LARGEST_PARTS = 1 << 26
 
 def attend_vjp(
     query, key, value, grad, *, scale, visible, log_normalizer=None, drift=None,
-    beside=None,
+    beside=None, coarse=False,
 ):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
-    kept, part = 2 * m * dtype.itemsize, m * (d + p) * dtype.itemsize
-    rows = min(ROWS, max(FEWEST, _LARGEST_KEPT // max(kept, 1)))
     if visible is not None:
-        rows = min(rows, max(_FEWEST_SEEING, n // _STEPS))
-    blocks = 1 if beside is None else max(1, _LARGEST_GROUP // max(kept * rows, 1))
-    group = rows * min(blocks, -(-n // rows))
+        visible = np.minimum(visible, m)
+    rows = _Rows(query, key, value, grad, scale, visible, log_normalizer, drift, beside)
+    in_tiles = tiles.serves(query, key, value, grad)
+    group = tiles.rows_at_once(n, m) if in_tiles else rows.group
+    size, keys = m, None
+    if in_tiles:
+        keys = tiles.Keys(key, value, coarse and multiplies_bytes())
+        size = len(keys.key)
+    part = size * (d + p) * dtype.itemsize
     tasks = min(_TASKS, max(_FEWEST_TASKS, _LARGEST_PARTS // max(part, 1)))
     span = group * max(1, -(-n // (group * tasks)))
     tasks = -(-n // span)
     query_slope = np.zeros((n, d), dtype=dtype)
-    key_parts = np.zeros((tasks, m, d), dtype=dtype)
-    value_parts = np.zeros((tasks, m, p), dtype=dtype)
+    key_parts = np.zeros((tasks, size, d), dtype=dtype)
+    value_parts = np.zeros((tasks, size, p), dtype=dtype)
 
     # sums that overflow leave numbers that are not finite, which the caller looks for
     @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
     def work(task):
+        own = slice(task * span, min((task + 1) * span, n))
         sums = key_parts[task], value_parts[task]
+        if in_tiles:
+            rows.add_in_tiles(own, group, keys, query_slope, *sums)
+        else:
+            rows.add_by_blas(own, query_slope, *sums)
+
+    run_blocks(work, range(tasks))
+    return query_slope, _total(key_parts)[:m], _total(value_parts)[:m]
+
+
+class _Rows:
+    """What rows are differentiated from."""
+
+    def __init__(
+        self, query, key, value, grad, scale, visible, log_normalizer, drift, beside
+    ):
+        self.query, self.key, self.value, self.grad = query, key, value, grad
+        self.scale, self.visible, self.beside = scale, visible, beside
+        self.log_normalizer, self.drift = log_normalizer, drift
+        self.rooms = []
+        n, kept = len(query), 2 * len(key) * query.dtype.itemsize
+        self.size = min(ROWS, max(FEWEST, _LARGEST_KEPT // max(kept, 1)))
+        if visible is not None:
+            self.size = min(self.size, max(_FEWEST_SEEING, n // _STEPS))
+        blocks = max(1, _LARGEST_GROUP // max(kept * self.size, 1))
+        blocks = 1 if beside is None else blocks
+        self.group = self.size * min(blocks, -(-n // self.size))
+
+    def add_in_tiles(self, own, group, keys, query_slope, key_sum, value_sum):
+        """Add what some rows have to say to the sums, in tiles."""
+        m, known = len(self.key), self.log_normalizer
+        size = tiles.kept(min(group, len(self.query)), len(keys.key))
+        # once a thread: fresh memory costs as much as a product
+        room = self.rooms.pop() if self.rooms else np.empty(size, np.float32)
+        for start in range(own.start, own.stop, group):
+            some = slice(start, min(start + group, own.stop))
+            seen = self.visible
+            seen = np.full(some.stop - start, m) if seen is None else seen[some]
+            block = tiles.Block(
+                self.query[some], keys, self.grad[some], self.scale, seen,
+                None if known is None else known[some], room,
+            )  # fmt: skip
+            if not block.is_fine:
+                self.add_by_blas(some, query_slope, key_sum[:m], value_sum[:m])
+                continue
+            if known is not None:
+                block.drift = self.drift[some]
+            if self.beside is not None:
+                block.settle(*self.beside(some, block.normalizer, block.drift))
+            block.add(query_slope[some], key_sum, value_sum)
+        self.rooms.append(room)
+
+    def add_by_blas(self, own, query_slope, key_sum, value_sum):
+        """Add what some rows have to say to the sums."""
+        m, dtype = len(self.key), self.query.dtype
+        visible, known = self.visible, self.log_normalizer
         # once a task: fresh memory costs as much as a product
-        buffers = np.empty((2, min(group, n) * m), dtype=dtype)
-        for first in range(task * span, min((task + 1) * span, n), group):
-            last, some = min(first + group, n), []
-            for start in range(first, last, rows):
-                own = slice(start, min(start + rows, last))
+        room = min(self.group, own.stop - own.start)
+        buffers = np.empty((2, room * m), dtype=dtype)
+        for first in range(own.start, own.stop, self.group):
+            last, some = min(first + self.group, own.stop), []
+            for start in range(first, last, self.size):
+                rows = slice(start, min(start + self.size, last))
                 # in float64: a scale, and a query, of extreme size may only meet
                 # halfway
-                scaled = np.multiply(query[own], scale, dtype=np.float64).astype(dtype)
-                block = _Block(own, scaled, grad[own].astype(dtype, copy=False))
+                scaled = np.multiply(self.query[rows], self.scale, dtype=np.float64)
+                grad = self.grad[rows].astype(dtype, copy=False)
+                block = _Block(rows, scaled.astype(dtype), grad)
                 block.weigh(
-                    key, value, None if visible is None else visible[own],
-                    None if log_normalizer is None else log_normalizer[own],
+                    self.key, self.value, None if visible is None else visible[rows],
+                    None if known is None else known[rows],
                     buffers[:, (start - first) * m :],
                 )  # fmt: skip
                 some.append(block)
-            if beside is not None:
-                _settle(some, beside)
+            if self.beside is not None:
+                _settle(some, self.beside)
             for block in some:
-                if drift is not None:
-                    block.drift = drift[block.rows].astype(dtype, copy=False)
+                if self.drift is not None:
+                    block.drift = self.drift[block.rows].astype(dtype, copy=False)
                 slope = query_slope[block.rows]
-                block.add(key, slope, *sums)
+                block.add(self.key, slope, key_sum, value_sum)
                 np.multiply(
-                    slope, scale, out=slope, dtype=np.float64, casting="same_kind"
-                )
-
-    run_blocks(work, range(tasks))
-    return query_slope, _total(key_parts), _total(value_parts)
+                    slope, self.scale, out=slope, dtype=np.float64,
+                    casting="same_kind",
+                )  # fmt: skip
 
 
 def _total(parts):

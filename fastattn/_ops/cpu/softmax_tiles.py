@@ -142,7 +142,7 @@ def _weigh(lanes, shifts, seen, key, last_key, lo, tiles, mass, weights):
             own.ctypes.data, weights.ctypes.data + 4 * LANES * COLUMNS * j,
         )  # fmt: skip
         if first + COLUMNS > full:
-            _hide(weights[j * COLUMNS :], first, seen, mass)
+            hide(weights[j * COLUMNS :], first, seen, mass)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
@@ -156,7 +156,7 @@ def _add(weights, value, tiles, fresh, part):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _hide(weights, first, seen, mass):
+def hide(weights, first, seen, mass):
     # a tile's weights of keys that a lane does not see become zero; the rest is summed
     for i in range(COLUMNS):
         for l in range(LANES):

@@ -144,18 +144,25 @@ def weigh_float_tile(typingctx, left, row, right, column, steps, shift, mass, we
     ``2 ** (sum_k left[k, l] * right[k, c] - shift[l])`` are written and added to
     ``mass[l]``. Addresses and distances are those of ``weigh_tile``.
     """
+    return types.void(*[types.intp] * 8), _weigh_code("floats", _FINE_POWER)
 
+
+@intrinsic
+def weigh_pair_tile(typingctx, left, row, right, column, steps, shift, mass, weights):
+    """Turn a tile of logits, made from pairs, into weights that are float32."""
+    return types.void(*[types.intp] * 8), _weigh_code("pairs", _POWER)
+
+
+def _weigh_code(kind, coefficients):
     def codegen(context, builder, signature, args):
         left, row, right, column, steps, shift, mass, weights = args
         zero = [ir.Constant(_FLOATS, [0.0] * 16)] * (COLUMNS * _VECTORS)
-        made = _summed(
-            builder, "floats", zero, left, row, right, column, _long(4), steps
-        )
+        made = _summed(builder, kind, zero, left, row, right, column, _long(4), steps)
         shifts, masses = _vectors(builder, shift), _vectors(builder, mass)
         for i, total in enumerate(made):
             v = i % _VECTORS
             exponent = builder.fsub(total, shifts[v])
-            power = _power_of_two(builder, exponent, _FINE_POWER)
+            power = _power_of_two(builder, exponent, coefficients)
             masses[v] = builder.fadd(masses[v], power)
             place = builder.add(weights, _long(64 * i))
             builder.store(power, _pointer(builder, place, _FLOATS), align=4)
@@ -164,7 +171,7 @@ def weigh_float_tile(typingctx, left, row, right, column, steps, shift, mass, we
             builder.store(total, place, align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 8), codegen
+    return codegen
 
 
 @intrinsic
