@@ -26,7 +26,7 @@ from sketching._lib.certificate import RefusalError
 # that of products of eight bits, which need next to no planning, where they serve: low
 # ranks, and clusters
 _WORTH = 0.8
-_WORTH_MORE = 0.3, 0.9
+_WORTH_MORE = 0.5, 0.9
 # heads with fewer logits than this are computed exactly: planning costs as much. With
 # fewer than the second number even products of eight bits gain less than their check
 _SMALL, _TINY = 1 << 24, 1 << 21
