@@ -189,23 +189,24 @@ def certified(
     """Run an attempt that has no proven bound; its error is that of sampled rows."""
     plan = attempt.plan
     answer = attempt.run(head)
+    hard, margin = np.zeros(0, np.intp), MARGIN
     if attempt.alike:
-        spread, hard = rough_spread(head), np.zeros(0, np.intp)
+        # few rows tell little of rare large errors
+        doubt, first, margin = (
+            rough_spread(head),
+            few_rows(head.sizes[0]),
+            SECOND_MARGIN,
+        )
     else:
         spread = logit_spread(head, rng)
         hard = outlying_rows(spread)
+        # what polynomials and landmarks leave grows like that
+        doubt, first = series_doubt(spread) * prefix_doubt(head), ROWS
+        if len(answer) > 3:
+            doubt, first = to_host(answer[3]), None
     # those are not sampled: they must be as good as what the others are compared with
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
     value, normalizer, settled = _mended(head, attempt, answer, hard, dtype)
-    margin = MARGIN
-    if attempt.alike:
-        # few rows tell little of rare large errors
-        doubt, first, margin = spread, few_rows(len(spread)), SECOND_MARGIN
-    elif len(answer) > 3:
-        doubt, first = to_host(answer[3]), None
-    else:
-        # what polynomials and landmarks leave grows like that
-        doubt, first = series_doubt(spread) * prefix_doubt(head), ROWS
     sampled = certify_rows(
         head,
         value,

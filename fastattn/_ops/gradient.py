@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from sketching._lib.arrays import Array, array_namespace, device_of, place_of
+from fastattn._ops.quantized import multiplies_quantized
+from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
 # queries in a block of the reference
@@ -70,14 +71,13 @@ def attend_vjp(
 
 def multiplies_coarsely(query: Array, key: Array, value: Array, grad: Array) -> bool:
     """Whether products of arrays like these are faster where they may be coarse."""
-    if place_of(query) != "cpu":
+    if not multiplies_quantized(query):
         return False
     # numba is imported no earlier than by the body
     from fastattn._ops.cpu.gradient_tiles import serves
-    from fastattn._ops.cpu.tiles import multiplies_bytes
 
     is_served: bool = serves(query, key, value, grad)  # type: ignore[no-untyped-call]
-    return multiplies_bytes() and is_served
+    return is_served
 
 
 def _softmax(logits: Array) -> tuple[Array, Array]:

@@ -6,8 +6,6 @@ there are many keys. On the way back a short block of them, set right, stays in
 first-level cache while it is multiplied with queries, keys and derivatives.
 """
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -22,13 +20,13 @@ from fastattn._ops.cpu.softmax_tiles import hide, largest_seen
 from fastattn._ops.cpu.tiles import (
     COLUMNS,
     LANES,
+    LOG2,
     add_float_tile,
     add_tile,
     has_tiles,
     weigh_float_tile,
     weigh_pair_tile,
 )
-from fastattn._ops.quantized import PROBES
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # queries that all keys pass before they do so again: up to so many, or so large a part
@@ -39,7 +37,6 @@ _ROWS, _STEPS, _FEWEST = 1024, 8, 4 * LANES
 _LARGEST_KEPT = 1 << 26
 # keys that pass a group at once: their weights stay in first-level cache
 _KEYS = 192
-_LOG2 = 1 / math.log(2)
 
 
 def serves(query, key, value, grad):
@@ -102,12 +99,11 @@ class Block:
         n, m, coarse, key = len(query), keys.m, keys.coarse, keys.key
         # in float64: a scale, and a query, of extreme size may only meet halfway
         scaled = np.multiply(query, scale, dtype=np.float64)
-        raised = (_LOG2 * scaled).astype(np.float32)
+        raised = (LOG2 * scaled).astype(np.float32)
         if known is None:
-            logits = raised @ key[: m : max(1, m // PROBES)].T
-            shift = largest_seen(logits, visible, m)
+            shift = largest_seen(raised, key[:m], visible)
         else:
-            shift = (_LOG2 * np.asarray(known, np.float64)).astype(np.float32)
+            shift = (LOG2 * np.asarray(known, np.float64)).astype(np.float32)
         self.keys, self.scale, self.blind = keys, scale, visible == 0
         self.query, self.grad = (
             _in_groups(x.astype(np.float32, copy=False)) for x in (scaled, grad)
@@ -139,7 +135,7 @@ class Block:
             np.all((mass > 0) & np.isfinite(mass) & np.isfinite(moment))
         )
         self.share = np.where(self.blind, 0, 1 / mass)
-        normalizer = shift / _LOG2 + np.log(mass) + self.offset[0]
+        normalizer = shift / LOG2 + np.log(mass) + self.offset[0]
         normalizer[self.blind] = -np.inf
         self.normalizer = normalizer.astype(np.float32)
         self.drift = (self.share * moment + self.offset[1]).astype(np.float32)

@@ -5,18 +5,16 @@ in cache. What is rounded is the distance of a query from the mean of its block,
 is small, so that logits are off by little; the mean's own logits are not rounded.
 """
 
-import math
-
 import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.packing import KEYS, NOTHING, add_values, pack_lanes, weigh_keys
-from fastattn._ops.cpu.tiles import COLUMNS, LANES, pair
+from fastattn._ops.cpu.tiles import COLUMNS, LANES, LOG2, pair
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # near keys whose largest logit a row's weights are relative to
 _PROBES = 32
-_LOG2 = np.float32(1 / math.log(2))
+_LOG2 = np.float32(LOG2)
 
 
 def add_near(near, query, mean, key, packed, value, peak, total, out):

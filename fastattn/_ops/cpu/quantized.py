@@ -1,7 +1,5 @@
 """Groups of queries, which all keys pass in short blocks of rounded numbers."""
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -16,27 +14,24 @@ from fastattn._ops.cpu.packing import (
     weigh_keys,
 )
 from fastattn._ops.cpu.softmax_tiles import largest_seen
-from fastattn._ops.cpu.tiles import COLUMNS, LANES
-from fastattn._ops.quantized import PROBES
+from fastattn._ops.cpu.tiles import COLUMNS, LANES, LOG2
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
 # queries that are answered by one task
 _QUERIES = 512
-_LOG2 = 1 / math.log(2)
 
 
 @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 def attend_quantized(query, key, value, *, scale, visible, integers):
     # exponents are of two
-    scale = np.float32(scale * _LOG2)
+    scale = np.float32(scale * LOG2)
     own, middle = mean_of(query) * scale, mean_of(value)
     ends = np.stack([value.min(axis=0), value.max(axis=0)]).astype(np.float32)
     keys = PackedKeys(key, integers)
     m, n = len(key), len(query)
     tilt = np.full(len(keys.words), NOTHING)
     tilt[:m] = keys.centred @ own
-    probes = np.ascontiguousarray(keys.centred[:: max(1, m // PROBES)].T)
     pairs = packed_values(np.subtract(value, middle, dtype=np.float32))
     out, norm = np.empty((n, value.shape[1]), np.float32), np.empty(n, np.float32)
     seen = np.full(n, m) if visible is None else np.asarray(visible, np.int64)
@@ -46,7 +41,7 @@ def attend_quantized(query, key, value, *, scale, visible, integers):
         rows = slice(start, min(start + _QUERIES, n))
         scaled = np.multiply(query[rows], scale, dtype=np.float32)
         shift = largest_seen(
-            scaled @ probes, visible if visible is None else seen[rows], m
+            scaled, keys.centred, visible if visible is None else seen[rows]
         )
         constant = scaled @ keys.mean
         scaled -= own
@@ -121,7 +116,7 @@ def _finish(sums, mass, shifts, seen, constant, middle, ends, out, norm):
     for i in range(n):
         norm[i] = np.nan
         if mass[i] > 0 and np.isfinite(mass[i]):
-            norm[i] = (np.log2(mass[i]) + shifts[i] + constant[i]) / _LOG2
+            norm[i] = (np.log2(mass[i]) + shifts[i] + constant[i]) / LOG2
         if seen[i] == 0:
             norm[i] = -np.inf
         share = np.float32(1) / mass[i] if mass[i] > 0 else np.float32(0)

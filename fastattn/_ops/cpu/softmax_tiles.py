@@ -4,14 +4,13 @@ Queries are lanes, ``LANES`` to a group. Keys and values are read as they lie: f
 are done at the speed of many, which they are not by BLAS, since it packs both sides.
 """
 
-import math
-
 import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.tiles import (
     COLUMNS,
     LANES,
+    LOG2,
     add_float_tile,
     has_tiles,
     weigh_float_tile,
@@ -24,7 +23,6 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 KEYS = 256
 # groups that a block of keys passes while it is in second-level cache
 _GROUPS = 8
-_LOG2 = 1 / math.log(2)
 
 
 def serves(query, key, value):
@@ -41,19 +39,20 @@ def serves(query, key, value):
 def attend_tiles(query, key, value, scale, visible, out, normalizer):
     """Attend to a block of rows; False, and nothing of use, if a sum overflows."""
     # in float64: a scale, and a query, of extreme size may only meet halfway
-    scaled = np.multiply(query, scale * _LOG2, dtype=np.float64).astype(np.float32)
-    m = len(key)
-    shift = largest_seen(scaled @ key[:: max(1, m // PROBES)].T, visible, m)
+    scaled = np.multiply(query, scale * LOG2, dtype=np.float64).astype(np.float32)
+    shift = largest_seen(scaled, key, visible)
     if not np.isfinite(shift).all():
         return False
-    seen = np.full(len(query), m) if visible is None else visible
+    seen = np.full(len(query), len(key)) if visible is None else visible
     return _attend(scaled, shift, seen, key, value, out, normalizer)
 
 
-def largest_seen(logits, visible, m):
-    """The largest logit of every row with evenly spread keys of ``m`` that it sees."""
+def largest_seen(query, key, visible):
+    """The largest logit of every row with some evenly spread keys that it sees."""
+    step = max(1, len(key) // PROBES)
+    logits = query @ key[::step].T
     if visible is not None:
-        number = np.arange(0, m, max(1, m // PROBES))
+        number = np.arange(0, len(key), step)
         # a row that sees none takes the first
         logits[number[None, :] >= np.maximum(visible, 1)[:, None]] = -np.inf
     return np.max(logits, axis=1)
@@ -90,16 +89,9 @@ def _attend(query, shift, visible, key, value, out, normalizer):
                 tiles = -(-(min(lo + KEYS, last) - lo) // COLUMNS)
                 mass[:] = 0
                 _weigh(
-                    lanes[g],
-                    shifts[g],
-                    seen[g],
-                    key,
-                    last_key,
-                    lo,
-                    tiles,
-                    mass,
+                    lanes[g], shifts[g], seen[g], key, last_key, lo, tiles, mass,
                     weights,
-                )
+                )  # fmt: skip
                 whole = tiles - (lo + tiles * COLUMNS > rest)
                 _add(weights, value[lo:], whole, 1, part)
                 if whole < tiles:
@@ -174,7 +166,7 @@ def _finish(sums, total, shifts, seen, out, normalizer):
             out[i] = 0
             continue
         good &= total[i] > 0 and np.isfinite(total[i])
-        normalizer[i] = (np.log2(total[i]) + shifts[i]) / _LOG2
+        normalizer[i] = (np.log2(total[i]) + shifts[i]) / LOG2
         for c in range(out.shape[1]):
             good &= np.isfinite(sums[c, i])
             out[i, c] = sums[c, i] / total[i]

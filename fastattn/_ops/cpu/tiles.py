@@ -6,6 +6,7 @@ no such types: pairs are ``uint32``, the first of a pair in the lower half, and 
 loops are written in LLVM's language.
 """
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -18,6 +19,8 @@ from sketching._ops.cpu.features import has
 # a tile of sums: rows in so many vectors of 16 lanes, and so many columns
 _VECTORS, COLUMNS = 2, 8
 LANES = 16 * _VECTORS
+# exponents of weights are of two
+LOG2 = 1 / math.log(2)
 
 
 def has_tiles() -> bool:
