@@ -192,11 +192,8 @@ def certified(
     hard, margin = np.zeros(0, np.intp), MARGIN
     if attempt.alike:
         # few rows tell little of rare large errors
-        doubt, first, margin = (
-            rough_spread(head),
-            few_rows(head.sizes[0]),
-            SECOND_MARGIN,
-        )
+        doubt, first = rough_spread(head), few_rows(head.sizes[0])
+        margin = SECOND_MARGIN
     else:
         spread = logit_spread(head, rng)
         hard = outlying_rows(spread)

@@ -10,7 +10,8 @@ from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
 from fastattn._lowrank_gradient import lowrank_slopes
 from fastattn._ops.cpu import products
-from fastattn._ops.cpu.products import Readout, Sums, tiles_of
+from fastattn._ops.cpu.products import Readout, Sums
+from fastattn._ops.cpu.tiles import whole_tiles
 from fastattn._ops.quantized import rounded
 from fastattn._problem import Head
 from tests import oracles
@@ -31,7 +32,7 @@ def matrices(*shapes):
 @pytest.mark.parametrize(("size", "p"), [(8, 4), (13, 7), (200, 64), (1, 1)])
 def test_weights_go_to_rows_and_back(size, p, n):
     weights, rows = matrices((size, p), (n, p))
-    out = np.full((tiles_of(size), n), np.nan, np.float32)
+    out = np.full((whole_tiles(size), n), np.nan, np.float32)
     Readout(weights, rounded=True).multiply(rows, out)
     # rows that fill no group of lanes are not rounded
     factors = (weights, rows) if n % 32 else (rounded(weights), rounded(rows))

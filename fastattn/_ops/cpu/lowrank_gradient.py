@@ -8,8 +8,9 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.blocks import span_of
-from fastattn._ops.cpu.products import Readout, Sums, rounds, tiles_of
+from fastattn._ops.cpu.products import Readout, Sums, rounds
 from fastattn._ops.cpu.recurrence import add_polynomials, energies
+from fastattn._ops.cpu.tiles import whole_tiles
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -43,7 +44,7 @@ def query_vjp(
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
     def work(task):
-        buffers = np.empty((2, tiles_of(size) * _ROWS), dtype=dtype)
+        buffers = np.empty((2, whole_tiles(size) * _ROWS), dtype=dtype)
         sums = Sums(size, width - 1, _ROWS, rounded, dtype)
         masses = np.zeros(size)
         for lo in range(task * span, min((task + 1) * span, n), _ROWS):
@@ -95,7 +96,7 @@ def key_vjp(
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
     def work(task):
-        buffers = np.empty((2, tiles_of(size) * _ROWS), dtype=dtype)
+        buffers = np.empty((2, whole_tiles(size) * _ROWS), dtype=dtype)
         for lo in range(task * span, min((task + 1) * span, m), _ROWS):
             rows = slice(lo, min(lo + _ROWS, m))
             features, wide = _cut(buffers, rows)

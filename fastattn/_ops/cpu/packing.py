@@ -14,6 +14,7 @@ from fastattn._ops.cpu.tiles import (
     pair,
     weigh_integer_tile,
     weigh_tile,
+    whole_tiles,
 )
 from fastattn._ops.quantized import STEPS
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
@@ -32,13 +33,13 @@ class PackedKeys:
     def __init__(self, key, integers):
         self.mean = mean_of(key)
         self.integers, (m, d) = integers, key.shape
-        self.centred = np.subtract(key, self.mean, dtype=np.float32)
-        whole = -(-m // COLUMNS) * COLUMNS
+        self.centred = np.subtract(key, self.mean, dtype=np.float32, order="C")
+        whole = whole_tiles(m)
         self.words = np.zeros((whole, -(-d // (4 if integers else 2))), np.uint32)
         self.offset = np.zeros(whole, np.int32)
         self.column = np.ones(d, np.float32)
         if not integers:
-            _pack_rows(self.centred, self.words)
+            pack_rows(self.centred, self.words)
             return
         self.column = np.abs(self.centred).max(axis=0) / np.float32(STEPS)
         self.column[~(self.column > 0)] = 1
@@ -53,20 +54,22 @@ def mean_of(x):
 def packed_values(value):
     """Values of two neighbouring keys in pairs, up to whole tiles."""
     m, p = value.shape
-    columns = -(-p // COLUMNS) * COLUMNS
-    pairs = np.zeros((-(-m // COLUMNS) * COLUMNS // 2, columns), np.uint32)
+    pairs = np.zeros((whole_tiles(m) // 2, whole_tiles(p)), np.uint32)
     _pack_pairs(value, pairs)
     return pairs
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _pack_rows(x, out):
-    m, d = x.shape
-    for i in range(m):
-        for t in range(d // 2):
-            out[i, t] = pair(x[i, 2 * t], x[i, 2 * t + 1])
-        if d % 2:
-            out[i, d // 2] = pair(x[i, d - 1], np.float32(0))
+def pack_rows(x, pairs):
+    """Round neighbours in every row to the nearest of eight bits; ties go up."""
+    n = x.shape[1]
+    bits, halves = x.view(np.uint32), pairs.view(np.uint16)
+    for j in range(x.shape[0]):
+        row, packed = bits[j], halves[j]
+        for i in range(n):
+            packed[i] = np.uint16((row[i] + np.uint32(0x8000)) >> np.uint32(16))
+        if n % 2:
+            packed[n] = 0
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
@@ -96,13 +99,21 @@ def _pack_pairs(x, out):
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def pack_lanes(query, start, integers, column, lanes, unit):
     """Pack a group of queries from ``start`` on; the last one fills up the lanes."""
-    n, d = query.shape
+    if not integers:
+        pack_pair_lanes(query, start, lanes)
+        return
     lanes[:] = 0
     for l in range(LANES):
-        x = query[min(start + l, n - 1)]
-        if integers:
-            unit[l] = _pack_unsigned(x, column, lanes[:, l])
-            continue
+        x = query[min(start + l, query.shape[0] - 1)]
+        unit[l] = _pack_unsigned(x, column, lanes[:, l])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def pack_pair_lanes(rows, start, lanes):
+    """Pack neighbours in every row of a group as ``pack_lanes`` does."""
+    n, d = rows.shape
+    for l in range(LANES):
+        x = rows[min(start + l, n - 1)]
         for t in range(d // 2):
             lanes[t, l] = pair(x[2 * t], x[2 * t + 1])
         if d % 2:

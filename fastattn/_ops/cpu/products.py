@@ -7,6 +7,7 @@ multiplies such numbers; sums are float32.
 import numpy as np
 from numba import njit
 
+from fastattn._ops.cpu.packing import pack_pair_lanes, pack_rows
 from fastattn._ops.cpu.tile_products import combine_functions, weigh_values
 from fastattn._ops.cpu.tiles import (
     COLUMNS,
@@ -14,6 +15,7 @@ from fastattn._ops.cpu.tiles import (
     add_tile,
     multiplies_bytes,
     pair,
+    whole_tiles,
 )
 from sketching._ops.cpu.elementary import REASSOCIATE
 
@@ -21,11 +23,6 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 def rounds(coarse, dtype):
     """Whether products that may be coarse are rounded."""
     return coarse and dtype == np.float32 and multiplies_bytes()
-
-
-def tiles_of(size):
-    """So many functions, filled up to whole tiles."""
-    return -(-size // COLUMNS) * COLUMNS
 
 
 class Readout:
@@ -43,7 +40,7 @@ class Readout:
             np.matmul(self.weights, rows.T, out=out[:size])
             return
         lanes = np.empty((n // LANES, self.pairs.shape[1], LANES), np.uint32)
-        _pack_lanes(rows, lanes)
+        _pack_groups(rows, lanes)
         _add_products(lanes, self.pairs, out, 1)
 
     def read(self, features, out):
@@ -60,8 +57,8 @@ class Readout:
 
 
 def _packed(x):
-    pairs = np.zeros((tiles_of(len(x)), -(-x.shape[1] // 2)), np.uint32)
-    _pack(x, pairs)
+    pairs = np.zeros((whole_tiles(len(x)), -(-x.shape[1] // 2)), np.uint32)
+    pack_rows(x, pairs)
     return pairs
 
 
@@ -72,9 +69,9 @@ class Sums:
         self.size, self.p = size, p
         self.pairs = None
         if rounded:
-            self.pairs = np.empty(tiles_of(size) * -(-most // 2), np.uint32)
+            self.pairs = np.empty(whole_tiles(size) * -(-most // 2), np.uint32)
             width = -(-p // LANES) * LANES
-            self.part = np.zeros((tiles_of(size), width), np.float32)
+            self.part = np.zeros((whole_tiles(size), width), np.float32)
         else:
             self.part = np.empty((size, p), dtype)
             self.sums = np.zeros((size, p))
@@ -87,7 +84,7 @@ class Sums:
             return
         steps = -(-len(rows) // 2)
         pairs = self.pairs[: len(self.part) * steps].reshape(-1, steps)
-        _pack(features, pairs)
+        pack_rows(features, pairs)
         lanes = np.empty((self.part.shape[1] // LANES, steps, LANES), np.uint32)
         _pack_columns(rows, lanes)
         _add_products(lanes, pairs, self.part, 0)
@@ -111,29 +108,9 @@ def _add_products(lanes, pairs, out, fresh):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _pack(x, pairs):
-    # neighbours of every row; to the nearest, ties go up
-    n = x.shape[1]
-    bits, halves = x.view(np.uint32), pairs.view(np.uint16)
-    for j in range(x.shape[0]):
-        row, packed = bits[j], halves[j]
-        for i in range(n):
-            packed[i] = np.uint16((row[i] + np.uint32(0x8000)) >> np.uint32(16))
-        if n % 2:
-            packed[n] = 0
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _pack_lanes(x, lanes):
-    # neighbours of every row; rows are lanes
-    p, zero = x.shape[1], np.float32(0)
+def _pack_groups(x, lanes):
     for g in range(lanes.shape[0]):
-        for l in range(LANES):
-            row = x[g * LANES + l]
-            for k in range(p // 2):
-                lanes[g, k, l] = pair(row[2 * k], row[2 * k + 1])
-            if p % 2:
-                lanes[g, p // 2, l] = pair(row[p - 1], zero)
+        pack_pair_lanes(x, g * LANES, lanes[g])
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

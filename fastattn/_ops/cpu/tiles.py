@@ -23,6 +23,11 @@ LANES = 16 * _VECTORS
 LOG2 = 1 / math.log(2)
 
 
+def whole_tiles(size):
+    """So many columns, filled up to whole tiles."""
+    return -(-size // COLUMNS) * COLUMNS
+
+
 def has_tiles() -> bool:
     """Whether tiles of float32 numbers may be compiled here."""
     return has("avx512f", "avx512dq")
