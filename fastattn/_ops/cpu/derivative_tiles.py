@@ -6,17 +6,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastattn._ops.cpu.tiles import (
-    _FLOATS,
-    _PAIRS,
-    _VECTORS,
-    _WORDS,
     COLUMNS,
-    _fma,
-    _load,
-    _long,
-    _pointer,
-    _summed,
-    _vectors,
+    FLOATS,
+    PAIRS,
+    VECTORS,
+    WORDS,
+    fma,
+    load,
+    long,
+    store,
+    summed,
+    vectors,
 )
 
 _ROUND = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
@@ -41,16 +41,16 @@ def change_pair_tile(typingctx, left, row, right, column, steps, weights, moment
 def _change_code(kind):
     def codegen(context, builder, signature, args):
         left, row, right, column, steps, weights, moment, out = args
-        zero = [ir.Constant(_FLOATS, [0.0] * 16)] * (COLUMNS * _VECTORS)
-        made = _summed(builder, kind, zero, left, row, right, column, _long(4), steps)
-        moments = _vectors(builder, moment)
+        zero = [ir.Constant(FLOATS, [0.0] * 16)] * (COLUMNS * VECTORS)
+        made = summed(builder, kind, zero, left, row, right, column, long(4), steps)
+        moments = vectors(builder, moment)
         for i, total in enumerate(made):
-            v, there = i % _VECTORS, _long(64 * i)
-            weight = _load(builder, builder.add(weights, there), _FLOATS)
-            moments[v] = _fma(builder, weight, total, moments[v])
-            _store(builder, total, builder.add(out, there))
+            v, there = i % VECTORS, long(64 * i)
+            weight = load(builder, builder.add(weights, there), FLOATS)
+            moments[v] = fma(builder, weight, total, moments[v])
+            store(builder, total, builder.add(out, there))
         for v, total in enumerate(moments):
-            _store(builder, total, builder.add(moment, _long(64 * v)))
+            store(builder, total, builder.add(moment, long(64 * v)))
         return context.get_dummy_value()
 
     return codegen
@@ -69,9 +69,9 @@ def slope_float_tile(typingctx, weights, change, share, drift, own, slopes):
         for i, (weight, slope) in enumerate(
             _slopes(builder, weights, change, share, drift)
         ):
-            there = _long(64 * i)
-            _store(builder, weight, builder.add(own, there))
-            _store(builder, slope, builder.add(slopes, there))
+            there = long(64 * i)
+            store(builder, weight, builder.add(own, there))
+            store(builder, slope, builder.add(slopes, there))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), codegen
@@ -89,24 +89,24 @@ def slope_pair_tile(typingctx, weights, change, share, drift, own, slopes, acros
         weights, change, share, drift, own, slopes, across = args
         made = _slopes(builder, weights, change, share, drift)
         for c in range(COLUMNS):
-            lines = made[c * _VECTORS : (c + 1) * _VECTORS]
+            lines = made[c * VECTORS : (c + 1) * VECTORS]
             for i, place in enumerate((own, slopes)):
                 both = _halves(builder, *(x[i] for x in lines))
-                _store(builder, both, builder.add(place, _long(64 * c)))
-        half, upper = (ir.Constant(_WORDS, [x] * 16) for x in (0x8000, 0xFFFF0000))
-        sixteen = ir.Constant(_WORDS, [16] * 16)
-        for i in range(0, COLUMNS * _VECTORS, 2 * _VECTORS):
-            for v in range(_VECTORS):
+                store(builder, both, builder.add(place, long(64 * c)))
+        half, upper = (ir.Constant(WORDS, [x] * 16) for x in (0x8000, 0xFFFF0000))
+        sixteen = ir.Constant(WORDS, [16] * 16)
+        for i in range(0, COLUMNS * VECTORS, 2 * VECTORS):
+            for v in range(VECTORS):
                 low, high = (
-                    builder.add(builder.bitcast(made[x][1], _WORDS), half)
-                    for x in (i + v, i + v + _VECTORS)
+                    builder.add(builder.bitcast(made[x][1], WORDS), half)
+                    for x in (i + v, i + v + VECTORS)
                 )
                 both = builder.or_(
                     builder.lshr(low, sixteen), builder.and_(high, upper)
                 )
-                there = _long(64 * (i // 2 + v))
-                _store(
-                    builder, builder.bitcast(both, _FLOATS), builder.add(across, there)
+                there = long(64 * (i // 2 + v))
+                store(
+                    builder, builder.bitcast(both, FLOATS), builder.add(across, there)
                 )
         return context.get_dummy_value()
 
@@ -115,12 +115,12 @@ def slope_pair_tile(typingctx, weights, change, share, drift, own, slopes, acros
 
 def _slopes(builder, weights, change, share, drift):
     """Weights and derivatives by logits, the vectors of a tile in order."""
-    shares, drifts = _vectors(builder, share), _vectors(builder, drift)
-    one, made = ir.Constant(_FLOATS, [1.0] * 16), []
-    for i in range(COLUMNS * _VECTORS):
-        v, there = i % _VECTORS, _long(64 * i)
+    shares, drifts = vectors(builder, share), vectors(builder, drift)
+    one, made = ir.Constant(FLOATS, [1.0] * 16), []
+    for i in range(COLUMNS * VECTORS):
+        v, there = i % VECTORS, long(64 * i)
         weight, slope = (
-            _load(builder, builder.add(x, there), _FLOATS) for x in (weights, change)
+            load(builder, builder.add(x, there), FLOATS) for x in (weights, change)
         )
         weight = builder.fmul(weight, shares[v])
         weight = builder.select(builder.fcmp_ordered("<", weight, one), weight, one)
@@ -130,9 +130,9 @@ def _slopes(builder, weights, change, share, drift):
 
 def _halves(builder, first, second):
     """The 32 numbers of two vectors rounded, one behind the other."""
-    kind = ir.FunctionType(_PAIRS, [_FLOATS, _FLOATS])
+    kind = ir.FunctionType(PAIRS, [FLOATS, FLOATS])
     call = cgutils.get_or_insert_function(builder.module, kind, _ROUND)
-    return builder.bitcast(builder.call(call, [second, first]), _FLOATS)
+    return builder.bitcast(builder.call(call, [second, first]), FLOATS)
 
 
 @intrinsic
@@ -150,7 +150,3 @@ def fetch(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
-
-
-def _store(builder, vector, address):
-    builder.store(vector, _pointer(builder, address, _FLOATS), align=4)

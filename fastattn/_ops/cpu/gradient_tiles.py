@@ -16,6 +16,7 @@ from fastattn._ops.cpu.derivative_tiles import (
     slope_float_tile,
     slope_pair_tile,
 )
+from fastattn._ops.cpu.packing import mean_of, pack_rows
 from fastattn._ops.cpu.softmax_tiles import hide, largest_seen
 from fastattn._ops.cpu.tiles import (
     COLUMNS,
@@ -78,7 +79,7 @@ class Keys:
     def __init__(self, key, value, coarse):
         self.m, self.coarse = len(key), coarse
         if coarse:
-            self.means = [x.mean(axis=0, dtype=np.float32) for x in (key, value)]
+            self.means = [mean_of(x) for x in (key, value)]
             key, value = (x - y for x, y in zip((key, value), self.means, strict=True))
         self.key, self.value = (filled(x, COLUMNS) for x in (key, value))
         self.words = self.down = self.key
@@ -175,8 +176,10 @@ def _across(x):
 
 def _pairs(x):
     """Neighbours in every row rounded to bfloat16, in the bits of a float32."""
-    halves = (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x8000)) >> 16
-    return halves.astype(np.uint16).view(np.float32)
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    words = np.empty((len(rows), x.shape[-1] // 2), np.uint32)
+    pack_rows(rows, words)
+    return words.view(np.float32).reshape(*x.shape[:-1], -1)
 
 
 def _pairs_down(x):

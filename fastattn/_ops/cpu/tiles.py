@@ -17,8 +17,8 @@ from numba.extending import intrinsic
 from sketching._ops.cpu.features import has
 
 # a tile of sums: rows in so many vectors of 16 lanes, and so many columns
-_VECTORS, COLUMNS = 2, 8
-LANES = 16 * _VECTORS
+VECTORS, COLUMNS = 2, 8
+LANES = 16 * VECTORS
 # exponents of weights are of two
 LOG2 = 1 / math.log(2)
 
@@ -52,9 +52,9 @@ class _Bfloat(ir.Type):
 
 
 _WORD, _LONG = ir.IntType(32), ir.IntType(64)
-_FLOATS = ir.VectorType(ir.FloatType(), 16)
-_WORDS = ir.VectorType(_WORD, 16)
-_PAIRS = ir.VectorType(_Bfloat(), 32)
+FLOATS = ir.VectorType(ir.FloatType(), 16)
+WORDS = ir.VectorType(_WORD, 16)
+PAIRS = ir.VectorType(_Bfloat(), 32)
 _PAIRWISE = "llvm.x86.avx512bf16.dpbf16ps.512"
 _BYTEWISE = "llvm.x86.avx512.vpdpbusd.512"
 # of 2 ** x on [0, 1), lowest first: the least relative error, 7.5e-5, which is less
@@ -102,22 +102,22 @@ def _add_code(kind):
     def codegen(context, builder, signature, args):
         left, row, right, column, step, steps, sums, line, fresh = args
         places = [
-            builder.add(sums, builder.add(builder.mul(line, _long(c)), _long(64 * v)))
+            builder.add(sums, builder.add(builder.mul(line, long(c)), long(64 * v)))
             for c in range(COLUMNS)
-            for v in range(_VECTORS)
+            for v in range(VECTORS)
         ]
         before = builder.block
-        load, start = (builder.append_basic_block(x) for x in ("load", "start"))
-        builder.cbranch(builder.icmp_signed("!=", fresh, _long(0)), start, load)
-        builder.position_at_end(load)
-        loaded = [_load(builder, x, _FLOATS) for x in places]
+        again, start = (builder.append_basic_block(x) for x in ("again", "start"))
+        builder.cbranch(builder.icmp_signed("!=", fresh, long(0)), start, again)
+        builder.position_at_end(again)
+        loaded = [load(builder, x, FLOATS) for x in places]
         builder.branch(start)
         builder.position_at_end(start)
-        zero = ir.Constant(_FLOATS, [0.0] * 16)
-        first = [_phi(builder, _FLOATS, (before, zero), (load, x)) for x in loaded]
-        made = _summed(builder, kind, first, left, row, right, column, step, steps)
+        zero = ir.Constant(FLOATS, [0.0] * 16)
+        first = [_phi(builder, FLOATS, (before, zero), (again, x)) for x in loaded]
+        made = summed(builder, kind, first, left, row, right, column, step, steps)
         for place, total in zip(places, made, strict=True):
-            builder.store(total, _pointer(builder, place, _FLOATS), align=4)
+            store(builder, total, place)
         return context.get_dummy_value()
 
     return codegen
@@ -136,9 +136,7 @@ def weigh_tile(typingctx, left, row, right, column, steps, tilt, shift, mass, we
     def codegen(context, builder, signature, args):
         left, row, right, column, steps, tilt, shift, mass, weights = args
         first = _raised(builder, tilt, shift)
-        made = _summed(
-            builder, "pairs", first, left, row, right, column, _long(4), steps
-        )
+        made = summed(builder, "pairs", first, left, row, right, column, long(4), steps)
         _weigh(builder, made, mass, weights)
         return context.get_dummy_value()
 
@@ -164,19 +162,18 @@ def weigh_pair_tile(typingctx, left, row, right, column, steps, shift, mass, wei
 def _weigh_code(kind, coefficients):
     def codegen(context, builder, signature, args):
         left, row, right, column, steps, shift, mass, weights = args
-        zero = [ir.Constant(_FLOATS, [0.0] * 16)] * (COLUMNS * _VECTORS)
-        made = _summed(builder, kind, zero, left, row, right, column, _long(4), steps)
-        shifts, masses = _vectors(builder, shift), _vectors(builder, mass)
+        zero = [ir.Constant(FLOATS, [0.0] * 16)] * (COLUMNS * VECTORS)
+        made = summed(builder, kind, zero, left, row, right, column, long(4), steps)
+        shifts, masses = vectors(builder, shift), vectors(builder, mass)
         for i, total in enumerate(made):
-            v = i % _VECTORS
+            v = i % VECTORS
             exponent = builder.fsub(total, shifts[v])
             power = _power_of_two(builder, exponent, coefficients)
             masses[v] = builder.fadd(masses[v], power)
-            place = builder.add(weights, _long(64 * i))
-            builder.store(power, _pointer(builder, place, _FLOATS), align=4)
+            place = builder.add(weights, long(64 * i))
+            store(builder, power, place)
         for v, total in enumerate(masses):
-            place = _pointer(builder, builder.add(mass, _long(64 * v)), _FLOATS)
-            builder.store(total, place, align=4)
+            store(builder, total, builder.add(mass, long(64 * v)))
         return context.get_dummy_value()
 
     return codegen
@@ -198,14 +195,12 @@ def weigh_integer_tile(
         tilt, shift, mass, weights = args[7:]
         first = []
         for c in range(COLUMNS):
-            own = _load(builder, builder.add(offset, _long(4 * c)), _WORD)
-            first.extend([_everywhere(builder, _WORDS, own)] * _VECTORS)
-        made = _summed(
-            builder, "bytes", first, left, row, right, column, _long(4), steps
-        )
-        units, raised = _vectors(builder, unit), _raised(builder, tilt, shift)
+            own = load(builder, builder.add(offset, long(4 * c)), _WORD)
+            first.extend([_everywhere(builder, WORDS, own)] * VECTORS)
+        made = summed(builder, "bytes", first, left, row, right, column, long(4), steps)
+        units, raised = vectors(builder, unit), _raised(builder, tilt, shift)
         logits = [
-            _fma(builder, builder.sitofp(x, _FLOATS), units[i % _VECTORS], raised[i])
+            fma(builder, builder.sitofp(x, FLOATS), units[i % VECTORS], raised[i])
             for i, x in enumerate(made)
         ]
         _weigh(builder, logits, mass, weights)
@@ -216,49 +211,45 @@ def weigh_integer_tile(
 
 def _raised(builder, tilt, shift):
     """``tilt[c] - shift[l]`` for the vectors of a tile."""
-    shifts = _vectors(builder, shift)
+    shifts = vectors(builder, shift)
     made: list[Any] = []
     for c in range(COLUMNS):
-        own = _load(builder, builder.add(tilt, _long(4 * c)), ir.FloatType())
-        own = _everywhere(builder, _FLOATS, own)
+        own = load(builder, builder.add(tilt, long(4 * c)), ir.FloatType())
+        own = _everywhere(builder, FLOATS, own)
         made.extend(builder.fsub(own, x) for x in shifts)
     return made
 
 
 def _weigh(builder, logits, mass, weights):
     """Write the powers of two of a tile of logits in pairs, and add them to a mass."""
-    made = [builder.bitcast(_power_of_two(builder, x, _POWER), _WORDS) for x in logits]
-    masses, half = _vectors(builder, mass), ir.Constant(_WORDS, [16] * 16)
-    upper = ir.Constant(_WORDS, [0xFFFF0000] * 16)
-    ones = ir.Constant(_WORDS, [0x3F803F80] * 16)
+    made = [builder.bitcast(_power_of_two(builder, x, _POWER), WORDS) for x in logits]
+    masses, half = vectors(builder, mass), ir.Constant(WORDS, [16] * 16)
+    upper = ir.Constant(WORDS, [0xFFFF0000] * 16)
+    ones = ir.Constant(WORDS, [0x3F803F80] * 16)
     for c in range(0, COLUMNS, 2):
-        for v in range(_VECTORS):
-            low, high = (made[(c + i) * _VECTORS + v] for i in range(2))
+        for v in range(VECTORS):
+            low, high = (made[(c + i) * VECTORS + v] for i in range(2))
             both = builder.or_(builder.lshr(low, half), builder.and_(high, upper))
             masses[v] = _dot(builder, masses[v], both, ones)
-            place = builder.add(weights, _long(4 * (c // 2 * LANES + 16 * v)))
-            builder.store(both, _pointer(builder, place, _WORDS), align=4)
+            place = builder.add(weights, long(4 * (c // 2 * LANES + 16 * v)))
+            store(builder, both, place)
     for v, total in enumerate(masses):
-        place = _pointer(builder, builder.add(mass, _long(64 * v)), _FLOATS)
-        builder.store(total, place, align=4)
+        store(builder, total, builder.add(mass, long(64 * v)))
 
 
-def _summed(builder, kind, first, left, row, right, column, step, steps):
+def summed(builder, kind, first, left, row, right, column, step, steps):
     """Totals with all words multiplied and added, ``steps`` at least one."""
-    columns = [
-        builder.add(right, builder.mul(column, _long(c))) for c in range(COLUMNS)
-    ]
+    columns = [builder.add(right, builder.mul(column, long(c))) for c in range(COLUMNS)]
     before = builder.block
     loop, done = (builder.append_basic_block(x) for x in ("k", "end"))
     builder.branch(loop)
     builder.position_at_end(loop)
-    starts = (_long(0), left, _long(0))
+    starts = (long(0), left, long(0))
     counters = [_phi(builder, _LONG, (before, x)) for x in starts]
     totals = [_phi(builder, first[0].type, (before, x)) for x in first]
     made = _products(builder, kind, totals, counters[1], columns, counters[2])
     after = [
-        builder.add(x, by)
-        for x, by in zip(counters, (_long(1), row, step), strict=True)
+        builder.add(x, by) for x, by in zip(counters, (long(1), row, step), strict=True)
     ]
     more = builder.icmp_signed("<", after[0], steps)
     for old, new in zip(counters + totals, after + made, strict=True):
@@ -271,36 +262,36 @@ def _summed(builder, kind, first, left, row, right, column, step, steps):
 def _products(builder, kind, totals, left, columns, offset):
     """Totals with one word of every row and column multiplied and added."""
     multiply = {"pairs": _dot, "bytes": _dot_integers, "floats": _dot_floats}[kind]
-    rows = _vectors(builder, left, _WORDS)
+    rows = vectors(builder, left, WORDS)
     made: list[Any] = []
     for c, column in enumerate(columns):
-        word = _load(builder, builder.add(column, offset), _WORD)
-        word = _everywhere(builder, _WORDS, word)
+        word = load(builder, builder.add(column, offset), _WORD)
+        word = _everywhere(builder, WORDS, word)
         for v, lanes in enumerate(rows):
-            made.append(multiply(builder, totals[c * _VECTORS + v], lanes, word))
+            made.append(multiply(builder, totals[c * VECTORS + v], lanes, word))
     return made
 
 
 def _dot(builder, total, left, right):
-    kind = ir.FunctionType(_FLOATS, [_FLOATS, _PAIRS, _PAIRS])
+    kind = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
     call = cgutils.get_or_insert_function(builder.module, kind, _PAIRWISE)
-    left, right = (builder.bitcast(x, _PAIRS) for x in (left, right))
+    left, right = (builder.bitcast(x, PAIRS) for x in (left, right))
     return builder.call(call, [total, left, right])
 
 
 def _dot_integers(builder, total, left, right):
-    kind = ir.FunctionType(_WORDS, [_WORDS] * 3)
+    kind = ir.FunctionType(WORDS, [WORDS] * 3)
     call = cgutils.get_or_insert_function(builder.module, kind, _BYTEWISE)
     return builder.call(call, [total, left, right])
 
 
 def _dot_floats(builder, total, left, right):
-    left, right = (builder.bitcast(x, _FLOATS) for x in (left, right))
-    return _fma(builder, left, right, total)
+    left, right = (builder.bitcast(x, FLOATS) for x in (left, right))
+    return fma(builder, left, right, total)
 
 
-def _fma(builder, x, y, z):
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+def fma(builder, x, y, z):
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     call = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
     return builder.call(call, [x, y, z])
 
@@ -308,20 +299,20 @@ def _fma(builder, x, y, z):
 def _power_of_two(builder, x, coefficients):
     """``2 ** x``: a polynomial of what is beyond an integer, scaled by that."""
     module, all_lanes = builder.module, ir.Constant(ir.IntType(16), 0xFFFF)
-    nothing, one = ir.Constant(_FLOATS, None), ir.Constant(_WORD, 1)
+    nothing, one = ir.Constant(FLOATS, None), ir.Constant(_WORD, 1)
     # rounding as the processor is set to
     current = ir.Constant(_WORD, 4)
-    kinds = _FLOATS, [_FLOATS, _WORD, _FLOATS, ir.IntType(16), _WORD]
+    kinds = FLOATS, [FLOATS, _WORD, FLOATS, ir.IntType(16), _WORD]
     reduce = cgutils.get_or_insert_function(
         module, ir.FunctionType(*kinds), "llvm.x86.avx512.mask.reduce.ps.512"
     )
     # less the integer below
     rest = builder.call(reduce, [x, one, nothing, all_lanes, current])
-    *lower, highest = (ir.Constant(_FLOATS, [c] * 16) for c in coefficients)
+    *lower, highest = (ir.Constant(FLOATS, [c] * 16) for c in coefficients)
     y = highest
     for c in reversed(lower):
-        y = _fma(builder, y, rest, c)
-    kinds = _FLOATS, [_FLOATS, _FLOATS, _FLOATS, ir.IntType(16), _WORD]
+        y = fma(builder, y, rest, c)
+    kinds = FLOATS, [FLOATS, FLOATS, FLOATS, ir.IntType(16), _WORD]
     scale = cgutils.get_or_insert_function(
         module, ir.FunctionType(*kinds), "llvm.x86.avx512.mask.scalef.ps.512"
     )
@@ -331,19 +322,19 @@ def _power_of_two(builder, x, coefficients):
 def _everywhere(builder, kind, number):
     """A vector of one number."""
     nothing = ir.Constant(kind, ir.Undefined)
-    first, lanes = ir.Constant(_WORD, 0), ir.Constant(_WORDS, [0] * 16)
+    first, lanes = ir.Constant(_WORD, 0), ir.Constant(WORDS, [0] * 16)
     return builder.shuffle_vector(
         builder.insert_element(nothing, number, first), nothing, lanes
     )
 
 
-def _vectors(builder, address, kind=_FLOATS):
+def vectors(builder, address, kind=FLOATS):
     """The vectors that lie one behind the other."""
-    places = (builder.add(address, _long(64 * v)) for v in range(_VECTORS))
-    return [_load(builder, x, kind) for x in places]
+    places = (builder.add(address, long(64 * v)) for v in range(VECTORS))
+    return [load(builder, x, kind) for x in places]
 
 
-def _long(x):
+def long(x):
     return ir.Constant(_LONG, x)
 
 
@@ -358,5 +349,9 @@ def _pointer(builder, address, kind):
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _load(builder, address, kind):
+def store(builder, vector, address):
+    builder.store(vector, _pointer(builder, address, vector.type), align=4)
+
+
+def load(builder, address, kind):
     return builder.load(_pointer(builder, address, kind), align=4)
