@@ -130,6 +130,7 @@ class _Causal:
             scale=part.scale,
             visible=part.visible,
             beside=beside,
+            coarse=self.prefixes[0].structure.coarse,
         )
         normalizer, drift, slope, more = zip(
             *(found[start] for start in sorted(found)), strict=True

@@ -42,7 +42,7 @@ def attend_vjp(
         visible = np.minimum(visible, m)
     rows = _Rows(query, key, value, grad, scale, visible, log_normalizer, drift, beside)
     in_tiles = tiles.serves(query, key, value, grad)
-    group = tiles.rows_at_once(n, m) if in_tiles else rows.group
+    group = tiles.rows_at_once(n, m, beside is not None) if in_tiles else rows.group
     size, keys = m, None
     if in_tiles:
         keys = tiles.Keys(key, value, coarse and multiplies_bytes())

@@ -36,6 +36,9 @@ _ROWS, _STEPS, _FEWEST = 1024, 8, 4 * LANES
 # what they keep stays below this many bytes; not all caches are as large, but keys,
 # and the sums over queries, would be brought from memory more often
 _LARGEST_KEPT = 1 << 26
+# where rows ask what is known of them beside these keys each question has its price:
+# then they wait for an answer together, below this many bytes
+_LARGEST_ASKING = 1 << 23
 # keys that pass a group at once: their weights stay in first-level cache
 _KEYS = 192
 
@@ -51,9 +54,11 @@ def serves(query, key, value, grad):
     )
 
 
-def rows_at_once(n, m):
+def rows_at_once(n, m, is_asking):
     """How many of ``n`` queries pass ``m`` keys together."""
     rows = min(_ROWS, n // _STEPS, _LARGEST_KEPT // (8 * m))
+    if is_asking:
+        rows = max(rows, min(n, _LARGEST_ASKING // (8 * m)))
     return max(_FEWEST, rows // LANES * LANES)
 
 
