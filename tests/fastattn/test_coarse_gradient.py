@@ -70,8 +70,8 @@ def test_rounded_products_are_taken_within_the_tolerance(is_causal):
 
 @needs_pairs
 def test_rounding_that_shows_is_not_taken():
-    # logits of hundreds, of which a part in 2 ** 9 is much
-    query, key, value, grad = problem(1600, 1600, 32, 32, dtype=np.float32, spread=9)
+    # logits of up to a hundred, of which a part in 2 ** 9 is much
+    query, key, value, grad = problem(1600, 1600, 32, 32, dtype=np.float32, spread=2)
     options = {"scale": 1.0, "rng": 0}
     found = attention_vjp(query, key, value, grad, tol=0.01, **options)
     exact = attention_vjp(query, key, value, grad, method=Exact(), **options)

@@ -29,16 +29,19 @@ def change_float_tile(typingctx, left, row, right, column, steps, weights, momen
     ``sum_k left[k, l] * right[k, c]`` are written to ``out``, whose lines lie as those
     of the weights. Addresses and distances are those of ``weigh_float_tile``.
     """
-    return types.void(*[types.intp] * 8), _change_code("floats")
+    return types.void(*[types.intp] * 8), _change_code("floats", _alone)
 
 
 @intrinsic
 def change_pair_tile(typingctx, left, row, right, column, steps, weights, moment, out):
-    """Do as ``change_float_tile`` with products of pairs."""
-    return types.void(*[types.intp] * 8), _change_code("pairs")
+    """Do as ``change_float_tile`` with products of pairs.
+
+    What is written has each product, rounded, below its rounded weight in one word.
+    """
+    return types.void(*[types.intp] * 8), _change_code("pairs", _joined)
 
 
-def _change_code(kind):
+def _change_code(kind, written):
     def codegen(context, builder, signature, args):
         left, row, right, column, steps, weights, moment, out = args
         zero = [ir.Constant(FLOATS, [0.0] * 16)] * (COLUMNS * VECTORS)
@@ -48,7 +51,8 @@ def _change_code(kind):
             v, there = i % VECTORS, long(64 * i)
             weight = load(builder, builder.add(weights, there), FLOATS)
             moments[v] = fma(builder, weight, total, moments[v])
-            store(builder, total, builder.add(out, there))
+            both = written(builder, total, weight)
+            store(builder, both, builder.add(out, there))
         for v, total in enumerate(moments):
             store(builder, total, builder.add(moment, long(64 * v)))
         return context.get_dummy_value()
@@ -66,9 +70,11 @@ def slope_float_tile(typingctx, weights, change, share, drift, own, slopes):
 
     def codegen(context, builder, signature, args):
         weights, change, share, drift, own, slopes = args
-        for i, (weight, slope) in enumerate(
-            _slopes(builder, weights, change, share, drift)
-        ):
+        kept = []
+        for i in range(COLUMNS * VECTORS):
+            places = (builder.add(x, long(64 * i)) for x in (weights, change))
+            kept.append([load(builder, x, FLOATS) for x in places])
+        for i, (weight, slope) in enumerate(_slopes(builder, kept, share, drift)):
             there = long(64 * i)
             store(builder, weight, builder.add(own, there))
             store(builder, slope, builder.add(slopes, there))
@@ -78,54 +84,66 @@ def slope_float_tile(typingctx, weights, change, share, drift, own, slopes):
 
 
 @intrinsic
-def slope_pair_tile(typingctx, weights, change, share, drift, own, slopes, across):
-    """Do as ``slope_float_tile``, and round what is written.
+def slope_pair_tile(typingctx, words, share, drift, own, slopes, across):
+    """Do as ``slope_float_tile`` with words of both, and round what is written.
 
     Neighbouring lanes are pairs; to ``across`` go the slopes with neighbouring lines in
     pairs.
     """
 
     def codegen(context, builder, signature, args):
-        weights, change, share, drift, own, slopes, across = args
-        made = _slopes(builder, weights, change, share, drift)
+        words, share, drift, own, slopes, across = args
+        kept = []
+        for i in range(COLUMNS * VECTORS):
+            word = load(builder, builder.add(words, long(64 * i)), WORDS)
+            kept.append(_parted(builder, word))
+        made = _slopes(builder, kept, share, drift)
         for c in range(COLUMNS):
             lines = made[c * VECTORS : (c + 1) * VECTORS]
             for i, place in enumerate((own, slopes)):
                 both = _halves(builder, *(x[i] for x in lines))
                 store(builder, both, builder.add(place, long(64 * c)))
-        half, upper = (ir.Constant(WORDS, [x] * 16) for x in (0x8000, 0xFFFF0000))
-        sixteen = ir.Constant(WORDS, [16] * 16)
         for i in range(0, COLUMNS * VECTORS, 2 * VECTORS):
             for v in range(VECTORS):
-                low, high = (
-                    builder.add(builder.bitcast(made[x][1], WORDS), half)
-                    for x in (i + v, i + v + VECTORS)
-                )
-                both = builder.or_(
-                    builder.lshr(low, sixteen), builder.and_(high, upper)
-                )
-                there = long(64 * (i // 2 + v))
-                store(
-                    builder, builder.bitcast(both, FLOATS), builder.add(across, there)
-                )
+                both = _joined(builder, made[i + v][1], made[i + v + VECTORS][1])
+                place = builder.add(across, long(64 * (i // 2 + v)))
+                store(builder, both, place)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 7), codegen
+    return types.void(*[types.intp] * 6), codegen
 
 
-def _slopes(builder, weights, change, share, drift):
+def _slopes(builder, kept, share, drift):
     """Weights and derivatives by logits, the vectors of a tile in order."""
     shares, drifts = vectors(builder, share), vectors(builder, drift)
     one, made = ir.Constant(FLOATS, [1.0] * 16), []
-    for i in range(COLUMNS * VECTORS):
-        v, there = i % VECTORS, long(64 * i)
-        weight, slope = (
-            load(builder, builder.add(x, there), FLOATS) for x in (weights, change)
-        )
+    for i, (weight, slope) in enumerate(kept):
+        v = i % VECTORS
         weight = builder.fmul(weight, shares[v])
         weight = builder.select(builder.fcmp_ordered("<", weight, one), weight, one)
         made.append((weight, builder.fmul(weight, builder.fsub(slope, drifts[v]))))
     return made
+
+
+def _alone(builder, low, high):
+    """The first of two vectors: the other is kept elsewhere."""
+    return low
+
+
+def _joined(builder, low, high):
+    """Two vectors rounded to bfloat16, in the halves of words."""
+    half = ir.Constant(WORDS, [0x8000] * 16)
+    low, high = (builder.add(builder.bitcast(x, WORDS), half) for x in (low, high))
+    low = builder.lshr(low, ir.Constant(WORDS, [16] * 16))
+    high = builder.and_(high, ir.Constant(WORDS, [0xFFFF0000] * 16))
+    return builder.bitcast(builder.or_(low, high), FLOATS)
+
+
+def _parted(builder, word):
+    """What ``_joined`` put together: what is high, and what is low."""
+    high = builder.and_(word, ir.Constant(WORDS, [0xFFFF0000] * 16))
+    low = builder.shl(word, ir.Constant(WORDS, [16] * 16))
+    return [builder.bitcast(x, FLOATS) for x in (high, low)]
 
 
 def _halves(builder, first, second):

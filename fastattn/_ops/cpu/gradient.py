@@ -90,7 +90,7 @@ class _Rows:
     def add_in_tiles(self, own, group, keys, query_slope, key_sum, value_sum):
         """Add what some rows have to say to the sums, in tiles."""
         m, known = len(self.key), self.log_normalizer
-        size = tiles.kept(min(group, len(self.query)), len(keys.key))
+        size = tiles.kept(min(group, len(self.query)), keys)
         # once a thread: fresh memory costs as much as a product
         room = self.rooms.pop() if self.rooms else np.empty(size, np.float32)
         for start in range(own.start, own.stop, group):

@@ -62,9 +62,10 @@ def rows_at_once(n, m, is_asking):
     return max(_FEWEST, rows // LANES * LANES)
 
 
-def kept(n, m):
-    """How many numbers a block of so many rows, and whole tiles of keys, keeps."""
-    return 2 * -(-n // LANES) * LANES * m
+def kept(n, keys):
+    """How many numbers a block of so many rows keeps."""
+    # coarse weights, and the products, are halves of one word
+    return (1 if keys.coarse else 2) * -(-n // LANES) * LANES * len(keys.key)
 
 
 def filled(x, multiple, number=0):
@@ -114,11 +115,10 @@ class Block:
         self.query, self.grad = (
             _in_groups(x.astype(np.float32, copy=False)) for x in (scaled, grad)
         )
-        # what fills up the last group has no weights
-        self.shift = _in_groups(shift, np.inf)
         self.seen = _in_groups(np.asarray(visible, np.int64), visible[-1])
-        self.kept = room[: kept(n, len(key))]
-        self.kept = self.kept.reshape(2, len(self.seen), len(key), LANES)
+        room = room[: kept(n, keys)].reshape(-1, len(self.seen), len(key), LANES)
+        # the same ones where both are in one word
+        self.kept = room[0], room[-1]
         mass, moment = np.zeros((2, *self.seen.shape))
         lanes, grads = _in_groups(raised), self.grad
         self.offset = np.zeros((2, n), np.float32)
@@ -126,6 +126,9 @@ class Block:
             lanes, grads = _pairs(lanes), _pairs(grads)
             self.query, self.grad = _pairs_down(self.query), _pairs_down(self.grad)
             self.offset[:] = (scaled @ keys.means[0], grad @ keys.means[1])
+            shift = shift - np.float32(LOG2) * self.offset[0]
+        # what fills up the last group has no weights
+        self.shift = _in_groups(shift, np.inf)
         _weigh(
             coarse, _across(lanes), _across(grads), self.shift, self.seen, keys.words,
             keys.value_words, *self.kept, mass, moment,
@@ -197,13 +200,16 @@ def _pairs_down(x):
 def _weigh(
     coarse, lanes, grads, shift, seen, key, value, weights, change, mass, moment
 ):
-    part = np.empty((2, LANES), np.float32)
+    part, tile = (
+        np.empty((2, LANES), np.float32),
+        np.empty((COLUMNS, LANES), np.float32),
+    )
     for lo in range(0, seen.max(), _KEYS):
         for g in range(seen.shape[0]):
             part[:] = 0
             _weigh_group(
                 coarse, lanes[g], grads[g], shift[g], seen[g], key, value, lo,
-                weights[g], change[g], part,
+                weights[g], change[g], tile, part,
             )  # fmt: skip
             for l in range(LANES):
                 mass[g, l] += part[0, l]
@@ -212,7 +218,7 @@ def _weigh(
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _weigh_group(
-    coarse, lanes, grads, shift, seen, key, value, lo, weights, change, part
+    coarse, lanes, grads, shift, seen, key, value, lo, weights, change, tile, part
 ):
     # addresses, since slices that are made in a loop count who holds them
     d, p, spare = key.shape[1], value.shape[1], np.empty(LANES, np.float32)
@@ -227,18 +233,18 @@ def _weigh_group(
         right = keys + 4 * d * first
         if coarse:
             weigh_pair_tile(
-                lane, 4 * LANES, right, 4 * d, d, own_shift, own, here + line
+                lane, 4 * LANES, right, 4 * d, d, own_shift, own, tile.ctypes.data
             )
         else:
             weigh_float_tile(
                 lane, 4 * LANES, right, 4 * d, d, own_shift, own, here + line
             )
         if not is_seen:
-            hide(weights[first:], first, seen, part[0])
+            hide(tile if coarse else weights[first:], first, seen, part[0])
         right, moment = values + 4 * p * first, mass + 4 * LANES
         if coarse:
             change_pair_tile(
-                grad, 4 * LANES, right, 4 * p, p, here + line, moment, there + line
+                grad, 4 * LANES, right, 4 * p, p, tile.ctypes.data, moment, there + line
             )
         else:
             change_float_tile(
@@ -302,8 +308,8 @@ def _differentiate(coarse, weights, change, size, share, drift, own, slopes, acr
         line = 4 * LANES * first
         if coarse:
             slope_pair_tile(
-                weights + line, change + line, share, drift, own + line // 2,
-                slopes + line // 2, across + line // 2,
+                change + line, share, drift, own + line // 2, slopes + line // 2,
+                across + line // 2,
             )  # fmt: skip
         else:
             slope_float_tile(
