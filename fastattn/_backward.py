@@ -29,6 +29,8 @@ SLACK = 3.0
 WORTH = 0.8
 # rounding of a sum, in units of eps times the root of the sum of squares
 _ROUNDING = 8.0
+# rows of a second look, in times of what one look takes
+_SECOND = 2
 # derivatives by query, key and value
 Slopes = tuple[Array, Array, Array]
 
@@ -121,14 +123,16 @@ class Backward:
         settled: Array,
         rng: np.random.Generator,
         enough: float = 0.0,
+        doubt: Slopes | None = None,
     ) -> float:
         """Largest relative error on random queries, and on random keys.
 
         A query is differentiated from its own exact weights; a key needs the
         normalizers and drifts of all queries, which are taken as they are. Fewer rows
-        are looked at first, which may show an error that is small ``enough``.
+        are looked at first, which may show an error that is small ``enough``. What of
+        the derivatives is in ``doubt``, all by default, says where to look more often.
         """
-        query, key, value = (_squares(x) for x in slopes)
+        query, key, value = (_squares(x) for x in (slopes if doubt is None else doubt))
         # settled rows are exact
         query[settled] = 0
         sizes = [query, key + value]
@@ -139,7 +143,8 @@ class Backward:
         found = self._look(slopes, numbers, sizes, [ROWS, ROWS], MARGIN, rng)
         if found <= enough:
             return found
-        # two looks share the chance of failure
+        # two looks share the chance of failure: the second takes more rows for that
+        counts = [_SECOND * x for x in counts]
         return self._look(slopes, numbers, sizes, counts, SECOND_MARGIN, rng)
 
     def _look(
@@ -209,16 +214,19 @@ class _Sample:
         unit = float(np.abs(truth).max(initial=0.0)) or 1.0
         with np.errstate(over="ignore", invalid="ignore"):
             squares = self.weights * np.sum(((part - truth) / unit) ** 2, axis=1)
-        if squares.sum() <= (floor / unit) ** 2:
-            return 0.0
-        sizes = self.weights * np.sum((truth / unit) ** 2, axis=1)
-        size = float(sizes.sum())
-        ratio = float(squares.sum()) / size if size else math.inf
+            if squares.sum() <= (floor / unit) ** 2:
+                return 0.0
+            # the size of what was found is known: only the difference is estimated
+            more = np.sum((truth / unit) ** 2, axis=1)
+            more = self.weights * (more - np.sum((part / unit) ** 2, axis=1))
+            whole = to_host(slope).astype(np.float64) / unit
+            size = float(np.sum(whole**2) + more.sum())
+        ratio = float(squares.sum()) / size if size > 0 else math.inf
         if not math.isfinite(ratio):
             return math.inf
         if not self.is_whole:
             # of a ratio: errors that go with sizes leave little to chance
-            left = float(np.std(squares - ratio * sizes))
+            left = float(np.std(squares - ratio * more))
             ratio += margin * left * math.sqrt(len(squares)) / size
         return math.sqrt(ratio)
 

@@ -23,29 +23,36 @@ from sketching._lib.arrays import Array, device_of, to_host
 
 
 def causal_slopes(
-    head: Head, grad: Array, empty: LowRank, hard: Array
-) -> tuple[Slopes, Backward]:
+    head: Head, grad: Array, empty: LowRank, hard: Array, first: int | None = None
+) -> tuple[Slopes, Backward, Slopes]:
     """Differentiate a causal head, whose last row sees all keys, over a basis.
 
-    Rows that are ``hard``, boolean ``(n,)``, and rows out of reach add nothing, and
-    have infinite normalizers in the second answer.
+    The ``first`` keys are one chunk. Rows that are ``hard``, boolean ``(n,)``, and rows
+    out of reach add nothing, and have infinite normalizers in the second answer. The
+    third is what part of the derivatives is by the basis, and not exact.
     """
-    chunks = chunks_of(to_host(head.visible))
+    chunks = chunks_of(to_host(head.visible), first)
     counts = [keys.start for _, keys in chunks[1:]]
     prefixes = [x for some in lowrank_prefixes(head, empty, counts) for x in some]
     causal = _Causal(head, grad, hard, chunks, prefixes, _far_keys(prefixes))
     found = causal.by_rows()
-    xp, (query, key, value, normalizer, drift, sums) = head.xp, zip(*found, strict=True)
+    xp, columns = head.xp, zip(*found, strict=True)
+    query, key, value, far_query, normalizer, drift, sums = columns
     state = Backward(head, grad, xp.concat(list(normalizer)), xp.concat(list(drift)))
     # no row is behind the keys of the last chunk, which are none
     behind = list(accumulate(sums[:0:-1]))[::-1]
     more = causal.by_keys(behind)
-    slopes = (
-        xp.concat(list(query)),
-        xp.concat(list(key)) + xp.concat([x for x, _ in more]),
-        xp.concat(list(value)) + xp.concat([x for _, x in more]),
+    far: Slopes = (
+        xp.concat(list(far_query)),
+        xp.concat([x for x, _ in more]),
+        xp.concat([x for _, x in more]),
     )
-    return causal.with_far_keys(slopes, state), state
+    slopes = (
+        xp.concat(list(query)) + far[0],
+        xp.concat(list(key)) + far[1],
+        xp.concat(list(value)) + far[2],
+    )
+    return causal.with_far_keys(slopes, state), state, far
 
 
 def _far_keys(prefixes: list[LowRankPrefix]) -> Array:
@@ -112,7 +119,7 @@ class _Causal:
         if rows.start == rows.stop:
             slopes = (
                 xp.zeros_like(x, dtype=grad.dtype)
-                for x in (part.query, part.key, part.value)
+                for x in (part.query, part.key, part.value, part.query)
             )
             return *slopes, grad[:, 0], grad[:, 0], sums
         found = {}
@@ -135,8 +142,7 @@ class _Causal:
         normalizer, drift, slope, more = zip(
             *(found[start] for start in sorted(found)), strict=True
         )
-        query = query + xp.concat(list(slope))
-        known = xp.concat(list(normalizer)), xp.concat(list(drift))
+        known = (xp.concat(list(x)) for x in (slope, normalizer, drift))
         return query, key, value, *known, sum(more, sums)
 
     def _before(

@@ -82,15 +82,18 @@ def _sizes(
     )
 
 
-def lowrank_cost(head: Head) -> Callable[[int, int], float]:
-    """Work of a head from the numbers of polynomials and landmarks."""
+def lowrank_cost(head: Head, first: int | None = None) -> Callable[[int, int], float]:
+    """Work of a head from the numbers of polynomials and landmarks.
+
+    Of a causal head the ``first`` keys are one chunk.
+    """
     if head.visible is None:
         return lambda rank, landmarks: lowrank_work(*head.sizes, rank, landmarks)
     p = head.sizes[3]
-    chunks, within = chunk_work(head)
+    chunks, *within = chunk_work(head, first)
 
     def cost(rank: int, landmarks: int) -> float:
-        work = lowrank_work(*head.sizes, rank, landmarks) + within
+        work = lowrank_work(*head.sizes, rank, landmarks) + sum(within)
         # double precision: sums are added, and projected onto the landmarks
         projected = (rank + landmarks) * (p + 1) * (2 * landmarks + 16)
         return work + chunks * projected
@@ -98,10 +101,10 @@ def lowrank_cost(head: Head) -> Callable[[int, int], float]:
     return cost
 
 
-def chunk_work(head: Head) -> tuple[int, float]:
-    """Number of chunks of a causal head, and the work of what is exact in them."""
+def chunk_work(head: Head, first: int | None = None) -> tuple[int, float, float]:
+    """Number of chunks of a causal head, its exact work and that of calls."""
     visible = to_host(head.visible)
-    cuts = np.asarray(cuts_of(int(visible[-1])))
+    cuts = np.asarray(cuts_of(int(visible[-1]), first))
     before = cuts[np.searchsorted(cuts, visible, side="right") - 1]
     exact = exact_work(*head.sizes, logits=int(np.sum(visible - before)))
-    return len(cuts), exact + len(cuts) * _CHUNK_WORK
+    return len(cuts), exact, len(cuts) * _CHUNK_WORK

@@ -8,29 +8,23 @@ does. Queries that the low rank does not serve, and far keys, are exact.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from fastattn._backward import (
-    SLACK,
-    WORTH,
-    Backward,
-    Slopes,
-    exact_vjp_work,
-    marked,
-    spread,
-    take,
-)
+from fastattn._backward import SLACK, WORTH, Slopes, exact_vjp_work, marked
 from fastattn._causal_gradient import causal_slopes
-from fastattn._causal_plan import leniency, lowrank_cost
+from fastattn._causal_pilot import first_chunks
+from fastattn._causal_plan import chunk_work, leniency, lowrank_cost
+from fastattn._costs import exact_work
 from fastattn._exact_gradient import vjp_work
 from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
-from fastattn._lowrank_passes import key_slopes, query_slopes
+from fastattn._lowrank_passes import whole_slopes
 from fastattn._problem import Head
 from fastattn._sampling import hardest_rows
-from fastattn._sizes import predict
+from fastattn._sizes import polynomials
 from fastattn.expansions import rank_of
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
@@ -48,9 +42,43 @@ _AIM = 0.7
 _COARSE_ENOUGH = 0.005
 # share of the rows that may be done exactly because they are out of reach
 _MENDED = 0.02
+# landmarks behind a long first chunk, and the largest variance of logits for which they
+# are tried
+_MARKS, _CALM = 448, 4.0
+# the share of the aim that a pilot must meet there: a few keys may hold the most
+_CAREFUL = 0.9
+# work of planning a second try, which a first one of a causal head often asks for
+_AGAIN = 5e8
 # tries, how far the first may miss, and what is left to the second
 _TRIES = 2
 _HOPELESS, _TIGHTER = 1.6, 0.7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """A structure to differentiate by, without keys.
+
+    Of a causal head the ``first`` keys are one chunk; None where that is as usual.
+    """
+
+    empty: LowRank
+    first: int | None = None
+
+    def work(self, head: Head, tol: float) -> float:
+        """Predicted work, in units of ``exact_vjp_work``."""
+        rank, landmarks = self.empty.rank, self.empty.landmarks
+        return _work(head, tol, rank, landmarks, self.first)
+
+
+def _work(
+    head: Head, tol: float, rank: int, landmarks: int, first: int | None = None
+) -> float:
+    work = _PASSES * lowrank_cost(head, first)(rank, landmarks)
+    if head.visible is None:
+        return work
+    exact = chunk_work(head, first)[1]
+    slower = vjp_work(head, tol) / exact_work(*head.sizes, logits=head.logits)
+    return work + (slower - _PASSES) * exact + _AGAIN
 
 
 def lowrank_slopes(
@@ -59,10 +87,12 @@ def lowrank_slopes(
     empty: LowRank,
     rng: np.random.Generator,
     enough: float = 0.0,
+    first: int | None = None,
 ) -> tuple[Slopes, float]:
     """Differentiate a head over the basis of an empty structure, and check.
 
-    The check is content with few rows where they show an error below ``enough``.
+    The check is content with few rows where they show an error below ``enough``. Of a
+    causal head the ``first`` keys are one chunk.
 
     Returns
     -------
@@ -79,9 +109,10 @@ def lowrank_slopes(
     n, hard = head.sizes[0], hardest_rows(head, rng)
     skip = marked(hard, head.query)
     if head.visible is None:
-        slopes, state = _slopes(head, grad, empty, skip)
+        slopes, state = whole_slopes(head, grad, empty, skip)
+        doubt = slopes
     else:
-        slopes, state = causal_slopes(head, grad, empty, skip)
+        slopes, state, doubt = causal_slopes(head, grad, empty, skip, first)
     settled = np.flatnonzero(to_host(state.normalizer) == math.inf)
     if len(settled) > _MENDED * n + len(hard):
         raise RefusalError(
@@ -91,7 +122,7 @@ def lowrank_slopes(
         )
     state = state.with_exact(settled)
     slopes = state.mended(slopes, settled)
-    return slopes, state.error(slopes, settled, rng, enough)
+    return slopes, state.error(slopes, settled, rng, enough, doubt)
 
 
 def slopes_if_they_pay(
@@ -99,19 +130,21 @@ def slopes_if_they_pay(
     grad: Array,
     tol: float,
     rng: np.random.Generator,
-    first: list[LowRank],
+    first: list[Attempt],
 ) -> Slopes | None:
     """Differentiate by a low rank that pays and meets ``3 * tol``, if there is one.
 
     The ``first`` to be tried are what ``worth_a_try`` lists.
     """
-    aim, structures = _AIM, first
+    aim, attempts = _AIM, first
     for _ in range(_TRIES):
         least = math.inf
-        for empty in structures:
+        for attempt in attempts:
             try:
-                some = replace(empty, coarse=tol >= _COARSE_ENOUGH)
-                slopes, error = lowrank_slopes(head, grad, some, rng, SLACK * tol)
+                some = replace(attempt.empty, coarse=tol >= _COARSE_ENOUGH)
+                slopes, error = lowrank_slopes(
+                    head, grad, some, rng, SLACK * tol, attempt.first
+                )
             except RefusalError:
                 return None
             if error <= SLACK * tol:
@@ -121,87 +154,58 @@ def slopes_if_they_pay(
             return None
         # what the derivatives lacked says how much more to ask for
         aim *= _TIGHTER * SLACK * tol / least
-        structures = worth_a_try(head, tol, rng, aim)
+        attempts = worth_a_try(head, grad, tol, rng, aim)
     return None
 
 
 def worth_a_try(
-    head: Head, tol: float, rng: np.random.Generator, aim: float = _AIM
-) -> list[LowRank]:
-    """List polynomials whose derivatives may meet ``3 * tol`` and should pay.
+    head: Head,
+    grad: Array,
+    tol: float,
+    rng: np.random.Generator,
+    aim: float = _AIM,
+) -> list[Attempt]:
+    """List low ranks whose derivatives may meet ``3 * tol`` and should pay.
 
-    Landmarks hardly ever do: they are fitted to queries, and derivatives by keys err
-    about as much however many there are.
+    Landmarks hardly ever do but behind a long first chunk: they are fitted to queries,
+    and derivatives by keys err about as much however many there are.
     """
     if head.logits < _SMALL:
         return []
-    limit, work = WORTH * vjp_work(head, tol), lowrank_cost(head)
-
-    def cost(rank: int, landmarks: int) -> float:
-        return _PASSES * work(rank, landmarks)
+    limit, cost = WORTH * vjp_work(head, tol), partial(_work, head, tol)
 
     try:
         # pilots see all keys; rows that see some may err by so many times more
         factor = 1.0 if head.visible is None else leniency(head, rng)
         whole = head.unmasked()
         sample = Sample.of(whole, rng)
-        deviation = math.sqrt(float(Frame.of(sample).spread.sum()))
-        wanted = aim * tol * min(1.0, SLACK * _LOST * deviation)
-        found = predict(whole, sample, factor * wanted, rng, cost, limit)
-        structures = [x.empty for x in found if x.accepted and x.empty is not None]
-        if structures:
-            return [x for x in structures if not x.landmarks]
+        variance = float(Frame.of(sample).spread.sum())
+        wanted = aim * tol * min(1.0, SLACK * _LOST * math.sqrt(variance))
+        found = polynomials(whole, sample, factor * wanted, rng, cost, limit)
+        if found.accepted and found.empty is not None:
+            return [Attempt(found.empty)]
+        if head.visible is not None and variance <= _CALM:
+            marks = LowRank.plan(sample, rank=1, landmarks=_MARKS, rng=rng)
+            firsts = first_chunks(head, grad, marks, _CAREFUL * aim * SLACK * tol, rng)
+            longer = [Attempt(marks, first) for first in firsts[:1]]
+            if longer and longer[0].work(head, tol) <= limit:
+                return longer
         # a degree that the answer has in part may be what the derivatives lack
-        found = predict(whole, sample, factor * tol, rng, cost, limit)
-        ranks = [
-            _whole_degree(head.sizes[2], x.rank)
-            for x in found
-            if x.accepted and not x.landmarks
-        ]
-        return [
-            LowRank.plan(sample, rank=rank, landmarks=0, rng=rng)
-            for rank in ranks
-            if cost(rank, 0) <= limit
-        ]
+        found = polynomials(whole, sample, factor * tol, rng, cost, limit)
+        rank = _whole_degree(head.sizes[2], found.rank)
+        if not found.accepted or cost(rank, 0) > limit:
+            return []
+        return [Attempt(LowRank.plan(sample, rank=rank, landmarks=0, rng=rng))]
     except RefusalError:
         return []
 
 
-def least_share(head: Head, structures: list[LowRank]) -> float:
-    """The least share of the exact time that a low rank takes; 1 if there is none."""
-    if not structures:
-        return 1.0
-    cost = lowrank_cost(head)
-    work = [cost(x.rank, x.landmarks) for x in structures]
-    return _PASSES * min(work) / exact_vjp_work(head)
+def least_share(head: Head, tol: float, attempts: list[Attempt]) -> float:
+    """The least share of the exact time that a low rank, or rounding, takes."""
+    work = [vjp_work(head, tol), *(x.work(head, tol) for x in attempts)]
+    return min(work) / exact_vjp_work(head)
 
 
 def _whole_degree(d: int, rank: int) -> int:
     """The number of monomials of the least degree that has so many."""
     return next(size for g in range(rank + 1) if (size := rank_of(d, g)) >= rank)
-
-
-def _slopes(
-    head: Head, grad: Array, empty: LowRank, hard: Array
-) -> tuple[Slopes, Backward]:
-    """Do as ``causal_slopes`` where rows see all keys."""
-    xp, m = head.xp, head.sizes[1]
-    structure, far = empty.filled(head.key, head.value)
-    keys = np.flatnonzero(to_host(far))
-    alone = replace(head, key=take(head.key, keys), value=take(head.value, keys))
-    answer, normalizer = alone.attend()
-    query, sums, normalizer, drift = query_slopes(
-        head,
-        grad,
-        structure,
-        xp.where(hard, xp.inf, normalizer),
-        xp.sum(grad * answer, axis=1),
-        head.scale * structure.basis.frame.center,
-    )
-    state = Backward(head, grad, normalizer, drift)
-    key, value = key_slopes(head.key, head.value, far, structure, sums)
-    if not len(keys):
-        return (query, key, value), state
-    more = state.exact(None, keys)
-    key, value = key + spread(more[1], keys, m), value + spread(more[2], keys, m)
-    return (query + more[0], key, value), state

@@ -1,9 +1,11 @@
 """The two passes of the derivative of a low rank, over queries and over keys."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
+from fastattn._backward import Backward, Slopes, spread, take
 from fastattn._lowrank import LowRank
 from fastattn._ops.lowrank import LEAST
 from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
@@ -96,3 +98,29 @@ def key_slopes(
         **basis.hermite.recipe,
     )
     return found
+
+
+def whole_slopes(
+    head: Head, grad: Array, empty: LowRank, hard: Array
+) -> tuple[Slopes, Backward]:
+    """Do as ``causal_slopes`` where rows see all keys."""
+    xp, m = head.xp, head.sizes[1]
+    structure, far = empty.filled(head.key, head.value)
+    keys = np.flatnonzero(to_host(far))
+    alone = replace(head, key=take(head.key, keys), value=take(head.value, keys))
+    answer, normalizer = alone.attend()
+    query, sums, normalizer, drift = query_slopes(
+        head,
+        grad,
+        structure,
+        xp.where(hard, xp.inf, normalizer),
+        xp.sum(grad * answer, axis=1),
+        head.scale * structure.basis.frame.center,
+    )
+    state = Backward(head, grad, normalizer, drift)
+    key, value = key_slopes(head.key, head.value, far, structure, sums)
+    if not len(keys):
+        return (query, key, value), state
+    more = state.exact(None, keys)
+    key, value = key + spread(more[1], keys, m), value + spread(more[2], keys, m)
+    return (query + more[0], key, value), state

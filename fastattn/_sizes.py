@@ -146,6 +146,20 @@ def predict(
     return [min(found, key=lambda x: x.error)]
 
 
+def polynomials(
+    head: Head,
+    sample: Sample,
+    tol: float,
+    rng: np.random.Generator,
+    cost: Callable[[int, int], float],
+    limit: float,
+) -> Prediction:
+    """Do as ``predict`` without landmarks."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        search = _Search(head, sample, tol, rng, cost, limit)
+        return search.start() or search.polynomials()
+
+
 class _Search:
     """The pilots and traces of one head."""
 

@@ -37,22 +37,23 @@ class Prefix(Protocol):
         ...
 
 
-def cuts_of(seen: int) -> list[int]:
+def cuts_of(seen: int, first: int | None = None) -> list[int]:
     """Cut ``seen`` keys into chunks, from 0 to ``seen``.
 
     The first is longer: where values average out, its rows are by far the largest, and
     an error there would count most.
     """
-    first = int(min(max(_FIRST * seen, _CHUNK), _MOST_FIRST, seen))
+    if first is None:
+        first = int(min(max(_FIRST * seen, _CHUNK), _MOST_FIRST, seen))
     return [0, *range(first, seen, _CHUNK), seen]
 
 
-def chunks_of(visible: Array) -> list[tuple[slice, slice]]:
+def chunks_of(visible: Array, first: int | None = None) -> list[tuple[slice, slice]]:
     """Cut rows and keys alike: rows see all keys before theirs, but none behind them.
 
     The keys of the last chunk are none.
     """
-    cuts = cuts_of(int(visible[-1]))
+    cuts = cuts_of(int(visible[-1]), first)
     # chunk k serves the rows that see cuts[k] keys, but not yet cuts[k + 1]
     rows = [*(int(i) for i in np.searchsorted(visible, cuts)), len(visible)]
     return [

@@ -287,7 +287,7 @@ def _slopes(
     """Differentiate one head by the method, by a low rank that pays, or exactly."""
     if isinstance(method, Polynomial | Multipole) and head.sizes[1]:
         return _asked_for(head, grad, tol, method, rng)
-    if isinstance(method, Auto) and guarantee == "sampled":
+    if isinstance(method, Auto) and guarantee == "sampled" and head.logits:
         found = _near_linear(head, grad, tol, rng)
         found = coarse_slopes(head, grad, tol, rng) if found is None else found
         if found is not None:
@@ -328,8 +328,8 @@ def _near_linear(
     head: Head, grad: Array, tol: float, rng: np.random.Generator
 ) -> Slopes | None:
     """Differentiate by clusters or a low rank, if one pays and meets ``3 * tol``."""
-    lowranks = worth_a_try(head, tol, rng)
-    share = least_share(head, lowranks)
+    lowranks = worth_a_try(head, grad, tol, rng)
+    share = least_share(head, tol, lowranks)
     if share > QUICK:
         found = clusters_if_they_pay(head, grad, tol, rng, share)
         if found is not None:

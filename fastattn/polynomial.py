@@ -211,7 +211,7 @@ def attempt_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Attempt:
     method = Polynomial(degree=degree, rank=len(recipe.index), basis=basis)
     work = polynomial_work(*head.sizes, len(recipe.index))
     if head.visible is not None:
-        work += chunk_work(head)[1]
+        work += sum(chunk_work(head)[1:])
     if recipe.dtype == head.xp.float64 != head.dtype:
         work *= 2
     error = math.nan if math.isinf(recipe.bound) else recipe.bound

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastattn import Exact, Polynomial, attention_vjp
+from fastattn import Exact, Polynomial, _causal_pilot, attention_vjp
 from fastattn import causal as causal_chunks
 from fastattn._causal_gradient import causal_slopes
+from fastattn._causal_pilot import first_chunks
 from fastattn._causal_prefixes import lowrank_by_prefixes
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
@@ -41,7 +42,7 @@ def test_causal_slopes_are_the_derivatives_of_the_answer(rank, landmarks, far):
     rng = np.random.default_rng(0)
     sample = Sample.of(head.unmasked(), rng)
     empty = LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
-    slopes, state = causal_slopes(head, grad, empty, np.zeros(190, bool))
+    slopes, state, _ = causal_slopes(head, grad, empty, np.zeros(190, bool))
 
     def answer(inputs):
         return lowrank_by_prefixes(replace(head, **inputs), empty)
@@ -70,7 +71,7 @@ def test_hard_rows_add_nothing_to_causal_slopes():
     rng = np.random.default_rng(0)
     empty = LowRank.plan(Sample.of(head, rng), rank=15, landmarks=0, rng=rng)
     hard = rng.random(190) < 0.4
-    slopes, state = causal_slopes(head, grad, empty, hard)
+    slopes, state, _ = causal_slopes(head, grad, empty, hard)
     np.testing.assert_array_equal(state.normalizer == np.inf, hard)
     np.testing.assert_allclose(slopes[0][hard], 0, rtol=0, atol=1e-300)
     rest = causal_slopes(head, grad * ~hard[:, None], empty, np.zeros(190, bool))[0]
@@ -131,6 +132,68 @@ def test_auto_takes_a_low_rank_for_causal_heads():
     worst = max(oracles.frobenius_error(x, y) for x, y in zip(got, truth, strict=True))
     # not exact, and good enough
     assert 1e-5 < worst <= 9e-2
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("first", [50, 130, 179])
+def test_a_long_first_chunk_is_exact(first):
+    *inputs, grad = causal(190, 180, np.float64)
+    head = Head(*inputs, 0.5, np.minimum(np.arange(190) + 1, 180))
+    rng = np.random.default_rng(0)
+    # a constant serves no row
+    empty = LowRank.plan(Sample.of(head.unmasked(), rng), rank=1, landmarks=0, rng=rng)
+    slopes, _, far = causal_slopes(head, grad, empty, np.zeros(190, bool), first)
+    truth = softmax_vjp(*inputs, grad, is_causal=True)
+    # rows see one key more than their number
+    np.testing.assert_allclose(slopes[0][: first - 1], truth[0][: first - 1], rtol=1e-9)
+    assert not np.allclose(slopes[0][first:], truth[0][first:], rtol=1e-3)
+    # nothing is by the basis but what rows behind the chunk make of keys before theirs
+    assert np.all(far[0][: first - 1] == 0)
+    assert np.all(far[0][first:] != 0)
+    assert np.all(far[1][:first] != 0)
+
+
+class TestFirstChunks:
+    """How long the first chunk must be is told by a few rows and keys."""
+
+    @pytest.fixture(autouse=True)
+    def _of_any_size(self, monkeypatch):
+        monkeypatch.setattr(_causal_pilot, "_SMALL", 0)
+        monkeypatch.setattr(causal_chunks, "_CHUNK", 50)
+
+    def problem(self, landmarks, seed=0):
+        rng = np.random.default_rng(seed)
+        query, key, value, grad = rng.standard_normal((4, 2000, 8))
+        head = Head(query, key, value, 8**-0.5, np.arange(2000) + 1)
+        sample = Sample.of(head.unmasked(), rng)
+        empty = LowRank.plan(sample, rank=1, landmarks=landmarks, rng=rng)
+        return head, grad, empty, rng
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_the_error_is_near_what_was_predicted(self, seed):
+        head, grad, empty, rng = self.problem(60, seed)
+        arrays = head.query, head.key, head.value, grad
+        truth = softmax_vjp(*arrays, is_causal=True, scale=head.scale)
+        lengths = []
+        for wanted in (0.5, 0.35, 0.25):
+            first = first_chunks(head, grad, empty, wanted, rng)[0]
+            slopes = causal_slopes(head, grad, empty, np.zeros(2000, bool), first)[0]
+            found = zip(slopes, truth, strict=True)
+            error = max(oracles.frobenius_error(x, y) for x, y in found)
+            assert error <= 1.3 * wanted
+            lengths.append(first)
+        assert lengths == sorted(lengths)
+        assert lengths[0] < lengths[-1]
+
+    def test_none_serves_what_is_out_of_reach(self):
+        head, grad, empty, rng = self.problem(2)
+        assert first_chunks(head, grad, empty, 1e-3, rng) == []
+        huge = replace(head, query=1e200 * head.query)
+        assert first_chunks(huge, grad, empty, 0.3, rng) == []
+
+    def test_small_heads_are_not_looked_at(self, monkeypatch):
+        monkeypatch.setattr(_causal_pilot, "_SMALL", 1 << 28)
+        assert first_chunks(*self.problem(30)[:3], 10.0, np.random.default_rng(0)) == []
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -113,15 +113,16 @@ def slope_pair_tile(typingctx, words, share, drift, own, slopes, across):
     return types.void(*[types.intp] * 6), codegen
 
 
-def _slopes(builder, kept, share, drift):
+def _slopes(builder, kept, shares, drifts):
     """Weights and derivatives by logits, the vectors of a tile in order."""
-    shares, drifts = vectors(builder, share), vectors(builder, drift)
+    shares, drifts = vectors(builder, shares), vectors(builder, drifts)
     one, made = ir.Constant(FLOATS, [1.0] * 16), []
-    for i, (weight, slope) in enumerate(kept):
+    for i, (relative, slope) in enumerate(kept):
         v = i % VECTORS
-        weight = builder.fmul(weight, shares[v])
-        weight = builder.select(builder.fcmp_ordered("<", weight, one), weight, one)
-        made.append((weight, builder.fmul(weight, builder.fsub(slope, drifts[v]))))
+        weight = builder.fmul(relative, shares[v])
+        is_less = builder.fcmp_ordered("<", weight, one)
+        share = builder.select(is_less, weight, one)
+        made.append((share, builder.fmul(share, builder.fsub(slope, drifts[v]))))
     return made
 
 

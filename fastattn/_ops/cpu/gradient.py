@@ -42,10 +42,10 @@ def attend_vjp(
         visible = np.minimum(visible, m)
     rows = _Rows(query, key, value, grad, scale, visible, log_normalizer, drift, beside)
     in_tiles = tiles.serves(query, key, value, grad)
-    group = tiles.rows_at_once(n, m, beside is not None) if in_tiles else rows.group
-    size, keys = m, None
+    size, keys, group = m, None, rows.group
     if in_tiles:
         keys = tiles.Keys(key, value, coarse and multiplies_bytes())
+        group = tiles.rows_at_once(n, keys, beside is not None)
         size = len(keys.key)
     part = size * (d + p) * dtype.itemsize
     tasks = min(_TASKS, max(_FEWEST_TASKS, _LARGEST_PARTS // max(part, 1)))

@@ -32,7 +32,7 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 
 # queries that all keys pass before they do so again: up to so many, or so large a part
 # of all, since memory that is new costs as much as a product
-_ROWS, _STEPS, _FEWEST = 1024, 8, 4 * LANES
+_ROWS, _STEPS, _COARSE_STEPS, _FEWEST = 1024, 8, 4, 4 * LANES
 # what they keep stays below this many bytes; not all caches are as large, but keys,
 # and the sums over queries, would be brought from memory more often
 _LARGEST_KEPT = 1 << 26
@@ -54,11 +54,13 @@ def serves(query, key, value, grad):
     )
 
 
-def rows_at_once(n, m, is_asking):
-    """How many of ``n`` queries pass ``m`` keys together."""
-    rows = min(_ROWS, n // _STEPS, _LARGEST_KEPT // (8 * m))
+def rows_at_once(n, keys, is_asking):
+    """How many of ``n`` queries pass the keys together."""
+    line = 4 * keys.m * (1 if keys.coarse else 2)
+    steps = _COARSE_STEPS if keys.coarse else _STEPS
+    rows = min(_ROWS, n // steps, _LARGEST_KEPT // line)
     if is_asking:
-        rows = max(rows, min(n, _LARGEST_ASKING // (8 * m)))
+        rows = max(rows, min(n, _LARGEST_ASKING // line))
     return max(_FEWEST, rows // LANES * LANES)
 
 
