@@ -6,7 +6,9 @@ and from the sums over all rows of the chunks behind.
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -115,8 +117,8 @@ class _Causal:
     def _rows(self, k: int) -> tuple[Array, ...]:
         xp, (rows, keys) = self.head.xp, self.chunks[k]
         part, grad = part_of(self.head, rows, keys), self.grad[rows, :]
-        sums = np.zeros((len(self.prefixes[0].structure.sums), grad.shape[1] + 1))
         if rows.start == rows.stop:
+            sums = np.zeros((len(self.prefixes[0].structure.sums), grad.shape[1] + 1))
             slopes = (
                 xp.zeros_like(x, dtype=grad.dtype)
                 for x in (part.query, part.key, part.value, part.query)
@@ -143,7 +145,7 @@ class _Causal:
             *(found[start] for start in sorted(found)), strict=True
         )
         known = (xp.concat(list(x)) for x in (slope, normalizer, drift))
-        return query, key, value, *known, sum(more, sums)
+        return query, key, value, *known, reduce(add, more)
 
     def _before(
         self, k: int, rows: slice, normalizer: Array, drift: Array

@@ -23,8 +23,6 @@ from sketching._lib.arrays import Array, device_of, to_host
 _PARTS = 1 / 4, 3 / 8, 7 / 16, 1 / 2, 9 / 16, 5 / 8
 # rows and keys of a pilot
 _ROWS, _KEYS = 192, 4096
-# with fewer logits the pilot costs too much of what it may save
-_SMALL = 1 << 28
 # strata of the rows, the first row after the first of them, and rows of each that are
 # looked at, of no more logits than that
 _STRATA, _EARLY, _EACH = 12, 16, 48
@@ -39,8 +37,6 @@ def first_chunks(
     They are predicted to leave a relative error of at most ``wanted``; the shortest,
     which is the cheapest, is first.
     """
-    if head.logits < _SMALL:
-        return []
     visible = to_host(head.visible)
     seen = int(visible[-1])
     parts = [cuts_of(seen)[1], *(int(part * seen) for part in _PARTS)]

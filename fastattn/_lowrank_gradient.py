@@ -42,9 +42,9 @@ _AIM = 0.7
 _COARSE_ENOUGH = 0.005
 # share of the rows that may be done exactly because they are out of reach
 _MENDED = 0.02
-# landmarks behind a long first chunk, and the largest variance of logits for which they
-# are tried
-_MARKS, _CALM = 448, 4.0
+# landmarks behind a long first chunk, and the fewest logits and largest variance for
+# which they are tried
+_MARKS, _LARGE, _CALM = 448, 1 << 28, 4.0
 # the share of the aim that a pilot must meet there: a few keys may hold the most
 _CAREFUL = 0.9
 # work of planning a second try, which a first one of a causal head often asks for
@@ -184,7 +184,7 @@ def worth_a_try(
         found = polynomials(whole, sample, factor * wanted, rng, cost, limit)
         if found.accepted and found.empty is not None:
             return [Attempt(found.empty)]
-        if head.visible is not None and variance <= _CALM:
+        if head.visible is not None and head.logits >= _LARGE and variance <= _CALM:
             marks = LowRank.plan(sample, rank=1, landmarks=_MARKS, rng=rng)
             firsts = first_chunks(head, grad, marks, _CAREFUL * aim * SLACK * tol, rng)
             longer = [Attempt(marks, first) for first in firsts[:1]]

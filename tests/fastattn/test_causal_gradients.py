@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastattn import Exact, Polynomial, _causal_pilot, attention_vjp
+from fastattn import Exact, Polynomial, attention_vjp
 from fastattn import causal as causal_chunks
 from fastattn._causal_gradient import causal_slopes
 from fastattn._causal_pilot import first_chunks
@@ -157,8 +157,7 @@ class TestFirstChunks:
     """How long the first chunk must be is told by a few rows and keys."""
 
     @pytest.fixture(autouse=True)
-    def _of_any_size(self, monkeypatch):
-        monkeypatch.setattr(_causal_pilot, "_SMALL", 0)
+    def _short_chunks(self, monkeypatch):
         monkeypatch.setattr(causal_chunks, "_CHUNK", 50)
 
     def problem(self, landmarks, seed=0):
@@ -190,10 +189,6 @@ class TestFirstChunks:
         assert first_chunks(head, grad, empty, 1e-3, rng) == []
         huge = replace(head, query=1e200 * head.query)
         assert first_chunks(huge, grad, empty, 0.3, rng) == []
-
-    def test_small_heads_are_not_looked_at(self, monkeypatch):
-        monkeypatch.setattr(_causal_pilot, "_SMALL", 1 << 28)
-        assert first_chunks(*self.problem(30)[:3], 10.0, np.random.default_rng(0)) == []
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -75,7 +75,8 @@ def query_vjp(
 
     run_blocks(work, range(tasks))
     with np.errstate(over="ignore", invalid="ignore"):
-        return out, parts.sum(axis=0), logarithm, drift
+        total = parts[0] if tasks == 1 else parts.sum(axis=0)
+        return out, total, logarithm, drift
 
 
 def key_vjp(
