@@ -46,7 +46,7 @@ _MENDED = 0.02
 # which they are tried
 _MARKS, _LARGE, _CALM = 448, 1 << 28, 4.0
 # the share of the aim that a pilot must meet there: a few keys may hold the most
-_CAREFUL = 0.9
+_CAREFUL = 0.95
 # work of planning a second try, which a first one of a causal head often asks for
 _AGAIN = 5e8
 # tries, how far the first may miss, and what is left to the second
