@@ -14,7 +14,7 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
 # rounding made derivatives of real heads err by up to 0.016: a half of three times this
-_ENOUGH = 0.01
+ENOUGH = 0.01
 # heads with fewer logits than this are differentiated exactly: the check costs as much
 _SMALL = 1 << 23
 # time of rounded products and their check, in times of exact ones by BLAS
@@ -59,7 +59,7 @@ def vjp_work(head: Head, tol: float) -> float:
 def _may_round(head: Head, tol: float) -> bool:
     """Whether rounded products are tried."""
     return (
-        tol >= _ENOUGH
+        tol >= ENOUGH
         and head.logits >= _SMALL
         # derivatives by the answer have the width and the dtype of values
         and multiplies_coarsely(head.query, head.key, head.value, head.value)

@@ -18,7 +18,7 @@ from fastattn._causal_gradient import causal_slopes
 from fastattn._causal_pilot import first_chunks
 from fastattn._causal_plan import chunk_work, leniency, lowrank_cost
 from fastattn._costs import exact_work
-from fastattn._exact_gradient import vjp_work
+from fastattn._exact_gradient import ENOUGH, vjp_work
 from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
 from fastattn._lowrank_passes import whole_slopes
@@ -38,8 +38,6 @@ _PASSES = 3.1
 _LOST = 3.0**-0.5
 # the share of what that allows which is aimed at: pilots show the answer's error only
 _AIM = 0.7
-# tolerances that leave room for products of eight bits
-_COARSE_ENOUGH = 0.005
 # share of the rows that may be done exactly because they are out of reach
 _MENDED = 0.02
 # landmarks behind a long first chunk, and the fewest logits and largest variance for
@@ -141,7 +139,7 @@ def slopes_if_they_pay(
         least = math.inf
         for attempt in attempts:
             try:
-                some = replace(attempt.empty, coarse=tol >= _COARSE_ENOUGH)
+                some = replace(attempt.empty, coarse=tol >= ENOUGH)
                 slopes, error = lowrank_slopes(
                     head, grad, some, rng, SLACK * tol, attempt.first
                 )

@@ -103,7 +103,11 @@ def key_slopes(
 def whole_slopes(
     head: Head, grad: Array, empty: LowRank, hard: Array
 ) -> tuple[Slopes, Backward]:
-    """Do as ``causal_slopes`` where rows see all keys."""
+    """Differentiate a head, whose rows see all keys, over a basis.
+
+    Rows that are ``hard``, boolean ``(n,)``, and rows out of reach add nothing, and
+    have infinite normalizers in the second answer.
+    """
     xp, m = head.xp, head.sizes[1]
     structure, far = empty.filled(head.key, head.value)
     keys = np.flatnonzero(to_host(far))

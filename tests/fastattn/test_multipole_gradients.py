@@ -325,7 +325,7 @@ def test_auto_takes_clusters_where_they_pay(monkeypatch):
 def test_auto_computes_exactly_what_fails_its_check(monkeypatch):
     monkeypatch.setattr(_multipole_gradient, "_LARGE", 1 << 24)
     # rounded products would come in between
-    monkeypatch.setattr(_exact_gradient, "_ENOUGH", 1.0)
+    monkeypatch.setattr(_exact_gradient, "ENOUGH", 1.0)
     inputs = wide(6000)
     tried = []
 
