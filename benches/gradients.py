@@ -82,6 +82,7 @@ def _clusters(head: Head, rng, *, rounds):
 
         name = f"Multipole(), tol {tol:g}, {head.name}"
         try:
+            opponents["its forward call"]()
             error = _largest_error(call(), truth)
         except fastattn.RefusalError:
             rows.append({"method": f"{name}: refused", "n": len(head)})

@@ -221,7 +221,8 @@ class _Sample:
             more = self.weights * (more - np.sum((part / unit) ** 2, axis=1))
             whole = to_host(slope).astype(np.float64) / unit
             size = float(np.sum(whole**2) + more.sum())
-        ratio = float(squares.sum()) / size if size > 0 else math.inf
+        # a size that overflows would make any error small
+        ratio = float(squares.sum()) / size if 0 < size < math.inf else math.inf
         if not math.isfinite(ratio):
             return math.inf
         if not self.is_whole:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fastattn._backward import take
+from fastattn._backward import marked, take
 from fastattn._lowrank import LowRank
 from fastattn._lowrank_passes import whole_slopes
 from fastattn._ops.gradient import attend_vjp
@@ -67,9 +67,8 @@ def _lacking(
         value=take(head.value, keys),
         visible=None,
     )
-    some, hard = take(grad, rows), head.xp.zeros(len(rows), dtype=head.xp.bool)
-    hard = head.xp.asarray(hard, device=device_of(grad))
-    found, state = whole_slopes(few, some, empty, hard)
+    some, no_row = take(grad, rows), marked(rows[:0], few.query)
+    found, state = whole_slopes(few, some, empty, no_row)
     settled = np.flatnonzero(to_host(state.normalizer) == math.inf)
     found = state.with_exact(settled).mended(found, settled)
     truth = attend_vjp(
@@ -95,12 +94,8 @@ def _shares(
     n = head.sizes[0]
     edges = np.geomspace(min(_EARLY, n), n, _STRATA).astype(int)
     edges = np.unique([0, *edges, *starts])
-    sizes = np.array(
-        [
-            (hi - lo) * _mean_square(head, grad, lo, hi, rng)
-            for lo, hi in pairwise(edges)
-        ]
-    )
+    means = [_mean_square(head, grad, lo, hi, rng) for lo, hi in pairwise(edges)]
+    sizes = np.diff(edges) * means
     total = float(sizes.sum())
     if not (total > 0 and math.isfinite(total)):
         return [math.inf] * len(starts)

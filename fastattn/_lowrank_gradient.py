@@ -8,8 +8,8 @@ does. Queries that the low rank does not serve, and far keys, are exact.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -64,19 +64,19 @@ class Attempt:
 
     def work(self, head: Head, tol: float) -> float:
         """Predicted work, in units of ``exact_vjp_work``."""
-        rank, landmarks = self.empty.rank, self.empty.landmarks
-        return _work(head, tol, rank, landmarks, self.first)
+        return _cost(head, tol, self.first)(self.empty.rank, self.empty.landmarks)
 
 
-def _work(
-    head: Head, tol: float, rank: int, landmarks: int, first: int | None = None
-) -> float:
-    work = _PASSES * lowrank_cost(head, first)(rank, landmarks)
-    if head.visible is None:
-        return work
-    exact = chunk_work(head, first)[1]
-    slower = vjp_work(head, tol) / exact_work(*head.sizes, logits=head.logits)
-    return work + (slower - _PASSES) * exact + _AGAIN
+def _cost(
+    head: Head, tol: float, first: int | None = None
+) -> Callable[[int, int], float]:
+    """Work from the numbers of polynomials and landmarks."""
+    cost, more = lowrank_cost(head, first), 0.0
+    if head.visible is not None:
+        exact = chunk_work(head, first)[1]
+        slower = vjp_work(head, tol) / exact_work(*head.sizes, logits=head.logits)
+        more = (slower - _PASSES) * exact + _AGAIN
+    return lambda rank, landmarks: _PASSES * cost(rank, landmarks) + more
 
 
 def lowrank_slopes(
@@ -170,7 +170,7 @@ def worth_a_try(
     """
     if head.logits < _SMALL:
         return []
-    limit, cost = WORTH * vjp_work(head, tol), partial(_work, head, tol)
+    limit, cost = WORTH * vjp_work(head, tol), _cost(head, tol)
 
     try:
         # pilots see all keys; rows that see some may err by so many times more
