@@ -124,13 +124,14 @@ class Backward:
         rng: np.random.Generator,
         enough: float = 0.0,
         doubt: Slopes | None = None,
+        few: int = ROWS,
     ) -> float:
         """Largest relative error on random queries, and on random keys.
 
         A query is differentiated from its own exact weights; a key needs the
-        normalizers and drifts of all queries, which are taken as they are. Fewer rows
-        are looked at first, which may show an error that is small ``enough``. What of
-        the derivatives is in ``doubt``, all by default, says where to look more often.
+        normalizers and drifts of all queries, which are taken as they are. A ``few``
+        rows are looked at first, which may show an error that is small ``enough``. What
+        of the derivatives is in ``doubt``, all by default, says where to look more.
         """
         query, key, value = (_squares(x) for x in (slopes if doubt is None else doubt))
         # settled rows are exact
@@ -138,9 +139,9 @@ class Backward:
         sizes = [query, key + value]
         numbers = [np.delete(np.arange(len(query)), settled), np.arange(len(key))]
         counts = [guessed_rows(len(x)) for x in numbers]
-        if not (enough and max(counts) > ROWS):
+        if not (enough and max(counts) > few):
             return self._look(slopes, numbers, sizes, counts, MARGIN, rng)
-        found = self._look(slopes, numbers, sizes, [ROWS, ROWS], MARGIN, rng)
+        found = self._look(slopes, numbers, sizes, [few, few], MARGIN, rng)
         if found <= enough:
             return found
         # two looks share the chance of failure: the second takes more rows for that

@@ -10,6 +10,7 @@ does. Queries that the low rank does not serve, and far keys, are exact.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from fastattn._lowrank import LowRank
 from fastattn._lowrank_passes import whole_slopes
 from fastattn._problem import Head
 from fastattn._sampling import hardest_rows
-from fastattn._sizes import polynomials
+from fastattn._sizes import LARGEST_VARIANCE, predict
 from fastattn.expansions import rank_of
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
@@ -40,9 +41,8 @@ _LOST = 3.0**-0.5
 _AIM = 0.7
 # share of the rows that may be done exactly because they are out of reach
 _MENDED = 0.02
-# landmarks behind a long first chunk, and the fewest logits and largest variance for
-# which they are tried
-_MARKS, _LARGE, _CALM = 448, 1 << 28, 4.0
+# landmarks behind a long first chunk, and the fewest logits for which they are tried
+_MARKS, _LARGE = 448, 1 << 28
 # the share of the aim that a pilot must meet there: a few keys may hold the most
 _CAREFUL = 0.95
 # work of planning a second try, which a first one of a causal head often asks for
@@ -173,23 +173,27 @@ def worth_a_try(
     limit, cost = WORTH * vjp_work(head, tol), _cost(head, tol)
 
     try:
-        # pilots see all keys; rows that see some may err by so many times more
-        factor = 1.0 if head.visible is None else leniency(head, rng)
         whole = head.unmasked()
         sample = Sample.of(whole, rng)
-        variance = float(Frame.of(sample).spread.sum())
+        frame = Frame.of(sample)
+        variance = float(frame.spread.sum())
+        if not variance <= LARGEST_VARIANCE:
+            return []
+        search = partial(predict, frame=frame, landmarks=False)
+        # pilots see all keys; rows that see some may err by so many times more
+        factor = 1.0 if head.visible is None else leniency(head, rng)
         wanted = aim * tol * min(1.0, SLACK * _LOST * math.sqrt(variance))
-        found = polynomials(whole, sample, factor * wanted, rng, cost, limit)
+        (found,) = search(whole, sample, factor * wanted, rng, cost, limit)
         if found.accepted and found.empty is not None:
             return [Attempt(found.empty)]
-        if head.visible is not None and head.logits >= _LARGE and variance <= _CALM:
+        if head.visible is not None and head.logits >= _LARGE:
             marks = LowRank.plan(sample, rank=1, landmarks=_MARKS, rng=rng)
             firsts = first_chunks(head, grad, marks, _CAREFUL * aim * SLACK * tol, rng)
             longer = [Attempt(marks, first) for first in firsts[:1]]
             if longer and longer[0].work(head, tol) <= limit:
                 return longer
         # a degree that the answer has in part may be what the derivatives lack
-        found = polynomials(whole, sample, factor * tol, rng, cost, limit)
+        (found,) = search(whole, sample, factor * tol, rng, cost, limit)
         rank = _whole_degree(head.sizes[2], found.rank)
         if not found.accepted or cost(rank, 0) > limit:
             return []

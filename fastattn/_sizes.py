@@ -20,7 +20,7 @@ from fastattn._problem import Head
 from sketching._lib.arrays import Array
 
 # logits of a larger variance, over the whole head, are not worth a pilot
-_LARGEST_VARIANCE = 4.0
+LARGEST_VARIANCE = 4.0
 # nor are heads whose error comes from fewer of the queries than this share
 _LEAST_SHARE = 0.1
 # a pilot that misses the tolerance by this factor ends the search
@@ -106,6 +106,9 @@ def predict(
     rng: np.random.Generator,
     cost: Callable[[int, int], float],
     limit: float,
+    *,
+    frame: Frame | None = None,
+    landmarks: bool = True,
 ) -> list[Prediction]:
     """Find the least sizes that are predicted to meet a tolerance.
 
@@ -124,6 +127,10 @@ def predict(
         Predicted cost from a rank and a number of landmarks, in any unit.
     limit : float
         Sizes that cost more are of no interest.
+    frame : Frame, optional
+        That of the sample, where it is known.
+    landmarks : bool, default True
+        Whether landmarks are looked at.
 
     Returns
     -------
@@ -131,33 +138,20 @@ def predict(
         Those that were accepted, the cheapest first; else the one that came nearest.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        search = _Search(head, sample, tol, rng, cost, limit)
+        frame = Frame.of(sample) if frame is None else frame
+        search = _Search(head, sample, frame, tol, rng, cost, limit)
         first = search.start()
         if first is not None:
             return [first]
         found = [search.polynomials()]
         # landmarks are looked for where they may be cheaper by half
         search.limit = found[0].cost / 2 if found[0].accepted else limit
-        if search.landmarks_may_pay or not found[0].accepted:
+        if landmarks and (search.landmarks_may_pay or not found[0].accepted):
             found.append(search.landmarks())
     accepted = [x for x in found if x.accepted]
     if accepted:
         return sorted(accepted, key=lambda x: x.cost)
     return [min(found, key=lambda x: x.error)]
-
-
-def polynomials(
-    head: Head,
-    sample: Sample,
-    tol: float,
-    rng: np.random.Generator,
-    cost: Callable[[int, int], float],
-    limit: float,
-) -> Prediction:
-    """Do as ``predict`` without landmarks."""
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        search = _Search(head, sample, tol, rng, cost, limit)
-        return search.start() or search.polynomials()
 
 
 class _Search:
@@ -167,6 +161,7 @@ class _Search:
         self,
         head: Head,
         sample: Sample,
+        frame: Frame,
         tol: float,
         rng: np.random.Generator,
         cost: Callable[[int, int], float],
@@ -174,7 +169,7 @@ class _Search:
     ) -> None:
         self.sample, self.tol, self.rng = sample, tol, rng
         self.cost, self.limit = cost, limit
-        self.frame = Frame.of(sample)
+        self.frame = frame
         self.pilots = Pilots(head, sample, self.frame, tol)
         n, m, _, _ = head.sizes
         self.keys = min(max(m // _PIVOT_SHARE, _PIVOT_KEYS[0]), _PIVOT_KEYS[1])
@@ -318,7 +313,7 @@ class _Search:
     def _refusal(self) -> str:
         """Say what rules out a low rank before anything is tried."""
         variance = float(self.frame.spread.sum())
-        if not variance <= _LARGEST_VARIANCE:
+        if not variance <= LARGEST_VARIANCE:
             return f"the variance of the logits is {variance:.1f}"
         if not self.frame.share >= _LEAST_SHARE:
             return f"{self.frame.share:.1%} of the queries make the error"
