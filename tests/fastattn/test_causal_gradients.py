@@ -5,15 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastattn import Exact, Polynomial, attention_vjp
+from fastattn import Exact, Polynomial, _lowrank_gradient, attention_vjp
 from fastattn import causal as causal_chunks
 from fastattn._causal_gradient import causal_slopes
 from fastattn._causal_pilot import first_chunks
 from fastattn._causal_prefixes import lowrank_by_prefixes
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
-from fastattn._lowrank_gradient import lowrank_slopes
+from fastattn._lowrank_gradient import lowrank_slopes, worth_a_try
 from fastattn._problem import Head
+from fastattn._sizes import Prediction
+from fastattn.causal import cuts_of
 from tests import oracles
 from tests.derivatives import problem, softmax_vjp
 from tests.laws import DTYPES
@@ -183,6 +185,26 @@ class TestFirstChunks:
             lengths.append(first)
         assert lengths == sorted(lengths)
         assert lengths[0] < lengths[-1]
+
+    def test_landmarks_are_tried_behind_one(self, monkeypatch):
+        # as if all logits took as long as they do in long heads, and polynomials failed
+        head, grad, _, rng = self.problem(60)
+        nothing = Prediction(1, 0, np.inf, 0.0, "refused", None)
+        for name, fake in {
+            "_SMALL": 0,
+            "_LARGE": 0,
+            "_MARKS": 60,
+            "predict": lambda *_, **__: [nothing],
+            "vjp_work": lambda *_: 1e12,
+        }.items():
+            monkeypatch.setattr(_lowrank_gradient, name, fake)
+        (attempt,) = worth_a_try(head, grad, 0.17, rng)
+        assert (attempt.empty.rank, attempt.empty.landmarks) == (1, 60)
+        assert attempt.first > cuts_of(2000)[1]
+        error = lowrank_slopes(head, grad, attempt.empty, rng, 0.0, attempt.first)[1]
+        assert error <= 3 * 0.17
+        # a head whose rows all see all keys has no early rows
+        assert worth_a_try(head.unmasked(), grad, 0.17, rng) == []
 
     def test_none_serves_what_is_out_of_reach(self):
         head, grad, empty, rng = self.problem(2)
