@@ -12,9 +12,10 @@ from itertools import pairwise
 import numpy as np
 
 from fastattn._backward import marked, take
+from fastattn._exact_gradient import exact_slopes
 from fastattn._lowrank import LowRank
 from fastattn._lowrank_passes import whole_slopes
-from fastattn._ops.gradient import attend_vjp
+from fastattn._ops.gradient import softmax
 from fastattn._problem import Head
 from fastattn.causal import cuts_of
 from sketching._lib.arrays import Array, device_of, to_host
@@ -29,13 +30,12 @@ _STRATA, _EARLY, _EACH = 12, 16, 48
 _LARGEST = 1 << 20
 
 
-def first_chunks(
+def first_chunk(
     head: Head, grad: Array, empty: LowRank, wanted: float, rng: np.random.Generator
-) -> list[int]:
-    """List first chunks beyond which derivatives may be those of a low rank.
+) -> int | None:
+    """Return the shortest first chunk beyond which a low rank may serve, if any does.
 
-    They are predicted to leave a relative error of at most ``wanted``; the shortest,
-    which is the cheapest, is first.
+    Derivatives are predicted to have a relative error of at most ``wanted``.
     """
     visible = to_host(head.visible)
     seen = int(visible[-1])
@@ -45,11 +45,12 @@ def first_chunks(
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         shares = _shares(head, grad, starts, rng)
         lacking = _lacking(head, grad, empty, rng)
-    return [
+    met = (
         first
         for first, share in zip(firsts, shares, strict=True)
         if lacking * math.sqrt(share) <= wanted
-    ]
+    )
+    return next(met, None)
 
 
 def _lacking(
@@ -71,14 +72,7 @@ def _lacking(
     found, state = whole_slopes(few, some, empty, no_row)
     settled = np.flatnonzero(to_host(state.normalizer) == math.inf)
     found = state.with_exact(settled).mended(found, settled)
-    truth = attend_vjp(
-        head.xp.astype(few.query, some.dtype, copy=False),
-        few.key,
-        few.value,
-        some,
-        scale=few.scale,
-        visible=None,
-    )
+    truth = exact_slopes(few, some)
     errors = [
         float(np.linalg.norm(to_host(x) - to_host(y)) / np.linalg.norm(to_host(y)))
         for x, y in zip(found, truth, strict=True)
@@ -116,10 +110,7 @@ def _mean_square(
     number = xp.arange(seen, device=device_of(query))
     logits = head.scale * xp.matmul(query, xp.matrix_transpose(key))
     logits = xp.where(number[None, :] < counts[:, None], logits, -xp.inf)
-    # the weights of a row that sees no key are zero
-    peak = xp.max(logits, axis=1, keepdims=True)
-    weights = xp.exp(logits - xp.where(peak == -xp.inf, xp.zeros_like(peak), peak))
-    weights = weights / xp.maximum(xp.sum(weights, axis=1, keepdims=True), 1e-30)
+    weights, _ = softmax(logits)
     change = xp.matmul(grad, xp.matrix_transpose(value))
     change = change - xp.sum(weights * change, axis=1, keepdims=True)
     squares = xp.sum((weights * change) ** 2, axis=1) * xp.sum(query**2, axis=1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastattn._backward import SLACK, WORTH, Slopes, exact_vjp_work, marked
 from fastattn._causal_gradient import causal_slopes
-from fastattn._causal_pilot import first_chunks
+from fastattn._causal_pilot import first_chunk
 from fastattn._causal_plan import chunk_work, leniency, lowrank_cost
 from fastattn._costs import exact_work
 from fastattn._exact_gradient import ENOUGH, vjp_work
@@ -188,10 +188,10 @@ def worth_a_try(
             return [Attempt(found.empty)]
         if head.visible is not None and head.logits >= _LARGE:
             marks = LowRank.plan(sample, rank=1, landmarks=_MARKS, rng=rng)
-            firsts = first_chunks(head, grad, marks, _CAREFUL * aim * SLACK * tol, rng)
-            longer = [Attempt(marks, first) for first in firsts[:1]]
-            if longer and longer[0].work(head, tol) <= limit:
-                return longer
+            careful = _CAREFUL * aim * SLACK * tol
+            longer = Attempt(marks, first_chunk(head, grad, marks, careful, rng))
+            if longer.first is not None and longer.work(head, tol) <= limit:
+                return [longer]
         # a degree that the answer has in part may be what the derivatives lack
         (found,) = search(whole, sample, factor * tol, rng, cost, limit)
         rank = _whole_degree(head.sizes[2], found.rank)

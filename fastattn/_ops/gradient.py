@@ -51,7 +51,7 @@ def attend_vjp(
             hidden = number[None, :] >= visible[block, None]
             logits = xp.where(hidden, xp.full_like(logits, -xp.inf), logits)
         if log_normalizer is None or drift is None:
-            weights, known = _softmax(logits)
+            weights, known = softmax(logits)
             mean = xp.sum(weights * change, axis=1)
             if beside is not None:
                 known, mean = beside(block, known, mean)
@@ -80,7 +80,7 @@ def multiplies_coarsely(query: Array, key: Array, value: Array, grad: Array) -> 
     return is_served
 
 
-def _softmax(logits: Array) -> tuple[Array, Array]:
+def softmax(logits: Array) -> tuple[Array, Array]:
     """Weights of each row, zeros where no logit is finite, and log-sum-exps."""
     xp = array_namespace(logits)
     if logits.shape[1] == 0:

@@ -8,7 +8,7 @@ import pytest
 from fastattn import Exact, Polynomial, _lowrank_gradient, attention_vjp
 from fastattn import causal as causal_chunks
 from fastattn._causal_gradient import causal_slopes
-from fastattn._causal_pilot import first_chunks
+from fastattn._causal_pilot import first_chunk
 from fastattn._causal_prefixes import lowrank_by_prefixes
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
@@ -177,7 +177,7 @@ class TestFirstChunks:
         truth = softmax_vjp(*arrays, is_causal=True, scale=head.scale)
         lengths = []
         for wanted in (0.5, 0.35, 0.25):
-            first = first_chunks(head, grad, empty, wanted, rng)[0]
+            first = first_chunk(head, grad, empty, wanted, rng)
             slopes = causal_slopes(head, grad, empty, np.zeros(2000, bool), first)[0]
             found = zip(slopes, truth, strict=True)
             error = max(oracles.frobenius_error(x, y) for x, y in found)
@@ -208,9 +208,9 @@ class TestFirstChunks:
 
     def test_none_serves_what_is_out_of_reach(self):
         head, grad, empty, rng = self.problem(2)
-        assert first_chunks(head, grad, empty, 1e-3, rng) == []
+        assert first_chunk(head, grad, empty, 1e-3, rng) is None
         huge = replace(head, query=1e200 * head.query)
-        assert first_chunks(huge, grad, empty, 0.3, rng) == []
+        assert first_chunk(huge, grad, empty, 0.3, rng) is None
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -56,7 +56,7 @@ def serves(query, key, value, grad):
 
 def rows_at_once(n, keys, is_asking):
     """How many of ``n`` queries pass the keys together."""
-    line = 4 * keys.m * (1 if keys.coarse else 2)
+    line = 4 * keys.m * keys.planes
     steps = _COARSE_STEPS if keys.coarse else _STEPS
     rows = min(_ROWS, n // steps, _LARGEST_KEPT // line)
     if is_asking:
@@ -66,8 +66,7 @@ def rows_at_once(n, keys, is_asking):
 
 def kept(n, keys):
     """How many numbers a block of so many rows keeps."""
-    # coarse weights, and the products, are halves of one word
-    return (1 if keys.coarse else 2) * -(-n // LANES) * LANES * len(keys.key)
+    return keys.planes * -(-n // LANES) * LANES * len(keys.key)
 
 
 def filled(x, multiple, number=0):
@@ -86,6 +85,8 @@ class Keys:
 
     def __init__(self, key, value, coarse):
         self.m, self.coarse = len(key), coarse
+        # coarse weights, and the products, are halves of one word
+        self.planes = 1 if coarse else 2
         if coarse:
             self.means = [mean_of(x) for x in (key, value)]
             key, value = (x - y for x, y in zip((key, value), self.means, strict=True))
