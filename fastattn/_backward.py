@@ -14,13 +14,8 @@ import numpy as np
 from fastattn._ops.gradient import attend_vjp
 from fastattn._problem import Head
 from fastattn._rates import rates
-from fastattn._sampling import (
-    MARGIN,
-    ROWS,
-    SECOND_MARGIN,
-    guessed_odds,
-    guessed_rows,
-)
+from fastattn._ratio_estimate import FIRST, SECOND, Margin, RatioEstimate, mixed_odds
+from fastattn._sampling import ROWS, sampled_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # derivatives may err by this many times the tolerance of the answer
@@ -138,15 +133,15 @@ class Backward:
         query[settled] = 0
         sizes = [query, key + value]
         numbers = [np.delete(np.arange(len(query)), settled), np.arange(len(key))]
-        counts = [guessed_rows(len(x)) for x in numbers]
+        counts = [sampled_rows(len(x)) for x in numbers]
         if not (enough and max(counts) > few):
-            return self._look(slopes, numbers, sizes, counts, MARGIN, rng)
-        found = self._look(slopes, numbers, sizes, [few, few], MARGIN, rng)
+            return self._look(slopes, numbers, sizes, counts, FIRST, rng)
+        found = self._look(slopes, numbers, sizes, [few, few], FIRST, rng)
         if found <= enough:
             return found
         # two looks share the chance of failure: the second takes more rows for that
         counts = [_SECOND * x for x in counts]
-        return self._look(slopes, numbers, sizes, counts, SECOND_MARGIN, rng)
+        return self._look(slopes, numbers, sizes, counts, SECOND, rng)
 
     def _look(
         self,
@@ -154,7 +149,7 @@ class Backward:
         numbers: list[Array],
         sizes: list[Array],
         counts: list[int],
-        margin: float,
+        margin: Margin,
         rng: np.random.Generator,
     ) -> float:
         """Largest relative error on so many queries, and on so many keys."""
@@ -190,8 +185,8 @@ class _Sample:
     """Rows of a derivative to compare: all, or some, each for so many."""
 
     rows: Array
-    weights: Array
-    is_whole: bool
+    weights: Array | None
+    n: int
 
     @staticmethod
     def of(
@@ -199,13 +194,13 @@ class _Sample:
     ) -> "_Sample":
         """Draw so many of the others, those of a large size more often."""
         if len(others) <= count:
-            return _Sample(others, np.ones(len(others)), is_whole=True)
-        odds = guessed_odds(sizes[others])
+            return _Sample(others, None, len(others))
+        odds = mixed_odds(sizes[others], count)
         drawn = np.sort(rng.choice(len(others), count, p=odds))
-        weights = 1 / (count * odds[drawn])
-        return _Sample(others[drawn], weights, is_whole=False)
+        weights = 1 / (len(others) * odds[drawn])
+        return _Sample(others[drawn], weights, len(others))
 
-    def error(self, slope: Array, truth: Array, floor: float, margin: float) -> float:
+    def error(self, slope: Array, truth: Array, floor: float, margin: Margin) -> float:
         """Upper estimate of the relative Frobenius error of all rows.
 
         An error whose norm is no more than the floor is rounding, and none.
@@ -214,23 +209,18 @@ class _Sample:
         part, truth = (to_host(x).astype(np.float64) for x in (part, truth))
         unit = float(np.abs(truth).max(initial=0.0)) or 1.0
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = self.weights * np.sum(((part - truth) / unit) ** 2, axis=1)
-            if squares.sum() <= (floor / unit) ** 2:
-                return 0.0
+            squares = np.sum(((part - truth) / unit) ** 2, axis=1)
             # the size of what was found is known: only the difference is estimated
             more = np.sum((truth / unit) ** 2, axis=1)
-            more = self.weights * (more - np.sum((part / unit) ** 2, axis=1))
+            more = more - np.sum((part / unit) ** 2, axis=1)
             whole = to_host(slope).astype(np.float64) / unit
-            size = float(np.sum(whole**2) + more.sum())
-        # a size that overflows would make any error small
-        ratio = float(squares.sum()) / size if 0 < size < math.inf else math.inf
-        if not math.isfinite(ratio):
-            return math.inf
-        if not self.is_whole:
-            # of a ratio: errors that go with sizes leave little to chance
-            left = float(np.std(squares - ratio * more))
-            ratio += margin * left * math.sqrt(len(squares)) / size
-        return math.sqrt(ratio)
+            known = float(np.sum(whole**2)) / self.n
+            found = RatioEstimate(squares, self.n, self.weights, more, known)
+            if self.n * found.mean <= (floor / unit) ** 2:
+                return 0.0
+            # a size that overflows would make any error small
+            ratio = found.upper_ratio(margin) if 0 < found.size < math.inf else math.inf
+        return math.sqrt(ratio) if math.isfinite(ratio) else math.inf
 
 
 def _visible(visible: Array, keys: Array | None) -> Array:

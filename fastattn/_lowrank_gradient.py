@@ -24,7 +24,7 @@ from fastattn._frame import Frame, Sample
 from fastattn._lowrank import LowRank
 from fastattn._lowrank_passes import whole_slopes
 from fastattn._problem import Head
-from fastattn._sampling import hardest_rows
+from fastattn._row_statistics import hardest_rows
 from fastattn._sizes import LARGEST_VARIANCE, predict
 from fastattn.expansions import rank_of
 from sketching._lib.arrays import Array, to_host

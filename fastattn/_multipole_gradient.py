@@ -24,7 +24,7 @@ from fastattn._clusters import Blocks, Clusters, doubtful
 from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.multipole_gradient import multipole_vjp
 from fastattn._problem import Head
-from fastattn._sampling import hardest_rows
+from fastattn._row_statistics import hardest_rows
 from fastattn._thresholds import Trial, choose
 from fastattn.multipole import Cost, Multipole, arrange, clusters_for
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host

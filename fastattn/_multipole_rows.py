@@ -15,11 +15,12 @@ from fastattn._costs import exact_work
 from fastattn._kept import Kept, bytes_of
 from fastattn._ops.clusters import partition
 from fastattn._ops.multipole_rows import multipole_rows, summarise
-from fastattn._probes import FEWEST_QUERIES, Probes, Split, join
+from fastattn._probes import FEWEST_QUERIES, MARGINS, Probes, Split, join
 from fastattn._problem import Head
 from fastattn._rates import rates
+from fastattn._ratio_estimate import Margin, RatioEstimate
 from fastattn._recipes import mend
-from fastattn._sampling import SECOND_MARGIN, SampledError
+from fastattn._sampling import SampledError
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # keys of a leaf, and of a cluster of recent keys
@@ -43,10 +44,10 @@ _SMALLEST, _LARGEST = 1e-7, 1.0
 _AIM, _CLOSE = 0.7, 1.3
 # of another look where the probes missed the tolerance
 _LESS = 0.85
-# margins of the looks: twice the normal quantiles of .03, .01 and .01
-_MARGINS = (3.76, SECOND_MARGIN, SECOND_MARGIN)
 # rows whose error is guessed to be so many times the largest of a trial are exact
 _OUTLYING = 4.0
+# the largest of the queries that a threshold is checked on is added so many times
+_UNSEEN = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,7 +191,7 @@ class RowField:
             for x in (split.probes, rest)
         )
         split = replace(split, probes=probes)
-        return RowField(Probes.of(split, p, 1.0, tol, _MARGINS[0]), rest)
+        return RowField(Probes.of(split, p, 1.0, tol, MARGINS[0]), rest)
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +201,7 @@ class RowField:
 
     def empty(self) -> "RowField":
         """Forget the keys."""
-        probes = replace(self.probes.empty(), margin=_MARGINS[0])
+        probes = replace(self.probes.empty(), margin=MARGINS[0])
         return RowField(probes, self.queries)
 
     def clustered(
@@ -216,7 +217,7 @@ class RowField:
         found = RowField(probes, self.queries, tree)
         truth, _ = Head(self.queries, kept.key, kept.value, 1.0).attend()
         tol = aim = self.probes.tol
-        for margin in _MARGINS:
+        for margin in MARGINS:
             found = found._tried(kept, to_host(truth), _AIM * aim)
             if not found.pays(1, kept):
                 break
@@ -335,10 +336,13 @@ class RowField:
         value, _ = self._summed(self.queries[_TRIAL:, :], kept)
         squares = np.sum((to_host(value) - truth) ** 2, axis=1)
         sizes = np.sum(truth**2, axis=1)
-        mean, size, k = float(squares.mean()), float(sizes.mean()), len(squares)
-        left = float(np.std(squares - mean / (size or 1.0) * sizes))
-        mean += margin * left / math.sqrt(k)
-        checked = math.sqrt(mean / size) if size else math.inf if mean else 0.0
+        # queries to come are like these: none of them is one of these
+        found = RatioEstimate(squares, math.inf, sizes=sizes)
+        checked = (
+            math.sqrt(found.upper_ratio(Margin(margin, _UNSEEN)))
+            if squares.any()
+            else 0.0
+        )
         return replace(self, checked=checked)
 
 

@@ -14,7 +14,8 @@ from fastattn._frame import Sample
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._proven import proven_recipe
 from fastattn._recipes import Attempt
-from fastattn._sampling import logit_variance
+from fastattn._row_statistics import logit_variance
+from fastattn._sampling import Looks
 from fastattn._sizes import predict
 from fastattn.exact import Exact
 from fastattn.multipole import Multipole, multipole_attempt
@@ -96,7 +97,8 @@ class Auto:
         if reason is not None:
             return Exact().solve(head, tol, guarantee, rng, reason)
         reason, aim = "nothing cheaper meets the tolerance", 1.0
-        attempt, more = None, 1.0
+        # all answers that are tried share one chance of failure
+        attempt, more, looks = None, 1.0, Looks()
         rounded = _rounded(head, tol, guarantee, rng)
         for number in range(_TRIES_AGAIN):
             try:
@@ -110,10 +112,10 @@ class Auto:
                     )
                 if attempt is None:
                     break
-                answer = answer_of(head, attempt, tol, rng)
+                answer = answer_of(head, attempt, tol, rng, looks)
             except RefusalError as error:
                 reason = str(error)
-                rounded = [] if attempt and attempt.alike else rounded
+                rounded = [] if attempt and attempt.rounding else rounded
                 break
             if guarantee == "proven" or answer.error <= tol:
                 return answer
@@ -121,7 +123,7 @@ class Auto:
                 f"{attempt.plan.method} certified {answer.error:.2e} where "
                 f"{attempt.plan.predicted_error:.2e} was predicted"
             )
-            if attempt.alike:
+            if attempt.rounding:
                 # the same rounding would err alike
                 rounded = []
                 break
@@ -132,7 +134,7 @@ class Auto:
         if last is not None:
             last = replace(last, plan=replace(last.plan, reason=reason))
             with suppress(RefusalError):
-                answer = answer_of(head, last, tol, rng)
+                answer = answer_of(head, last, tol, rng, looks)
                 if answer.error <= tol:
                     return answer
         return Exact().solve(head, tol, guarantee, rng, reason)

@@ -8,7 +8,7 @@ import numpy as np
 from fastattn._kept import Kept, bytes_of
 from fastattn._probes import Probes, join
 from fastattn._problem import Head, HeadAnswer, Plan
-from fastattn._sampling import FAILURE
+from fastattn._ratio_estimate import FAILURE
 from fastattn._sums import Packed, Sums, pack_sums
 from fastattn.exact import Exact
 from sketching._lib.arrays import Array, to_host

@@ -14,8 +14,8 @@ from fastattn._multipole_rows import RowField, Tree
 from fastattn._prepared_heads import pack_probes, unpack_probes
 from fastattn._probes import join
 from fastattn._problem import Head, HeadAnswer, Plan
+from fastattn._ratio_estimate import FAILURE
 from fastattn._recipes import Attempt, certified, sample_rows
-from fastattn._sampling import FAILURE
 from fastattn._sums import Packed
 from fastattn.exact import Exact
 from fastattn.transforms import Transform, balance

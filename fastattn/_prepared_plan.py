@@ -14,10 +14,9 @@ from fastattn._planner import Auto
 from fastattn._prepared_heads import ExactHead, PreparedHead, SummedHead, refused_share
 from fastattn._prepared_multipole import MultipoleHead
 from fastattn._prepared_proven import ProvenHead
-from fastattn._probes import FEWEST_QUERIES, PROBES, Probes, Split
+from fastattn._probes import FEWEST_QUERIES, MARGIN, MARGINS, PROBES, Probes, Split
 from fastattn._problem import Head, Method, Plan
 from fastattn._recipes import Recipe
-from fastattn._sampling import MARGIN, SECOND_MARGIN
 from fastattn._sizes import Prediction, predict
 from fastattn._sums import LowRankSums, MonomialSums, Sums
 from fastattn.exact import Exact
@@ -34,9 +33,6 @@ _QUERIES = 1 << 14
 _REFUSED = 0.1
 # share of the tolerance that another structure aims at where one missed it
 _LESS = 0.85
-# margins of the structures that are tried: twice the normal quantiles of .03, .01 and
-# .01, which make up the chance of failure
-_MARGINS = (3.76, SECOND_MARGIN, SECOND_MARGIN)
 # proven bounds leave room for queries that are so many times as large
 _ROOM = 1.1
 
@@ -171,7 +167,7 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
         return request.fill(_exact(request, Exact(), reason, rng))
     split = Split.of(request.head, rng)
     head, aim = replace(request.head, query=split.rest), request.tol
-    for margin in _MARGINS:
+    for margin in MARGINS:
         if request.head.sizes[0] < FEWEST_QUERIES:
             reason = f"{request.head.sizes[0]} queries are too few to plan with"
             break
@@ -189,7 +185,7 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
             return filled
         reason = f"{plan.method} certified {upper:.2e} and refused {refused:.0%}"
         # what another look would certify says how much more to ask for
-        again = replace(filled.probes, margin=SECOND_MARGIN).error().upper
+        again = replace(filled.probes, margin=MARGINS[-1]).error().upper
         if refused or not math.isfinite(again):
             break
         aim *= _LESS * request.tol / again

@@ -16,13 +16,10 @@ import numpy as np
 
 from fastattn._kept import bytes_of
 from fastattn._problem import Head
+from fastattn._ratio_estimate import Margin, RatioEstimate
 from fastattn._rounding import cut_weights
-from fastattn._sampling import (
-    FLOAT64_BELOW,
-    TRUTH,
-    SampledError,
-    logit_spread,
-)
+from fastattn._row_statistics import logit_spread
+from fastattn._sampling import FLOAT64_BELOW, TRUTH, SampledError
 from sketching._lib.arrays import Array, array_namespace, compute_dtype, to_host
 
 # probes of a structure, the fewest of them that must be answered, and the fewest
@@ -36,6 +33,10 @@ _HELD = 2048
 _HARDEST = 64
 # a sample hides the tail beyond its largest: so many times its share is added
 _TAIL = 8.0
+# standard errors that are added for a structure that was asked for, and for those that
+# are tried in turn: twice the normal quantiles of .04, and of .03, .01 and .01, which
+# make up the chance of failure. No guess of the errors steers this sample
+MARGIN, MARGINS = 3.5, (3.76, 4.65, 4.65)
 
 Answer = tuple[Array, Array]
 
@@ -217,17 +218,11 @@ class Probes:
         """Root of the ratio of weighted means, and with its margin."""
         weight = self.weight[self.good]
         n = float(weight.sum())
-        mean, size = float(weight @ squares) / n, float(weight @ sizes) / n
-        left = squares - mean / size * sizes
-        variance = float(weight @ left**2) / n / (n - 1)
-        # others that stand for many are a sample of a sample
-        some = left[weight > 1]
-        if len(some) > 1:
-            stand = float(weight[weight > 1].sum())
-            again = float(np.var(some, ddof=1)) * (1 / len(some) - 1 / stand)
-            variance += (stand / n) ** 2 * again
-        doubt = self.margin * math.sqrt(variance) + _TAIL * float(squares.max()) / n
-        return math.sqrt(mean / size), math.sqrt((mean + doubt) / size)
+        found = RatioEstimate(
+            squares, n, weight * len(weight) / n, sizes, certain=weight == 1
+        )
+        upper = found.upper_ratio(Margin(self.margin, _TAIL))
+        return math.sqrt(found.ratio), math.sqrt(upper)
 
     def _source(self, estimate: float, largest: float) -> str:
         certain = int(np.sum(self.weight == 1))

@@ -84,6 +84,15 @@ class Head:
         """Return the head whose rows all see all keys."""
         return replace(self, visible=None)
 
+    def slice(self, rows: slice) -> "Head":
+        """Return the same head for a range of its queries only."""
+        visible = self.visible
+        return replace(
+            self,
+            query=self.query[rows, :],
+            visible=None if visible is None else visible[rows],
+        )
+
     def with_rows(self, rows: Array) -> "Head":
         """Return the same head for the queries numbered ``rows`` only."""
         xp = self.xp

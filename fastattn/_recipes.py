@@ -10,18 +10,13 @@ import numpy as np
 from fastattn._causal_prefixes import moments_by_prefixes, prefix_doubt
 from fastattn._moments import Moments
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
+from fastattn._ratio_estimate import FAILURE
+from fastattn._row_statistics import RowErrors, SeenKeys, guess_errors
 from fastattn._sampling import (
-    FAILURE,
     FLOAT64_BELOW,
-    MARGIN,
-    ROWS,
-    SECOND_MARGIN,
+    Looks,
     certify_rows,
-    few_rows,
-    logit_spread,
-    outlying_rows,
-    rough_spread,
-    series_doubt,
+    rounded_rows,
 )
 from fastattn.expansions import (
     LARGEST_DEGREE,
@@ -105,16 +100,16 @@ class Attempt:
         Proven bound on the largest absolute error; infinite where none is claimed.
     again : callable, optional
         From a factor to an attempt with that many times the error.
-    alike : bool, default False
-        Whether the rows' errors only grow with how much their logits vary: no row
-        stands out by so much that it is computed exactly beforehand.
+    rounding : callable, optional
+        From a head to the deviation of the error of each row's logits, where all are
+        rounded; another attempt of the same kind would then err alike.
     """
 
     plan: Plan
     run: Callable[[Head], tuple[Array, ...]]
     bound: float
     again: "Callable[[float], Attempt] | None" = None
-    alike: bool = False
+    rounding: Callable[[Head], Array] | None = None
 
 
 def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
@@ -184,35 +179,32 @@ def candidate_of(method: Any, plan: Callable[[], Plan]) -> Candidate:
 
 
 def certified(
-    head: Head, attempt: Attempt, tol: float, rng: np.random.Generator
+    head: Head,
+    attempt: Attempt,
+    tol: float,
+    rng: np.random.Generator,
+    looks: Looks | None = None,
 ) -> HeadAnswer:
-    """Run an attempt that has no proven bound; its error is that of sampled rows."""
-    plan = attempt.plan
-    answer = attempt.run(head)
-    hard, margin = np.zeros(0, np.intp), MARGIN
-    if attempt.alike:
-        # few rows tell little of rare large errors
-        doubt, first = rough_spread(head), few_rows(head.sizes[0])
-        margin = SECOND_MARGIN
-    else:
-        spread = logit_spread(head, rng)
-        hard = outlying_rows(spread)
-        # what polynomials and landmarks leave grows like that
-        doubt, first = series_doubt(spread) * prefix_doubt(head), ROWS
-        if len(answer) > 3:
-            doubt, first = to_host(answer[3]), None
-    # those are not sampled: they must be as good as what the others are compared with
+    """Run an attempt that has no proven bound; its error is that of sampled rows.
+
+    Attempts at one head share its ``looks``.
+    """
+    looks = Looks() if looks is None else looks
+    plan, answer = attempt.plan, attempt.run(head)
+    guessed = _guessed(head, attempt, answer, looks, rng)
+    # hard rows are not sampled: they must be as good as what the others are compared
+    # with
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
-    value, normalizer, settled = _mended(head, attempt, answer, hard, dtype)
+    value, normalizer, settled = _mended(head, attempt, answer, guessed.hard, dtype)
     sampled = certify_rows(
         head,
         value,
         tol,
         rng,
         settled=settled,
-        doubt=doubt,
-        first=first,
-        margin=margin,
+        guess=guessed.squares,
+        first=rounded_rows(head.sizes[0]) if attempt.rounding else None,
+        budget=looks.budget,
     )
     if math.isnan(plan.predicted_error):
         plan = replace(plan, predicted_error=sampled.estimate)
@@ -225,6 +217,24 @@ def certified(
         sampled.source,
         plan,
     )
+
+
+def _guessed(
+    head: Head,
+    attempt: Attempt,
+    answer: tuple[Array, ...],
+    looks: Looks,
+    rng: np.random.Generator,
+) -> RowErrors:
+    """Guess the errors of the rows of an answer."""
+    found = looks.statistics(head, rng)
+    seen = SeenKeys.of(head, found, *answer[:2])
+    if attempt.rounding is None:
+        own = to_host(answer[3]) if len(answer) > 3 else None
+        return guess_errors(found, seen, own=own, factor=prefix_doubt(head))
+    # errors of single weights average out over the keys that a row sees
+    keys = 1.0 if head.visible is None else np.maximum(to_host(head.visible), 1)
+    return guess_errors(found, seen, rounding=attempt.rounding(head), factor=1 / keys)
 
 
 def _in_range(head: Head, value: Array) -> Array:

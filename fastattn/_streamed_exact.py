@@ -15,6 +15,7 @@ from fastattn._costs import exact_work, seconds
 from fastattn._file_rows import FileHead, Put, Step
 from fastattn._probes import join, nothing
 from fastattn._problem import Head, Plan
+from fastattn._ratio_estimate import FAILURE, Margin, RatioEstimate, relative
 from fastattn._rounding import (
     cut_weights,
     deviation,
@@ -23,15 +24,7 @@ from fastattn._rounding import (
     smallest_number,
     unit_roundoff,
 )
-from fastattn._sampling import (
-    FAILURE,
-    MARGIN,
-    TRUTH,
-    judge,
-    lost_norm,
-    relative,
-    scaled_frobenius,
-)
+from fastattn._sampling import MARGIN, TRUTH, lost_norm, scaled_frobenius, statement
 from fastattn.exact import Exact, sums_error, weights_error
 from sketching._lib.arrays import Array, compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError
@@ -232,7 +225,14 @@ def _sampled(
     rounding = TRUTH * np.finfo(dtype).eps * (1 + answer.exponent)
     rounding += np.finfo(own).eps / 2
     lost = lost_norm(np, dtype, own, head.sizes, values, answer.peak)
-    found = judge(squares, None, answer.norm, n, float(rounding), MARGIN, lost)
+    found = statement(
+        RatioEstimate(squares, n),
+        Margin(MARGIN, 1.0),
+        FAILURE,
+        answer.norm,
+        float(rounding),
+        lost,
+    )
     if found.upper > tol:
         raise RefusalError(
             f"tol={tol:g} is below what {dtype} holds for this head "

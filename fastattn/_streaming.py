@@ -17,7 +17,7 @@ from fastattn._prepared_heads import PreparedHead, SummedHead
 from fastattn._prepared_plan import Request, prepare_head
 from fastattn._probes import PROBES
 from fastattn._problem import Candidate, Head, Method, Plan
-from fastattn._sampling import FAILURE
+from fastattn._ratio_estimate import FAILURE
 from fastattn._streamed_exact import rounded, solve_exactly, stream_exactly
 from fastattn.exact import Exact
 from fastattn.polynomial import Polynomial

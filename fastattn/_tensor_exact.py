@@ -8,6 +8,7 @@ import numpy as np
 
 from fastattn._costs import exact_work, seconds
 from fastattn._problem import Head, HeadAnswer, Plan
+from fastattn._ratio_estimate import FAILURE, relative
 from fastattn._rounding import (
     EXP,
     cut_weights,
@@ -17,7 +18,7 @@ from fastattn._rounding import (
     smallest_number,
     unit_roundoff,
 )
-from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
+from fastattn._sampling import certify_rows, scaled_frobenius
 from fastattn._tensor_extent import Extent, in_range, size_of
 from fastattn._tensor_problem import TensorHead
 from sketching._lib.arrays import Array

@@ -10,7 +10,8 @@ import numpy as np
 from fastattn._costs import exact_work
 from fastattn._planner import Auto
 from fastattn._problem import Candidate, HeadAnswer, Plan
-from fastattn._sampling import FAILURE, SampledError
+from fastattn._ratio_estimate import FAILURE
+from fastattn._sampling import SampledError
 from fastattn._tensor_exact import exact_plan, relative_bound, solve_exact
 from fastattn._tensor_extent import Extent, balanced, in_range
 from fastattn._tensor_pilot import sampled_recipe

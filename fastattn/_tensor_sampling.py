@@ -17,14 +17,13 @@ import numpy as np
 from fastattn._costs import exact_work
 from fastattn._ops.monomials import monomials
 from fastattn._problem import host_rows
+from fastattn._ratio_estimate import FAILURE, relative
 from fastattn._sampling import (
-    FAILURE,
     FLOAT64_BELOW,
     MARGIN,
     TRUTH,
     SampledError,
     lost_norm,
-    relative,
     scaled_frobenius,
 )
 from fastattn._tensor_extent import Extent, furthest_rows

@@ -12,7 +12,8 @@ import numpy as np
 
 from fastattn._clusters import Blocks, Clusters, doubtful
 from fastattn._ops.softmax import attend
-from fastattn._sampling import MARGIN, guessed_odds, guessed_rows
+from fastattn._ratio_estimate import FIRST, mixed_odds
+from fastattn._sampling import sampled_rows
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
@@ -87,7 +88,7 @@ class Trial:
         n = int(blocks.cuts[-1])
         sizes = np.diff(blocks.cuts)
         count = min(len(sizes), max(4, min(_BLOCKS, n // _QUERIES_A_BLOCK)))
-        total = guessed_rows(n)
+        total = sampled_rows(n)
         # large blocks more often: each then stands for as many rows
         some = np.sort(rng.choice(len(sizes), count, replace=False))
         few = np.minimum(sizes[some], -(-total // count))
@@ -115,11 +116,11 @@ class Trial:
             size = float(self.share @ np.sum(self.truth**2, axis=1))
             mean = float(self.share @ squares)
             # rows of larger errors are going to be drawn more often
-            guess = to_host(error)
-            often = guessed_odds(np.where(guess > limit, 0, guess)) * len(guess)
+            guess, rows = to_host(error), sampled_rows(self.n)
+            odds = mixed_odds(np.where(guess > limit, 0, guess), rows)
+            often = odds * len(guess)
             spread = float(self.share @ (squares**2 / often)) - mean**2
-            rows = guessed_rows(self.n)
-            upper = mean + MARGIN * math.sqrt(max(spread, 0.0) / rows)
+            upper = mean + FIRST.expected(math.sqrt(max(spread, 0.0)), mean, rows)
         upper = math.sqrt(upper / size) if size else math.inf if upper else 0.0
         return upper, found
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastattn._costs import exact_work, seconds
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
+from fastattn._ratio_estimate import FAILURE, relative
 from fastattn._rounding import (
     EXP,
     cut_weights,
@@ -20,13 +21,17 @@ from fastattn._rounding import (
     unit_roundoff,
     value_range,
 )
-from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
+from fastattn._row_statistics import SeenKeys, guess_errors, row_statistics
+from fastattn._sampling import SampledError, certify_rows, scaled_frobenius
+from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
 # keys that the fast bodies sum before they add to the running sums: least and most,
 # or, in tiles, few enough that there are no more terms in all
 _KEYS_A_BLOCK = (320, 1024)
+# rows that are compared with float64 where no bound is small enough
+_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class Exact:
                 f"exact attention in {head.dtype}: a-priori rounding bound",
                 self.plan(head, reason),
             )
-        sampled = certify_rows(head, value, tol, rng, size=size)
+        sampled = _sampled(head, value, normalizer, size, tol, rng)
         if math.isinf(sampled.upper):
             raise RefusalError(
                 f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
@@ -149,6 +154,28 @@ class Exact:
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
             f"{bound:.1e} where the half range of the values is {half:.1e}"
         )
+
+
+def _sampled(
+    head: Head,
+    value: Array,
+    normalizer: Array,
+    size: tuple[float, float],
+    tol: float,
+    rng: np.random.Generator,
+) -> SampledError:
+    """Compare rows with float64, those of large exponents and values more often."""
+    found = row_statistics(head, rng)
+    query = to_host(head.query).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # a product is off in proportion to the norms, an exp and a sum by a little
+        norms = np.sqrt(np.sum((head.scale * query) ** 2, axis=1))
+        rounding = 1 + norms * largest_row(head.key)
+    seen = SeenKeys.of(head, found, value, normalizer)
+    guess = guess_errors(found, seen, rounding=np.nan_to_num(rounding, nan=np.inf))
+    return certify_rows(
+        head, value, tol, rng, size=size, guess=guess.squares, first=_ROWS
+    )
 
 
 def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._ratio_estimate import relative
 from fastattn._rounding import smallest_number, unit_roundoff
-from fastattn._sampling import relative, scaled_frobenius
+from fastattn._sampling import scaled_frobenius
 from fastattn.exact import Exact
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import Approximation, Certificate

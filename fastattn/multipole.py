@@ -18,7 +18,7 @@ from fastattn._recipes import (
     certified,
     sample_rows,
 )
-from fastattn._sampling import ROWS
+from fastattn._sampling import ROWS, Looks
 from fastattn._thresholds import Choice, Counts, Trial, choose
 from fastattn.transforms import Transform, balance
 from sketching._lib.arrays import Array
@@ -122,13 +122,14 @@ class Multipole:
     ) -> HeadAnswer:
         """Run the method and certify the answer, or refuse."""
         attempt = self.attempt(head, tol, guarantee, rng)
-        answer = certified(head, attempt, tol, rng)
+        looks = Looks()
+        answer = certified(head, attempt, tol, rng, looks)
         for _ in range(_TRIES - 1):
             if answer.error <= tol or attempt.again is None:
                 break
             # what was certified says how much more to ask for
             attempt = attempt.again(_LESS * tol / answer.error)
-            answer = certified(head, attempt, tol, rng)
+            answer = certified(head, attempt, tol, rng, looks)
         if answer.error <= tol:
             return answer
         raise RefusalError(

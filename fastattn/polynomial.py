@@ -23,6 +23,7 @@ from fastattn._recipes import (
     run_proven,
     sample_rows,
 )
+from fastattn._sampling import Looks
 from fastattn.expansions import (
     LARGEST_BOUND,
     LARGEST_DEGREE,
@@ -237,7 +238,11 @@ def lowrank_attempt(
 
 
 def answer_of(
-    head: Head, attempt: Attempt, tol: float, rng: np.random.Generator
+    head: Head,
+    attempt: Attempt,
+    tol: float,
+    rng: np.random.Generator,
+    looks: Looks | None = None,
 ) -> HeadAnswer:
     """Run an attempt and attach its certificate, whether or not it meets ``tol``."""
     plan = attempt.plan
@@ -253,4 +258,4 @@ def answer_of(
             "logits (Alman and Song 2023; relative error of weights)",
             plan,
         )
-    return certified(head, attempt, tol, rng)
+    return certified(head, attempt, tol, rng, looks)

@@ -8,7 +8,12 @@ from functools import partial
 import numpy as np
 
 from fastattn._costs import quantized_work, seconds
-from fastattn._ops.quantized import attend_quantized, factors, multiplies_quantized
+from fastattn._ops.quantized import (
+    STEPS,
+    attend_quantized,
+    factors,
+    multiplies_quantized,
+)
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._recipes import Attempt, candidate_of, certified
 from sketching._lib.arrays import Array, to_host
@@ -25,6 +30,8 @@ _SAFE, _HOPELESS = 0.75, 4.5
 # rows that tell the error of all, and the share of the tolerance that they may err by
 _PILOT = 32
 _SURE = 0.6
+# a column of keys that are all alike
+_LEAST = np.float32(1e-30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +187,32 @@ def _attempt(method: Quantized, head: Head, error: float, reason: str) -> Attemp
     logits = method.logits or _LOGITS[-1]
     work = quantized_work(*head.sizes, integers=logits == "int8", logits=head.logits)
     plan = Plan(method, error, seconds(work), reason)
-    return Attempt(plan, partial(_run, logits=logits), math.inf, alike=True)
+    return Attempt(
+        plan,
+        partial(_run, logits=logits),
+        math.inf,
+        rounding=partial(_logit_deviation, logits=logits),
+    )
+
+
+def _logit_deviation(head: Head, *, logits: str) -> Array:
+    """Deviation of the rounding error of each row's logits.
+
+    A number rounded to steps of one has a variance of a twelfth; the errors of the
+    factors are taken to be independent of one another.
+    """
+    query, key = (to_host(x).astype(np.float32) for x in (head.query, head.key))
+    with np.errstate(over="ignore", invalid="ignore"):
+        query, key = head.scale * (query - query.mean(axis=0)), key - key.mean(axis=0)
+        squares = np.mean(key**2, axis=0)
+        if logits == "bfloat16":
+            # both factors are off by half a unit in their eighth bit at most
+            return np.sqrt(query**2 @ squares * (2 / 3)) * 2.0**-9
+        column = np.maximum(np.abs(key).max(axis=0) / STEPS, _LEAST)
+        query = query * column
+        row = np.abs(query).max(axis=1) / STEPS
+        own = np.sum(query**2, axis=1) + row**2 * float(np.sum(squares / column**2))
+        return np.sqrt(own / 12)
 
 
 def _run(head: Head, *, logits: str) -> tuple[Array, Array, Array]:
