@@ -15,7 +15,7 @@ from fastattn._lowrank import LowRank
 from fastattn._problem import Head
 from fastattn._ratio_estimate import FIRST, SECOND, mixed_odds
 from fastattn._row_statistics import HARD, OUTLYING, series_squares
-from fastattn._sampling import sampled_rows, second_rows
+from fastattn._sampling import ROWS, second_rows
 from sketching._lib.arrays import Array, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
@@ -51,9 +51,8 @@ class Pilots:
         spread = _spread(sample.held, frame)
         hardest = _hardest(spread, head.sizes[0])
         self.held = np.delete(sample.held, hardest, axis=0)
-        self.rows = sampled_rows(head.sizes[0])
         squares = series_squares(np.delete(spread, hardest))
-        self.odds = mixed_odds(squares, self.rows)
+        self.odds = mixed_odds(squares, ROWS)
         self.keys = _KEYS // 2 if head.sizes[1] <= _SMALL else _KEYS
         self.aim = self.last = _CAUTION * tol
         self._truth: dict[int, tuple[Array, float]] = {}
@@ -127,10 +126,10 @@ class Pilots:
         spread = math.sqrt(max(float(weighted.mean()) - 1, 0.0))
         # a few rows can feign a heavy tail
         spread = min(spread, (spread + _HEAVY) / 2)
-        both = self.rows + second_rows(self.head.sizes[0])
+        both = ROWS + second_rows(self.head.sizes[0])
         one, two = (
             margin.expected(spread, 1.0, count)
-            for margin, count in ((FIRST, self.rows), (SECOND, both))
+            for margin, count in ((FIRST, ROWS), (SECOND, both))
         )
         self.aim, self.last = (
             share * self.tol / math.sqrt(1 + more)

@@ -14,9 +14,11 @@ from fastattn._ratio_estimate import FAILURE
 from fastattn._row_statistics import RowErrors, SeenKeys, guess_errors
 from fastattn._sampling import (
     FLOAT64_BELOW,
+    ROWS,
     Looks,
     certify_rows,
     rounded_rows,
+    sampled_rows,
 )
 from fastattn.expansions import (
     LARGEST_DEGREE,
@@ -123,26 +125,6 @@ def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
     return head.finish(value, normalizer)
 
 
-def run_mended(head: Head, attempt: Attempt, hard: Array) -> tuple[Array, Array, Array]:
-    """Answer all queries; rows that are hard or went wrong are computed exactly.
-
-    A row went wrong if it cannot be trusted or its answer lies outside the range of
-    the values, which no mean does.
-
-    Returns
-    -------
-    value, log_normalizer : array, shapes (n, p) and (n,)
-    settled : integer array
-        Numbers of the rows that are exact.
-
-    Raises
-    ------
-    RefusalError
-        If more than two per cent of the rows went wrong.
-    """
-    return _mended(head, attempt, attempt.run(head), hard)
-
-
 def _mended(
     head: Head,
     attempt: Attempt,
@@ -178,6 +160,51 @@ def candidate_of(method: Any, plan: Callable[[], Plan]) -> Candidate:
         return Candidate(Plan(method, math.nan, math.nan, str(error)), accepted=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Repaired:
+    """An answer whose rows are exact where they may err by far more than the others.
+
+    Parameters
+    ----------
+    value, log_normalizer : array, shapes (n, p) and (n,)
+        In the dtype of the query, and in that of computation.
+    settled : integer array
+        Numbers of the rows that are exact.
+    squares : array, shape (n,)
+        How the squared errors of the rows are guessed to compare.
+    has_own : bool
+        Whether the method itself estimated them.
+    """
+
+    value: Array
+    log_normalizer: Array
+    settled: Array
+    squares: Array
+    has_own: bool
+
+
+def repaired(
+    head: Head, attempt: Attempt, tol: float, looks: Looks, rng: np.random.Generator
+) -> Repaired:
+    """Run an attempt; rows that are hard or went wrong are computed exactly.
+
+    A row went wrong if it cannot be trusted or its answer lies outside the range of
+    the values, which no mean does.
+
+    Raises
+    ------
+    RefusalError
+        If more than two per cent of the rows went wrong.
+    """
+    answer = attempt.run(head)
+    guessed = _guessed(head, attempt, answer, looks, rng)
+    # hard rows are not sampled: they must be as good as what the others are compared
+    # with
+    dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
+    mended = _mended(head, attempt, answer, guessed.hard, dtype)
+    return Repaired(*mended, guessed.squares, len(answer) > 3)
+
+
 def certified(
     head: Head,
     attempt: Attempt,
@@ -190,33 +217,35 @@ def certified(
     Attempts at one head share its ``looks``.
     """
     looks = Looks() if looks is None else looks
-    plan, answer = attempt.plan, attempt.run(head)
-    guessed = _guessed(head, attempt, answer, looks, rng)
-    # hard rows are not sampled: they must be as good as what the others are compared
-    # with
-    dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
-    value, normalizer, settled = _mended(head, attempt, answer, guessed.hard, dtype)
+    found, plan = repaired(head, attempt, tol, looks, rng), attempt.plan
     sampled = certify_rows(
         head,
-        value,
+        found.value,
         tol,
         rng,
-        settled=settled,
-        guess=guessed.squares,
-        first=rounded_rows(head.sizes[0]) if attempt.rounding else None,
+        settled=found.settled,
+        guess=found.squares,
+        first=_first_rows(head.sizes[0], attempt, found.has_own),
         budget=looks.budget,
     )
     if math.isnan(plan.predicted_error):
         plan = replace(plan, predicted_error=sampled.estimate)
     return HeadAnswer(
-        value,
-        normalizer,
+        found.value,
+        found.log_normalizer,
         sampled.upper,
         FAILURE,
         "relative-frobenius",
         sampled.source,
         plan,
     )
+
+
+def _first_rows(n: int, attempt: Attempt, has_own: bool) -> int:
+    """Rows of a first sample: more where a row costs little beside the answer."""
+    if attempt.rounding is not None:
+        return rounded_rows(n)
+    return sampled_rows(n) if has_own else ROWS
 
 
 def _guessed(

@@ -10,6 +10,7 @@ small to be true, are known without chance.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ _BULK, _ROUNDED_BULK = 0.1, 0.3
 # extreme key, and by the spread of their logits
 OUTLYING = 2.0
 _HARD, _HARD_SEEN = 32, 16
-HARD = 128
+HARD = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +97,7 @@ def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
 
 def outlying_rows(sizes: Array, count: int) -> Array:
     """Numbers of so many rows, at most, whose size is far above the median."""
-    sizes = np.where(np.isnan(sizes), np.inf, sizes)
+    sizes = _no_nan(np.array(sizes))
     middle = np.partition(sizes, len(sizes) // 2)[len(sizes) // 2]
     outlying = np.flatnonzero(sizes > OUTLYING * middle)
     if len(outlying) > count:
@@ -106,7 +107,7 @@ def outlying_rows(sizes: Array, count: int) -> Array:
 
 def _largest(sizes: Array, count: int) -> Array:
     """Numbers of the largest; what overflowed is large."""
-    sizes = np.where(np.isnan(sizes), np.inf, sizes)
+    sizes = _no_nan(np.array(sizes))
     count = min(count, len(sizes))
     return np.argpartition(-sizes, count - 1)[:count] if count else np.zeros(0, int)
 
@@ -121,24 +122,40 @@ def logit_spread(head: Head, rng: np.random.Generator) -> Array:
 
 
 def _logit_spread(head: Head, metric: _KeyMetric) -> Array:
-    xp, n = head.xp, head.sizes[0]
-    root = xp.asarray(metric.root, dtype=head.dtype, device=device_of(head.query))
-    center = xp.mean(xp.astype(head.query[: min(n, _BLOCK), :], head.dtype), axis=0)
+    (spread,) = _lengths(head.query, _first_mean(head), [metric.root], head.dtype)
     # a row whose spread overflows is a hard one
-    spread = _squares(head.query, center, root, head.dtype)
-    spread[np.isnan(spread)] = np.inf
-    return spread
+    return _no_nan(spread)
 
 
-def _squares(x: Array, center: Array, turn: Array | None, dtype: Any) -> Array:
-    """Squared lengths of the rows of ``(x - center) @ turn``, on the host."""
-    xp, found = array_namespace(x), np.empty(x.shape[0])
-    for start in range(0, x.shape[0], _BLOCK):
-        rows = slice(start, min(start + _BLOCK, x.shape[0]))
+def _first_mean(head: Head) -> Array:
+    """Mean of the first queries, on the host."""
+    few = head.query[: min(head.sizes[0], _BLOCK), :]
+    return to_host(head.xp.mean(head.xp.astype(few, head.dtype), axis=0))
+
+
+def _lengths(
+    x: Array, center: Array, turns: Sequence[Array | None], dtype: Any
+) -> list[Array]:
+    """Squared lengths of the rows of ``(x - center) @ turn``, on the host.
+
+    A turn of one dimension scales the columns; None leaves them as they are.
+    """
+    xp, n = array_namespace(x), x.shape[0]
+    move = {"dtype": dtype, "device": device_of(x)}
+    # what overflows makes the rows hard ones
+    with np.errstate(over="ignore"):
+        middle = xp.asarray(center, **move)
+        moved = [None if turn is None else xp.asarray(turn, **move) for turn in turns]
+    found = [np.empty(n) for _ in turns]
+    for start in range(0, n, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, n))
         with np.errstate(over="ignore", invalid="ignore"):
-            block = xp.astype(x[rows, :], dtype, copy=False) - center
-            block = block if turn is None else xp.matmul(block, turn)
-            found[rows] = to_host(xp.vecdot(block, block))
+            block = xp.astype(x[rows, :], dtype, copy=False) - middle
+            for turn, out in zip(moved, found, strict=True):
+                part = block
+                if turn is not None:
+                    part = block * turn if turn.ndim == 1 else xp.matmul(block, turn)
+                out[rows] = to_host(xp.vecdot(part, part))
     return found
 
 
@@ -181,76 +198,76 @@ class RowStatistics:
 def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
     """Measure the rows of one head, at ``d * d`` products a row and a key."""
     metric = _KeyMetric.of(head, rng)
-    spread = _logit_spread(head, metric)
+    spread, unusual = _lengths(
+        head.query, _first_mean(head), [metric.root, _column_scales(head)], head.dtype
+    )
+    spread = _no_nan(spread)
+    long = _lengths(head.key, metric.center, [None, metric.whiten], head.dtype)
     distance, mean, deviation = _value_sizes(head)
-    sizes = [distance, *_key_sizes(head, metric)]
-    unusual = [_largest(x, _UNUSUAL) for x in (spread, _unusual_queries(head))]
-    seen = _seen_keys(head, np.unique(np.concatenate(unusual)))
-    extreme = np.union1d(seen, np.concatenate([_largest(x, _EXTREME) for x in sizes]))
+    rows = np.union1d(*(_largest(x, _UNUSUAL) for x in (spread, unusual)))
+    far = [_largest(x, _EXTREME) for x in (distance, *long)]
+    extreme = np.union1d(_seen_keys(head, rows), np.concatenate(far))
     with np.errstate(over="ignore", invalid="ignore"):
         variance = spread * np.square(head.scale * metric.peak)
-    variance = np.nan_to_num(variance, nan=np.inf, posinf=np.inf)
+    variance = _no_nan(variance)
     return RowStatistics(variance, extreme, distance[extreme], mean, deviation)
 
 
-def _unusual_queries(head: Head) -> Array:
-    """Squared distances of the queries from their mean, in deviations of columns."""
-    xp, n, d = head.xp, head.sizes[0], head.sizes[2]
+def _column_scales(head: Head) -> Array:
+    """One over the deviation of each column of the queries."""
+    n = head.sizes[0]
     some = np.unique(np.linspace(0, n - 1, min(n, _KEYS)).astype(np.intp))
     sample = host_rows(head.query, some).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        center = sample.mean(axis=0)
-        width = np.abs(sample - center).max(axis=0)
+        sample -= sample.mean(axis=0)
+        width = np.abs(sample).max(axis=0)
+        # squares of what is scaled neither overflow nor underflow
         width *= np.std(sample / np.where(width > 0, width, 1.0), axis=0)
     width = np.nan_to_num(width, nan=np.inf)
     least = max(_RIDGE * float(width.max()), np.finfo(np.float64).tiny)
-    move = {"dtype": head.dtype, "device": device_of(head.query)}
-    turn = np.eye(d) / np.maximum(width, least)
-    return _squares(
-        head.query, xp.asarray(center, **move), xp.asarray(turn, **move), head.dtype
-    )
-
-
-def _key_sizes(head: Head, metric: _KeyMetric) -> tuple[Array, Array]:
-    """Squared lengths of the centred keys, and those in the metric of the keys."""
-    xp = head.xp
-    move = {"dtype": head.dtype, "device": device_of(head.key)}
-    center, turn = (xp.asarray(x, **move) for x in (metric.center, metric.whiten))
-    return (
-        _squares(head.key, center, None, head.dtype),
-        _squares(head.key, center, turn, head.dtype),
-    )
+    return 1 / np.maximum(width, least)
 
 
 def _value_sizes(head: Head) -> tuple[Array, Array, float]:
     """Distances of the values from their mean, that, and their root mean square."""
     xp = head.xp
     with np.errstate(over="ignore", invalid="ignore"):
-        center = xp.mean(xp.astype(head.value, head.dtype, copy=False), axis=0)
-        distance = np.sqrt(_squares(head.value, center, None, head.dtype))
-        deviation = float(np.sqrt(np.mean(distance**2)))
-    return distance, to_host(center).astype(np.float64), deviation
+        mean = to_host(xp.mean(xp.astype(head.value, head.dtype, copy=False), axis=0))
+        (squares,) = _lengths(head.value, mean, [None], head.dtype)
+        distance = np.sqrt(_no_nan(squares))
+        deviation = float(np.sqrt(np.mean(squares)))
+    return distance, mean.astype(np.float64), deviation
 
 
 def _seen_keys(head: Head, rows: Array) -> Array:
     """The keys that the given rows see most of."""
     few = head.with_rows(rows)
-    logits = _logits(few, few.key, np.arange(head.sizes[1]))
-    count = min(_SEEN, logits.shape[1])
-    return np.unique(np.argpartition(-to_host(logits), count - 1)[:, :count])
+    logits = np.array(to_host(_logits(few, few.key, np.arange(head.sizes[1]))))
+    found, each = [], np.arange(len(rows))
+    for _ in range(min(_SEEN, len(logits))):
+        found.append(np.argmax(logits, axis=0))
+        logits[found[-1], each] = -np.inf
+    return np.unique(np.concatenate(found))
 
 
 def _logits(head: Head, key: Array, numbers: Array) -> Array:
-    """Logits of all rows with the given keys, minus infinity where not seen."""
+    """Logits of the keys of given numbers, one to a row, minus infinity if not seen."""
     xp = head.xp
     query, key = (xp.astype(x, head.dtype, copy=False) for x in (head.query, key))
+    # keys are rows: the largest of a column is found faster than that of a row
     with np.errstate(over="ignore", invalid="ignore"):
-        logits = xp.matmul(query * head.scale, xp.matrix_transpose(key))
+        logits = xp.matmul(key, xp.matrix_transpose(query * head.scale))
     if head.visible is None:
         return logits
     numbers = xp.asarray(numbers, device=device_of(head.query))
-    hidden = numbers[None, :] >= head.visible[:, None]
+    hidden = numbers[:, None] >= head.visible[None, :]
     return xp.where(hidden, xp.full_like(logits, -math.inf), logits)
+
+
+def _no_nan(x: Array) -> Array:
+    """What is not a number may be as large as anything."""
+    x[np.isnan(x)] = np.inf
+    return x
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -281,21 +298,22 @@ class SeenKeys:
         move = {"dtype": head.dtype, "device": device_of(head.query)}
         numbers = xp.asarray(found.extreme, device=move["device"])
         key = xp.take(head.key, numbers, axis=0)
-        far, mean = xp.asarray(found.distance, **move), xp.asarray(found.mean, **move)
+        with np.errstate(divide="ignore", over="ignore"):
+            far = xp.asarray(np.log(found.distance)[:, None], **move)
         share, reach = np.empty((2, n))
         for start in range(0, n, _BLOCK):
             rows = slice(start, min(start + _BLOCK, n))
-            own = xp.astype(normalizer[rows], head.dtype, copy=False)[:, None]
             # rows that went wrong, or see no key, are settled elsewhere
             with np.errstate(over="ignore", invalid="ignore"):
-                weights = xp.exp(_logits(head.slice(rows), key, found.extreme) - own)
-                share[rows] = to_host(xp.max(weights, axis=1))
-                reach[rows] = to_host(xp.max(weights * far, axis=1))
+                logits = _logits(head.slice(rows), key, found.extreme)
+                # an exp of the largest, in place of the largest exp
+                share[rows] = to_host(xp.max(logits, axis=0))
+                reach[rows] = to_host(xp.max(logits + far, axis=0))
+        own = to_host(normalizer).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            distance = np.sqrt(_squares(value, mean, None, head.dtype))
-        return SeenKeys(
-            *(np.nan_to_num(x, nan=np.inf) for x in (share, reach, distance))
-        )
+            share, reach = np.exp(share - own), np.exp(reach - own)
+            distance = np.sqrt(_lengths(value, found.mean, [None], head.dtype)[0])
+        return SeenKeys(*(_no_nan(x) for x in (share, reach, distance)))
 
 
 def series_squares(variance: Array) -> Array:
@@ -363,9 +381,7 @@ def guess_errors(
         outlying_rows(rounding * seen.reach, most[1]),
         outlying_rows(found.variance, min(spread, n // 4)),
     ]
-    return RowErrors(
-        np.nan_to_num(squares, nan=np.inf), np.unique(np.concatenate(hard))
-    )
+    return RowErrors(_no_nan(squares), np.unique(np.concatenate(hard)))
 
 
 def _joined(own: Array, squares: Array) -> Array:

@@ -4,12 +4,12 @@ Rows are computed exactly after the answer exists. The rows that may err far mor
 the others are known before (``_row_statistics``); so they are not left to chance: they
 are computed exactly and *written into* the answer. The others are drawn more often the
 larger their errors are guessed to be, but every row at least half as often as if all
-were alike, so that a wrong guess does little harm. The sample gives an upper estimate of the
-relative Frobenius error (``_ratio_estimate``) and the distribution-free statement of
-Wilks (1941): with confidence ``1 - f``, at least a share ``f ** (1/m)`` of those
-rows has an error no larger than the largest of ``m`` sampled ones. Where the estimate
-meets the tolerance and its margin does not, more rows are drawn once. All looks at one
-head share one chance of failure.
+were alike, so that a wrong guess does little harm. The sample gives an upper estimate
+of the relative Frobenius error (``_ratio_estimate``) and the statement, free of any
+distribution, of Wilks (1941): with confidence ``1 - f``, at least a share
+``f ** (1/m)`` of those rows has an error no larger than the largest of ``m`` sampled
+ones. Where the estimate meets the tolerance and its margin does not, more rows are
+drawn once. All looks at one head share one chance of failure.
 """
 
 import math
@@ -38,7 +38,7 @@ _SHARE, ROWS, _MOST_ROWS = 128, 128, 256
 _ROUNDED_ROWS = 64, 128
 # rows of a second one, where the first leaves it open: one row in so many, and most
 _SECOND = 32
-_MOST = 1024
+_MOST = 512
 # below this tolerance float32 rows are no longer a truth to compare with
 FLOAT64_BELOW = 1e-4
 # rows that confirm what exact attention rounded

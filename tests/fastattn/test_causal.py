@@ -21,7 +21,9 @@ from fastattn._causal_plan import leniency
 from fastattn._causal_prefixes import lowrank_by_prefixes, moments_by_prefixes
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
-from fastattn._sampling import FAILURE, certify_rows, hardest_rows
+from fastattn._ratio_estimate import FAILURE
+from fastattn._recipes import repaired
+from fastattn._sampling import Looks, certify_rows
 from fastattn.multipole import multipole_attempt
 from tests import oracles
 from tests.chance import assert_fails_rarely
@@ -247,14 +249,21 @@ def test_many_rows_may_see_no_key(method):
 def test_certificates_hold_at_their_rate(spread):
     inputs = problem(1500, d=4, spread=spread)
     method = Polynomial(degree=1, basis="hermite")
-    answer = approximate(*inputs, tol=1e9, method=method, is_causal=True, rng=0)
     truth, _ = oracles.attention(*inputs, is_causal=True)
+    head, draws = head_of(*inputs), np.random.default_rng(0)
+    attempt = method.attempt(head, 1e9, "sampled", draws)
+    answer = repaired(head, attempt, 1e9, Looks(), draws)
     error = oracles.frobenius_error(answer.value, truth)
-    head = head_of(*inputs)
-    settled = hardest_rows(head, np.random.default_rng(0))
 
     def trial(rng):
-        found = certify_rows(head, answer.value, 1e-9, rng, settled=settled)
+        found = certify_rows(
+            head,
+            answer.value,
+            1e-9,
+            rng,
+            settled=answer.settled,
+            guess=answer.squares,
+        )
         return error <= found.upper
 
     assert error > 1e-3

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from fastattn import Exact, Polynomial, RefusalError, approximate, load_sample
 from fastattn._batch import Batch
-from fastattn._sampling import certify_rows, hardest_rows
+from fastattn._ratio_estimate import FAILURE
+from fastattn._recipes import repaired
+from fastattn._sampling import Looks, certify_rows
 from fastattn.expansions import relative_minimax
 from tests import oracles
 from tests.chance import assert_fails_rarely
@@ -43,27 +45,29 @@ REAL = {
 
 def assert_certified(inputs, method, trials=400):
     """Certificates of one answer, drawn anew ``trials`` times, rarely lie."""
+    truth, _ = oracles.attention(*inputs)
+    (head,) = Batch.of(*inputs, None, False, None).heads()
+    draws = np.random.default_rng(0)
     try:
-        answer = approximate(*inputs, tol=1e9, method=method, rng=0)
+        attempt = method.attempt(head, 1e9, "sampled", draws)
+        answer = repaired(head, attempt, 1e9, Looks(), draws)
     except RefusalError:
         # no answer, no promise
         return
-    truth, _ = oracles.attention(*inputs)
     error = oracles.frobenius_error(answer.value, truth)
-    (head,) = Batch.of(*inputs, None, False, None).heads()
-
-    settled = hardest_rows(head, np.random.default_rng(0))
 
     def trial(rng):
-        drawn = certify_rows(head, answer.value, 1e-9, rng, settled=settled)
+        drawn = certify_rows(
+            head,
+            answer.value,
+            1e-9,
+            rng,
+            settled=answer.settled,
+            guess=answer.squares,
+        )
         return error <= drawn.upper
 
-    assert_fails_rarely(
-        trial,
-        failure=answer.certificate.failure,
-        trials=trials,
-        false_alarm=ALARM,
-    )
+    assert_fails_rarely(trial, failure=FAILURE, trials=trials, false_alarm=ALARM)
 
 
 @pytest.mark.parametrize("basis", ["minimax", "taylor", "hermite"])
@@ -115,7 +119,7 @@ def test_certificate_holds_whatever_the_errors_are_guessed_to_be(guess, tail):
 
     def draw(rng):
         settled = np.zeros(0, int)
-        return certify_rows(head, value, 1e-9, rng, settled=settled, doubt=doubt)
+        return certify_rows(head, value, 1e-9, rng, settled=settled, guess=doubt)
 
     def bounds_the_error(rng):
         return error <= draw(rng).upper
@@ -136,7 +140,7 @@ def test_a_right_guess_makes_the_margin_small():
     head, value, squares, error = with_errors(1.0)
 
     def excess(doubt):
-        rows = {"settled": np.zeros(0, int), "doubt": doubt}
+        rows = {"settled": np.zeros(0, int), "guess": doubt}
         seeds = np.random.default_rng(0).spawn(20)
         drawn = [certify_rows(head, value, 1e-9, rng, **rows) for rng in seeds]
         return np.median([x.upper for x in drawn]) / error

@@ -3,15 +3,10 @@
 import numpy as np
 import pytest
 
-from fastattn import Polynomial, approximate, load_sample
+from fastattn import Polynomial, load_sample
 from fastattn._batch import Batch
-from fastattn._sampling import (
-    ROWS,
-    certify_rows,
-    logit_spread,
-    outlying_rows,
-    series_doubt,
-)
+from fastattn._recipes import repaired
+from fastattn._sampling import ROWS, Looks, certify_rows
 from tests import oracles
 from tests.chance import assert_fails_rarely
 
@@ -23,25 +18,25 @@ METHODS = [
 
 
 def certified(inputs, method):
-    """One answer, its true error, and a certificate of it for each source."""
-    answer = approximate(*inputs, tol=1e9, method=method, rng=0)
+    """True error of one answer, and a certificate of it for each source."""
     truth, _ = oracles.attention(*inputs)
     (head,) = Batch.of(*inputs, None, False, None).heads()
-    spread = logit_spread(head, np.random.default_rng(0))
-    guess = series_doubt(spread)
+    rng = np.random.default_rng(0)
+    attempt = method.attempt(head, 1e9, "sampled", rng)
+    found = repaired(head, attempt, 1e9, Looks(), rng)
 
-    def draw(rng, doubt=guess, tol=1e-9):
+    def draw(rng, guess=found.squares, tol=1e-9):
         return certify_rows(
             head,
-            answer.value,
+            found.value,
             tol,
             rng,
-            settled=outlying_rows(spread),
-            doubt=doubt,
+            settled=found.settled,
+            guess=guess,
             first=ROWS,
         )
 
-    return oracles.frobenius_error(answer.value, truth), draw
+    return oracles.frobenius_error(found.value, truth), draw
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -66,7 +61,7 @@ def test_guess_tightens_the_certificate_of_a_few_coordinates():
     error, draw = certified(inputs, Polynomial(rank=165, basis="hermite"))
     plain, guessed = (
         [draw(np.random.default_rng(i), **options).upper for i in range(60)]
-        for options in ({"doubt": None}, {})
+        for options in ({"guess": None}, {})
     )
     assert np.mean(guessed) < np.mean(plain)
     assert np.std(guessed) < 0.7 * np.std(plain)

@@ -304,7 +304,7 @@ def test_the_check_sees_what_is_wrong():
 
 def test_a_first_look_of_fewer_rows_may_be_enough(monkeypatch):
     # as if the head were long
-    monkeypatch.setattr(_backward, "guessed_rows", lambda _: 2 * ROWS)
+    monkeypatch.setattr(_backward, "sampled_rows", lambda _: 2 * ROWS)
     query, key, value, grad = inputs = diffuse(1500, 1400, np.float64)
     head = Head(query, key, value, 0.5)
     rng = np.random.default_rng(0)

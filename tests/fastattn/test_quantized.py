@@ -20,7 +20,7 @@ from fastattn import (
 )
 from fastattn._ops.cpu.tiles import multiplies_bytes
 from fastattn._ops.quantized import attend_quantized, rounded
-from fastattn._sampling import FAILURE
+from fastattn._ratio_estimate import FAILURE
 from tests import oracles
 from tests.chance import assert_fails_rarely
 from tests.fastattn.test_near_keys import ROUNDING, slack
