@@ -24,6 +24,8 @@ from sketching._lib.arrays import Array
 
 # the probability with which a sampled certificate is allowed to be wrong
 FAILURE = 0.05
+# the share of the remaining chance of failure that a look takes
+_PART = 1 / 3
 # the largest x counts so many times the logarithm of the odds over the number of rows
 _UNSEEN = 2 / 3
 # the largest of many terms is about so many deviations above their mean
@@ -39,8 +41,8 @@ _DRAWS, _LEVELS = 4.0, 16
 class FailureBudget:
     """The chance of failure that all looks at one head share.
 
-    The first look takes half of it, each further one half of what is left, so that any
-    number of them together fail with ``failure`` at most.
+    The first look takes a third of it, each further one a third of what is left, so
+    that any number of them together fail with ``failure`` at most.
     """
 
     def __init__(self, failure: float = FAILURE) -> None:
@@ -49,12 +51,13 @@ class FailureBudget:
     @property
     def next(self) -> float:
         """The chance of failure of the next look."""
-        return self._left / 2
+        return self._left * _PART
 
     def spend(self) -> float:
         """Return the chance of failure of the next look, and give it away."""
-        self._left /= 2
-        return self._left
+        failure = self.next
+        self._left -= failure
+        return failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ class Margin:
 
 
 # margins of a first and of a second look at one head
-FIRST, SECOND = Margin.of(FAILURE / 2), Margin.of(FAILURE / 4)
+_BUDGET = FailureBudget()
+FIRST, SECOND = (Margin.of(_BUDGET.spend()) for _ in range(2))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -239,11 +243,10 @@ def mixed_odds(sizes: Array, count: int) -> Array:
 
     No row is to be drawn more than a few times among ``count`` draws.
     """
-    sizes = np.nan_to_num(np.asarray(sizes, np.float64), nan=np.inf)
-    finite = sizes[np.isfinite(sizes)]
+    sizes = np.asarray(sizes, np.float64)
+    largest = float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
     # what overflowed is as large as anything
-    sizes = np.clip(sizes, 0, float(finite.max(initial=0.0)))
-    largest = float(sizes.max(initial=0.0))
+    sizes = np.clip(np.where(np.isnan(sizes), largest, sizes), 0, largest)
     # where nothing is known all rows are alike
     sizes = sizes / largest if largest > 0 else np.ones(len(sizes))
     for _ in range(_LEVELS):

@@ -36,7 +36,7 @@ _SHARE = 3.0
 _VARIANCE = 50.0
 # what a row's answer may be off by for the keys that are not extreme, as a share of the
 # deviation of the values: in low ranks, and where all logits are rounded
-_BULK, _ROUNDED_BULK = 0.1, 0.3
+_BULK, _ROUNDED_BULK = 0.1, 0.15
 # rows that are computed exactly because their errors may be far larger than others': so
 # many times the median, and most of them by the guessed error, by what they see of an
 # extreme key, and by the spread of their logits

@@ -30,6 +30,8 @@ _SAFE, _HOPELESS = 0.75, 4.5
 # rows that tell the error of all, and the share of the tolerance that they may err by
 _PILOT = 32
 _SURE = 0.6
+# relative deviation of a product of two numbers that are rounded to bfloat16
+_ROUNDED = 0.6 * 2.0**-8
 # a column of keys that are all alike
 _LEAST = np.float32(1e-30)
 
@@ -196,23 +198,23 @@ def _attempt(method: Quantized, head: Head, error: float, reason: str) -> Attemp
 
 
 def _logit_deviation(head: Head, *, logits: str) -> Array:
-    """Deviation of the rounding error of each row's logits.
+    """Deviation of the rounding error of each row's logits, and of its weights.
 
     A number rounded to steps of one has a variance of a twelfth; the errors of the
-    factors are taken to be independent of one another.
+    factors are taken to be independent of one another. Weights and values are rounded
+    to bfloat16, which is as if logits erred by as much.
     """
     query, key = (to_host(x).astype(np.float32) for x in (head.query, head.key))
     with np.errstate(over="ignore", invalid="ignore"):
         query, key = head.scale * (query - query.mean(axis=0)), key - key.mean(axis=0)
         squares = np.mean(key**2, axis=0)
         if logits == "bfloat16":
-            # both factors are off by half a unit in their eighth bit at most
-            return np.sqrt(query**2 @ squares * (2 / 3)) * 2.0**-9
+            return _ROUNDED * np.sqrt(1 + query**2 @ squares)
         column = np.maximum(np.abs(key).max(axis=0) / STEPS, _LEAST)
         query = query * column
         row = np.abs(query).max(axis=1) / STEPS
         own = np.sum(query**2, axis=1) + row**2 * float(np.sum(squares / column**2))
-        return np.sqrt(own / 12)
+        return np.sqrt(_ROUNDED**2 + own / 12)
 
 
 def _run(head: Head, *, logits: str) -> tuple[Array, Array, Array]:
