@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benches.attacks import attacks
 from benches.attention import bounded, exact, proven, real
 from benches.causal import causal
 from benches.clustering import clustering
@@ -86,6 +87,7 @@ STUDIES = {
         Study("map", "all methods", speed_map, ("n", "entries", "method"), _TORCH),
         Study("real", "all methods", real, _HEAD, _TORCH),
         Study("seeds", "all methods", seeds, _HEAD),
+        Study("attacks", "all methods", attacks, ("kind",)),
         Study("tensor", "tensor attention", tensor, ("method", "n")),
         Study("tensor-wide", "tensor attention", tensor_wide, ("d", "n")),
         Study("tensor-order", "tensor attention", tensor_order, ("d", "degree")),
