@@ -43,6 +43,8 @@ _BULK, _ROUNDED_BULK = 0.1, 0.15
 OUTLYING = 2.0
 _HARD, _HARD_SEEN = 32, 16
 HARD = 64
+# and those of derivatives, whose hard rows nothing else finds
+_HARDEST = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +94,7 @@ class _KeyMetric:
 
 def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
     """Numbers of the few rows whose logits vary far more than those of the others."""
-    return outlying_rows(logit_spread(head, rng), min(HARD, head.sizes[0] // 4))
+    return outlying_rows(logit_spread(head, rng), min(_HARDEST, head.sizes[0] // 4))
 
 
 def outlying_rows(sizes: Array, count: int) -> Array:

@@ -257,8 +257,8 @@ def test_certificates_that_miss_end_in_exact_attention(monkeypatch):
     inputs = [x.astype(np.float32) for x in large(1.0, d=4)]
     seen = []
 
-    def missing(head, attempt, tol, rng):
-        answer = real_answer(head, attempt, tol, rng)
+    def missing(head, attempt, tol, rng, looks):
+        answer = real_answer(head, attempt, tol, rng, looks)
         seen.append(attempt.plan.method)
         return replace(answer, error=1.5 * tol)
 
