@@ -19,6 +19,7 @@ from benches.lowdim import lowdim
 from benches.maps import speed_map
 from benches.peers import peers
 from benches.planning import alone, clustered_growth, nothing_fits
+from benches.proven_fuzz import proven_fuzz
 from benches.real_heads import diffuse, sharp
 from benches.seeds import seeds
 from benches.single_location import single_location
@@ -63,6 +64,7 @@ STUDIES = {
         Study("causal", "polynomials", causal, _HEAD, _TORCH),
         Study("lowdim", "polynomials", lowdim, ("n", "noise", "tol"), _TORCH),
         Study("proven", "polynomials", proven, ("input", "n"), _TORCH),
+        Study("proven-fuzz", "all methods", proven_fuzz, ("kind", "dtype")),
         Study("decoding", "polynomials", decoding, ("tokens", "tol")),
         Study("streaming", "polynomials", streaming, ("keys", "by")),
         Study("sharp", "landmarks and clusters", sharp, _FILE, _TORCH),

@@ -11,9 +11,10 @@ from fastattn._problem import Head, HeadAnswer, Plan
 from fastattn._rounding import (
     EXP,
     cut_weights,
-    deviation,
     gamma,
     largest_number,
+    mean_deviation,
+    once_stored,
     smallest_number,
     unit_roundoff,
 )
@@ -55,7 +56,7 @@ def solve_exact(
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
         bound = bounds[dtype] = rounding(head, extent, dtype)
         if guarantee == "proven":
-            bound += stored(head, extent.peak)
+            bound = stored(head, extent.peak, bound)
             if bound <= tol * extent.half or _is_constant(extent, bound):
                 value, normalizer = head.finish(*head.attend(dtype))
                 source = (
@@ -134,7 +135,7 @@ def solve_bounded(
         if math.isinf(error):
             continue
         if guarantee == "proven":
-            error += stored(head, extent.peak)
+            error = stored(head, extent.peak, error)
             if not (error <= tol * extent.half or _is_constant(extent, error)):
                 continue
             value, normalizer = head.finish(*compute(dtype))
@@ -167,12 +168,9 @@ def _name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2].strip("'>")
 
 
-def stored(head: TensorHead, peak: float) -> float:
-    """Rounding of numbers up to ``peak`` to the dtype of the query."""
-    own = head.query.dtype
-    if not peak < largest_number(head.xp, own):
-        return math.inf
-    return unit_roundoff(head.xp, own) * peak + smallest_number(head.xp, own)
+def stored(head: TensorHead, peak: float, error: float) -> float:
+    """Bound an ``error`` of numbers up to ``peak`` in the dtype of the query."""
+    return once_stored(head.xp, head.query.dtype, peak, error)
 
 
 def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
@@ -207,8 +205,6 @@ def rounding(
     """
     u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
     levels, d = head.order - 2, head.sizes[2]
-    if extent.peak == 0:
-        return 0.0
     lengths = sorted(head.lengths)
     least, longest = _KEYS_A_BLOCK
     blocks = -(-lengths[-1] // least) if head.has_fast_body else 1
@@ -218,6 +214,8 @@ def rounding(
             terms = min(terms, longest) + 2 * blocks
     if not in_range(head, dtype):
         return math.inf
+    if extent.peak == 0:
+        return 0.0
     tuples, size = head.sizes[1], size_of((head.query, *head.keys), head.scale)
     inner = (gamma(d + head.order + 2, u) + 4 * u) * extent.reach
     # what underflows on the way may be multiplied by all that comes after
@@ -229,7 +227,7 @@ def rounding(
     sums = (2 * sums + 4 * u) * (levels + 1)
     cut = cut_weights(head.xp, dtype, tuples)
     return (
-        deviation(weights + cut, extent.half)
+        mean_deviation(weights + cut, extent.half)
         + (sums + cut) * extent.peak
         + 2 * tuples * tiny * size_of(head.values)
     )

@@ -189,7 +189,12 @@ class Polynomial:
         check_rank(d, degree, self.rank)
         u = (query[:256] - transform.query_center) @ transform.query_map
         v = (key[:2048] - transform.key_center) @ transform.key_map
-        bound = min(float(np.abs(u @ v.T).max()), LARGEST_BOUND)
+        bound = float(np.abs(u @ v.T).max())
+        if math.isnan(bound):
+            raise RefusalError(
+                "sampled logits overflow: scale query or key down, or use Exact()"
+            )
+        bound = min(bound, LARGEST_BOUND)
         index = (
             total_degree(d, degree)
             if self.rank is None

@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.softmax_tiles import attend_tiles, serves
+from fastattn._ops.extreme import attend_scaled, may_overflow
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 from sketching._ops.cpu.features import has
@@ -14,6 +15,8 @@ ROWS, KEYS = (1024, 320) if has("avx512f") else (512, 256)
 # fewer rows take longer blocks of keys: of so many logits, up to so many keys
 LOGITS = 3 << 16
 LONGEST = 1024
+# logits that are kept at once, in float64, where they may overflow
+_SCALED = 1 << 20
 
 
 def attend(query, key, value, *, scale, visible, rows=None):
@@ -48,6 +51,20 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
         query, key, value, scale, visible, out, normalizer
     ):
         return
+    if _stream(query, key, value, scale, visible, size, out, normalizer):
+        return
+    # extreme rows: a few at a time, since all their logits are kept
+    rows = max(1, _SCALED // len(key))
+    for start in range(0, len(query), rows):
+        block = slice(start, start + rows)
+        seen = None if visible is None else visible[block]
+        out[block], normalizer[block] = attend_scaled(
+            query[block], key, value, scale, seen
+        )
+
+
+def _stream(query, key, value, scale, visible, size, out, normalizer):
+    """Stream all keys past one block of rows; False if a logit may have overflowed."""
     n, dtype = len(query), query.dtype
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)
@@ -57,12 +74,17 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
     sums = np.zeros(out.shape, dtype=dtype)
     part = np.empty(out.shape, dtype=dtype)
     buffer = np.empty(n * size, dtype=dtype)
+    longest, most = _largest(scaled), np.finfo(dtype).max
     for start in range(0, last, size):
         keys = slice(start, min(start + size, last))
+        right = key[keys].astype(dtype, copy=False)
+        # weights would be made of what overflows, too
+        if may_overflow(longest, _largest(right), query.shape[1], most):
+            return False
         # contiguous, the last one too: strided rows would not vectorise
         width = keys.stop - start
         block = buffer[: n * width].reshape(n, width)
-        np.matmul(scaled, key[keys].astype(dtype, copy=False).T, out=block)
+        np.matmul(scaled, right.T, out=block)
         count = np.full(n, width) if visible is None else visible - start
         _soften(block, count, peak, total, sums)
         np.matmul(block, value[keys].astype(dtype, copy=False), out=part)
@@ -70,6 +92,12 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
     seen = total > 0
     np.divide(sums, np.where(seen, total, 1)[:, None], out=out, casting="same_kind")
     normalizer[:] = peak + np.log(total)
+    return True
+
+
+def _largest(x):
+    """The largest absolute value, without an array of them all."""
+    return max(float(x.max()), -float(x.min()))
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
