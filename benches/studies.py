@@ -26,7 +26,7 @@ from benches.single_location import single_location
 from benches.sketches import attack, sketch_error
 from benches.softmax_vs_linear import recall, softmax_vs_linear
 from benches.streaming import streaming
-from benches.tensor import tensor, tensor_order, tensor_wide
+from benches.tensor import tensor, tensor_order, tensor_sampled, tensor_wide
 from benches.threshold import threshold
 
 _TORCH = ("torch",)
@@ -89,6 +89,7 @@ STUDIES = {
         Study("real", "all methods", real, _HEAD, _TORCH),
         Study("seeds", "all methods", seeds, _HEAD),
         Study("tensor", "tensor attention", tensor, ("method", "n")),
+        Study("tensor-sampled", "tensor attention", tensor_sampled, ("n", "tol")),
         Study("tensor-wide", "tensor attention", tensor_wide, ("d", "n")),
         Study("tensor-order", "tensor attention", tensor_order, ("d", "degree")),
         Study("linear", "linear attention", linear, ("feature map", "n"), _TORCH),

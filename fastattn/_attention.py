@@ -279,11 +279,13 @@ def _form(key: Any) -> _Form:
     return _Form(TensorBatch, solve_tensor, tensor_candidates, exact)
 
 
-def _solve(method: Method, head: Head, *options: Any) -> HeadAnswer:
+def _solve(
+    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+) -> HeadAnswer:
     reason = _why_exact(method, head)
     if reason:
-        return Exact().solve(head, *options, reason=reason)
-    return method.solve(head, *options)
+        return Exact().solve(head, tol, guarantee, rng, reason)
+    return method.solve(head, tol, guarantee, rng)
 
 
 def _candidates(method: Method, head: Head, *options: Any) -> Iterator[Candidate]:

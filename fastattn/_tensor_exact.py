@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from fastattn._apriori import relative_of_max
 from fastattn._costs import exact_work, seconds
 from fastattn._problem import Head, HeadAnswer, Plan
 from fastattn._rounding import (
@@ -18,7 +19,7 @@ from fastattn._rounding import (
     smallest_number,
     unit_roundoff,
 )
-from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
+from fastattn._sampling import FAILURE, certify_rows, scaled_frobenius
 from fastattn._tensor_extent import Extent, in_range, size_of
 from fastattn._tensor_problem import TensorHead
 from sketching._lib.arrays import Array
@@ -179,16 +180,12 @@ def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
     What is bounded was computed before it was stored in ``value``.
     """
     n, _, _, p = head.sizes
-    peak, norm = scaled_frobenius(value)
-    if not math.isfinite(peak):
-        return math.inf
-    if peak == 0:
-        # an answer of zeros: right if there are only zeros to average
-        return 0.0 if bound == 0 else math.inf
+    size = scaled_frobenius(value)
+    if bound > 0 or size[0] > 0:
+        bound += smallest_number(head.xp, head.query.dtype)
     # a stored number is off by its own size, not by the largest there is
     own = unit_roundoff(head.xp, head.query.dtype) * (1 + _SLACK)
-    bound += smallest_number(head.xp, head.query.dtype)
-    return relative(bound / peak * math.sqrt(n * p) + own * norm, norm)
+    return relative_of_max(bound, size, n * p, own)
 
 
 def rounding(

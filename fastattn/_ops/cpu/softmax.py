@@ -29,6 +29,8 @@ def attend(query, key, value, *, scale, visible, rows=None):
         rows = min(ROWS, max(256, -(-heads * n // 4)))
     keys = min(LONGEST, max(KEYS, LOGITS // min(rows, n)))
     per_head = -(-n // rows)
+    # a look at all keys, unless it is as long as the work on a few rows
+    largest = [_largest(x) if per_head > 1 else None for x in key]
 
     def work(task):
         head, block = divmod(task, per_head)
@@ -36,7 +38,7 @@ def attend(query, key, value, *, scale, visible, rows=None):
         seen = None if visible is None else visible[span]
         _attend_rows(
             query[head, span], key[head], value[head], float(scale), seen, keys,
-            out[head, span], normalizer[head, span],
+            largest[head], out[head, span], normalizer[head, span],
         )  # fmt: skip
 
     run_blocks(work, range(heads * per_head))
@@ -45,13 +47,13 @@ def attend(query, key, value, *, scale, visible, rows=None):
 
 # sums that overflow leave numbers that are not finite, which the caller looks for
 @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
-def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
+def _attend_rows(query, key, value, scale, visible, size, largest, out, normalizer):
     """Stream all keys past one block of rows."""
     if serves(query, key, value) and attend_tiles(
         query, key, value, scale, visible, out, normalizer
     ):
         return
-    if _stream(query, key, value, scale, visible, size, out, normalizer):
+    if _stream(query, key, value, scale, visible, size, largest, out, normalizer):
         return
     # extreme rows: a few at a time, since all their logits are kept
     rows = max(1, _SCALED // len(key))
@@ -63,8 +65,11 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
         )
 
 
-def _stream(query, key, value, scale, visible, size, out, normalizer):
-    """Stream all keys past one block of rows; False if a logit may have overflowed."""
+def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
+    """Stream all keys past one block of rows; False if a logit may have overflowed.
+
+    ``largest`` is an entry of the keys, or None where it is to be looked for.
+    """
     n, dtype = len(query), query.dtype
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)
@@ -79,7 +84,8 @@ def _stream(query, key, value, scale, visible, size, out, normalizer):
         keys = slice(start, min(start + size, last))
         right = key[keys].astype(dtype, copy=False)
         # weights would be made of what overflows, too
-        if may_overflow(longest, _largest(right), query.shape[1], most):
+        found = _largest(right) if largest is None else largest
+        if may_overflow(longest, found, query.shape[1], most):
             return False
         # contiguous, the last one too: strided rows would not vectorise
         width = keys.stop - start
