@@ -179,7 +179,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadAnswer:
-    """The answer of one head with what it promises."""
+    """The answer of one head with what it promises.
+
+    ``log_error``, on the host, bounds the error of each row's log-sum-exp; None where
+    nothing is known of it.
+    """
 
     value: Array
     log_normalizer: Array
@@ -188,6 +192,7 @@ class HeadAnswer:
     norm: str
     source: str
     plan: Plan
+    log_error: Array | None = None
 
     @staticmethod
     def under(

@@ -203,15 +203,16 @@ def _recipe(
     weights = (1 + delta) * (math.exp(exponent) if exponent < 1 else math.inf) - 1
     own_sums = 0.0
     if head.visible is not None:
-        within, own_sums, share = _chunk_rounding(head, reach, u)
-        weights = (1 + max(weights, within)) * (1 + share) - 1
+        within, own_sums, part = _chunk_rounding(head, reach, u)
+        weights = (1 + max(weights, within)) * (1 + part) - 1
         sums = max(sums, own_sums)
     off = weights + 2 * sums
-    error = math.inf
+    error = share = math.inf
     if off < 1 and not _may_overflow(head, reach, extent, degree, dtype):
         error = deviation(off, extent.half) + 2 * u * extent.peak
         lost = _underflow(head, reach, coefficients, len(index), dtype)
         error += lost / (1 - off) * max(1.0, extent.half)
+        share = off + lost
         # within a chunk, values are summed as they are; then two means are merged
         error += 2 * own_sums * extent.peak
         if head.visible is not None:
@@ -219,7 +220,9 @@ def _recipe(
             lost += cut_weights(head.xp, dtype, head.sizes[1]) * extent.peak
             error += 16 * u * extent.peak + 2 * lost
         error = once_stored(head.xp, head.query.dtype, extent.peak, error)
-    return Recipe(reach.transform, index, coefficients, extent.middle, dtype, error)
+    return Recipe(
+        reach.transform, index, coefficients, extent.middle, dtype, error, share
+    )
 
 
 def _may_overflow(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._costs import exact_work, seconds
+from fastattn._log_errors import log_errors, row_norms
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._rounding import (
     EXP,
@@ -22,6 +23,7 @@ from fastattn._rounding import (
     value_range,
 )
 from fastattn._sampling import FAILURE, certify_rows, relative, scaled_frobenius
+from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
@@ -97,7 +99,7 @@ class Exact:
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
-        size = scaled_frobenius(value)
+        size, log_error = scaled_frobenius(value), log_error_of(head, normalizer)
         error = _relative_bound(head, *size, tol)
         if error <= tol:
             return HeadAnswer(
@@ -108,6 +110,7 @@ class Exact:
                 "relative-frobenius",
                 f"exact attention in {head.dtype}: a-priori rounding bound",
                 self.plan(head, reason),
+                log_error,
             )
         sampled = certify_rows(head, value, tol, rng, size=size)
         # rows in float64 are no truth where float64 itself is too short
@@ -131,6 +134,7 @@ class Exact:
             "relative-frobenius",
             f"exact attention; {sampled.source}",
             self.plan(head, reason),
+            log_error,
         )
 
     def _solve_proven(self, head: Head, tol: float, reason: str) -> HeadAnswer:
@@ -147,6 +151,7 @@ class Exact:
                     "max",
                     f"exact attention in {dtype}: a-priori rounding bound",
                     self.plan(head, reason),
+                    log_error_of(head, normalizer, dtype),
                 )
         raise RefusalError(
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
@@ -217,6 +222,29 @@ def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
     return query_norm < most and query_norm * key_norm < most
 
 
+def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
+    """Bound the error of each row's log-sum-exp of exact attention in ``dtype``.
+
+    By default that is the head's own. It is what the row's logits and their exps are
+    off by, and the sum of those.
+    """
+    xp, (n, m, d, _) = head.xp, head.sizes
+    dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_body
+    if m == 0:
+        return np.zeros(n)
+    query = abs(head.scale) * row_norms(head.query, head.dtype)
+    key, most = largest_row(head.key), largest_number(xp, dtype) / 4
+    sums = sums_error(m, unit_roundoff(xp, dtype), is_fast=is_fast)
+    sums += cut_weights(xp, dtype, m)
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach = query * key
+        error = _exponent_error(m, d, reach, key, xp, dtype, is_fast=is_fast)
+        error -= math.log1p(-sums) if sums < 1 else -math.inf
+        # NaN is no bound, nor what overflowed on the way
+        error = np.where((reach < most) & (query < most), error, np.inf)
+    return log_errors(head, logarithm, error, dtype)
+
+
 def _weights_bound(head: Head, dtype: Any) -> float:
     """Bound the relative error of all weights of a head in ``dtype``."""
     _, m, d, _ = head.sizes
@@ -246,11 +274,19 @@ def weights_error(
     is_fast: bool,
 ) -> float:
     """Bound the relative error of weights; ``query_norm`` is that times the scale."""
-    u, reach = unit_roundoff(xp, dtype), query_norm * key_norm
+    reach = query_norm * key_norm
     if not _is_held(query_norm, key_norm, xp, dtype):
         return math.inf
+    exponent = _exponent_error(m, d, reach, key_norm, xp, dtype, is_fast=is_fast)
+    return math.expm1(exponent) if exponent < 1 else math.inf
+
+
+def _exponent_error(
+    m: int, d: int, reach: Any, key_norm: float, xp: Any, dtype: Any, *, is_fast: bool
+) -> Any:
+    """Bound what logits up to ``reach`` are off by, and the exps of them."""
+    u = unit_roundoff(xp, dtype)
     # the query is scaled, the product summed, the peak subtracted
     exponent = (gamma(d + 2, u) + 4 * u) * reach
     exponent += EXP * (_blocks(m, is_fast) + 1) * u
-    exponent += d * smallest_number(xp, dtype) * (1 + key_norm)
-    return math.expm1(exponent) if exponent < 1 else math.inf
+    return exponent + d * smallest_number(xp, dtype) * (1 + key_norm)

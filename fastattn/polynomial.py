@@ -221,7 +221,7 @@ def attempt_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Attempt:
         work *= 2
     error = math.nan if math.isinf(recipe.bound) else recipe.bound
     plan = Plan(method, error, seconds(work), reason)
-    return Attempt(plan, recipe.answer, recipe.bound)
+    return Attempt(plan, recipe.answer, recipe.bound, log_errors=recipe.log_errors)
 
 
 def lowrank_attempt(
@@ -257,5 +257,6 @@ def answer_of(
             f"minimax polynomial of degree {plan.method.degree} on the interval of all "
             "logits (Alman and Song 2023; relative error of weights)",
             plan,
+            attempt.log_errors and attempt.log_errors(head, normalizer),
         )
     return certified(head, attempt, tol, rng)
