@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.softmax_tiles import attend_tiles, serves
-from fastattn._ops.extreme import attend_scaled, may_overflow
+from fastattn._ops.extreme import attend_scaled
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 from sketching._ops.cpu.features import has
@@ -29,8 +29,6 @@ def attend(query, key, value, *, scale, visible, rows=None):
         rows = min(ROWS, max(256, -(-heads * n // 4)))
     keys = min(LONGEST, max(KEYS, LOGITS // min(rows, n)))
     per_head = -(-n // rows)
-    # a look at all keys, unless it is as long as the work on a few rows
-    largest = [_largest(x) if per_head > 1 else None for x in key]
 
     def work(task):
         head, block = divmod(task, per_head)
@@ -38,7 +36,7 @@ def attend(query, key, value, *, scale, visible, rows=None):
         seen = None if visible is None else visible[span]
         _attend_rows(
             query[head, span], key[head], value[head], float(scale), seen, keys,
-            largest[head], out[head, span], normalizer[head, span],
+            out[head, span], normalizer[head, span],
         )  # fmt: skip
 
     run_blocks(work, range(heads * per_head))
@@ -47,13 +45,13 @@ def attend(query, key, value, *, scale, visible, rows=None):
 
 # sums that overflow leave numbers that are not finite, which the caller looks for
 @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
-def _attend_rows(query, key, value, scale, visible, size, largest, out, normalizer):
+def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
     """Stream all keys past one block of rows."""
     if serves(query, key, value) and attend_tiles(
         query, key, value, scale, visible, out, normalizer
     ):
         return
-    if _stream(query, key, value, scale, visible, size, largest, out, normalizer):
+    if _stream(query, key, value, scale, visible, size, out, normalizer):
         return
     # extreme rows: a few at a time, since all their logits are kept
     rows = max(1, _SCALED // len(key))
@@ -65,11 +63,8 @@ def _attend_rows(query, key, value, scale, visible, size, largest, out, normaliz
         )
 
 
-def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
-    """Stream all keys past one block of rows; False if a logit may have overflowed.
-
-    ``largest`` is an entry of the keys, or None where it is to be looked for.
-    """
+def _stream(query, key, value, scale, visible, size, out, normalizer):
+    """Stream all keys past one block of rows; False if a logit overflowed."""
     n, dtype = len(query), query.dtype
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)
@@ -79,20 +74,15 @@ def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
     sums = np.zeros(out.shape, dtype=dtype)
     part = np.empty(out.shape, dtype=dtype)
     buffer = np.empty(n * size, dtype=dtype)
-    longest, most = _largest(scaled), np.finfo(dtype).max
     for start in range(0, last, size):
         keys = slice(start, min(start + size, last))
-        right = key[keys].astype(dtype, copy=False)
-        # weights would be made of what overflows, too
-        found = _largest(right) if largest is None else largest
-        if may_overflow(longest, found, query.shape[1], most):
-            return False
         # contiguous, the last one too: strided rows would not vectorise
         width = keys.stop - start
         block = buffer[: n * width].reshape(n, width)
-        np.matmul(scaled, right.T, out=block)
+        np.matmul(scaled, key[keys].astype(dtype, copy=False).T, out=block)
         count = np.full(n, width) if visible is None else visible - start
-        _soften(block, count, peak, total, sums)
+        if not _soften(block, count, peak, total, sums):
+            return False
         np.matmul(block, value[keys].astype(dtype, copy=False), out=part)
         sums += part
     seen = total > 0
@@ -101,24 +91,23 @@ def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
     return True
 
 
-def _largest(x):
-    """The largest absolute value, without an array of them all."""
-    return max(float(x.max()), -float(x.min()))
-
-
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _soften(logits, count, peak, total, sums):
     # turns logits into weights relative to the largest logit so far, and rescales
-    # what was summed before whenever a larger one comes
+    # what was summed before whenever a larger one comes; stops at one that overflowed
     for i in range(logits.shape[0]):
         size = min(max(count[i], 0), logits.shape[1])
         row = logits[i, :size]
         logits[i, size:] = 0
         if size == 0:
             continue
-        largest = row[0]
+        largest, check = row[0], row[0] * 0
         for j in range(size):
             largest = maximum(largest, row[j])
+            # NaN of what is not finite, as what overflowed on the way to it stays
+            check += row[j] * 0
+        if check != 0:
+            return False
         if largest > peak[i]:
             shrink = exp(peak[i] - largest)
             peak[i] = largest
@@ -132,3 +121,4 @@ def _soften(logits, count, peak, total, sums):
             row[j] = weight
             partial += weight
         total[i] += partial
+    return True
