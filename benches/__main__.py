@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="of each file at most so many heads, in the studies of seeds and peers",
     )
+    parser.add_argument(
+        "--count", type=int, help="answers that the study of fuzz compares"
+    )
     parser.add_argument("--results", type=Path, help="folder to write to")
     parser.add_argument(
         "--compare",
@@ -149,6 +152,7 @@ def command_of(name: str, arguments: argparse.Namespace) -> str:
     """The command that measures a study again."""
     command = f"python -m benches {name} --threads {arguments.threads}"
     command += " --quick" if arguments.quick else ""
+    command += f" --count {arguments.count}" if arguments.count else ""
     if arguments.heads_each:
         command += f" --heads-each {arguments.heads_each}"
     if arguments.data:

@@ -20,13 +20,14 @@ from benches.lowdim import lowdim
 from benches.maps import speed_map
 from benches.peers import peers
 from benches.planning import alone, clustered_growth, nothing_fits
+from benches.proven_fuzz import proven_fuzz
 from benches.real_heads import diffuse, sharp
 from benches.seeds import seeds
 from benches.single_location import single_location
 from benches.sketches import attack, sketch_error
 from benches.softmax_vs_linear import recall, softmax_vs_linear
 from benches.streaming import streaming
-from benches.tensor import tensor, tensor_order, tensor_wide
+from benches.tensor import tensor, tensor_order, tensor_sampled, tensor_wide
 from benches.threshold import threshold
 
 _TORCH = ("torch",)
@@ -64,6 +65,7 @@ STUDIES = {
         Study("causal", "polynomials", causal, _HEAD, _TORCH),
         Study("lowdim", "polynomials", lowdim, ("n", "noise", "tol"), _TORCH),
         Study("proven", "polynomials", proven, ("input", "n"), _TORCH),
+        Study("proven-fuzz", "all methods", proven_fuzz, ("kind", "dtype")),
         Study("decoding", "polynomials", decoding, ("tokens", "tol")),
         Study("streaming", "polynomials", streaming, ("keys", "by")),
         Study("sharp", "landmarks and clusters", sharp, _FILE, _TORCH),
@@ -89,6 +91,7 @@ STUDIES = {
         Study("seeds", "all methods", seeds, _HEAD),
         Study("attacks", "all methods", attacks, ("kind",)),
         Study("tensor", "tensor attention", tensor, ("method", "n")),
+        Study("tensor-sampled", "tensor attention", tensor_sampled, ("n", "tol")),
         Study("tensor-wide", "tensor attention", tensor_wide, ("d", "n")),
         Study("tensor-order", "tensor attention", tensor_order, ("d", "degree")),
         Study("linear", "linear attention", linear, ("feature map", "n"), _TORCH),

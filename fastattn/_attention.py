@@ -10,7 +10,7 @@ from fastattn._batch import Batch
 from fastattn._explanation import Explanation, run_candidates
 from fastattn._planner import Auto
 from fastattn._problem import Candidate, Head, HeadAnswer, Method
-from fastattn.exact import Exact
+from fastattn.exact import Exact, may_overflow
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource, as_generator
@@ -140,6 +140,11 @@ def approximate(
         ``value``, shape (..., n, p); ``certificate``; ``plan``; ``log_normalizer``,
         shape (..., n), the log-sum-exp of each row's logits. For a batch the fields of
         the certificate and the plan are arrays over the leading dimensions.
+        The certificate is about ``value``. What is known of ``log_normalizer`` is
+        ``log_normalizer_error``, shape (..., n): for exact attention and proven
+        polynomials a bound on each row's error. Where it is None, as for methods that
+        are certified by a sample, or infinite, nothing is promised of the log-sum-exps:
+        they are not certified and may be off by more than one.
 
     Examples
     --------
@@ -279,17 +284,30 @@ def _form(key: Any) -> _Form:
     return _Form(TensorBatch, solve_tensor, tensor_candidates, exact)
 
 
-def _solve(method: Method, head: Head, *options: Any) -> HeadAnswer:
-    return _solver(method, head).solve(head, *options)
+def _solve(
+    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+) -> HeadAnswer:
+    reason = _why_exact(method, head)
+    if reason:
+        return Exact().solve(head, tol, guarantee, rng, reason)
+    return method.solve(head, tol, guarantee, rng)
 
 
 def _candidates(method: Method, head: Head, *options: Any) -> Iterator[Candidate]:
-    return _solver(method, head).candidates(head, *options)
+    reason = _why_exact(method, head)
+    if reason:
+        return iter((Candidate(Exact().plan(head, reason), accepted=True),))
+    return method.candidates(head, *options)
 
 
-def _solver(method: Method, head: Head) -> Method:
-    """Return the method, or Exact() for a head whose keys are all masked."""
-    return method if head.sizes[1] else Exact()
+def _why_exact(method: Method, head: Head) -> str:
+    """Say why a head is exact whatever the method, if it is."""
+    if not head.sizes[1]:
+        return "there is no key to attend to"
+    # others are planned, and judged, by logits of a sample
+    if isinstance(method, Auto) and may_overflow(head):
+        return f"logits may overflow {head.dtype}"
+    return ""
 
 
 def check_options(

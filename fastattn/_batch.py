@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from fastattn._problem import Head, HeadAnswer
-from sketching._lib.arrays import Array, array_namespace, device_of, plain
+from sketching._lib.arrays import (
+    Array,
+    array_namespace,
+    device_of,
+    mover,
+    plain,
+)
 from sketching._lib.certificate import Approximation, Certificate
 from sketching._lib.validation import (
     check_finite,
@@ -128,7 +134,18 @@ class Batch:
             certificate,
             field("plan", object),
             stacked([answer.log_normalizer for answer in answers], (n,)),
+            self._log_errors([answer.log_error for answer in answers]),
         )
+
+    def _log_errors(self, errors: list[Array | None]) -> Array | None:
+        """Bounds of all rows in the shape of the batch, in float64; None if unknown."""
+        if all(error is None for error in errors):
+            return None
+        n = self.query.shape[-2]
+        unknown = np.full(n, np.inf)
+        found = np.stack([unknown if error is None else error for error in errors])
+        move = mover(self.query, array_namespace(self.query).float64)
+        return move(found.reshape((*self.lead, n)))
 
 
 def own_place(x: Array, place: tuple[int, ...], trailing: int = 2) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ of keys, so that keys can be streamed in and two structures can be merged.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fastattn._ops.monomials import means, moments
 from fastattn.expansions import IndexSet
 from fastattn.transforms import Transform
@@ -97,7 +99,14 @@ class Moments:
         return value, xp.where(positive, logarithm, nothing), positive
 
     def center_logits(self, query: Array) -> Array:
-        """Return the logit of each query and the centre of the keys."""
-        xp, dtype = array_namespace(query), self.sums.dtype
-        center = mover(query, dtype)(self.scale * self.transform.key_center)
-        return xp.matmul(xp.astype(query, dtype, copy=False), center)
+        """Return the logits of queries and the centre of the keys, none -infinity."""
+        xp = array_namespace(query)
+        center = self.scale * self.transform.key_center
+        for dtype in (self.sums.dtype, xp.float64):
+            with np.errstate(over="ignore", invalid="ignore"):
+                move = mover(query, dtype)
+                logits = xp.matmul(xp.astype(query, dtype, copy=False), move(center))
+            if bool(xp.all(xp.isfinite(logits))):
+                break
+        # minus infinity would say that a row sees no key
+        return xp.maximum(logits, xp.full_like(logits, float(xp.finfo(dtype).min)))

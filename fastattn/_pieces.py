@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 
+from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.certificate import RefusalError
 
 # keys of a sum that is made at once, where several are added up
 PIECE = 4096
 # sums that may be added up: the bound allows for their rounding
 PIECES = 1 << 20
+# proven bounds leave room for queries that are so many times as large
+_ROOM = 1.1
 
 
 def pieces(m: int) -> Iterator[slice]:
@@ -24,3 +27,11 @@ def count_pieces(before: int, more: int, otherwise: str) -> int:
             f"insert more keys at once, or use {otherwise}"
         )
     return before + more
+
+
+def with_room(query: Array) -> Array:
+    """Queries that are larger than these, so that those to come may be, too."""
+    xp = array_namespace(query)
+    fits = xp.abs(query) <= float(xp.finfo(query.dtype).max) / _ROOM
+    # those that nothing is larger than stay as they are
+    return xp.where(fits, xp.where(fits, query, xp.zeros_like(query)) * _ROOM, query)

@@ -9,7 +9,7 @@ import numpy as np
 from fastattn._costs import exact_work, lowrank_work, polynomial_work, seconds
 from fastattn._frame import Sample
 from fastattn._kept import Kept
-from fastattn._pieces import PIECES
+from fastattn._pieces import PIECES, with_room
 from fastattn._planner import Auto
 from fastattn._prepared_heads import ExactHead, PreparedHead, SummedHead, refused_share
 from fastattn._prepared_multipole import MultipoleHead
@@ -33,8 +33,6 @@ _QUERIES = 1 << 14
 _REFUSED = 0.1
 # share of the tolerance that another structure aims at where one missed it
 _LESS = 0.85
-# proven bounds leave room for queries that are so many times as large
-_ROOM = 1.1
 
 Fill = Callable[[PreparedHead], PreparedHead]
 
@@ -110,7 +108,7 @@ def _proven(
     request: Request, method: Polynomial, rng: np.random.Generator
 ) -> ProvenHead:
     """The least proven polynomial, with some room for larger queries."""
-    head = replace(request.head, query=request.head.query * _ROOM)
+    head = replace(request.head, query=with_room(request.head.query))
     recipe = method.recipe(head, request.tol, "proven", rng, PIECES)
     return ProvenHead.of(_plan_of(head, recipe, "minimax", "asked for"), recipe, head)
 

@@ -1,5 +1,6 @@
 """A head with a proven bound: its queries, keys and values must stay within extents."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +67,9 @@ def _share(found: float, allowed: float) -> float:
     """How many times as far; zero allows zero."""
     if found <= allowed:
         return 0.0
-    return found / allowed if allowed > 0 else float("inf")
+    share = found / allowed if allowed > 0 else math.inf
+    # NaN would be lost in a maximum
+    return math.inf if math.isnan(share) else share
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -127,11 +127,26 @@ class Head:
 
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
         """Round an answer to the dtype of the query, its normalizer to the head's."""
-        xp = self.xp
-        return (
-            xp.astype(value, self.query.dtype, copy=False),
-            xp.astype(log_normalizer, self.dtype, copy=False),
-        )
+        return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
+
+
+def rounded_answer(
+    value: Array, log_normalizer: Array, dtype: Any, log_dtype: Any
+) -> tuple[Array, Array]:
+    """Round values and log-sum-exps to the dtypes that they are returned in.
+
+    Of log-sum-exps only those of rows that see no key are minus infinity.
+    """
+    xp = array_namespace(value)
+    # what is too large becomes infinite: no certificate covers that
+    with np.errstate(over="ignore"):
+        value = xp.astype(value, dtype, copy=False)
+        if log_normalizer.dtype == log_dtype:
+            return value, log_normalizer
+        rounded = xp.astype(log_normalizer, log_dtype)
+    least = xp.full_like(rounded, float(xp.finfo(log_dtype).min))
+    lost = xp.logical_and(rounded == -xp.inf, xp.isfinite(log_normalizer))
+    return value, xp.where(lost, least, rounded)
 
 
 def host_rows(x: Array, rows: Array) -> Array:
@@ -173,7 +188,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadAnswer:
-    """The answer of one head with what it promises."""
+    """The answer of one head with what it promises.
+
+    ``log_error``, on the host, bounds the error of each row's log-sum-exp; None where
+    nothing is known of it.
+    """
 
     value: Array
     log_normalizer: Array
@@ -182,6 +201,7 @@ class HeadAnswer:
     norm: str
     source: str
     plan: Plan
+    log_error: Array | None = None
 
     @staticmethod
     def under(

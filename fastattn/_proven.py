@@ -6,8 +6,10 @@ polynomial on an interval that holds every logit (Cauchy-Schwarz after centring 
 balancing), plus what dropped monomials and rounding can add.
 """
 
+import itertools
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,15 @@ from fastattn._recipes import Recipe, check_rank, sample_rows
 from fastattn._rounding import (
     EXP,
     ValueRange,
+    cut_weights,
     deviation,
+    frobenius,
     gamma,
     largest_entries,
     largest_norm,
     largest_number,
     largest_row,
+    once_stored,
     smallest_number,
     unit_roundoff,
     value_range,
@@ -97,7 +102,7 @@ def proven_recipe(
     reach = _shortest_reach(head, rng)
     extent = value_range(head)
     bound = max(reach.bound, 1e-3)
-    if bound > LARGEST_BOUND:
+    if not bound <= LARGEST_BOUND:
         raise RefusalError(
             f"logits are bounded by {bound:.3g} after centring, more than "
             f"{LARGEST_BOUND:g}: no degree up to {LARGEST_DEGREE} serves them; "
@@ -131,11 +136,11 @@ def proven_recipe(
 def _shortest_reach(head: Head, rng: np.random.Generator) -> _Reach:
     """Take the symmetry with the smallest logits on a sample; measure all rows."""
     query, key = sample_rows(head, rng)
-    transforms = [
-        make(query, key, head.scale, queries=queries)
-        for make in (center, balance)
-        for queries in (False, True)
-    ]
+    transforms = []
+    for make, queries in itertools.product((center, balance), (False, True)):
+        # without squares there is less that overflows
+        with suppress(RefusalError):
+            transforms.append(make(query, key, head.scale, queries=queries))
     # a mean of skewed keys may lie further from the furthest of them than the origin
     transforms.append(identity(query.shape[1], head.scale))
     best = min(
@@ -145,13 +150,27 @@ def _shortest_reach(head: Head, rng: np.random.Generator) -> _Reach:
             * largest_norm(key, t.key_center, t.key_map)
         ),
     )
+    query_length = largest_norm(head.query, best.query_center, best.query_map)
+    key_length = largest_norm(head.key, best.key_center, best.key_map)
+    shift = _even(query_length, key_length)
     return _Reach(
-        best,
-        largest_norm(head.query, best.query_center, best.query_map),
-        largest_norm(head.key, best.key_center, best.key_map),
+        replace(
+            best,
+            query_map=np.ldexp(best.query_map, -shift),
+            key_map=np.ldexp(best.key_map, shift),
+        ),
+        float(np.ldexp(query_length, -shift)),
+        float(np.ldexp(key_length, shift)),
         largest_norm(head.query, best.query_center),
         largest_norm(head.key, best.key_center),
     )
+
+
+def _even(one: float, other: float) -> int:
+    """The power of two that makes lengths alike: monomials of long ones overflow."""
+    if not all(0 < x < math.inf for x in (one, other)):
+        return 0
+    return round((math.log2(one) - math.log2(other)) / 2)
 
 
 def _recipe(
@@ -173,7 +192,7 @@ def _recipe(
         index = by_energy(reach.transform.scales, np.abs(coefficients), rank)
         delta += _dropped(head, reach, index, coefficients)
     u = unit_roundoff(head.xp, dtype)
-    exponent = _exponent_rounding(head, reach, u)
+    exponent = _exponent_rounding(head, reach, u, smallest_number(head.xp, dtype))
     # other bodies may sum all keys in working precision
     m = head.sizes[1] if pieces is None else PIECE
     summed = min(m, ROWS) + 2 if place_of(head.query) == "cpu" else m
@@ -184,22 +203,26 @@ def _recipe(
     weights = (1 + delta) * (math.exp(exponent) if exponent < 1 else math.inf) - 1
     own_sums = 0.0
     if head.visible is not None:
-        within, own_sums, share = _chunk_rounding(head, reach, u)
-        weights = (1 + max(weights, within)) * (1 + share) - 1
+        within, own_sums, part = _chunk_rounding(head, reach, u)
+        weights = (1 + max(weights, within)) * (1 + part) - 1
         sums = max(sums, own_sums)
     off = weights + 2 * sums
-    error = math.inf
+    error = share = math.inf
     if off < 1 and not _may_overflow(head, reach, extent, degree, dtype):
-        own = head.query.dtype
-        error = deviation(off, extent.half)
-        error += (2 * u + unit_roundoff(head.xp, own)) * extent.peak
-        error += smallest_number(head.xp, own)
+        error = deviation(off, extent.half) + 2 * u * extent.peak
+        lost = _underflow(head, reach, coefficients, len(index), dtype)
+        error += lost / (1 - off) * max(1.0, extent.half)
+        share = off + lost
         # within a chunk, values are summed as they are; then two means are merged
         error += 2 * own_sums * extent.peak
         if head.visible is not None:
             lost = head.sizes[1] * smallest_number(head.xp, dtype)
+            lost += cut_weights(head.xp, dtype, head.sizes[1]) * extent.peak
             error += 16 * u * extent.peak + 2 * lost
-    return Recipe(reach.transform, index, coefficients, extent.middle, dtype, error)
+        error = once_stored(head.xp, head.query.dtype, extent.peak, error)
+    return Recipe(
+        reach.transform, index, coefficients, extent.middle, dtype, error, share
+    )
 
 
 def _may_overflow(
@@ -207,15 +230,45 @@ def _may_overflow(
 ) -> bool:
     """Whether a sum of monomials times values could leave the range of ``dtype``.
 
-    Values far below one underflow in the same sums; their weight is then too small
-    for the bound, so that such heads are not served either.
+    Nor may what the coordinates are made of, on the way to them.
     """
-    tilt = float(np.linalg.norm(reach.transform.tilt)) * reach.key_input
-    sides = max(1.0, reach.key) ** degree * max(1.0, reach.query) ** degree
-    most = largest_number(head.xp, dtype) / 16
-    size = head.sizes[1] * math.exp(min(tilt, _LARGEST_TILT)) * sides
-    small = 0 < extent.half < smallest_number(head.xp, dtype) * 1e20
-    return small or size * max(1.0, extent.half, extent.peak) > most
+    t, most = reach.transform, largest_number(head.xp, dtype) / 16
+    sides = _power(reach.key, degree) * _power(reach.query, degree)
+    size = head.sizes[1] * math.exp(min(_tilt(reach), _LARGEST_TILT)) * sides
+    size *= max(1.0, extent.half, extent.peak)
+    inputs = max(reach.query_input, reach.key_input)
+    parts = t.query_center, t.key_center, t.query_map, t.key_map, t.tilt
+    return not all(
+        x < most for x in (size, inputs, *(float(np.abs(y).max()) for y in parts))
+    )
+
+
+def _tilt(reach: _Reach) -> float:
+    """Largest logarithm of a key's weight."""
+    return frobenius(reach.transform.tilt) * reach.key_input
+
+
+def _underflow(
+    head: Head, reach: _Reach, coefficients: Array, rank: int, dtype: Any
+) -> float:
+    """What underflows in the sums may change a mean by, for values within +-1.
+
+    Every product on the way may lose the smallest number, and is multiplied by what
+    comes after: powers of the coordinates, coefficients and the weight of a key. The
+    sum of the weights is at least ``exp(-bound - tilt)`` for each key.
+    """
+    degree, d = len(coefficients) - 1, reach.transform.query_map.shape[1]
+    tiny, tilt = smallest_number(head.xp, dtype), min(_tilt(reach), _LARGEST_TILT)
+    sides = _power(reach.key, degree) * _power(reach.query, degree)
+    # multinomial coefficients of a degree add up to a power of d
+    size = float(np.polynomial.polynomial.polyval(d, np.abs(coefficients))) + rank
+    steps = 2 * (3 * degree + 8)
+    return tiny * steps * sides * size * math.exp(2 * tilt + reach.bound)
+
+
+def _power(x: float, degree: int) -> float:
+    """The largest power of ``x`` up to a degree; infinite where Python would raise."""
+    return math.prod([max(1.0, x)] * degree)
 
 
 def _dropped(head: Head, reach: _Reach, index: IndexSet, coefficients: Array) -> float:
@@ -233,25 +286,31 @@ def _dropped(head: Head, reach: _Reach, index: IndexSet, coefficients: Array) ->
     for j in range(1, len(index)):
         term[j] = term[index.parent[j]] * extent[index.coordinate[j]]
     kept = float(np.sum(term * index.weights(size)))
-    return max(everything - kept, 0.0) * math.exp(reach.bound)
+    # two rounded sums that are almost the same
+    slack = 8 * len(index) * unit_roundoff(np, np.float64) * everything
+    return (max(everything - kept, 0.0) + slack) * math.exp(reach.bound)
 
 
 # norms of extreme maps overflow to infinity, and the bound with them
 @np.errstate(over="ignore", invalid="ignore")
-def _exponent_rounding(head: Head, reach: _Reach, u: float) -> float:
+def _exponent_rounding(head: Head, reach: _Reach, u: float, tiny: float) -> float:
     """Absolute error of a logit, and relative error of a key's weight.
 
-    Coordinates are off by ``gamma(d + 4)`` times the norms of input and map.
+    Coordinates are off by ``gamma(d + 4)`` times the norms of input and map, and by
+    what underflows: ``tiny`` in each product, and in each entry of a map.
     """
     t, d = reach.transform, head.sizes[2]
-    g = gamma(d + 4, u)
-    off_query = g * reach.query_input * float(np.linalg.norm(t.query_map))
-    off_key = g * reach.key_input * float(np.linalg.norm(t.key_map))
+    g, least = gamma(d + 4, u), 2 * d * tiny
+    off_query = g * reach.query_input * frobenius(t.query_map)
+    off_query += least * (1 + reach.query_input)
+    off_key = g * reach.key_input * frobenius(t.key_map)
+    off_key += least * (1 + reach.key_input)
     logit = off_query * reach.key + reach.query * off_key + off_query * off_key
     logit = math.inf if math.isnan(logit) else logit
-    tilt = float(np.linalg.norm(t.tilt)) * reach.key_input
+    tilt = _tilt(reach)
+    off_tilt = g * tilt + least * (1 + reach.key_input)
     # a key's weight exp(tilt) and its reciprocal must stay in the range of float32
-    return logit + g * tilt + EXP * u if tilt < _LARGEST_TILT else math.inf
+    return logit + off_tilt + EXP * u if tilt < _LARGEST_TILT else math.inf
 
 
 def _chunk_rounding(head: Head, reach: _Reach, u: float) -> tuple[float, float, float]:

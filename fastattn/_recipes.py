@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from fastattn._causal_prefixes import moments_by_prefixes, prefix_doubt
+from fastattn._log_errors import log_errors
 from fastattn._moments import Moments
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._ratio_estimate import FAILURE
+from fastattn._rounding import frobenius
 from fastattn._row_statistics import RowErrors, SeenKeys, guess_errors
 from fastattn._sampling import (
     FLOAT64_BELOW,
@@ -59,6 +61,8 @@ class Recipe:
         Precision of the sums.
     bound : float
         Proven bound on the largest absolute error; infinite where none is claimed.
+    off : float
+        The same on the relative error of each row's sum of weights.
     """
 
     transform: Transform
@@ -67,12 +71,21 @@ class Recipe:
     middle: Array
     dtype: Any
     bound: float
+    off: float = math.inf
 
     def answer(self, head: Head) -> tuple[Array, Array, Array]:
         """Sum the monomials over the keys and answer the queries."""
         if head.visible is not None:
             return moments_by_prefixes(head, self.moments, self.coefficients)
         return self.moments(head).query(head.query, self.coefficients)
+
+    def log_errors(self, head: Head, logarithm: Array) -> Array | None:
+        """Bound the error of each row's log-sum-exp; None where nothing is claimed."""
+        if not self.off < 1:
+            return None
+        center = abs(head.scale) * frobenius(self.transform.key_center)
+        weights = -math.log1p(-self.off)
+        return log_errors(head, logarithm, weights, self.dtype, center)
 
     def moments(self, head: Head) -> Moments:
         """Sum the monomials over the keys of a head."""
@@ -105,6 +118,8 @@ class Attempt:
     rounding : callable, optional
         From a head to the deviation of the error of each row's logits, where all are
         rounded; another attempt of the same kind would then err alike.
+    log_errors : callable, optional
+        From a head and its log-sum-exps to bounds on their errors.
     """
 
     plan: Plan
@@ -112,6 +127,7 @@ class Attempt:
     bound: float
     again: "Callable[[float], Attempt] | None" = None
     rounding: Callable[[Head], Array] | None = None
+    log_errors: Callable[[Head, Array], Array | None] | None = None
 
 
 def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:

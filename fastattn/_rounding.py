@@ -65,11 +65,18 @@ def largest_norm(x: Array, center: Array, projection: Array | None = None) -> fl
 
 
 def _longest(xp: Any, block: Array) -> float:
-    """Largest norm of a row of float64 numbers, of any size."""
+    """Largest norm of a row of float64 numbers, of any size; infinite if unknown."""
     peak = float(xp.max(xp.abs(block)))
+    # NaN, of an infinity times zero, would be lost among the maxima of blocks
     if peak == 0 or not math.isfinite(peak):
-        return peak
+        return 0.0 if peak == 0 else math.inf
     return peak * math.sqrt(float(xp.max(xp.sum((block / peak) ** 2, axis=1))))
+
+
+def frobenius(x: Array) -> float:
+    """Frobenius norm of a small array on the host, whatever the size of its entries."""
+    # squares of entries that are small, or large, would leave the range
+    return math.hypot(*np.asarray(x, np.float64).ravel().tolist()) * (1 + 1e-12)
 
 
 def largest_row(x: Array) -> float:
@@ -112,6 +119,19 @@ def _projected(
         yield xp, block if matrix is None else xp.matmul(block, matrix)
 
 
+def once_stored(xp: Any, dtype: Any, peak: float, error: float) -> float:
+    """Bound the error of a number once it is rounded to ``dtype``.
+
+    The true one is at most ``peak``, what is rounded off by ``error``. Infinite where
+    it may round to infinity.
+    """
+    u = unit_roundoff(xp, dtype)
+    # half a unit in the last place beyond the largest number rounds to that
+    if not peak + error < largest_number(xp, dtype) * (1 + u / 4):
+        return math.inf
+    return error + u * (peak + error) + smallest_number(xp, dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class ValueRange:
     """Extent of the values: the unit of a proven bound.
@@ -137,17 +157,33 @@ def value_range(head: Head) -> ValueRange:
     low = to_host(xp.min(head.value, axis=0)).astype(np.float64)
     high = to_host(xp.max(head.value, axis=0)).astype(np.float64)
     peak = max(float(np.abs(low).max()), float(np.abs(high).max()))
+    half = float(half_range(low, high).max())
+    return ValueRange(half, peak, np.where(low < high, low / 2 + high / 2, low))
+
+
+def half_range(low: Array, high: Array) -> Array:
+    """Half of ``high - low`` in float64, zero only where they are equal."""
     # halves first: the range of two large numbers may not be one
     half = high / 2 - low / 2
-    return ValueRange(float(half.max()), peak, low / 2 + high / 2)
+    # the half of the smallest number is none
+    least = np.finfo(np.float64).smallest_subnormal
+    return np.where(low < high, np.maximum(half, least), 0.0)
 
 
 def deviation(delta: float, half: float) -> float:
     """Change of a weighted mean of values when weights are off by ``delta``.
 
     ``|out' - out| <= delta / (1 - delta) * sum_j a_j |v_j - out|``, and the mean
-    absolute deviation of a bounded variable is at most half its range.
+    absolute deviation of a bounded variable is at most half its range. Infinite where
+    ``delta`` is one or more, or unknown: weights may then be of any sign.
     """
-    if half == 0:
-        return 0.0
     return delta / (1 - delta) * half if delta < 1 else math.inf
+
+
+def mean_deviation(delta: float, half: float) -> float:
+    """Change of a mean with weights that are positive, however wrong they are.
+
+    No mean leaves the range of the values: what cannot be bounded by ``deviation`` is
+    the whole of it.
+    """
+    return min(deviation(delta, half), 2 * half)

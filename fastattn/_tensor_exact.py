@@ -6,15 +6,17 @@ from typing import Any, cast
 
 import numpy as np
 
+from fastattn._apriori import relative_of_max
 from fastattn._costs import exact_work, seconds
 from fastattn._problem import Head, HeadAnswer, Plan
-from fastattn._ratio_estimate import FAILURE, relative
+from fastattn._ratio_estimate import FAILURE
 from fastattn._rounding import (
     EXP,
     cut_weights,
-    deviation,
     gamma,
     largest_number,
+    mean_deviation,
+    once_stored,
     smallest_number,
     unit_roundoff,
 )
@@ -56,7 +58,7 @@ def solve_exact(
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
         bound = bounds[dtype] = rounding(head, extent, dtype)
         if guarantee == "proven":
-            bound += stored(head, extent.peak)
+            bound = stored(head, extent.peak, bound)
             if bound <= tol * extent.half or _is_constant(extent, bound):
                 value, normalizer = head.finish(*head.attend(dtype))
                 source = (
@@ -135,7 +137,7 @@ def solve_bounded(
         if math.isinf(error):
             continue
         if guarantee == "proven":
-            error += stored(head, extent.peak)
+            error = stored(head, extent.peak, error)
             if not (error <= tol * extent.half or _is_constant(extent, error)):
                 continue
             value, normalizer = head.finish(*compute(dtype))
@@ -168,12 +170,9 @@ def _name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2].strip("'>")
 
 
-def stored(head: TensorHead, peak: float) -> float:
-    """Rounding of numbers up to ``peak`` to the dtype of the query."""
-    own = head.query.dtype
-    if not peak < largest_number(head.xp, own):
-        return math.inf
-    return unit_roundoff(head.xp, own) * peak + smallest_number(head.xp, own)
+def stored(head: TensorHead, peak: float, error: float) -> float:
+    """Bound an ``error`` of numbers up to ``peak`` in the dtype of the query."""
+    return once_stored(head.xp, head.query.dtype, peak, error)
 
 
 def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
@@ -182,16 +181,12 @@ def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
     What is bounded was computed before it was stored in ``value``.
     """
     n, _, _, p = head.sizes
-    peak, norm = scaled_frobenius(value)
-    if not math.isfinite(peak):
-        return math.inf
-    if peak == 0:
-        # an answer of zeros: right if there are only zeros to average
-        return 0.0 if bound == 0 else math.inf
+    size = scaled_frobenius(value)
+    if bound > 0 or size[0] > 0:
+        bound += smallest_number(head.xp, head.query.dtype)
     # a stored number is off by its own size, not by the largest there is
     own = unit_roundoff(head.xp, head.query.dtype) * (1 + _SLACK)
-    bound += smallest_number(head.xp, head.query.dtype)
-    return relative(bound / peak * math.sqrt(n * p) + own * norm, norm)
+    return relative_of_max(bound, size, n * p, own)
 
 
 def rounding(
@@ -208,8 +203,6 @@ def rounding(
     """
     u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
     levels, d = head.order - 2, head.sizes[2]
-    if extent.peak == 0:
-        return 0.0
     lengths = sorted(head.lengths)
     least, longest = _KEYS_A_BLOCK
     blocks = -(-lengths[-1] // least) if head.has_fast_body else 1
@@ -219,6 +212,8 @@ def rounding(
             terms = min(terms, longest) + 2 * blocks
     if not in_range(head, dtype):
         return math.inf
+    if extent.peak == 0:
+        return 0.0
     tuples, size = head.sizes[1], size_of((head.query, *head.keys), head.scale)
     inner = (gamma(d + head.order + 2, u) + 4 * u) * extent.reach
     # what underflows on the way may be multiplied by all that comes after
@@ -230,7 +225,7 @@ def rounding(
     sums = (2 * sums + 4 * u) * (levels + 1)
     cut = cut_weights(head.xp, dtype, tuples)
     return (
-        deviation(weights + cut, extent.half)
+        mean_deviation(weights + cut, extent.half)
         + (sums + cut) * extent.peak
         + 2 * tuples * tiny * size_of(head.values)
     )

@@ -16,6 +16,7 @@ import numpy as np
 from fastattn._rounding import largest_number, smallest_number
 from fastattn._tensor_problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, device_of, mover, to_host
+from sketching._lib.certificate import RefusalError
 
 _BLOCK = 2048
 # the share of the largest product of values that may underflow on the way to it
@@ -69,8 +70,11 @@ class Extent:
         reach = _largest_sum(sides, largest, terms)
         slack = (_SLACK - 1) * terms.sum()
         shares, tops = _ends(head.values)
-        peaks = _product(tops)
-        half = np.where(peaks > 0, peaks * ((shares[1] - shares[0]) / 2), 0.0)
+        # a product may underflow, and is rounded by more than the slack then
+        least = np.finfo(np.float64).smallest_subnormal
+        peaks = np.where(np.all(tops > 0, axis=0), _product(tops) * _SLACK + least, 0.0)
+        varies = (peaks > 0) & (shares[1] > shares[0])
+        half = np.where(varies, peaks * ((shares[1] - shares[0]) / 2) + least, 0.0)
         return Extent(
             max(float(scaled.min(axis=0).sum() - slack), -reach),
             min(float(scaled.max(axis=0).sum() + slack), reach),
@@ -105,7 +109,12 @@ def balanced(head: TensorHead, extent: Extent) -> TensorHead:
     """The same head in float64 with scale one, its factors balanced.
 
     Products of some of its entries leave the range of float64 only where those of all
-    do.
+    do, or where sides are so far apart that a factor that balances them does.
+
+    Raises
+    ------
+    RefusalError
+        If a factor does.
     """
 
     def scaled(arrays: tuple[Array, ...], maps: tuple[Array, ...]) -> Iterator[Array]:
@@ -113,8 +122,13 @@ def balanced(head: TensorHead, extent: Extent) -> TensorHead:
             move = mover(x, head.xp.float64)
             yield head.xp.astype(x, head.xp.float64) * move(factors)
 
-    query, *keys = scaled((head.query, *head.keys), extent.maps)
     maps = _maps(_ends(head.values)[1], 1.0)
+    if not np.isfinite(np.concatenate([*extent.maps, *maps])).all():
+        raise RefusalError(
+            "query, keys and values are too far apart to be balanced in float64: scale "
+            "them so that their products stay in range"
+        )
+    query, *keys = scaled((head.query, *head.keys), extent.maps)
     values = tuple(scaled(head.values, maps))
     return replace(head, query=query, keys=tuple(keys), values=values, scale=1.0)
 
@@ -192,8 +206,9 @@ def row_norms(x: Array, largest: Array, terms: Array, count: int) -> list[float]
         y = xp.abs(xp.astype(block, xp.float64)) / unit
         power = y
         for c in range(count):
-            sums = xp.matmul(power, weight)
-            most[c] = max(most[c], float(xp.max(sums)))
+            top = float(xp.max(xp.matmul(power, weight)))
+            # NaN, of an infinity times zero, would be lost among the maxima
+            most[c] = max(most[c], math.inf if math.isnan(top) else top)
             power = power * y
     return [float(top) ** (1 / (c + 1)) for c, top in enumerate(most)]
 
@@ -212,4 +227,5 @@ def _maps(largest: Array, scale: float) -> tuple[Array, ...]:
         np.vstack([scale * whole, *[whole * 1.0] * len(powers)]),
         np.vstack([-powers.sum(axis=0), *powers]),
     )
-    return tuple(maps)
+    # a factor that is lost would take its coordinate along
+    return tuple(np.where(whole & (maps == 0), np.inf, maps))

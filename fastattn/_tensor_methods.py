@@ -14,7 +14,7 @@ from fastattn._ratio_estimate import FAILURE
 from fastattn._sampling import SampledError
 from fastattn._tensor_exact import exact_plan, relative_bound, solve_exact
 from fastattn._tensor_extent import Extent, balanced, in_range
-from fastattn._tensor_pilot import sampled_recipe
+from fastattn._tensor_pilot import apriori_recipe, sampled_recipe
 from fastattn._tensor_polynomial import TensorRecipe, check_basis, proven_recipe
 from fastattn._tensor_problem import TensorHead
 from fastattn._tensor_sampling import (
@@ -197,7 +197,8 @@ def _recipe(
     """Choose monomials and a polynomial for one head."""
     check_basis(method, guarantee)
     if guarantee == "sampled":
-        return sampled_recipe(head, method, tol, rng)
+        found = apriori_recipe(head, tol) if method == Polynomial() else None
+        return sampled_recipe(head, method, tol, rng) if found is None else found
     return proven_recipe(head, Extent.of(head), tol, method.degree, method.rank)
 
 
@@ -225,6 +226,7 @@ def _run(
     if guarantee == "sampled":
         norm = "relative-frobenius"
         error = relative_bound(head, recipe.bound, value)
+        source += "; a bound on every entry, relative to the answer's norm"
         if not error <= tol:
             found = _certify(head, recipe, value, normalizer, tol, rng)
             error, failure, source = found.upper, FAILURE, found.source

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastattn._recipes import check_rank, coefficients_of
-from fastattn._sampling import FLOAT64_BELOW
+from fastattn._costs import seconds
+from fastattn._recipes import LARGEST_RANK, check_rank, coefficients_of
+from fastattn._sampling import FLOAT64_BELOW, scaled_frobenius
 from fastattn._tensor_extent import Extent, furthest_rows
 from fastattn._tensor_polynomial import (
     NARROWEST,
@@ -18,7 +19,12 @@ from fastattn._tensor_polynomial import (
 )
 from fastattn._tensor_problem import TensorHead
 from fastattn._tensor_sampling import certify_tuples, row_work
-from fastattn.expansions import LARGEST_BOUND, LARGEST_DEGREE, rank_of
+from fastattn.expansions import (
+    LARGEST_BOUND,
+    LARGEST_DEGREE,
+    least_degree,
+    rank_of,
+)
 from fastattn.polynomial import Polynomial
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import RefusalError
@@ -29,6 +35,8 @@ _QUERIES, _FURTHEST, _TUPLES = 64, 16, 1 << 15
 _MARGIN = 0.1
 # an interval of all logits that is wider by less is taken instead: it can be proven
 _ALMOST = 1.3
+# the share of a tolerance that a bound is to meet, next to a coarse norm
+_SURE = 0.9
 # what is aimed at, as a share of the tolerance
 _AIM = 0.6
 # the same where tuples are to confirm it; how many degrees more, and monomials, that
@@ -36,6 +44,37 @@ _AIM = 0.6
 _CONFIRMED, _EXTRA, _LARGEST_EXTRA = 0.8, 4, 4096
 # groups of tuples that are tried before, and the work of rows that is less
 _FEW_GROUPS, _QUICK = 4, 4e9
+
+
+def apriori_recipe(head: TensorHead, tol: float) -> TensorRecipe | None:
+    """Find the least polynomial whose proven bound meets a relative tolerance.
+
+    None where it is no cheaper than the rows that a sample would compute exactly. What
+    the bound is relative to, the answer's norm, is taken from a coarse answer.
+    """
+    extent = Extent.of(head)
+    bound, d = max(extent.bound, NARROWEST), head.sizes[2]
+    if not (bound <= LARGEST_BOUND and 0 < extent.half < math.inf):
+        return None
+    coarse = bounded_recipe(head, extent, 1, None, head.dtype)
+    value, _, good = coarse.answer(head)
+    peak, norm = scaled_frobenius(value)
+    if not (bool(head.xp.all(good)) and 0 < peak < math.inf):
+        return None
+    wanted = _SURE * tol / (1 + tol) * norm * peak / math.sqrt(value.size)
+    first = least_degree(bound, wanted / (extent.half + wanted))
+    if first is None:
+        return None
+    for degree in range(first, min(first + 2, LARGEST_DEGREE) + 1):
+        if rank_of(d, degree) > LARGEST_RANK:
+            return None
+        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
+            recipe = bounded_recipe(head, extent, degree, None, dtype)
+            if recipe.plan(head, "").predicted_seconds > seconds(row_work(head)):
+                return None
+            if recipe.bound <= wanted:
+                return recipe
+    return None
 
 
 def sampled_recipe(

@@ -290,7 +290,11 @@ def shifted(coefficients: Array, center: float) -> Array:
     for start in range(len(found) - 1):
         for i in reversed(range(start, len(found) - 1)):
             found[i] -= Fraction(center) * found[i + 1]
-    return np.array([float(c) for c in found])
+    try:
+        return np.array([float(c) for c in found])
+    except OverflowError:
+        # so far from 0 that nothing is served
+        return np.full(len(found), np.inf)
 
 
 def _dropped(extent: Extent, index: IndexSet, coefficients: Array) -> float:
@@ -334,11 +338,9 @@ def _error(
     off = delta + sums
     if not off < 1:
         return math.inf
-    return (
-        deviation(delta, extent.half)
-        + (2 * sums / (1 - off) + 2 * u) * extent.peak
-        + stored(head, extent.peak)
-    )
+    error = deviation(delta, extent.half)
+    error += (2 * sums / (1 - off) + 2 * u) * extent.peak
+    return stored(head, extent.peak, error)
 
 
 def _fits(

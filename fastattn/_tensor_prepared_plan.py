@@ -7,7 +7,7 @@ import numpy as np
 
 from fastattn._costs import exact_work, polynomial_work, seconds
 from fastattn._kept import Kept
-from fastattn._pieces import PIECES
+from fastattn._pieces import PIECES, with_room
 from fastattn._planner import Auto
 from fastattn._problem import Method, Plan
 from fastattn._tensor_extent import Extent
@@ -21,8 +21,6 @@ from sketching._lib.certificate import RefusalError
 
 # sums must be predicted to take at most this share of exact attention's time
 _WORTH = 0.8
-# the bound leaves room for queries that are so many times as large
-_ROOM = 1.1
 # queries of the sample that kept keys are certified on
 _SAMPLE = 16
 
@@ -86,7 +84,7 @@ def _sums(
     check_basis(method, "proven")
     xp = head.xp
     # of one sign, the smaller queries stay within the interval
-    head = replace(head, query=xp.concat([head.query, head.query * _ROOM]))
+    head = replace(head, query=xp.concat([head.query, with_room(head.query)]))
     extent = Extent.of(head)
     recipe = proven_recipe(head, extent, tol, method.degree, method.rank, PIECES)
     return TensorSumsHead.of(_plan_of(head, recipe, reason), recipe, head, extent)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastattn._batch import Batch, check_mask, check_rows, pick
 from fastattn._ops.tensor import attend_tuples
-from fastattn._problem import HeadAnswer
+from fastattn._problem import HeadAnswer, rounded_answer
 from sketching._lib.arrays import (
     Array,
     array_namespace,
@@ -123,13 +123,7 @@ class TensorHead:
 
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
         """Round an answer to the dtype of the query, its normalizer to the head's."""
-        xp = self.xp
-        # what is too large becomes infinite: no certificate covers that
-        with np.errstate(over="ignore"):
-            return (
-                xp.astype(value, self.query.dtype, copy=False),
-                xp.astype(log_normalizer, self.dtype, copy=False),
-            )
+        return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

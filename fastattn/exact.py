@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 
 from fastattn._costs import exact_work, seconds
+from fastattn._log_errors import log_errors, row_norms
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._ratio_estimate import FAILURE, relative
 from fastattn._rounding import (
     EXP,
     cut_weights,
-    deviation,
     gamma,
     largest_number,
     largest_row,
+    mean_deviation,
+    once_stored,
     smallest_number,
     unit_roundoff,
     value_range,
@@ -101,7 +103,7 @@ class Exact:
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
-        size = scaled_frobenius(value)
+        size, log_error = scaled_frobenius(value), log_error_of(head, normalizer)
         error = _relative_bound(head, *size, tol)
         if error <= tol:
             return HeadAnswer(
@@ -112,27 +114,31 @@ class Exact:
                 "relative-frobenius",
                 f"exact attention in {head.dtype}: a-priori rounding bound",
                 self.plan(head, reason),
+                log_error,
             )
         sampled = _sampled(head, value, normalizer, size, tol, rng)
-        if math.isinf(sampled.upper):
+        # rows in float64 are no truth where float64 itself is too short
+        upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64)
+        if math.isinf(upper):
             raise RefusalError(
                 f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
                 "the answer underflows; scale query, key or value or pass float64 "
                 "arrays"
             )
-        if sampled.upper > tol:
+        if upper > tol:
             raise RefusalError(
                 f"tol={tol:g} is below what {head.dtype} holds for this head "
-                f"({sampled.upper:.1e}): pass float64 arrays or a larger tol"
+                f"({upper:.1e}): pass float64 arrays or a larger tol"
             )
         return HeadAnswer(
             value,
             normalizer,
-            sampled.upper,
+            upper,
             FAILURE,
             "relative-frobenius",
             f"exact attention; {sampled.source}",
             self.plan(head, reason),
+            log_error,
         )
 
     def _solve_proven(self, head: Head, tol: float, reason: str) -> HeadAnswer:
@@ -149,6 +155,7 @@ class Exact:
                     "max",
                     f"exact attention in {dtype}: a-priori rounding bound",
                     self.plan(head, reason),
+                    log_error_of(head, normalizer, dtype),
                 )
         raise RefusalError(
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
@@ -189,7 +196,8 @@ def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
     if not math.isfinite(peak):
         return math.inf
     if peak == 0:
-        return rounding_bound(head, head.dtype)
+        # right if there are only zeros to average
+        return 0.0 if head.largest_value == 0 else math.inf
     root = math.sqrt(n * p)
     bound = rounding_bound(head, head.dtype, tol / (1 + tol) * norm * peak / root)
     return relative(bound / peak * root, norm)
@@ -202,10 +210,12 @@ def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     :math:`L = s \max\|q\| \max\|k\|`, an exp by 8u, and every rescaling of the running
     sums by another 8u: a relative error of the weights. The weighted sums add
     :math:`\gamma` of the number of terms, relative to the largest value. What
-    underflows adds the smallest number, an exp the least normal one; what could
-    overflow makes the bound infinite, and so do sums that alone exceed ``most``.
+    underflows adds the smallest number, an exp the least normal one. Rows whose logits
+    could overflow are scaled, so that weights are positive whatever they are: a mean
+    of values is off by their range at most. Sums that could overflow make the bound
+    infinite, and so do those that alone exceed ``most``.
     """
-    xp, (_, m, d, _) = head.xp, head.sizes
+    xp, m = head.xp, head.sizes[1]
     if m == 0:
         return 0.0
     u, tiny = unit_roundoff(xp, dtype), smallest_number(xp, dtype)
@@ -213,19 +223,59 @@ def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     sums = sums_error(m, u, is_fast=head.has_fast_body)
     if sums * extent.peak > most:
         return math.inf
-    norms = abs(head.scale) * largest_row(head.query), largest_row(head.key)
     if m * extent.peak > largest_number(xp, dtype) / 4:
         return math.inf
-    weights = weights_error(m, d, *norms, xp, dtype, is_fast=head.has_fast_body)
-    own = head.query.dtype
-    out = unit_roundoff(xp, own) * extent.peak + smallest_number(xp, own)
+    weights = _weights_bound(head, dtype)
     cut = cut_weights(xp, dtype, m)
-    return (
-        deviation(weights + cut, extent.half)
-        + (sums + cut) * extent.peak
-        + 2 * m * tiny
-        + out
-    )
+    error = mean_deviation(weights + cut, extent.half) + (sums + cut) * extent.peak
+    return once_stored(xp, head.query.dtype, extent.peak, error + 2 * m * tiny)
+
+
+def may_overflow(head: Head) -> bool:
+    """Whether a logit may leave the range of the dtype of computation."""
+    return not _is_held(*_norms(head), head.xp, head.dtype)
+
+
+def _norms(head: Head) -> tuple[float, float]:
+    """Largest norms of a query times the scale, and of a key."""
+    return abs(head.scale) * largest_row(head.query), largest_row(head.key)
+
+
+def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
+    """Whether ``dtype`` holds scaled queries, and their products with keys."""
+    most = largest_number(xp, dtype) / 4
+    # NaN is not, where nothing is multiplied by infinity
+    return query_norm < most and query_norm * key_norm < most
+
+
+def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
+    """Bound the error of each row's log-sum-exp of exact attention in ``dtype``.
+
+    By default that is the head's own. It is what the row's logits and their exps are
+    off by, and the sum of those.
+    """
+    xp, (n, m, d, _) = head.xp, head.sizes
+    dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_body
+    if m == 0:
+        return np.zeros(n)
+    query = abs(head.scale) * row_norms(head.query, head.dtype)
+    key, most = largest_row(head.key), largest_number(xp, dtype) / 4
+    sums = sums_error(m, unit_roundoff(xp, dtype), is_fast=is_fast)
+    sums += cut_weights(xp, dtype, m)
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach = query * key
+        error = _exponent_error(m, d, reach, key, xp, dtype, is_fast=is_fast)
+        error -= math.log1p(-sums) if sums < 1 else -math.inf
+        # NaN is no bound, nor what overflowed on the way
+        error = np.where((reach < most) & (query < most), error, np.inf)
+    return log_errors(head, logarithm, error, dtype)
+
+
+def _weights_bound(head: Head, dtype: Any) -> float:
+    """Bound the relative error of all weights of a head in ``dtype``."""
+    _, m, d, _ = head.sizes
+    norms, is_fast = _norms(head), head.has_fast_body
+    return weights_error(m, d, *norms, head.xp, dtype, is_fast=is_fast)
 
 
 def _blocks(m: int, is_fast: bool) -> int:
@@ -250,11 +300,19 @@ def weights_error(
     is_fast: bool,
 ) -> float:
     """Bound the relative error of weights; ``query_norm`` is that times the scale."""
-    u, reach = unit_roundoff(xp, dtype), query_norm * key_norm
-    if max(reach, query_norm) > largest_number(xp, dtype) / 4:
+    reach = query_norm * key_norm
+    if not _is_held(query_norm, key_norm, xp, dtype):
         return math.inf
+    exponent = _exponent_error(m, d, reach, key_norm, xp, dtype, is_fast=is_fast)
+    return math.expm1(exponent) if exponent < 1 else math.inf
+
+
+def _exponent_error(
+    m: int, d: int, reach: Any, key_norm: float, xp: Any, dtype: Any, *, is_fast: bool
+) -> Any:
+    """Bound what logits up to ``reach`` are off by, and the exps of them."""
+    u = unit_roundoff(xp, dtype)
     # the query is scaled, the product summed, the peak subtracted
     exponent = (gamma(d + 2, u) + 4 * u) * reach
     exponent += EXP * (_blocks(m, is_fast) + 1) * u
-    exponent += d * smallest_number(xp, dtype) * (1 + key_norm)
-    return math.expm1(exponent) if exponent < 1 else math.inf
+    return exponent + d * smallest_number(xp, dtype) * (1 + key_norm)

@@ -19,7 +19,13 @@ from fastattn._ratio_estimate import relative
 from fastattn._rounding import smallest_number, unit_roundoff
 from fastattn._sampling import scaled_frobenius
 from fastattn.exact import Exact
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.arrays import (
+    Array,
+    array_namespace,
+    device_of,
+    mover,
+    to_host,
+)
 from sketching._lib.certificate import Approximation, Certificate
 
 # no number of keys has a larger logarithm
@@ -38,7 +44,7 @@ class Merged:
     parts : tuple
         The plans of the parts.
     log_error : float
-        Bound on the error of every log-sum-exp; infinite where none is known.
+        Bound on the error of every log-sum-exp; infinite where one is unknown.
     """
 
     parts: tuple[Any, ...]
@@ -60,9 +66,10 @@ def merge_answers(answers: Sequence[Approximation]) -> Approximation:
     Returns
     -------
     Approximation
-        ``value`` and ``log_normalizer`` over all keys. The certificate has norm "max"
-        if all parts have, else "relative-frobenius"; ``failure`` is at most the sum of
-        the parts'. ``plan`` holds the parts' plans.
+        ``value`` and ``log_normalizer`` over all keys, with ``log_normalizer_error``
+        where that of a row of every part is known. The certificate has norm "max" if
+        all parts have, else "relative-frobenius"; ``failure`` is at most the sum of the
+        parts'. ``plan`` holds the parts' plans.
 
     Raises
     ------
@@ -77,9 +84,10 @@ def merge_answers(answers: Sequence[Approximation]) -> Approximation:
     The error is bounded from the certificates of the parts alone. What those bound is
     the parts' answers, not their weights: where these are not known to be right, the
     bound is the distance between the parts' answers and can be large. The weights are
-    known where every part is by ``Exact()`` with ``failure=0``: its bound is one on the
-    relative error of weights times half the range of the values, and the answers show
-    how large that range is at least, if rows differ.
+    known, row by row, by the parts' ``log_normalizer_error``. Where a part has none,
+    but is by ``Exact()`` with ``failure=0``, its bound is one on the relative error of
+    weights times half the range of the values, and the answers show how large that
+    range is at least, if rows differ.
 
     Examples
     --------
@@ -126,8 +134,13 @@ def merge_answers(answers: Sequence[Approximation]) -> Approximation:
         None,
         xp.astype(logarithm, normalizer.dtype),
     )
-    certificate, plan = _certified(merged, answers, spread)
-    return replace(merged, certificate=certificate, plan=plan)
+    certificate, plan, errors = _certified(merged, answers, spread)
+    known = None
+    if np.isfinite(errors).any():
+        known = mover(first.value, xp.float64)(errors)
+    return replace(
+        merged, certificate=certificate, plan=plan, log_normalizer_error=known
+    )
 
 
 def _checked(given: Any) -> list[Approximation]:
@@ -174,32 +187,36 @@ def _checked(given: Any) -> list[Approximation]:
 
 def _certified(
     merged: Approximation, answers: list[Approximation], spread: Array
-) -> tuple[Certificate, Any]:
-    """Bound the error of each head, and say what was merged."""
+) -> tuple[Certificate, Any, Array]:
+    """Bound the error of each head, say what was merged, and bound the log-sum-exps."""
     lead = tuple(spread.shape[:-2])
     largest = all(x.certificate.norm == "max" for x in answers)
     normalizer: Any = merged.log_normalizer
     error, failure = np.empty(lead), np.empty(lead)
+    log_errors = np.empty(tuple(spread.shape[:-1]))
     source, plan = np.empty(lead, dtype=object), np.empty(lead, dtype=object)
     for place in np.ndindex(*lead):
         parts = [_Part.of(x, place) for x in answers]
-        eta = max(x.log_error for x in parts)
-        value = merged.value[(*place, ...)]
-        error[place] = _bound(value, parts, spread[(*place, ...)], eta, largest)
+        # of a row, the worst of its parts
+        etas = np.max([x.log_error for x in parts], axis=0)
+        value, eta = merged.value[(*place, ...)], float(etas.max())
+        error[place] = _bound(value, parts, spread[(*place, ...)], etas, largest)
         failure[place] = min(1.0, sum(x.failure for x in parts))
-        log_error = eta + _log_rounding(normalizer[(*place, ...)])
-        log_error += _ROUNDINGS * len(parts) * unit_roundoff(np, np.float64)
-        plan[place] = Merged(tuple(x.plan for x in parts), log_error)
-        known = f"within {eta:.1e}" if math.isfinite(eta) else "not"
+        rounded = _log_rounding(normalizer[(*place, ...)])
+        rounded += _ROUNDINGS * len(parts) * unit_roundoff(np, np.float64)
+        log_errors[place] = etas + rounded
+        plan[place] = Merged(tuple(x.plan for x in parts), eta + rounded)
+        known = "not all" if np.isfinite(etas).any() else "not"
+        known = f"within {eta:.1e}" if math.isfinite(eta) else known
         source[place] = (
             f"merge of {len(parts)} answers: their bounds and, the logarithms of their "
             f"weights {known} known, the distance between them"
         )
     norm = "max" if largest else "relative-frobenius"
     if lead:
-        return Certificate(error, failure, norm, source), plan
+        return Certificate(error, failure, norm, source), plan, log_errors
     certificate = Certificate(float(error[()]), float(failure[()]), norm, source[()])
-    return certificate, plan[()]
+    return certificate, plan[()], log_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +227,8 @@ class _Part:
     ----------
     largest, frobenius : float
         Bounds on the error of the answer, entrywise and in all; infinite if unknown.
-    log_error : float
-        Bound on the error of its log-sum-exps.
+    log_error : array, shape (n,)
+        Bound on the error of its log-sum-exps; infinite if unknown.
     failure : float
         Probability that the bounds do not hold.
     plan : object
@@ -220,7 +237,7 @@ class _Part:
 
     largest: float
     frobenius: float
-    log_error: float
+    log_error: Array
     failure: float
     plan: Any
 
@@ -243,16 +260,18 @@ class _Part:
             largest = math.inf
             frobenius = error / (1 - error) * size if error < 1 else math.inf
         normalizer: Any = answer.log_normalizer
-        logarithm = normalizer[(*place, ...)]
+        logarithm, log_error = normalizer[(*place, ...)], math.inf
+        if answer.log_normalizer_error is not None:
+            known = to_host(answer.log_normalizer_error[(*place, ...)])
+            return _Part(largest, frobenius, known, failure, plan)
         if isinstance(plan, Merged):
             log_error = plan.log_error
         elif failure == 0 and isinstance(getattr(plan, "method", None), Exact):
             # a relative bound of Exact() is its bound on every entry in other units
             entry = error * size / root if math.isinf(largest) else largest
             log_error = _exact_log_error(value, logarithm, entry)
-        else:
-            log_error = math.inf
-        return _Part(largest, frobenius, log_error, failure, plan)
+        errors = np.full(value.shape[0], log_error)
+        return _Part(largest, frobenius, errors, failure, plan)
 
 
 def _exact_log_error(value: Array, logarithm: Array, error: float) -> float:
@@ -280,12 +299,14 @@ def _log_rounding(logarithm: Array) -> float:
 
 
 def _bound(
-    value: Array, parts: list[_Part], spread: Array, eta: float, largest: bool
+    value: Array, parts: list[_Part], spread: Array, etas: Array, largest: bool
 ) -> float:
     """Bound the error of a merged head, in the largest entry or relative to all."""
     xp = array_namespace(value)
     peak = float(xp.max(xp.abs(value)))
-    moved = math.tanh(eta / 2)
+    # a range that overflows is infinite, and no part of it is nothing
+    moved = mover(value, xp.float64)(np.tanh(etas / 2)[:, None])
+    moved = xp.where(spread < xp.inf, moved * spread, spread)
     rounding = 2 * unit_roundoff(xp, value.dtype)
     rounding += _ROUNDINGS * len(parts) * unit_roundoff(xp, xp.float64)
     # parts may be larger than their mean, where they cancel
@@ -295,9 +316,9 @@ def _bound(
     rounded = rounding * reach + smallest_number(xp, value.dtype)
     if largest:
         own = max(x.largest for x in parts)
-        return own + moved * float(xp.max(spread)) + rounded
-    sizes = [scaled_frobenius(x) for x in (spread, value)]
+        return own + float(xp.max(moved)) + rounded
+    sizes = [scaled_frobenius(x) for x in (moved, value)]
     between, whole = (unit * norm for unit, norm in sizes)
     own = math.sqrt(sum(x.frobenius**2 for x in parts))
-    total = own + moved * between + rounded * math.sqrt(math.prod(value.shape))
+    total = own + between + rounded * math.sqrt(math.prod(value.shape))
     return relative(total, whole) if whole else (total and math.inf)

@@ -190,7 +190,12 @@ class Polynomial:
         check_rank(d, degree, self.rank)
         u = (query[:256] - transform.query_center) @ transform.query_map
         v = (key[:2048] - transform.key_center) @ transform.key_map
-        bound = min(float(np.abs(u @ v.T).max()), LARGEST_BOUND)
+        bound = float(np.abs(u @ v.T).max())
+        if math.isnan(bound):
+            raise RefusalError(
+                "sampled logits overflow: scale query or key down, or use Exact()"
+            )
+        bound = min(bound, LARGEST_BOUND)
         index = (
             total_degree(d, degree)
             if self.rank is None
@@ -217,7 +222,7 @@ def attempt_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Attempt:
         work *= 2
     error = math.nan if math.isinf(recipe.bound) else recipe.bound
     plan = Plan(method, error, seconds(work), reason)
-    return Attempt(plan, recipe.answer, recipe.bound)
+    return Attempt(plan, recipe.answer, recipe.bound, log_errors=recipe.log_errors)
 
 
 def lowrank_attempt(
@@ -257,5 +262,6 @@ def answer_of(
             f"minimax polynomial of degree {plan.method.degree} on the interval of all "
             "logits (Alman and Song 2023; relative error of weights)",
             plan,
+            attempt.log_errors and attempt.log_errors(head, normalizer),
         )
     return certified(head, attempt, tol, rng, looks)

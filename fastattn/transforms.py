@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sketching._lib.arrays import Array
+from sketching._lib.certificate import RefusalError
 
 # directions with less of the trace than this are numerically absent
 _RELATIVE_FLOOR = 1e-10
@@ -73,13 +74,26 @@ def balance(query: Array, key: Array, scale: float, *, queries: bool) -> Transfo
         The factor of the logits; folded into the maps.
     queries : bool
         Centre the queries as well (keys then carry weights).
+
+    Raises
+    ------
+    RefusalError
+        If entries are so large that their covariances overflow.
     """
     plain = center(query, key, scale, queries=queries)
     if scale == 0:
         return plain
-    left, left_inverse = _factor(query, plain.query_center)
-    right, right_inverse = _factor(key, plain.key_center)
-    u, sigma, wt = np.linalg.svd(left.T @ right)
+    # entries far apart overflow on the way, and what is not finite has no factors
+    try:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            left, left_inverse = _factor(query, plain.query_center)
+            right, right_inverse = _factor(key, plain.key_center)
+            u, sigma, wt = np.linalg.svd(left.T @ right)
+    except np.linalg.LinAlgError as error:
+        raise RefusalError(
+            "query and key cannot be balanced: their covariances overflow; scale query "
+            "or key down, or use Exact()"
+        ) from error
     root = np.sqrt(np.maximum(sigma, np.finfo(np.float64).tiny))
     # a flip of sign, for a negative scale, goes to the keys
     return Transform(

@@ -1,5 +1,6 @@
 """Exact softmax attention over blocks of rows."""
 
+from fastattn._ops.extreme import attend_scaled, may_overflow
 from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
@@ -22,19 +23,28 @@ def attend(
     ``query`` is ``(h, n, d)``, ``key`` ``(h, m, d)``, ``value`` ``(h, m, p)``. Row
     ``i`` sees the first ``visible[i]`` keys, all where it is None; a row that sees
     none gets zeros and minus infinity. ``rows`` queries make a block. Computed in the
-    dtype of ``query``; the answers are ``(h, n, p)`` and ``(h, n)``.
+    dtype of ``query``, or in float64 where logits might overflow in it; the answers are
+    ``(h, n, p)`` and ``(h, n)``.
     """
     xp = array_namespace(query, key, value)
     dtype, n, m = query.dtype, query.shape[1], key.shape[1]
     key = xp.matrix_transpose(xp.astype(key, dtype, copy=False))
     value = xp.astype(value, dtype, copy=False)
     number = xp.arange(m, device=device_of(query))
+    largest, most = float(xp.max(xp.abs(key))), float(xp.finfo(dtype).max)
     values, normalizers = [], []
     size = _BLOCK if rows is None else rows
     for start in range(0, n, size):
         block = slice(start, min(start + size, n))
         # in float64: a scale, and a query, of extreme size may only meet halfway
         scaled = xp.astype(query[:, block, :], xp.float64) * scale
+        if may_overflow(float(xp.max(xp.abs(scaled))), largest, query.shape[2], most):
+            seen = None if visible is None else visible[block]
+            rows_of = query[:, block, :]
+            found = attend_scaled(rows_of, xp.matrix_transpose(key), value, scale, seen)
+            values.append(found[0])
+            normalizers.append(found[1])
+            continue
         logits = xp.matmul(xp.astype(scaled, dtype), key)
         if visible is not None:
             hidden = number[None, :] >= visible[block, None]

@@ -47,12 +47,16 @@ class Approximation:
     log_normalizer : array or None
         Log-sum-exp of each row's logits, so that answers over disjoint sets of keys
         can be merged; None where the answer has none.
+    log_normalizer_error : array or None
+        Bound on the absolute error of each of them, infinite where a row's is unknown;
+        None where nothing is promised of any.
     """
 
     value: Array
     certificate: Certificate
     plan: Any
     log_normalizer: Array | None
+    log_normalizer_error: Array | None = None
 
 
 class RefusalError(ValueError):

@@ -124,11 +124,12 @@ def test_mixed_norms_are_stated_relatively():
 
 @pytest.mark.parametrize("wrong", [-3.0, 2.0, 30.0])
 def test_bound_holds_whatever_the_weights_of_approximate_parts(wrong):
-    # what a polynomial proves is its answer: nothing is claimed of its weights
+    # as where nothing is claimed of its weights
     inputs = problem(spread=0.5)
     options = {"method": Polynomial(), "guarantee": "proven", "tol": 1e-3}
     first, second = split(*inputs, [20], **options)
-    second = replace(second, log_normalizer=second.log_normalizer + wrong)
+    logarithm = second.log_normalizer + wrong
+    second = replace(second, log_normalizer=logarithm, log_normalizer_error=None)
     merged = merge_answers([first, second])
     truth, _ = oracles.attention(*inputs)
     assert oracles.largest_error(merged.value, truth) <= merged.certificate.error
@@ -187,10 +188,15 @@ def test_logits_of_any_size_merge(shift):
 
 def test_a_single_row_says_nothing_of_the_weights():
     inputs = problem(n=1)
-    merged = merge_answers(split(*inputs, [20], **PROVEN))
+    parts = split(*inputs, [20], **PROVEN)
+    untold = [replace(x, log_normalizer_error=None) for x in parts]
     truth, _ = oracles.attention(*inputs)
-    assert oracles.largest_error(merged.value, truth) <= merged.certificate.error
-    assert merged.plan.log_error == np.inf
+    for answers, least in ((untold, np.inf), (parts, 0.0)):
+        merged = merge_answers(answers)
+        assert oracles.largest_error(merged.value, truth) <= merged.certificate.error
+        assert merged.plan.log_error >= least
+    # where the parts say how well they are known, one row is as good as many
+    assert merged.certificate.error < 1e-12
 
 
 def test_library_and_dtype_follow_the_answers(xp):

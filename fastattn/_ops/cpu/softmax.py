@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit
 
 from fastattn._ops.cpu.softmax_tiles import attend_tiles, serves
+from fastattn._ops.extreme import attend_scaled
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 from sketching._ops.cpu.features import has
@@ -14,6 +15,8 @@ ROWS, KEYS = (1024, 320) if has("avx512f") else (512, 256)
 # fewer rows take longer blocks of keys: of so many logits, up to so many keys
 LOGITS = 3 << 16
 LONGEST = 1024
+# logits that are kept at once, in float64, where they may overflow
+_SCALED = 1 << 20
 
 
 def attend(query, key, value, *, scale, visible, rows=None):
@@ -48,6 +51,20 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
         query, key, value, scale, visible, out, normalizer
     ):
         return
+    if _stream(query, key, value, scale, visible, size, out, normalizer):
+        return
+    # extreme rows: a few at a time, since all their logits are kept
+    rows = max(1, _SCALED // len(key))
+    for start in range(0, len(query), rows):
+        block = slice(start, start + rows)
+        seen = None if visible is None else visible[block]
+        out[block], normalizer[block] = attend_scaled(
+            query[block], key, value, scale, seen
+        )
+
+
+def _stream(query, key, value, scale, visible, size, out, normalizer):
+    """Stream all keys past one block of rows; False if a logit overflowed."""
     n, dtype = len(query), query.dtype
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)
@@ -64,27 +81,33 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
         block = buffer[: n * width].reshape(n, width)
         np.matmul(scaled, key[keys].astype(dtype, copy=False).T, out=block)
         count = np.full(n, width) if visible is None else visible - start
-        _soften(block, count, peak, total, sums)
+        if not _soften(block, count, peak, total, sums):
+            return False
         np.matmul(block, value[keys].astype(dtype, copy=False), out=part)
         sums += part
     seen = total > 0
     np.divide(sums, np.where(seen, total, 1)[:, None], out=out, casting="same_kind")
     normalizer[:] = peak + np.log(total)
+    return True
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _soften(logits, count, peak, total, sums):
     # turns logits into weights relative to the largest logit so far, and rescales
-    # what was summed before whenever a larger one comes
+    # what was summed before whenever a larger one comes; stops at one that overflowed
     for i in range(logits.shape[0]):
         size = min(max(count[i], 0), logits.shape[1])
         row = logits[i, :size]
         logits[i, size:] = 0
         if size == 0:
             continue
-        largest = row[0]
+        largest, check = row[0], row[0] * 0
         for j in range(size):
             largest = maximum(largest, row[j])
+            # NaN of what is not finite, as what overflowed on the way to it stays
+            check += row[j] * 0
+        if check != 0:
+            return False
         if largest > peak[i]:
             shrink = exp(peak[i] - largest)
             peak[i] = largest
@@ -98,3 +121,4 @@ def _soften(logits, count, peak, total, sums):
             row[j] = weight
             partial += weight
         total[i] += partial
+    return True

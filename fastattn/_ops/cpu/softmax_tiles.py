@@ -15,8 +15,9 @@ from fastattn._ops.cpu.tiles import (
     has_tiles,
     weigh_float_tile,
 )
+from fastattn._ops.extreme import may_overflow
 from fastattn._ops.quantized import PROBES
-from sketching._ops.cpu.elementary import REASSOCIATE
+from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
 # keys that pass a group at once, after which their sums are added to those before:
 # no more terms are added one after the other than the bound of the rounding allows for
@@ -37,14 +38,16 @@ def serves(query, key, value):
 
 
 def attend_tiles(query, key, value, scale, visible, out, normalizer):
-    """Attend to a block of rows; False, and nothing of use, if a sum overflows."""
+    """Attend to a block of rows; False, and nothing of use, if a sum may overflow."""
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale * LOG2, dtype=np.float64).astype(np.float32)
     shift = largest_seen(scaled, key, visible)
     if not np.isfinite(shift).all():
         return False
     seen = np.full(len(query), len(key)) if visible is None else visible
-    return _attend(scaled, shift, seen, key, value, out, normalizer)
+    good, largest = _attend(scaled, shift, seen, key, value, out, normalizer)
+    longest, most = float(np.abs(scaled).max()), float(np.finfo(np.float32).max)
+    return good and not may_overflow(longest, float(largest), key.shape[1], most)
 
 
 def largest_seen(query, key, visible):
@@ -69,6 +72,7 @@ def _attend(query, shift, visible, key, value, out, normalizer):
     part = np.empty((p, LANES), np.float32)
     weights = np.empty((KEYS, LANES), np.float32)
     mass, good = np.empty(LANES, np.float32), True
+    largest = np.float32(0)
     # the last keys, filled up to a tile
     rest = m - m % COLUMNS
     last_key = np.zeros((COLUMNS, d), np.float32)
@@ -82,6 +86,8 @@ def _attend(query, shift, visible, key, value, out, normalizer):
             )
         total[:], sums[:] = 0, 0
         for lo in range(0, m, KEYS):
+            if start == 0:
+                largest = maximum(largest, _largest(key[lo : lo + KEYS]))
             for g in range(groups):
                 last = seen[g].max()
                 if lo >= last:
@@ -106,7 +112,16 @@ def _attend(query, shift, visible, key, value, out, normalizer):
             good &= _finish(
                 sums[g], total[g], shifts[g], seen[g], out[rows], normalizer[rows]
             )
-    return good
+    return good, largest
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
+def _largest(key):
+    largest = np.float32(0)
+    for j in range(key.shape[0]):
+        for t in range(key.shape[1]):
+            largest = maximum(largest, abs(key[j, t]))
+    return largest
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

@@ -7,6 +7,8 @@ CuPy were made to a stand-in; block sizes are estimates.
 import cupy as cp
 import numpy as np
 
+from fastattn._ops import softmax
+from fastattn._ops.extreme import may_overflow
 from fastattn._ops.gpu import kernel
 
 # logits of one block: 32 MiB in float32, what a second-level cache holds
@@ -22,10 +24,15 @@ def attend(query, key, value, *, scale, visible, rows=None):
     heads, n, _ = query.shape
     m, p = value.shape[1:]
     dtype = query.dtype
-    out = cp.empty((heads, n, p), dtype=dtype)
-    normalizer = cp.empty((heads, n), dtype=dtype)
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = (query.astype(cp.float64) * scale).astype(dtype)
+    longest, largest = (float(cp.abs(x).max()) for x in (scaled, key))
+    if may_overflow(longest, largest, key.shape[2], float(cp.finfo(dtype).max)):
+        return softmax.attend.reference(
+            query, key, value, scale=scale, visible=visible, rows=rows
+        )
+    out = cp.empty((heads, n, p), dtype=dtype)
+    normalizer = cp.empty((heads, n), dtype=dtype)
     key, value = key.astype(dtype, copy=False), value.astype(dtype, copy=False)
     keys = max(1, min(m, _KEYS))
     size = max(1, _LOGITS // (heads * keys)) if rows is None else rows
