@@ -254,6 +254,7 @@ def certified(
         "relative-frobenius",
         sampled.source,
         plan,
+        attempt.log_errors and attempt.log_errors(head, found.log_normalizer),
     )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from fastattn._costs import quantized_work, seconds
+from fastattn._log_errors import log_errors, row_norms
 from fastattn._ops.quantized import (
     STEPS,
     attend_quantized,
@@ -16,6 +17,7 @@ from fastattn._ops.quantized import (
 )
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._recipes import Attempt, candidate_of, certified
+from fastattn._rounding import gamma, largest_row, unit_roundoff
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice
@@ -32,6 +34,8 @@ _PILOT = 32
 _SURE = 0.6
 # relative deviation of a product of two numbers that are rounded to bfloat16
 _ROUNDED = 0.6 * 2.0**-8
+# largest relative error of a weight: its exp, and its rounding to bfloat16
+_WEIGHT = 7.5e-5 + 1.01 * 2.0**-8
 # a column of keys that are all alike
 _LEAST = np.float32(1e-30)
 
@@ -194,6 +198,7 @@ def _attempt(method: Quantized, head: Head, error: float, reason: str) -> Attemp
         partial(_run, logits=logits),
         math.inf,
         rounding=partial(_logit_deviation, logits=logits),
+        log_errors=partial(_log_errors, logits=logits),
     )
 
 
@@ -215,6 +220,33 @@ def _logit_deviation(head: Head, *, logits: str) -> Array:
         row = np.abs(query).max(axis=1) / STEPS
         own = np.sum(query**2, axis=1) + row**2 * float(np.sum(squares / column**2))
         return np.sqrt(_ROUNDED**2 + own / 12)
+
+
+def _log_errors(head: Head, logarithm: Array, *, logits: str) -> Array:
+    """Bound the error of each row's log-sum-exp by those of its logits and weights.
+
+    A factor is off by half a step at most. What float32 adds on the way is of the size
+    of the logits; a weight is off by the rounding to bfloat16 and that of its exp.
+    """
+    _, m, d, _ = head.sizes
+    query, key = (to_host(x).astype(np.float32) for x in (head.query, head.key))
+    u, norms = unit_roundoff(np, np.float32), row_norms(query, np.float32)
+    reach = gamma(d + 12, u) * abs(head.scale) * norms * (2 * largest_row(key))
+    with np.errstate(over="ignore", invalid="ignore"):
+        query = np.abs(head.scale * (query - query.mean(axis=0)))
+        key = np.abs(key - key.mean(axis=0))
+        if logits == "bfloat16":
+            half = 2.0**-8
+            off = (2 * half + half**2) * largest_row(key)
+            off = off * row_norms(query, np.float32)
+        else:
+            column = np.maximum(key.max(axis=0) / STEPS, _LEAST)
+            query *= column
+            steps = float(np.max(key @ (1 / column))) + d / 2
+            off = (query.sum(axis=1) + query.max(axis=1) / STEPS * steps) / 2
+    # what float32 rounded here is much less than this
+    weights = off * (1 + 2.0**-10) + reach + _WEIGHT + 2 * gamma(m, u)
+    return log_errors(head, logarithm, weights, np.float32)
 
 
 def _run(head: Head, *, logits: str) -> tuple[Array, Array, Array]:

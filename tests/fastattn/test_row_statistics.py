@@ -145,6 +145,23 @@ def test_certificate_of_rounded_logits_holds_at_its_rate(make, logits, monkeypat
 
 
 @pytest.mark.parametrize("logits", ["int8", "bfloat16"])
+def test_log_sum_exps_of_rounded_logits_are_within_their_bound(logits, monkeypatch):
+    monkeypatch.setattr(
+        "fastattn.quantized.attend_quantized", attend_quantized.reference
+    )
+    for head in (student_entries(), key_of_few_queries()[0]):
+        attempt = _attempt(Quantized(logits), head, 0.0, "asked for")
+        with np.errstate(over="ignore", invalid="ignore"):
+            _, logarithm, good = attempt.run(head)
+        _, truth = oracles.attention(head.query, head.key, head.value, scale=head.scale)
+        bound = attempt.log_errors(head, logarithm)
+        off = np.abs(logarithm.astype(np.float64) - truth)[good]
+        assert np.all(off <= bound[good])
+        # useful where logits are small
+        assert np.median(bound) < 0.5
+
+
+@pytest.mark.parametrize("logits", ["int8", "bfloat16"])
 def test_deviation_of_rounded_logits_is_that_of_the_factors(logits):
     head = student_entries(512)
     query = head.scale * (head.query - head.query.mean(axis=0))
