@@ -141,10 +141,10 @@ def approximate(
         shape (..., n), the log-sum-exp of each row's logits. For a batch the fields of
         the certificate and the plan are arrays over the leading dimensions.
         The certificate is about ``value``. What is known of ``log_normalizer`` is
-        ``log_normalizer_error``, shape (..., n): for exact attention and proven
-        polynomials a bound on each row's error. Where it is None, as for methods that
-        are certified by a sample, or infinite, nothing is promised of the log-sum-exps:
-        they are not certified and may be off by more than one.
+        ``log_normalizer_error``, shape (..., n): for exact attention, proven
+        polynomials and rounded factors a bound on each row's error. Where it is None,
+        as for landmarks and clusters, or infinite, nothing is promised of the
+        log-sum-exps: they are not certified and may be off by more than one.
 
     Examples
     --------

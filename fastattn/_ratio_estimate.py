@@ -95,6 +95,12 @@ _BUDGET = FailureBudget()
 FIRST, SECOND = (Margin.of(_BUDGET.spend()) for _ in range(2))
 
 
+# margin of a uniform sample that no guess of the errors steers: twice the normal
+# quantile of .04, and what a share of three over the size of a sample has (rule of
+# three)
+UNIFORM_MARGIN = Margin(3.5, 3.0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RatioEstimate:
     r"""Estimate :math:`\sum_i e_i / \sum_i s_i` from sampled rows.
@@ -115,6 +121,8 @@ class RatioEstimate:
     certain : boolean array, shape (K,), optional
         Rows that were not drawn but chosen. Rows then stand for ``n * weights / K``
         rows of a sample that was drawn before, uniformly.
+    beside : float
+        Largest term of rows that were looked at beside the sample.
     """
 
     squares: Array
@@ -123,6 +131,7 @@ class RatioEstimate:
     sizes: Array | None = None
     known: float = 0.0
     certain: Array | None = None
+    beside: float = 0.0
 
     @property
     def terms(self) -> Array:
@@ -171,7 +180,7 @@ class RatioEstimate:
             return margin.errors * error + margin.largest * largest / self.n
         left = left if self.weights is None else self.weights * left
         spread = float(np.std(left, ddof=1)) if count > 1 else math.inf
-        largest = max(float(np.max(left)), 0.0)
+        largest = max(float(np.max(left)), self.beside, 0.0)
         if self.weights is None and self.sizes is None:
             # without replacement: the share that was seen is certain
             rest = 1 - count / self.n

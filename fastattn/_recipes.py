@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._apriori import apriori_certificate
 from fastattn._causal_prefixes import moments_by_prefixes, prefix_doubt
 from fastattn._log_errors import log_errors
 from fastattn._moments import Moments
@@ -21,6 +22,7 @@ from fastattn._sampling import (
     certify_rows,
     rounded_rows,
     sampled_rows,
+    scaled_frobenius,
 )
 from fastattn.expansions import (
     LARGEST_DEGREE,
@@ -115,6 +117,9 @@ class Attempt:
         Proven bound on the largest absolute error; infinite where none is claimed.
     again : callable, optional
         From a factor to an attempt with that many times the error.
+    limit : float
+        The same where it is not the certificate, which is to be relative to the answer,
+        but may serve to make it.
     rounding : callable, optional
         From a head to the deviation of the error of each row's logits, where all are
         rounded; another attempt of the same kind would then err alike.
@@ -126,6 +131,7 @@ class Attempt:
     run: Callable[[Head], tuple[Array, ...]]
     bound: float
     again: "Callable[[float], Attempt] | None" = None
+    limit: float = math.inf
     rounding: Callable[[Head], Array] | None = None
     log_errors: Callable[[Head, Array], Array | None] | None = None
 
@@ -233,6 +239,10 @@ def certified(
     Attempts at one head share its ``looks``.
     """
     looks = Looks() if looks is None else looks
+    if math.isfinite(attempt.limit):
+        known = _known(head, attempt, tol)
+        if known is not None:
+            return known
     found, plan = repaired(head, attempt, tol, looks, rng), attempt.plan
     sampled = certify_rows(
         head,
@@ -243,6 +253,8 @@ def certified(
         guess=found.squares,
         first=_first_rows(head.sizes[0], attempt, found.has_own),
         budget=looks.budget,
+        limit=attempt.limit * math.sqrt(head.sizes[3]),
+        expected=plan.predicted_error,
     )
     if math.isnan(plan.predicted_error):
         plan = replace(plan, predicted_error=sampled.estimate)
@@ -256,6 +268,23 @@ def certified(
         plan,
         attempt.log_errors and attempt.log_errors(head, found.log_normalizer),
     )
+
+
+def _known(head: Head, attempt: Attempt, tol: float) -> HeadAnswer | None:
+    """Answer by a proven bound that meets the tolerance: no row is computed exactly."""
+    value, normalizer, good, *_ = attempt.run(head)
+    if not bool(head.xp.all(good)):
+        return None
+    value, normalizer = head.finish(value, normalizer)
+    n, _, _, p = head.sizes
+    source = f"remainder of {attempt.plan.method} on the interval of all logits"
+    size = scaled_frobenius(value)
+    found = apriori_certificate(attempt.limit, size, n * p, tol, source)
+    if found is None:
+        return None
+    errors = attempt.log_errors and attempt.log_errors(head, normalizer)
+    answer = HeadAnswer.under(found, value, normalizer, attempt.plan)
+    return replace(answer, log_error=errors)
 
 
 def _first_rows(n: int, attempt: Attempt, has_own: bool) -> int:

@@ -44,8 +44,6 @@ FLOAT64_BELOW = 1e-4
 # rows that confirm what exact attention rounded
 _EXACT_ROWS = 8
 _BLOCK = 2048
-# standard errors of a uniform sample that no guess of the errors steers
-MARGIN = 3.5
 # rounding of the truth itself, in units of eps times the size of the exponents
 TRUTH = 4
 
@@ -108,7 +106,7 @@ def certify_rows(
     settled: Array | None = None,
     size: tuple[float, float] | None = None,
     guess: Array | None = None,
-    limits: Array | None = None,
+    limit: float = math.inf,
     first: int | None = None,
     budget: FailureBudget | None = None,
     expected: float = 0.0,
@@ -131,14 +129,14 @@ def certify_rows(
         What ``scaled_frobenius`` says of ``value``, where that is known.
     guess : array, shape (n,), optional
         How the squares of the rows' errors are guessed to compare.
-    limits : array, shape (n,), optional
-        Proven bounds of the rows' errors.
+    limit : float
+        Proven bound on the norm of the error of any row.
     first : int, optional
         Rows of the first sample.
     budget : FailureBudget, optional
         What other looks at the same head have left.
     expected : float
-        Relative error that is expected; decides whether ``limits`` are of use.
+        Relative error that is expected; decides whether ``limit`` is of use.
     """
     sample = _Sample.of(head, value, tol, settled, size)
     budget = FailureBudget() if budget is None else budget
@@ -149,20 +147,18 @@ def certify_rows(
     if len(others) <= 2 * first:
         # nothing is left to chance at twice the price
         first, second = len(others), 0
-    odds = (
-        None
-        if guess is None or first == len(others)
-        else mixed_odds(guess[others], first)
-    )
+    whole = first == len(others)
+    odds = None if guess is None or whole else mixed_odds(guess[others], first)
+    most = (limit / (sample.peak or 1.0)) ** 2
+    mean = (expected * sample.norm) ** 2 / len(others)
+    if whole or not promises(most, mean, first, budget.next):
+        most = math.inf
+    else:
+        # bounds of all rows are alike, and so are the chances
+        odds = np.full(len(others), 1 / len(others))
     second = min(second, len(others) - first)
     rows = rng.choice(len(others), first + second, replace=odds is not None, p=odds)
     weights = None if odds is None else 1 / (odds[rows] * len(others))
-    limit, proven = math.inf, False
-    if limits is not None and odds is not None:
-        largest = (limits[others] / (sample.peak or 1.0)) ** 2 / (odds * len(others))
-        limit = float(np.max(largest))
-        mean = (expected * sample.norm) ** 2 / len(others)
-        proven = promises(limit, mean, first, budget.next)
     squares, found = np.zeros(0), SampledError(math.inf, math.inf, "no row was drawn")
     for look in (slice(0, first), slice(first, first + second)):
         if look.start and not (second and found.estimate <= tol < found.upper):
@@ -173,7 +169,7 @@ def certify_rows(
         squares = np.append(squares, more)
         part = None if weights is None else weights[: len(squares)]
         estimate = RatioEstimate(squares, len(others), part)
-        found = sample.judge(estimate, budget.spend(), limit if proven else math.inf)
+        found = sample.judge(estimate, budget.spend(), most)
     return found
 
 
@@ -251,6 +247,7 @@ def statement(
     rounding: float,
     lost: float,
     limit: float = math.inf,
+    rows: str = "rows",
 ) -> SampledError:
     """Say what squared errors of rows mean for an answer of a given norm.
 
@@ -268,9 +265,9 @@ def statement(
     return SampledError(
         estimate,
         upper,
-        f"{len(found.squares)} of {n} rows computed exactly after the answer, {rule}: "
-        f"estimated error {estimate:.2e}; with confidence {1 - failure:.1%} at least "
-        f"{found.share(failure):.1%} of them err by at most {largest:.2e} of the "
+        f"{len(found.squares)} of {n} {rows} computed exactly after the answer, "
+        f"{rule}: estimated error {estimate:.2e}; with confidence {1 - failure:.1%} at "
+        f"least {found.share(failure):.1%} of them err by at most {largest:.2e} of the "
         "largest entry",
     )
 

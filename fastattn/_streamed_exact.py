@@ -15,7 +15,12 @@ from fastattn._costs import exact_work, seconds
 from fastattn._file_rows import FileHead, Put, Step
 from fastattn._probes import join, nothing
 from fastattn._problem import Head, Plan
-from fastattn._ratio_estimate import FAILURE, Margin, RatioEstimate, relative
+from fastattn._ratio_estimate import (
+    FAILURE,
+    UNIFORM_MARGIN,
+    RatioEstimate,
+    relative,
+)
 from fastattn._rounding import (
     cut_weights,
     deviation,
@@ -24,7 +29,7 @@ from fastattn._rounding import (
     smallest_number,
     unit_roundoff,
 )
-from fastattn._sampling import MARGIN, TRUTH, lost_norm, scaled_frobenius, statement
+from fastattn._sampling import TRUTH, lost_norm, scaled_frobenius, statement
 from fastattn.exact import Exact, sums_error, weights_error
 from sketching._lib.arrays import Array, compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError
@@ -227,7 +232,7 @@ def _sampled(
     lost = lost_norm(np, dtype, own, head.sizes, values, answer.peak)
     found = statement(
         RatioEstimate(squares, n),
-        Margin(MARGIN, 1.0),
+        UNIFORM_MARGIN,
         FAILURE,
         answer.norm,
         float(rounding),

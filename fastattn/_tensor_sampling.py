@@ -17,14 +17,19 @@ import numpy as np
 from fastattn._costs import exact_work
 from fastattn._ops.monomials import monomials
 from fastattn._problem import host_rows
-from fastattn._ratio_estimate import FAILURE, relative
+from fastattn._ratio_estimate import (
+    FAILURE,
+    UNIFORM_MARGIN,
+    RatioEstimate,
+    relative,
+)
 from fastattn._sampling import (
     FLOAT64_BELOW,
-    MARGIN,
     TRUTH,
     SampledError,
     lost_norm,
     scaled_frobenius,
+    statement,
 )
 from fastattn._tensor_extent import Extent, furthest_rows
 from fastattn._tensor_polynomial import TensorRecipe
@@ -65,8 +70,7 @@ def certify_tuples(
         off, size, weights[group] = _errors(head, recipe, value, normalizer, rows, rng)
         squares[group] = np.mean(np.sum((off / peak) ** 2, axis=1))
         absolute[group] = np.mean(np.sum((size / peak) ** 2, axis=1))
-    n, mean = head.sizes[0], float(squares.mean())
-    margin = MARGIN * float(squares.std(ddof=1)) / math.sqrt(groups)
+    n = head.sizes[0]
     rows = furthest_rows(head, recipe.maps[0], _GROUP_ROWS)
     off, _, weight = _errors(head, recipe, value, normalizer, rows, rng)
     least = min(weight, float(weights.min()))
@@ -76,22 +80,23 @@ def certify_tuples(
         )
     # rows that none was drawn of may err as the furthest do
     furthest = float(np.max(np.sum((off / peak) ** 2, axis=1)))
-    margin += _UNSEEN / (groups * _GROUP_ROWS) * max(furthest - mean, 0.0)
+    found = RatioEstimate(squares, math.inf, beside=furthest / _GROUP_ROWS)
     unseen = _unseen_tuples(head, recipe, least, groups) / peak
     eps = float(head.xp.finfo(recipe.dtype).eps)
     # the sums' own rounding, of which nothing is seen here
     rounding = TRUTH * eps * (1 + recipe.degree * head.order)
     rounding *= math.sqrt(n * float(absolute.mean())) / norm
     rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
-    estimate = relative(math.sqrt(n * mean), norm)
-    upper = math.sqrt(n * (mean + margin)) + math.sqrt(n) * unseen
+    estimate = relative(math.sqrt(n * found.mean), norm)
+    upper = math.sqrt(n * found.upper(UNIFORM_MARGIN)) + math.sqrt(n) * unseen
     upper = relative(upper, norm) + rounding
     return SampledError(
         estimate,
         upper,
         f"{groups} x {_GROUP_ROWS} rows, {_TUPLES} of {head.sizes[1]} tuples of keys "
         f"each, sampled after the answer: estimated error {estimate:.2e}; the bound "
-        f"adds {MARGIN:g} standard errors and the worst of what was too rare to see",
+        f"adds {UNIFORM_MARGIN.errors:g} standard errors and the worst of what was too "
+        "rare to see",
     )
 
 
@@ -206,24 +211,12 @@ def certify_few_rows(
     if not (math.isfinite(peak) and np.isfinite(squares).all()):
         return SampledError(math.inf, math.inf, "the answer is not finite")
     squares, furthest = squares[:count], float(squares[count:].max())
-    spread = float(np.std(squares, ddof=1)) if count > 1 else 0.0
-    margin = MARGIN * spread / math.sqrt(count) * math.sqrt(1 - count / n)
-    mean = float(np.mean(squares))
-    if count < n:
-        margin += _UNSEEN / count * max(furthest - mean, 0.0)
+    found = RatioEstimate(squares, n, beside=furthest)
     eps = float(head.xp.finfo(dtype).eps)
     rounding = TRUTH * eps * (1 + float(np.abs(normalizer).max()))
     rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
     lost = lost_norm(
         head.xp, dtype, head.query.dtype, head.sizes, head.largest_value, peak
     )
-    estimate = relative(math.sqrt(n * mean), norm)
-    share = 1.0 if count == n else FAILURE ** (1 / count)
-    return SampledError(
-        estimate,
-        relative(math.sqrt(n * (mean + margin)) + lost, norm) + rounding,
-        f"{count} of {n} rows of {head.sizes[1]} tuples computed exactly after the "
-        f"answer: estimated error {estimate:.2e}; with confidence {1 - FAILURE:.0%} at "
-        f"least {share:.1%} of the rows err by at most "
-        f"{math.sqrt(float(squares.max())):.2e} of the largest entry",
-    )
+    what = f"rows of {head.sizes[1]} tuples"
+    return statement(found, UNIFORM_MARGIN, FAILURE, norm, rounding, lost, rows=what)

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastattn._apriori_polynomial import apriori_recipe
 from fastattn._causal_plan import chunk_work, lowrank_cost
 from fastattn._causal_prefixes import lowrank_by_prefixes
 from fastattn._costs import polynomial_work, seconds
@@ -134,6 +135,14 @@ class Polynomial:
         if guarantee == "sampled" and self.fits_a_basis:
             empty = self.structure(head, rng)
             return lowrank_attempt(head, empty, math.nan, "asked for")
+        if guarantee == "sampled" and self.basis == "minimax" and self.rank is None:
+            degree = _DEFAULT_DEGREE if self.degree is None else self.degree
+            known = apriori_recipe(head, degree, tol, rng)
+            if known is not None:
+                attempt = attempt_of(head, known[0], self.basis, "asked for")
+                plan = replace(attempt.plan, predicted_error=known[1])
+                bound = attempt.bound
+                return replace(attempt, plan=plan, bound=math.inf, limit=bound)
         recipe = self.recipe(head, tol, guarantee, rng)
         return attempt_of(head, recipe, self.basis, "asked for")
 
