@@ -103,8 +103,9 @@ class Exact:
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
-        size, log_error = scaled_frobenius(value), log_error_of(head, normalizer)
-        error = _relative_bound(head, *size, tol)
+        size, key_norm = scaled_frobenius(value), largest_row(head.key)
+        log_error = log_error_of(head, normalizer, key_norm=key_norm)
+        error = _relative_bound(head, *size, tol, key_norm)
         if error <= tol:
             return HeadAnswer(
                 value,
@@ -118,7 +119,7 @@ class Exact:
             )
         sampled = _sampled(head, value, normalizer, size, tol, rng)
         # rows in float64 are no truth where float64 itself is too short
-        upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64)
+        upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64, key_norm)
         if math.isinf(upper):
             raise RefusalError(
                 f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
@@ -185,7 +186,9 @@ def _sampled(
     )
 
 
-def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
+def _relative_bound(
+    head: Head, peak: float, norm: float, tol: float, key_norm: float
+) -> float:
     """Rounding bound of the head over the norm of its answer, in units of ``peak``.
 
     Infinite where it is sure to exceed ``tol``.
@@ -199,11 +202,14 @@ def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
         # right if there are only zeros to average
         return 0.0 if head.largest_value == 0 else math.inf
     root = math.sqrt(n * p)
-    bound = rounding_bound(head, head.dtype, tol / (1 + tol) * norm * peak / root)
+    most = tol / (1 + tol) * norm * peak / root
+    bound = rounding_bound(head, head.dtype, most, key_norm)
     return relative(bound / peak * root, norm)
 
 
-def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
+def rounding_bound(
+    head: Head, dtype: Any, most: float = math.inf, key_norm: float | None = None
+) -> float:
     r"""Bound ``max |computed - exact|`` of streaming attention in ``dtype``.
 
     A logit is off by at most :math:`(\gamma_{d+2} + 4u) L` with
@@ -225,7 +231,7 @@ def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
         return math.inf
     if m * extent.peak > largest_number(xp, dtype) / 4:
         return math.inf
-    weights = _weights_bound(head, dtype)
+    weights = _weights_bound(head, dtype, key_norm)
     cut = cut_weights(xp, dtype, m)
     error = mean_deviation(weights + cut, extent.half) + (sums + cut) * extent.peak
     return once_stored(xp, head.query.dtype, extent.peak, error + 2 * m * tiny)
@@ -236,9 +242,10 @@ def may_overflow(head: Head) -> bool:
     return not _is_held(*_norms(head), head.xp, head.dtype)
 
 
-def _norms(head: Head) -> tuple[float, float]:
-    """Largest norms of a query times the scale, and of a key."""
-    return abs(head.scale) * largest_row(head.query), largest_row(head.key)
+def _norms(head: Head, key_norm: float | None = None) -> tuple[float, float]:
+    """Largest norms of a query times the scale, and of a key, unless that is known."""
+    key_norm = largest_row(head.key) if key_norm is None else key_norm
+    return abs(head.scale) * largest_row(head.query), key_norm
 
 
 def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
@@ -248,18 +255,21 @@ def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
     return query_norm < most and query_norm * key_norm < most
 
 
-def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
+def log_error_of(
+    head: Head, logarithm: Array, dtype: Any = None, key_norm: float | None = None
+) -> Array:
     """Bound the error of each row's log-sum-exp of exact attention in ``dtype``.
 
-    By default that is the head's own. It is what the row's logits and their exps are
-    off by, and the sum of those.
+    By default that is the head's own; the norm of the longest key may be known. A row
+    is off by what its logits and their exps are, and the sum of those.
     """
     xp, (n, m, d, _) = head.xp, head.sizes
     dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_body
     if m == 0:
         return np.zeros(n)
     query = abs(head.scale) * row_norms(head.query, head.dtype)
-    key, most = largest_row(head.key), largest_number(xp, dtype) / 4
+    key = largest_row(head.key) if key_norm is None else key_norm
+    most = largest_number(xp, dtype) / 4
     sums = sums_error(m, unit_roundoff(xp, dtype), is_fast=is_fast)
     sums += cut_weights(xp, dtype, m)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -271,10 +281,10 @@ def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
     return log_errors(head, logarithm, error, dtype)
 
 
-def _weights_bound(head: Head, dtype: Any) -> float:
+def _weights_bound(head: Head, dtype: Any, key_norm: float | None = None) -> float:
     """Bound the relative error of all weights of a head in ``dtype``."""
     _, m, d, _ = head.sizes
-    norms, is_fast = _norms(head), head.has_fast_body
+    norms, is_fast = _norms(head, key_norm), head.has_fast_body
     return weights_error(m, d, *norms, head.xp, dtype, is_fast=is_fast)
 
 
