@@ -1,5 +1,6 @@
 """Arrays follow the inputs: their library, their device, their precision."""
 
+import os
 import sys
 from typing import Any, TypeAlias
 
@@ -34,11 +35,22 @@ def place_of(*arrays: Array) -> str | None:
     """Where fast bodies live for these arrays: "cpu", "gpu" or nowhere (None)."""
     first = type(arrays[0])
     if first.__module__ == "numpy":
-        return "cpu"
+        return "cpu" if _compiles() else None
     # cupy is only ever looked for when somebody else imported it
     if "cupy" in sys.modules and array_api_compat.is_cupy_array(arrays[0]):
         return "gpu"
     return None
+
+
+def _compiles() -> bool:
+    """Whether numba may compile: NUMBA_DISABLE_JIT=1 leaves the references."""
+    if "numba" in sys.modules:
+        return not sys.modules["numba"].config.DISABLE_JIT
+    try:
+        return not int(os.environ.get("NUMBA_DISABLE_JIT", "0"))
+    except ValueError:
+        # as numba reads it
+        return True
 
 
 def device_of(x: Array) -> Any:

@@ -5,7 +5,6 @@ are done at the speed of many, which they are not by BLAS, since it packs both s
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.tiles import (
     COLUMNS,
@@ -16,6 +15,7 @@ from fastattn._ops.cpu.tiles import (
     weigh_float_tile,
 )
 from fastattn._ops.quantized import PROBES
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # keys that pass a group at once, after which their sums are added to those before:

@@ -1,0 +1,84 @@
+"""Compilation by numba: machine code is kept in files where that can be done.
+
+numba refuses to define a function whose code it cannot keep: no folder can be written
+in a container of another user or on a file system that is mounted read-only. It also
+fails where a file of code was cut off. Such code is compiled anew instead, and kept if
+it can be; a checksum stands before it, since a processor runs whatever bytes it gets.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
+    """Compile a function as ``numba.njit`` does; ``cache`` is a wish, not a demand."""
+
+    def decorate(function: Any) -> Any:
+        made = numba.njit(**options)(function)
+        # the function itself, where numba is told not to compile
+        if cache and made is not function:
+            try:
+                made._cache = _Cache(function)
+            except RuntimeError:
+                # no folder that can be written: what numba has without a cache stays
+                return made
+        return made
+
+    return decorate
+
+
+class _CheckedFile(IndexDataCacheFile):
+    """Files of code that begin with a checksum."""
+
+    def _load_data(self, name):
+        data = Path(self._data_path(name)).read_bytes()
+        if hashlib.sha256(data[_DIGEST:]).digest() != data[:_DIGEST]:
+            raise ValueError(f"{name} is damaged")
+        return pickle.loads(data[_DIGEST:])
+
+    def _save_data(self, name, data):
+        code = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(hashlib.sha256(code).digest())
+            file.write(code)
+
+
+class _Cache(FunctionCache):
+    """A cache that a damaged file, or a full disk, does not stop."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self._cache_file = _CheckedFile(
+            cache_path=self._cache_path,
+            filename_base=self._impl.filename_base,
+            source_stamp=self._impl.locator.get_source_stamp(),
+        )
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:
+            # damaged pickles raise anything; what is missing is compiled
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            try:
+                super().save_overload(sig, data)
+            except OSError:
+                raise
+            except Exception:
+                # the index is damaged: a new one is begun
+                self.flush()
+                super().save_overload(sig, data)
+        except OSError:
+            # the disk is full, or the folder became read-only
+            self.disable()
