@@ -17,6 +17,9 @@ CALLS = """
 import numpy as np, fastattn, sketching
 x = np.random.default_rng(0).standard_normal((3, 50, 8)).astype(np.float32)
 print(float(np.abs(fastattn.attention(*x)).sum()))
+for kind in sketching.HadamardProjection, sketching.SparseProjection:
+    print(float(np.abs(kind.draw(8, size=4, rng=0).apply(x[0])).sum()))
+print(sketching.MahalanobisKMeans(2, random_state=0).fit(x[0]).inertia_)
 print(sketching.MahalanobisNeighbors(n_neighbors=2).fit(x[0]).kneighbors(x[0])[1].sum())
 """
 NOWHERE = """
@@ -76,7 +79,7 @@ def test_damaged_code_is_compiled_anew(tmp_path, want):
         for file in path.parent.glob(f"{path.stem}*{suffix}"):
             bad[file] = damage(file.read_bytes())
             file.write_bytes(bad[file])
-    assert len(bad) > 6
+    assert len(bad) >= 6
     assert run(CALLS, NUMBA_CACHE_DIR=str(tmp_path)) == want
     # and kept, so that the next process need not
     assert all(path.read_bytes() != data for path, data in bad.items())
