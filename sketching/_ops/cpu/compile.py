@@ -7,6 +7,7 @@ it can be; a checksum stands before it, since a processor runs whatever bytes it
 """
 
 import hashlib
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,14 @@ from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock
 
+# a fork waits until no thread compiles: the child would wait for that thread
+os.register_at_fork(
+    before=global_compiler_lock.acquire,
+    after_in_parent=global_compiler_lock.release,
+    after_in_child=global_compiler_lock.release,
+)
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -27,7 +35,7 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
         if cache and made is not function:
             try:
                 made._cache = _Cache(function)
-            except RuntimeError:
+            except (RuntimeError, OSError):
                 # no folder that can be written: what numba has without a cache stays
                 return made
         return made
