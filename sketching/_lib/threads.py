@@ -181,11 +181,7 @@ class _Work:
     def raise_first(self) -> None:
         """Raise what a loop would have raised; an interrupt before all else."""
         if self.errors:
-            first = min(self.errors)
-            for number, error in self.errors.items():
-                if not isinstance(error, Exception):
-                    first = number
-            raise self.errors[first]
+            raise min(self.errors.items(), key=_rank)[1]
         if self.is_stopped:
             # the work whose call this is was interrupted, and raises what did that
             raise _Stopped
@@ -193,6 +189,14 @@ class _Work:
 
 class _Stopped(BaseException):
     """Ends calls whose answer nobody waits for."""
+
+
+def _rank(one: tuple[int, BaseException]) -> tuple[int, int]:
+    """Interrupts before other errors, those that they caused last."""
+    number, error = one
+    if isinstance(error, _Stopped):
+        return 2, number
+    return int(isinstance(error, Exception)), number
 
 
 # whose call this thread, or the one that it works for, is in

@@ -9,7 +9,10 @@ it can be; a checksum stands before it, since a processor runs whatever bytes it
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ os.register_at_fork(
     after_in_parent=global_compiler_lock.release,
     after_in_child=global_compiler_lock.release,
 )
+# what llvmlite has LLVM call
+_CALLBACKS = ("_raw_object_cache_notify", "_raw_object_cache_getbuffer")
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -31,8 +36,17 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         made = numba.njit(**options)(function)
-        # the function itself, where numba is told not to compile
-        if cache and made is not function:
+        if made is function:
+            # numba is told not to compile
+            return made
+        compile_ = made.compile
+
+        def compile_heard(signature: Any) -> Any:
+            with _hearing_interrupts():
+                return compile_(signature)
+
+        made.compile = compile_heard
+        if cache:
             try:
                 made._cache = _Cache(function)
             except (RuntimeError, OSError):
@@ -41,6 +55,44 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
         return made
 
     return decorate
+
+
+@contextmanager
+def _hearing_interrupts() -> Iterator[None]:
+    """Keep interrupts that LLVM would swallow, until the code is there.
+
+    LLVM calls back into Python when it has made code, or looks for some; what is raised
+    there is printed and forgotten.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not (is_main and callable(handler)):
+        yield
+        return
+    missed = []
+
+    def hear(number, frame):
+        if _is_called_back(frame):
+            missed.append(number)
+        else:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if missed:
+            handler(missed[0], None)
+
+
+def _is_called_back(frame: Any) -> bool:
+    """Whether LLVM called the function that a frame is in, or one that called it."""
+    while frame is not None:
+        if frame.f_code.co_name in _CALLBACKS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _CheckedFile(IndexDataCacheFile):
