@@ -85,20 +85,12 @@ def read_npz(path: Path, most: float) -> tuple[list[Array], dict[str, Any]]:
     with reading(path) as archive:
         members = members_of(archive)
         names = _choose(members.keys() - {META})
-        packed = [
-            members[name].file_size
-            for name in (*names, META)
-            if name in members and members[name].compress_type != zipfile.ZIP_STORED
-        ]
-        if sum(packed) > most:
-            raise ValueError(
-                f"its arrays are compressed and take {sum(packed)} bytes, more than "
-                f"the {most:.0f} that memory allows: store them with numpy.savez, "
-                "which does not compress, or allow more by --memory"
-            )
-        arrays = [
-            _read_member(path, archive, name, members[name], most) for name in names
-        ]
+        arrays = []
+        for name in names:
+            arrays.append(_read_member(path, archive, name, members[name], most))
+            if members[name].compress_type != zipfile.ZIP_STORED:
+                # what is left for the others
+                most -= arrays[-1].nbytes
         if META not in members:
             return arrays, {}
         text = read_text(archive, META, members[META], min(most, _LARGEST_HEADER))
@@ -116,8 +108,14 @@ def _read_member(
     with opened(archive, name, info) as member:
         shape, is_fortran, dtype, start = read_header(name, member)
     _check_dtype(name, dtype)
-    check_size(name, info, shape, dtype, start)
+    size = check_size(name, info, shape, dtype, start)
     if info.compress_type != zipfile.ZIP_STORED:
+        if size > most:
+            raise ValueError(
+                f"{name} is compressed and takes {size} bytes, more than the "
+                f"{most:.0f} that memory has left: store it with numpy.savez, which "
+                "does not compress, or allow more by --memory"
+            )
         return read_member(archive, name, info, most)
     order = "F" if is_fortran else "C"
     return _map(path, name, dtype, _data_start(path, info) + start, shape, order)
