@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 SPHINX := --builder html --nitpicky --fail-on-warning --quiet
 ARGS ?=
 
+# where nothing can be kept: root may write anywhere but there
+NOWHERE := /proc/nowhere
+
 .PHONY: demo test check bench coverage gpu docs clean
+.PHONY: environments least readonly homeless interpreted
 
 $(VENV)/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +46,23 @@ check: $(VENV)/.test $(VENV)/.docs  ## everything that CI runs
 	rm -rf docs/api/generated
 	$(BIN)/python -m sphinx $(SPHINX) --define plot_gallery=0 docs docs/_build/quick
 
+environments: least readonly homeless interpreted  ## the demo's calls where running is hard
+
+least: $(VENV)/.base  ## with the least versions of all dependencies
+	test -x $(VENV)-least/bin/python || $(BIN)/python -m venv $(VENV)-least
+	$(BIN)/python .ci/least_versions.py > $(VENV)-least/versions.txt
+	$(VENV)-least/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)-least/versions.txt
+	NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)-least/code PYTHONPATH=$(CURDIR) $(VENV)-least/bin/python .ci/calls.py
+
+readonly: $(VENV)/.base  ## from an installation that cannot be written to
+	.ci/readonly $(BIN)/python
+
+homeless: $(VENV)/.base  ## from such a one, by a user without a home
+	HOME=$(NOWHERE) XDG_CACHE_HOME=$(NOWHERE) MPLCONFIGDIR= .ci/readonly $(BIN)/python
+
+interpreted: $(VENV)/.base  ## where numba may not compile
+	NUMBA_DISABLE_JIT=1 PYTHONPATH=$(CURDIR) $(BIN)/python .ci/calls.py
+
 bench: $(VENV)/.bench  ## measure everything, ARGS=--quick in minutes; TORCH='torch==2.13.0' picks a build
 	$(BIN)/python -m benches $(ARGS)
 
@@ -60,4 +81,4 @@ docs: $(VENV)/.docs  ## the pages, into docs/_build/html; every tutorial runs
 
 clean:
 	rm -rf docs/_build docs/api/generated docs/results docs/tutorials
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-least .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ from benches.attacks import attacks
 from benches.attention import bounded, exact, proven, real
 from benches.causal import causal
 from benches.clustering import clustering
+from benches.damaged_files import damaged
 from benches.decoding import decoding, decoding_clusters
 from benches.distances import distances
 from benches.gradients import gradients
@@ -126,6 +127,7 @@ STUDIES = {
             ("order", "family", "error", "measure"),
         ),
         Study("imports", "library", imports, ()),
+        Study("damaged-files", "library", damaged, ("kind",)),
     )
 }
 FAMILIES = tuple(dict.fromkeys(study.family for study in STUDIES.values()))

@@ -57,7 +57,10 @@ def attention(
     is_causal : bool, default False
         Query ``i`` sees keys ``j <= i`` only, as in scaled_dot_product_attention.
     key_mask : boolean array, shape (..., m), optional
-        True for keys that take part. A row that sees no key gets zeros.
+        True for keys that take part. A row that sees no key gets zeros. Leading
+        dimensions align with those of the heads from the right; an axis of queries of
+        length 1, ``(..., 1, m)``, is taken as ``scaled_dot_product_attention`` takes
+        it. A mask for each sequence, (batch, m), is passed as ``mask[:, None]``.
     method : AttentionMethod, optional
         ``Auto()`` by default. A method that cannot meet ``tol`` is refused.
     guarantee : {"sampled", "proven"}

@@ -60,7 +60,8 @@ class Batch:
         factor = d**-0.5 if scale is None else check_number("scale", scale)
         shapes = [x.shape[:-2] for x in (query, key, value)]
         if key_mask is not None:
-            check_mask(xp, key_mask, key, query)
+            inputs = (query, key, value)
+            key_mask = read_mask("key_mask", xp, key_mask, key, inputs)
             shapes.append(key_mask.shape[:-1])
         try:
             lead = np.broadcast_shapes(*shapes)
@@ -68,7 +69,7 @@ class Batch:
             raise ValueError(
                 "leading dimensions do not broadcast: "
                 f"query {query.shape}, key {key.shape}, value {value.shape}"
-                + ("" if key_mask is None else f", key_mask {key_mask.shape}")
+                + ("" if key_mask is None else f", key_mask {key_mask.shape}: {_FORMS}")
             ) from error
         return Batch(query, key, value, key_mask, factor, is_causal, lead)
 
@@ -192,24 +193,71 @@ def check_rows(key: Array, value: Array) -> None:
         )
 
 
-def check_mask(xp: Any, key_mask: Array, key: Array, query: Array) -> None:
+# how a mask of keys can be meant
+_FORMS = (
+    "a mask for each sequence, (batch, keys), is passed as key_mask[:, None], a mask "
+    "for each head, (heads, keys), as key_mask[None]"
+)
+
+
+def read_mask(
+    name: str, xp: Any, key_mask: Array, key: Array, inputs: tuple[Array, ...]
+) -> Array:
+    """Check a mask of keys; return it without an axis of queries."""
+    check_mask(name, xp, key_mask, key, inputs[0])
+    try:
+        lead = np.broadcast_shapes(*(x.shape[:-2] for x in inputs))
+    except ValueError:
+        # which is said of the inputs
+        return key_mask
+    return placed_mask(name, key_mask, lead)
+
+
+def placed_mask(name: str, key_mask: Array, lead: tuple[int, ...]) -> Array:
+    """Return a mask of keys that broadcasts to heads; raise where it is ambiguous.
+
+    Dimensions align at the right end, as they do for arrays. A mask that has fewer than
+    the inputs, and would fit them from the left as well, is refused: (batch, keys) with
+    as many heads as sequences. Of a batch of single heads it would make a square.
+    """
+    own = tuple(key_mask.shape[:-1])
+    has_queries = len(own) == len(lead) + 1 and own[-1] == 1
+    if has_queries and _fits(own[:-1], lead):
+        # an axis of queries, as masks of scaled_dot_product_attention have one
+        return key_mask[..., 0, :]
+    if len(own) >= len(lead) or max(own, default=1) == 1:
+        return key_mask
+    fits_right = _fits(own, lead[len(lead) - len(own) :])
+    if _fits(own, lead[: len(own)]) and (fits_right or len(lead) == 2):
+        raise ValueError(
+            f"{name}: expected a mask for each of the heads, {tuple(lead)}, got shape "
+            f"{tuple(key_mask.shape)}, which can be read in two ways: {_FORMS}"
+        )
+    return key_mask
+
+
+def _fits(own: tuple[int, ...], lead: tuple[int, ...]) -> bool:
+    """Whether dimensions broadcast to as many others, which stay as they are."""
+    return all(a in (1, b) for a, b in zip(own, lead, strict=True))
+
+
+def check_mask(name: str, xp: Any, key_mask: Array, key: Array, query: Array) -> None:
     """Raise unless the mask is boolean, of the inputs' library, one entry a key."""
     try:
         array_namespace(key_mask, query)
     except TypeError as error:
-        raise TypeError(f"key_mask: {error}") from error
-    check_unmasked("key_mask", key_mask)
+        raise TypeError(f"{name}: {error}") from error
+    check_unmasked(name, key_mask)
     if key_mask.dtype != xp.bool:
         raise TypeError(
-            f"key_mask: expected a boolean array (True keeps a key), got "
-            f"{key_mask.dtype}"
+            f"{name}: expected a boolean array (True keeps a key), got {key_mask.dtype}"
         )
     if key_mask.ndim < 1 or key_mask.shape[-1] != key.shape[-2]:
         raise ValueError(
-            f"key_mask: expected {key.shape[-2]} entries in the last dimension, one a "
-            f"key, got shape {key_mask.shape}"
+            f"{name}: expected {key.shape[-2]} entries in the last dimension, one a "
+            f"key, got shape {tuple(key_mask.shape)}"
         )
     if math.prod(key_mask.shape) == 0:
         raise ValueError(
-            f"key_mask: expected a non-empty array, got shape {key_mask.shape}"
+            f"{name}: expected a non-empty array, got shape {tuple(key_mask.shape)}"
         )

@@ -1,6 +1,7 @@
 """The heads of a file, one after the other, for the commands."""
 
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ METHODS = {
 # a head that takes more than one in so many bytes of the memory is streamed: what is
 # copied is sorted, converted or shifted once more
 _SHARE = 4
+# what is said of a head, in the report and in the file
+_HEAD_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +44,14 @@ class FileHeads:
     def of(options: Any) -> "FileHeads":
         *arrays, meta = formats.read_stored(options.input, options.memory)
         shapes = [x.shape for x in arrays]
+        for name, shape in zip(("query", "key", "value"), shapes, strict=True):
+            if 0 in shape[:-2]:
+                raise ValueError(f"{options.input}: there are no heads: {shapes}")
+            if 0 in shape:
+                raise ValueError(
+                    f"{options.input}: {name}: expected a non-empty array, got shape "
+                    f"{shape}"
+                )
         try:
             lead = np.broadcast_shapes(*(shape[:-2] for shape in shapes))
         except ValueError as error:
@@ -48,8 +59,12 @@ class FileHeads:
                 f"{options.input}: leading dimensions of query, key and value do not "
                 f"broadcast: {shapes}"
             ) from error
-        if 0 in lead:
-            raise ValueError(f"{options.input}: there are no heads: {shapes}")
+        if math.prod(lead) * _HEAD_BYTES > options.memory:
+            raise ValueError(
+                f"{options.input}: {math.prod(lead)} heads, whose certificates alone "
+                f"take more than the {options.memory} bytes that may be used: allow "
+                f"more by --memory, or split the file: {shapes}"
+            )
         return FileHeads((arrays[0], arrays[1], arrays[2]), meta, lead, options)
 
     def each(
@@ -115,6 +130,22 @@ class FileHeads:
                 f"{options.memory} bytes may be used: allow more by --memory"
             )
         return FileHead.of(self.arrays, place, options.scale, options.memory)
+
+    def check_room(self) -> None:
+        """Raise ``OSError`` where the answers do not fit on the disk of the output."""
+        if any(x.ndim < 2 for x in self.arrays):
+            # which is said of the head
+            return
+        n, p = self.arrays[0].shape[-2], self.arrays[2].shape[-1]
+        size = math.prod(self.lead) * n * (p + 1)
+        size *= native_dtype(self.arrays[0]).itemsize
+        folder = Path(self.options.output).parent
+        # they are collected beside the output, and then written
+        if 2 * size > (free := shutil.disk_usage(folder).free):
+            raise OSError(
+                f"{self.options.output}: answers take {2 * size} bytes while they are "
+                f"written, {free} are free"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Say what was asked for, for the record."""

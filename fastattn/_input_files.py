@@ -1,23 +1,32 @@
 """The arrays of .npz and .safetensors files as they are stored, memory-mapped."""
 
-import json
 import math
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 
+from sketching._lib.archives import (
+    check_size,
+    members_of,
+    opened,
+    read_header,
+    read_member,
+    read_text,
+    reading,
+)
 from sketching._lib.arrays import Array
+from sketching._lib.json_text import parse_object
 
 # the names under which a file may hold its query, key and value
 NAMINGS = (("query", "key", "value"), ("q", "k", "v"), ("Q", "K", "V"))
 META = "meta"
 _DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
-# the limit that safetensors itself sets
-_LARGEST_HEADER = 100_000_000
+# bytes of a header, which becomes objects some twenty times as large: it may take that
+# share of the memory, and is never larger than what safetensors itself allows
+_SHARE, _SHORT, _LARGEST_HEADER = 32, 1 << 20, 1 << 26
 
 
 def native(x: Array) -> Array:
@@ -58,17 +67,6 @@ def _check_dtype(name: str, dtype: Any) -> None:
         )
 
 
-def parse_object(what: str, text: str | bytes) -> dict[str, Any]:
-    """Decode a JSON object."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{what} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{what} is no JSON object")
-    return found
-
-
 def _map(
     path: Path, name: str, dtype: Any, start: int, shape: tuple[int, ...], order: Any
 ) -> Array:
@@ -84,21 +82,19 @@ def _map(
 
 def read_npz(path: Path, most: float) -> tuple[list[Array], dict[str, Any]]:
     """Read the three arrays and the metadata of an ``.npz`` file."""
-    with zipfile.ZipFile(path) as archive:
-        members = {
-            info.filename.removesuffix(".npy"): info for info in archive.infolist()
-        }
+    with reading(path) as archive:
+        members = members_of(archive)
         names = _choose(members.keys() - {META})
-        arrays = [
-            _read_member(path, archive, name, members[name], most) for name in names
-        ]
+        arrays = []
+        for name in names:
+            arrays.append(_read_member(path, archive, name, members[name], most))
+            if members[name].compress_type != zipfile.ZIP_STORED:
+                # what is left for the others
+                most -= arrays[-1].nbytes
         if META not in members:
             return arrays, {}
-        with archive.open(members[META]) as member:
-            text = npy.read_array(member, allow_pickle=False)
-        if text.dtype.kind != "U" or text.ndim:
-            raise ValueError(f"{META} is no string")
-        return arrays, parse_object(META, str(text))
+        text = read_text(archive, META, members[META], min(most, _LARGEST_HEADER))
+        return arrays, parse_object(META, text)
 
 
 def _read_member(
@@ -109,40 +105,20 @@ def _read_member(
     most: float,
 ) -> Array:
     """Map a stored member of an ``.npz`` file, load a compressed one."""
-    with archive.open(info) as member:
-        shape, is_fortran, dtype = _read_npy_header(name, member)
-        start = member.tell()
+    with opened(archive, name, info) as member:
+        shape, is_fortran, dtype, start = read_header(name, member)
     _check_dtype(name, dtype)
-    size = math.prod(shape) * dtype.itemsize
-    if start + size != info.file_size:
-        raise ValueError(
-            f"{name} has {info.file_size - start} bytes where its shape {shape} "
-            f"takes {size}"
-        )
+    size = check_size(name, info, shape, dtype, start)
     if info.compress_type != zipfile.ZIP_STORED:
         if size > most:
             raise ValueError(
-                f"{name} is compressed and takes {size} bytes, more than memory is "
-                "allowed: store it with numpy.savez, which does not compress"
+                f"{name} is compressed and takes {size} bytes, more than the "
+                f"{most:.0f} that memory has left: store it with numpy.savez, which "
+                "does not compress, or allow more by --memory"
             )
-        with archive.open(info) as member:
-            return npy.read_array(member, allow_pickle=False)
+        return read_member(archive, name, info, most)
     order = "F" if is_fortran else "C"
     return _map(path, name, dtype, _data_start(path, info) + start, shape, order)
-
-
-def _read_npy_header(name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
-    """Read shape, order and dtype, and leave the file where the data begin."""
-    version = npy.read_magic(file)
-    if version == (1, 0):
-        shape, is_fortran, dtype = npy.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, is_fortran, dtype = npy.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"{name} has version {version} of .npy, expected 1.0 or 2.0")
-    if any(size < 0 for size in shape):
-        raise ValueError(f"{name} has an impossible shape {shape}")
-    return shape, is_fortran, dtype
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
@@ -158,21 +134,30 @@ def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + int(lengths.sum(dtype=np.int64))
 
 
-def read_safetensors(
-    path: Path,
-    most: float,  # noqa: ARG001
-) -> tuple[list[Array], dict[str, Any]]:
+def read_safetensors(path: Path, most: float) -> tuple[list[Array], dict[str, Any]]:
     """Read the three tensors and the metadata of a ``.safetensors`` file."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= min(path.stat().st_size - 8, _LARGEST_HEADER):
+        if not 2 <= size <= path.stat().st_size - 8:
             raise ValueError("not a .safetensors file, or truncated in its header")
+        limit = min(_LARGEST_HEADER, max(_SHORT, most / _SHARE))
+        if size > limit:
+            raise ValueError(
+                f"its header has {size} bytes, expected at most {limit:.0f}"
+            )
         header = parse_object("not a .safetensors file: its header", file.read(size))
-    meta = dict(header.pop("__metadata__", {}))
+    # some writers have null there
+    meta = header.pop("__metadata__", None) or {}
+    if not isinstance(meta, dict):
+        raise ValueError(f"its __metadata__ is a {type(meta).__name__}, not an object")
     arrays = [
         _read_tensor(path, name, header[name], 8 + size) for name in _choose(header)
     ]
-    return arrays, parse_object(META, meta[META]) if META in meta else meta
+    if META not in meta:
+        return arrays, meta
+    if not isinstance(meta[META], str):
+        raise ValueError(f"{META} in its __metadata__ is no string")
+    return arrays, parse_object(META, meta[META])
 
 
 def _read_tensor(path: Path, name: str, entry: Any, start: int) -> Array:
@@ -180,12 +165,14 @@ def _read_tensor(path: Path, name: str, entry: Any, start: int) -> Array:
     try:
         kind, shape = str(entry["dtype"]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        sizes_fit = min(begin, *shape, 0) == 0
+        numbers = (begin, end, *shape)
+        if not all(type(x) is int for x in numbers):
+            raise TypeError("sizes are integers")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} has a malformed entry in the header") from error
     if kind not in _DTYPES:
         raise ValueError(f"{name} has dtype {kind}, expected one of {list(_DTYPES)}")
     dtype = np.dtype(_DTYPES[kind])
-    if not sizes_fit or begin + math.prod(shape) * dtype.itemsize != end:
+    if min(numbers) < 0 or begin + math.prod(shape) * dtype.itemsize != end:
         raise ValueError(f"{name} has bytes {begin} to {end} for shape {shape}")
     return _map(path, name, dtype, start + begin, shape, "C")

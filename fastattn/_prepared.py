@@ -5,7 +5,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastattn._batch import Batch, check_mask, check_rows, check_unmasked, pick
+from fastattn._batch import (
+    Batch,
+    check_mask,
+    check_rows,
+    check_unmasked,
+    pick,
+    placed_mask,
+)
 from fastattn._prepared_files import write_prepared
 from fastattn._prepared_heads import PreparedHead, same_plan
 from fastattn._prepared_rows import Rows, side_by_side
@@ -184,8 +191,10 @@ class Prepared:
         value = self._checked(f"value{which}", value, self._options["p"])
         check_rows(key, value)
         if key_mask is not None:
-            check_mask(array_namespace(key), key_mask, key, key)
-            self._check_lead(f"key_mask{which}", key_mask.shape[:-1])
+            name = f"key_mask{which}"
+            check_mask(name, array_namespace(key), key_mask, key, key)
+            key_mask = placed_mask(name, key_mask, self._lead)
+            self._check_lead(name, key_mask.shape[:-1])
         return key, value, key_mask
 
     def _checked_factors(

@@ -1,14 +1,14 @@
 """Prepared structures as .npz files: plain arrays and a header in JSON, no pickles."""
 
+import math
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from numpy.lib import format as npy
+import numpy as np
 
 from fastattn import exact, multipole, polynomial
-from fastattn._input_files import parse_object
+from fastattn._input_files import META
 from fastattn._kept import Kept
 from fastattn._prepared_heads import (
     ExactHead,
@@ -23,8 +23,17 @@ from fastattn._sums import MonomialSums, unpack_sums
 from fastattn._tensor_prepared import TensorExactHead
 from fastattn._tensor_prepared_sums import TensorSumsHead
 from fastattn.formats import PathLike, write_output
+from sketching._lib.archives import (
+    check_total,
+    members_of,
+    read_member,
+    read_text,
+    reading,
+)
 from sketching._lib.arrays import Array, array_namespace, mover
-from sketching._lib.files import naming_the_file
+from sketching._lib.files import CHECKSUMS, check_sums, checksum, naming_the_file
+from sketching._lib.json_text import parse_object
+from sketching._lib.validation import check_choice, check_integer, check_number
 
 FORMAT = "fastattn.prepared"
 VERSION = 1
@@ -57,6 +66,7 @@ def write_prepared(
         kind = next(name for name, of in _KINDS.items() if isinstance(head, of))
         headers.append({"kind": kind, "plan": _pack_plan(head.plan), **values})
     header = {
+        CHECKSUMS: {name: checksum(np.asarray(x)) for name, x in arrays.items()},
         "format": FORMAT,
         "version": VERSION,
         "library": sys.modules[__package__].__version__,
@@ -66,13 +76,17 @@ def write_prepared(
     write_output(path, arrays, header)
 
 
-def read_header(path: PathLike) -> dict[str, Any]:
-    """Read what a file says of itself; refuse files that are not ours, or newer."""
-    with naming_the_file(Path(path)), zipfile.ZipFile(path) as archive:
-        if "meta.npy" not in archive.namelist():
+def read_header(path: PathLike, memory: int | None = None) -> dict[str, Any]:
+    """Read what a file says of itself; refuse files that are not ours, or newer.
+
+    All that is in the file may unpack to ``memory`` bytes.
+    """
+    with naming_the_file(Path(path)), reading(Path(path)) as archive:
+        members = members_of(archive)
+        if META not in members:
             raise ValueError("holds no prepared structure: it has no header")
-        with archive.open("meta.npy") as member:
-            text = str(npy.read_array(member, allow_pickle=False))
+        most = check_total(Path(path), archive, memory)
+        text = read_text(archive, META, members[META], most)
         header = parse_object("its header", text)
         if header.get("format") != FORMAT:
             raise ValueError(f"holds {header.get('format')!r}, expected {FORMAT!r}")
@@ -82,28 +96,74 @@ def read_header(path: PathLike) -> dict[str, Any]:
                 f"has version {number!r} of the format, written by fastattn "
                 f"{header.get('library')}; this one reads up to {VERSION}"
             )
+        _check_options(header)
     return header
 
 
+def _check_options(header: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless a header says what ``prepare`` was asked for."""
+    options, heads = header.get("options"), header.get("heads")
+    if not isinstance(options, dict) or not isinstance(heads, list):
+        raise ValueError("its header has no options, or no heads")
+    if not all(isinstance(head, dict) for head in heads):
+        raise ValueError("its header describes heads that are none")
+    lead = options.get("lead")
+    if not isinstance(lead, list):
+        raise ValueError(f"lead: expected a list of sizes, got {lead!r}")
+    for size in lead:
+        check_integer("lead", size, least=1)
+    if math.prod(lead) != len(heads):
+        raise ValueError(f"has {len(heads)} heads, its leading dimensions are {lead}")
+    for name in ("d", "p"):
+        check_integer(name, options.get(name), least=1)
+    check_integer("seed", options.get("seed"), least=0)
+    check_integer("factors", options.get("factors", 1), least=1)
+    check_number("tol", options.get("tol"), above=0)
+    check_number("scale", options.get("scale"))
+    check_choice("guarantee", options.get("guarantee"), ("sampled", "proven"))
+
+
 def read_heads(
-    path: PathLike, header: dict[str, Any], like: Array
+    path: PathLike, header: dict[str, Any], like: Array, memory: int | None = None
 ) -> list[PreparedHead]:
     """Read the heads, for arrays of the library, device and dtype of ``like``."""
-    with naming_the_file(Path(path)), zipfile.ZipFile(path) as archive:
+    with naming_the_file(Path(path)), reading(Path(path)) as archive:
+        most = check_total(Path(path), archive, memory)
         arrays: list[dict[str, Array]] = [{} for _ in header["heads"]]
-        for name in archive.namelist():
-            number, _, own = name.removesuffix(".npy").partition("/")
-            if own:
-                with archive.open(name) as member:
-                    array = npy.read_array(member, allow_pickle=False)
-                arrays[int(number)][own] = array
+        for name, info in members_of(archive).items():
+            number, _, own = name.partition("/")
+            if name == META:
+                continue
+            if not (number.isdecimal() and own and int(number) < len(arrays)):
+                raise ValueError(f"holds {name}, which belongs to no head")
+            arrays[int(number)][own] = read_member(archive, name, info, most)
         try:
-            return [
+            found = [
                 _unpack(own, values, like)
                 for own, values in zip(arrays, header["heads"], strict=True)
             ]
         except (KeyError, IndexError) as error:
             raise ValueError(f"lacks {error}") from error
+        # what says more comes first
+        for place, members in enumerate(arrays):
+            check_sums({f"{place}/{name}": x for name, x in members.items()}, header)
+            _check_widths(members, header["options"])
+    return found
+
+
+def _check_widths(arrays: dict[str, Array], options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where arrays cannot be rows of queries, keys or values."""
+    widths = {"probe_query": "d", "sample": "d", "key": "d", "tail_key": "d"}
+    widths |= {"value": "p", "tail_value": "p"}
+    for name, side in widths.items():
+        x = arrays.get(name)
+        if x is not None and (x.ndim != 2 or x.shape[1] != options[side]):
+            raise ValueError(
+                f"{name} has shape {x.shape}, expected {options[side]} columns"
+            )
+    for key, value in (("key", "value"), ("tail_key", "tail_value")):
+        if key in arrays and len(arrays[key]) != len(arrays[value]):
+            raise ValueError(f"{key} and {value} have different numbers of rows")
 
 
 def _unpack(
@@ -147,7 +207,7 @@ def _unpack_plan(packed: dict[str, Any]) -> Plan:
     method = _METHODS[packed["method"]](**packed["fields"])
     return Plan(
         method,
-        packed["predicted_error"],
-        packed["predicted_seconds"],
+        float(packed["predicted_error"]),
+        float(packed["predicted_seconds"]),
         packed["reason"],
     )

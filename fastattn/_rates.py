@@ -130,7 +130,8 @@ def seconds_a_product() -> float:
 
 def cache_path() -> Path:
     """Where rates are kept: $FASTATTN_CACHE, or by the XDG Base Directory rules."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    # a user who is in no list of users has no home: the path stays as it is then
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(
         os.environ.get("FASTATTN_CACHE") or Path(home, "fastattn"), "rates.json"
     )
@@ -142,6 +143,8 @@ def keep(rates: Rates, product: float) -> Path:
     from tempfile import NamedTemporaryFile
 
     path = cache_path()
+    if path.parts[0] == "~":
+        raise OSError("this user has no home: say where in FASTATTN_CACHE")
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {**_fitting(), "product": product, "rates": asdict(rates)}
     with NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
@@ -239,3 +242,12 @@ def _name() -> str:
 
 _overriding: ContextVar[Rates | None] = ContextVar("_overriding", default=None)
 _lock = threading.Lock()
+
+
+def _begin_as_child() -> None:
+    """Let go of the lock: the thread that measured is not in the child."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_as_child)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._batch import Batch, check_mask, check_rows, pick
+from fastattn._batch import Batch, check_rows, pick, read_mask
 from fastattn._ops.tensor import attend_tuples
 from fastattn._problem import HeadAnswer, rounded_answer
 from sketching._lib.arrays import (
@@ -149,7 +149,7 @@ class TensorBatch:
     ) -> "TensorBatch":
         """Check all inputs of a call."""
         keys, values = _as_tuple("keys", keys), _as_tuple("values", values)
-        masks = (None,) * len(keys)
+        masks: tuple[Any, ...] = (None,) * len(keys)
         if key_mask is not None:
             masks = _as_tuple("key_mask", key_mask)
         for name, given in (("values", values), ("key_mask", masks)):
@@ -160,11 +160,10 @@ class TensorBatch:
                 )
         query, keys, values = _checked_arrays(query, keys, values)
         is_causal = check_flag("is_causal", is_causal)
-        shapes = [x.shape[:-2] for x in (query, *keys, *values)]
-        for key, mask in zip(keys, masks, strict=True):
-            if mask is not None:
-                check_mask(array_namespace(query), mask, key, query)
-                shapes.append(mask.shape[:-1])
+        inputs = (query, *keys, *values)
+        shapes = [x.shape[:-2] for x in inputs]
+        masks = _checked_masks(masks, keys, inputs)
+        shapes += [mask.shape[:-1] for mask in masks if mask is not None]
         try:
             lead = np.broadcast_shapes(*shapes)
         except ValueError as error:
@@ -231,6 +230,20 @@ def _as_tuple(name: str, given: Any) -> tuple[Any, ...]:
     if not given:
         raise ValueError(f"{name}: expected at least one factor, got none")
     return given
+
+
+def _checked_masks(
+    masks: tuple[Any, ...], keys: tuple[Array, ...], inputs: tuple[Array, ...]
+) -> tuple[Any, ...]:
+    """Check the masks of those factors that have one."""
+    xp = array_namespace(inputs[0])
+    found: list[Any] = []
+    for s, (key, mask) in enumerate(zip(keys, masks, strict=True)):
+        if mask is None:
+            found.append(None)
+        else:
+            found.append(read_mask(f"key_mask[{s}]", xp, mask, key, inputs))
+    return tuple(found)
 
 
 def _checked_arrays(

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import re
@@ -16,7 +15,9 @@ from fastattn import formats
 from fastattn._explanation import Run, brief
 from fastattn._file_heads import METHODS, Answers, FileHeads, name_of, progress
 from fastattn._file_rows import FileHead, Step
+from fastattn._memory import usable_memory
 from fastattn._streaming import attend_streamed, explain_streamed
+from sketching._lib.json_text import as_text
 
 # what a command has to say: for machines, and for people
 _Answer: TypeAlias = tuple[dict[str, Any], str]
@@ -45,17 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(argv)
         report, text = options.answer(options)
-        print(json.dumps(report, allow_nan=False) if options.json else text, flush=True)
+        print(as_text(report) if options.json else text, flush=True)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # the reader has seen enough; let the interpreter flush into nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"fastattn: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except MemoryError as error:
+        _complain(f"not enough memory: {error}; allow less by --memory")
+        return 2
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
+        _complain(str(error))
         return 2
     return 0
+
+
+def _complain(message: str) -> None:
+    print(f"fastattn: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,20 +165,17 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=_NATURAL, default=0, help="of the samples (default: 0)")
     add(
-        "--memory", type=_SIZE, default=_physical_memory() // 4, metavar="SIZE",
+        "--memory", type=_SIZE, default=usable_memory() // 4, metavar="SIZE",
         help="bytes to use, as 1.5GB: larger heads are streamed from the file, piece "
-        "by piece (default: a quarter of the machine's)",
+        "by piece (default: a quarter of the machine's, or of a limit on the process)",
     )  # fmt: skip
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _attend(options: Any) -> _Answer:
     """Answer every head and write the outputs with their certificates."""
     formats.check_output(options.output)
     problem = FileHeads.of(options)
+    problem.check_room()
     heads: list[dict[str, Any]] = []
     with Answers.beside(options.output, problem) as answers:
 

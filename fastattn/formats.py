@@ -4,7 +4,6 @@ What a file stores as plain bytes is memory-mapped, so that a file larger than m
 can be worked through head by head.
 """
 
-import json
 import math
 import mmap
 import os
@@ -19,6 +18,7 @@ from numpy.lib import format as npy
 from fastattn._input_files import META, native, read_npz, read_safetensors
 from sketching._lib.arrays import Array
 from sketching._lib.files import naming_the_file, replacing
+from sketching._lib.json_text import as_text
 
 PathLike: TypeAlias = str | os.PathLike[str]
 # entries of a memory map that are written at once
@@ -45,7 +45,8 @@ def read_inputs(path: PathLike) -> tuple[Array, Array, Array, dict[str, Any]]:
     meta : dict
         The JSON object of the string ``meta`` in the file (an array of an ``.npz``,
         an entry of the metadata of a ``.safetensors``), all metadata of a
-        ``.safetensors`` file without it, else empty.
+        ``.safetensors`` file without it, else empty. NaN and infinities, which some
+        writers put into JSON, are strings.
 
     Raises
     ------
@@ -81,7 +82,7 @@ def read_stored(
     path : str or path
         As there.
     most : float, optional
-        Bytes that a compressed array may take in memory.
+        Bytes that compressed arrays may take in memory, and a header a share of.
 
     Returns
     -------
@@ -93,7 +94,7 @@ def read_stored(
     Raises
     ------
     ValueError
-        As there, and if a compressed array takes more than ``most`` bytes.
+        As there, and if compressed arrays take more than ``most`` bytes.
     OSError
         If the file cannot be read.
 
@@ -133,7 +134,8 @@ def write_output(
     arrays : mapping of str to array
         What to write. Memory maps are streamed.
     metadata : mapping
-        Stored as a JSON string named ``meta``.
+        Stored as a JSON string named ``meta``; NaN and infinities, which JSON does not
+        have, as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
 
     Raises
     ------
@@ -160,7 +162,7 @@ def write_output(
     path = Path(path)
     check_output(path)
     _, write = _format_of(path)
-    text = json.dumps(dict(metadata))
+    text = as_text(dict(metadata))
     plain = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     for name, x in plain.items():
         if x.dtype.hasobject or name == META:

@@ -56,7 +56,8 @@ def linear_attention(
     is_causal : bool, default False
         Query ``i`` sees keys ``j <= i`` only.
     key_mask : boolean array, shape (..., m), optional
-        True for keys that take part. A row that sees no key gets zeros.
+        True for keys that take part, as in :func:`attention`. A row that sees no key
+        gets zeros.
     decay : float or array, optional
         With ``is_causal``: the weight of key ``j`` for query ``i`` is multiplied by
         ``decay ** (i - j)``, as in a retention layer. One number between 0 and 1, or

@@ -57,7 +57,7 @@ def prepare(
         The factor of the logits. By default ``d ** -0.5``, of tensor attention
         ``1 / d``.
     key_mask : boolean array, shape (..., m), optional
-        True for keys that take part.
+        True for keys that take part, as in :func:`attention`.
     method : AttentionMethod, optional
         ``Auto()`` by default: the structure with the cheapest query. ``Exact()`` keeps
         the keys, ``Polynomial(...)`` keeps sums; it is refused where it misses ``tol``.
@@ -150,7 +150,9 @@ def prepare(
     return Prepared(heads, like, options)
 
 
-def load(path: PathLike, *, like: Array | None = None) -> Prepared:
+def load(
+    path: PathLike, *, like: Array | None = None, memory: int | None = None
+) -> Prepared:
     """Read what :meth:`Prepared.save` wrote.
 
     Parameters
@@ -160,6 +162,10 @@ def load(path: PathLike, *, like: Array | None = None) -> Prepared:
     like : array, optional
         The structure is to be used with arrays of its library, device and dtype; by
         default NumPy arrays of the dtype of the keys.
+    memory : int, optional
+        Bytes that the arrays of the file may take; by default 16 times its size, and
+        at least 64 MiB. ``save`` does not compress: only a file that somebody packed,
+        perhaps to do harm, takes more than its size.
 
     Returns
     -------
@@ -169,8 +175,9 @@ def load(path: PathLike, *, like: Array | None = None) -> Prepared:
     Raises
     ------
     ValueError
-        If the file is truncated, of another kind or of a newer version, or if ``like``
-        has another dtype; the message names the path.
+        If the file is truncated or damaged, of another kind or of a newer version, if
+        it unpacks to more than ``memory``, or if ``like`` has another dtype; the
+        message names the path.
     OSError
         If the file cannot be read.
 
@@ -187,8 +194,8 @@ def load(path: PathLike, *, like: Array | None = None) -> Prepared:
     >>> np.array_equal(again.query(query).value, prepared.query(query).value)
     True
     """
-    header = read_header(path)
-    options = header.get("options", {})
+    header = read_header(path, memory)
+    options = header["options"]
     name = options.get("dtype")
     if like is None:
         if name not in ("float16", "float32", "float64"):
@@ -197,4 +204,4 @@ def load(path: PathLike, *, like: Array | None = None) -> Prepared:
     array_namespace(like)
     if str(like.dtype).rpartition(".")[2] != name:
         raise ValueError(f"{path}: holds {name} keys, but like is {like.dtype}")
-    return Prepared(read_heads(path, header, like), like, options)
+    return Prepared(read_heads(path, header, like, memory), like, options)

@@ -48,8 +48,8 @@ def tensor_attention(
     is_causal : bool, default False
         Query ``i`` sees tuples whose keys are all numbered ``<= i``.
     key_mask : tuple of boolean array, shapes (..., m), or None, optional
-        True for keys that take part, an entry for each factor, None for all keys. A row
-        that sees no tuple gets zeros.
+        True for keys that take part, an entry for each factor, each as in
+        :func:`attention`, None for all keys. A row that sees no tuple gets zeros.
     method : AttentionMethod, optional
         ``Auto()`` by default; ``Exact()`` or ``Polynomial()``; ``TensorWindow()`` for
         tuples of near keys only, ``StrassenAttention()`` and ``PathAttention()`` for

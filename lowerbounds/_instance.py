@@ -13,7 +13,22 @@ from sketching._lib.arrays import Array
 _BLOCK = 1 << 15
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class _Answer:
+    """Whether there is a solution, found when it is first asked for."""
+
+    def __get__(self, instance: Any, owner: Any) -> bool:
+        if instance is None:
+            raise AttributeError("has_solution is known of an instance")
+        if instance.__dict__["_answer"] is None:
+            self.__set__(instance, least_product(instance.vectors) == 0)
+        found: bool = instance.__dict__["_answer"]
+        return found
+
+    def __set__(self, instance: Any, answer: bool | None) -> None:
+        instance.__dict__["_answer"] = answer
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class VectorInstance:
     r"""Sets of 0/1 vectors, one vector of each to be chosen, with the known answer.
 
@@ -30,7 +45,8 @@ class VectorInstance:
     planted : tuple of int or None
         The rows of the planted solution.
     has_solution : bool
-        The answer.
+        The answer. Where it was not given it is found when it is first asked for,
+        which takes time proportional to the product of the sizes of the sets.
     yes, no : int
         What a solution reaches, and where all other tuples stay.
 
@@ -46,7 +62,7 @@ class VectorInstance:
 
     vectors: tuple[Array, ...]
     planted: tuple[int, ...] | None
-    has_solution: bool
+    has_solution: _Answer = _Answer()
     yes: int = 0
     no: int = 1
 
@@ -54,10 +70,9 @@ class VectorInstance:
     def from_vectors(
         cls, *vectors: Array, planted: tuple[int, ...] | None = None
     ) -> "VectorInstance":
-        """Ask for orthogonal vectors in given sets, and find the answer.
+        """Ask for orthogonal vectors in given sets.
 
-        Takes time proportional to the product of the sizes of the sets, unless
-        ``planted`` names a solution.
+        The answer is found when it is asked for, unless ``planted`` names a solution.
         """
         sets = tuple(
             as_bits(f"vectors[{s}]", x, vectors[0]) for s, x in enumerate(vectors)
@@ -65,10 +80,17 @@ class VectorInstance:
         if len(sets) < 2:
             raise ValueError(f"vectors: expected at least 2 sets, got {len(sets)}")
         if planted is None:
-            return cls(sets, None, least_product(sets) == 0)
+            return cls(sets, None, None)
         if product_of(sets, planted) != 0:
             raise ValueError(f"planted: the vectors {planted} are not orthogonal")
         return cls(sets, planted, True)
+
+    def __repr__(self) -> str:
+        # without the answer, which may take hours
+        sizes = " x ".join(str(len(x)) for x in self.vectors)
+        return (
+            f"VectorInstance({sizes} vectors, d={self.d}, yes={self.yes}, no={self.no})"
+        )
 
     @property
     def parts(self) -> int:
@@ -91,7 +113,8 @@ def as_bits(name: str, given: Any, like: Any = None) -> Array:
     x = np.asarray(given)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name}: expected a non-empty matrix, got shape {x.shape}")
-    if not np.isin(x, (0, 1)).all():
+    good = x.max() <= 1 if x.dtype == np.uint8 else np.isin(x, (0, 1)).all()
+    if not good:
         raise ValueError(f"{name}: expected entries 0 and 1 only")
     if like is not None and x.shape[1] != np.shape(like)[-1]:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lowerbounds._dimacs import read_dimacs
 from lowerbounds._instance import VectorInstance
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
@@ -22,6 +23,10 @@ from sketching._lib.validation import check_integer, check_number
 
 # bits that one set of vectors may have
 _MOST_BITS = 1 << 28
+# literals that are read: a formula of more is too large, or repeats its clauses
+_MOST_LITERALS = 1 << 23
+# what formulas of python-sat hold beside their clauses
+_BESIDE = ("atmosts", "atms", "xors", "soft")
 
 
 def from_cnf(clauses_or_path: Any, parts: int = 2) -> VectorInstance:
@@ -35,23 +40,25 @@ def from_cnf(clauses_or_path: Any, parts: int = 2) -> VectorInstance:
     Parameters
     ----------
     clauses_or_path : str, PathLike, formula or iterable of iterable of int
-        A file in the DIMACS format, a formula of python-sat (an object with
-        ``clauses``), or clauses as lists of literals: v for variable v, -v for its
-        negation.
+        A file in the DIMACS format, plain or compressed by gzip, bzip2 or xz, a
+        formula of python-sat (an object with ``clauses``), or clauses as lists of
+        literals: v for variable v, -v for its negation.
     parts : int
         The number of sets, :math:`k`.
 
     Returns
     -------
     VectorInstance
-        The vectors; ``has_solution`` says whether the formula can be satisfied. Row
-        ``i`` of a set is the assignment of its variables that the binary digits of
-        ``i`` spell, the first variable leading.
+        The vectors. ``has_solution`` says whether the formula can be satisfied: it is
+        found when it is asked for, by looking at all :math:`2^v` tuples. Row ``i`` of
+        a set is the assignment of its variables that the binary digits of ``i`` spell,
+        the first variable leading.
 
     Raises
     ------
     ValueError
-        If the file or a clause cannot be read.
+        If the file or a clause cannot be read, or if a formula has constraints beside
+        its clauses, such as the cardinalities of a ``CNFPlus``.
     RefusalError
         If the vectors would be too many to be written down.
 
@@ -68,7 +75,7 @@ def from_cnf(clauses_or_path: Any, parts: int = 2) -> VectorInstance:
     ([(4, 4), (2, 4)], True)
     """
     parts = check_integer("parts", parts, least=2)
-    clauses = list(_clauses_of(clauses_or_path))
+    clauses = _limited(_clauses_of(clauses_or_path))
     # variables that no clause has would only double the vectors
     variables = sorted({abs(literal) for clause in clauses for literal in clause})
     split = [x.tolist() for x in np.array_split(np.array(variables, int), parts)]
@@ -120,6 +127,20 @@ def random_formula(
     return clauses
 
 
+def _limited(clauses: Iterable[list[int]]) -> list[list[int]]:
+    """Collect the clauses; a file may hold more than memory."""
+    found, literals = [], 0
+    for clause in clauses:
+        found.append(clause)
+        literals += 1 + len(clause)
+        if literals > _MOST_LITERALS:
+            raise RefusalError(
+                f"the formula has more than {_MOST_LITERALS} literals: its vectors "
+                "cannot be written down"
+            )
+    return found
+
+
 def _check_size(variables: int, most: int, clauses: int, parts: int) -> None:
     if most + clauses.bit_length() > _MOST_BITS.bit_length():
         raise RefusalError(
@@ -130,24 +151,36 @@ def _check_size(variables: int, most: int, clauses: int, parts: int) -> None:
 
 def _unsatisfied(variables: list[int], clauses: list[list[int]]) -> Array:
     """Which clauses each assignment of the variables leaves unsatisfied."""
-    column = {variable: j for j, variable in enumerate(variables)}
-    shifts = np.arange(len(variables))[::-1]
-    bits = np.arange(1 << len(variables))[:, None] >> shifts & 1
-    left = np.ones((len(bits), max(1, len(clauses))), dtype=np.uint8)
+    last = len(variables) - 1
+    shifts = {variable: last - j for j, variable in enumerate(variables)}
+    rows = np.arange(1 << len(variables), dtype=np.int32)
+    left = np.ones((len(rows), max(1, len(clauses))), dtype=np.uint8)
     if not clauses:
         # nothing can be left unsatisfied
         left[:] = 0
     for c, clause in enumerate(clauses):
         for literal in clause:
-            if abs(literal) in column:
-                left[bits[:, column[abs(literal)]] == (literal > 0), c] = 0
+            if abs(literal) in shifts:
+                bits = rows >> shifts[abs(literal)] & 1
+                left[bits == (literal > 0), c] = 0
     return left
 
 
 def _clauses_of(given: Any) -> Iterator[list[int]]:
     if isinstance(given, (str, os.PathLike)):
-        return _read_dimacs(Path(given))
-    clauses = getattr(given, "clauses", given)
+        return read_dimacs(Path(given))
+    for name in _BESIDE:
+        if name in vars(type(given)) or name in getattr(given, "__dict__", {}):
+            more = getattr(given, name)
+            if more:
+                raise ValueError(
+                    f"clauses_or_path: {type(given).__name__} has {len(more)} "
+                    f"constraints in {name} beside its clauses: encode them as clauses "
+                    "first (pysat.card, pysat.pb)"
+                )
+    # formulas of python-sat that are no clauses yet become them when they are gone
+    # through
+    clauses = given if hasattr(given, "clausify") else getattr(given, "clauses", given)
     if not isinstance(clauses, Iterable):
         raise TypeError(
             "clauses_or_path: expected a path, a formula or clauses, got "
@@ -168,69 +201,3 @@ def _checked(clauses: Iterable[Any]) -> Iterator[list[int]]:
                     f"clause {number}: expected integers other than 0, got {clause!r}"
                 )
         yield [int(x) for x in literals]
-
-
-def _read_dimacs(path: Path) -> Iterator[list[int]]:
-    """Yield the clauses of a file in the DIMACS format."""
-    clause: list[int] = []
-    header: tuple[int, int] | None = None
-    count = 0
-    with path.open(encoding="ascii", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            words = line.split()
-            if not words or words[0] == "c":
-                continue
-            # the files of SATLIB end with a line of a percent sign
-            if words[0] == "%":
-                break
-            if words[0] == "p":
-                header = _header(path, number, words, header)
-                continue
-            for literal in _literals(path, number, words, header):
-                if literal:
-                    clause.append(literal)
-                else:
-                    count += 1
-                    yield clause
-                    clause = []
-    if header is None:
-        raise ValueError(f"{path}: expected a line 'p cnf VARIABLES CLAUSES', got none")
-    if clause:
-        raise ValueError(f"{path}: the last clause, {clause}, does not end with 0")
-    if count != header[1]:
-        raise ValueError(f"{path}: expected {header[1]} clauses, got {count}")
-
-
-def _header(
-    path: Path, number: int, words: list[str], before: tuple[int, int] | None
-) -> tuple[int, int]:
-    sizes = words[2:]
-    good = words[:2] == ["p", "cnf"] and len(sizes) == 2
-    if before is not None or not (good and all(x.isdecimal() for x in sizes)):
-        raise ValueError(
-            f"{path}, line {number}: expected one line 'p cnf VARIABLES CLAUSES', got "
-            f"{' '.join(words)!r}"
-        )
-    return int(sizes[0]), int(sizes[1])
-
-
-def _literals(
-    path: Path, number: int, words: list[str], header: tuple[int, int] | None
-) -> list[int]:
-    """Read the literals of one line, 0 where a clause ends."""
-    try:
-        literals = [int(word) for word in words]
-    except ValueError:
-        raise ValueError(
-            f"{path}, line {number}: expected integers, got {' '.join(words)!r}"
-        ) from None
-    if header is None:
-        raise ValueError(
-            f"{path}, line {number}: expected 'p cnf VARIABLES CLAUSES' first"
-        )
-    for literal in literals:
-        if abs(literal) > header[0]:
-            raise ValueError(
-                f"{path}, line {number}: literal {literal} with {header[0]} variables"
-            )
-    return literals

@@ -15,7 +15,12 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from sketching._kmeans import Clustering, lloyd
 from sketching._kmedians import medians
 from sketching._lib.arrays import Array
-from sketching._lib.validation import check_choice, check_integer, check_number
+from sketching._lib.validation import (
+    check_choice,
+    check_finite,
+    check_integer,
+    check_number,
+)
 from sketching._metric_parameter import metric_of
 from sketching._ops.assign import cluster_sums, own_distances, two_nearest
 from sketching._progress import progress
@@ -65,6 +70,7 @@ class _Clusters(
         X = self._begin(X)
         offset = X.mean(axis=0)
         points = np.ascontiguousarray(self.metric_.whiten(X - offset))
+        _check_range(points)
         # as in scikit-learn the tolerance is in units of the mean variance
         tol = self.tol * float(np.mean(np.var(points, axis=0)))
         rng = self._rng()
@@ -108,10 +114,17 @@ class _Clusters(
             if self.init == "random":
                 return points[rng.choice(len(points), self.n_clusters, replace=False)]
             return first_centers(points, self.n_clusters, rng)
-        given = np.asarray(self.init, dtype=np.float64)
         wanted = (self.n_clusters, len(offset))
+        given = np.asarray(self.init)
+        if given.dtype.kind not in "fiub":
+            raise TypeError(
+                "init: expected 'k-means++', 'random' or an array of shape "
+                f"{wanted}, got {type(self.init).__name__}"
+            )
+        given = given.astype(np.float64)
         if given.shape != wanted:
             raise ValueError(f"init: expected shape {wanted}, got {given.shape}")
+        check_finite("init", given)
         return self.metric_.whiten(given - offset)
 
     def _keep(self, X: Array, found: Clustering) -> None:
@@ -167,12 +180,27 @@ class _Clusters(
             np.ascontiguousarray(self.metric_.whiten((x - middle).astype(X.dtype)))
             for x in (X, self.cluster_centers_)
         )
+        _check_range(points)
         return points, centers
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _check_range(points: Array) -> None:
+    """Raise ``ValueError`` where squared distances of whitened points overflow."""
+    # of two points twice as far apart as each is from the middle
+    most = np.sqrt(float(np.finfo(points.dtype).max) / (4 * points.shape[1]))
+    largest = max(-float(points.min()), float(points.max()))
+    if not largest < most:
+        raise ValueError(
+            f"X: squared distances overflow {points.dtype}: the largest entry of the "
+            f"whitened points is {largest:.3g}, expected less than {most:.3g}; scale X "
+            "or the metric down"
+            + ("" if points.dtype == np.float64 else ", or pass float64 arrays")
+        )
 
 
 class MahalanobisKMeans(_Clusters):
@@ -248,6 +276,7 @@ class MahalanobisKMeans(_Clusters):
             X = self._begin(X)
             offset = X.mean(axis=0)
             points = np.ascontiguousarray(self.metric_.whiten(X - offset))
+            _check_range(points)
             first = self._first(points, offset, self._rng())
             squares = squared_norms(first).astype(points.dtype)
             every = np.arange(len(X))

@@ -11,7 +11,13 @@ from sketching._ensemble import Ensemble
 from sketching._head_tail import HeadTail
 from sketching._index_engine import Engine, Mode
 from sketching._lib.arrays import Array
-from sketching._lib.files import naming_the_file, read_arrays, write_arrays
+from sketching._lib.files import (
+    check_sums,
+    naming_the_file,
+    read_arrays,
+    write_arrays,
+)
+from sketching._lib.validation import check_flag, check_integer, check_number
 from sketching._points import Points
 from sketching.distance_modes import Adaptive, Exact, Filter
 from sketching.metric import MahalanobisMetric
@@ -54,22 +60,25 @@ def write_index(path: Path, engine: Engine) -> None:
         write_arrays(path, arrays, header)
 
 
-def read_index(path: Path) -> Engine:
-    """Read the parts of an index."""
+def read_index(path: Path, memory: int | None = None) -> Engine:
+    """Read the parts of an index, which may take so many bytes."""
     with naming_the_file(path):
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
-        arrays, header = read_arrays(path, kind=_KIND, version=_VERSION)
+        arrays, header = read_arrays(path, kind=_KIND, version=_VERSION, memory=memory)
         for name, x in arrays.items():
             if x.dtype.kind == "f" and not np.isfinite(x).all():
                 raise ValueError(f"{name} has entries that are not finite")
-        return _engine_of(arrays, header)
+        engine = _engine_of(arrays, header)
+        check_sums(arrays, header)
+        return engine
 
 
 def _engine_of(arrays: dict[str, Array], header: dict[str, Any]) -> Engine:
     mode = _MODES[header["mode"]](**header["options"])
     metric = MahalanobisMetric(arrays["factor"])
-    promise = float(header["eps"]), float(header["delta"])
+    eps, delta = (check_number(x, header[x], above=0) for x in ("eps", "delta"))
+    promise = eps, delta
     engine = Engine(metric, mode, promise, np.random.default_rng(0))
     engine.points = Points.of_arrays(_part(arrays, "points."))
     if header["mode"] in _SKETCHES:
@@ -79,8 +88,9 @@ def _engine_of(arrays: dict[str, Array], header: dict[str, Any]) -> Engine:
         (engine.draws, engine.samples), header["streams"], strict=True
     ):
         stream.bit_generator.state = state
-    engine.answered = int(header["answered"])
-    engine.picks, engine.drawn_from = header["picks"], int(header["drawn_from"])
+    engine.answered = check_integer("answered", header["answered"], least=0)
+    engine.drawn_from = check_integer("drawn_from", header["drawn_from"], least=0)
+    engine.picks = check_flag("picks", header["picks"])
     _check_shapes(engine)
     return engine
 

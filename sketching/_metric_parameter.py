@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from sketching._lib.arrays import Array
+from sketching._lib.validation import check_finite
 from sketching.distance_modes import Adaptive, Exact, Filter
 from sketching.mahalanobis import MahalanobisIndex
 from sketching.metric import MahalanobisMetric
@@ -33,7 +34,7 @@ def metric_of(
     if isinstance(metric, MahalanobisMetric):
         found = metric.copy()
     else:
-        matrix = np.asarray(metric)
+        matrix = _as_matrix(metric)
         # an inverse is symmetric up to rounding only: from_matrix says if it is not
         if _looks_symmetric(matrix):
             found = MahalanobisMetric.from_matrix(matrix)
@@ -47,11 +48,25 @@ def metric_of(
     return found
 
 
+def _as_matrix(metric: Any) -> Array:
+    """Check what was given as a matrix."""
+    matrix = np.asarray(metric)
+    if matrix.ndim != 2 or matrix.dtype.kind not in "fiub":
+        got = f"shape {matrix.shape}"
+        if matrix.dtype.kind not in "fiub":
+            got = type(metric).__name__
+        more = "; numpy.diag makes a matrix of weights" if matrix.ndim == 1 else ""
+        raise ValueError(
+            "metric: expected 'covariance', a matrix of real numbers or a "
+            f"MahalanobisMetric, got {got}{more}"
+        )
+    check_finite("metric", matrix.astype(np.float64))
+    return matrix
+
+
 def _looks_symmetric(matrix: Array) -> bool:
     """Whether a matrix was meant as A: no factor is so nearly its transpose."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        return False
-    if matrix.dtype.kind not in "fiub":
+    if matrix.shape[0] != matrix.shape[1] or not matrix.size:
         return False
     skew = np.abs(matrix - matrix.T.astype(np.float64))
     return bool(skew.max() <= 1e-3 * np.abs(matrix).max())

@@ -195,7 +195,12 @@ class MahalanobisKNeighborsTransformer(
     """Rows to the sparse graph of their nearest neighbours in a Mahalanobis metric.
 
     What follows in a pipeline takes it as ``metric="precomputed"``: DBSCAN, Isomap,
-    TSNE, UMAP, or any estimator of scikit-learn that works on neighbours.
+    TSNE, or any estimator of scikit-learn that takes a sparse graph of neighbours. The
+    graph is not symmetric: a point may be among the nearest of another that is not
+    among its own. Estimators that want a matrix of all distances, or a symmetric one,
+    refuse it (scikit-learn's HDBSCAN, umap-learn): the larger of the entries of G and
+    of its transpose, ``G.maximum(G.T)``, is symmetric, and umap-learn takes the
+    neighbours themselves as ``precomputed_knn``.
 
     Parameters
     ----------

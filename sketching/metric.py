@@ -6,7 +6,7 @@ import numpy as np
 
 from sketching._covariance import inverse_factor, shrunk_covariance
 from sketching._lib.arrays import Array
-from sketching._lib.validation import check_finite, check_integer
+from sketching._lib.validation import check_dense, check_finite, check_integer
 from sketching._ops.updates import changed_factor
 
 
@@ -314,6 +314,7 @@ def as_update(a: Any, b: Any, shape: tuple[int, int]) -> tuple[Array, Array]:
 
 def as_points(name: str, x: Any, d: int) -> Array:
     """Check points of ``d`` entries; half precision and integers are widened."""
+    check_dense(name, x)
     points = np.asarray(x)
     if points.ndim != 2 or points.shape[1] != d:
         raise ValueError(f"{name}: expected shape (n, {d}), got {points.shape}")
@@ -330,6 +331,7 @@ def as_points(name: str, x: Any, d: int) -> Array:
 
 def _as_matrix(name: str, x: Any) -> Array:
     """Check a finite, non-empty matrix of real numbers; return it in float64."""
+    check_dense(name, x)
     matrix = np.asarray(x)
     if matrix.dtype.kind not in "fiub":
         raise TypeError(f"{name}: expected real numbers, got dtype {matrix.dtype}")

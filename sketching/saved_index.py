@@ -6,13 +6,17 @@ from sketching._index_files import PathLike, read_index
 from sketching.mahalanobis import MahalanobisIndex
 
 
-def load(path: PathLike) -> MahalanobisIndex:
+def load(path: PathLike, *, memory: int | None = None) -> MahalanobisIndex:
     """Read an index that :meth:`MahalanobisIndex.save` wrote.
 
     Parameters
     ----------
     path : str or path
         An ``.npz`` file.
+    memory : int, optional
+        Bytes that its arrays may take; by default 16 times the size of the file, and
+        at least 64 MiB. ``save`` does not compress: only a file that somebody packed,
+        perhaps to do harm, takes more than its size.
 
     Returns
     -------
@@ -22,7 +26,8 @@ def load(path: PathLike) -> MahalanobisIndex:
     Raises
     ------
     ValueError
-        If the file is truncated, of another kind, or of a newer release.
+        If the file is truncated or damaged, of another kind or of a newer release, or
+        if it unpacks to more than ``memory``.
     OSError
         If it cannot be read.
 
@@ -39,5 +44,5 @@ def load(path: PathLike) -> MahalanobisIndex:
     2
     """
     index = object.__new__(MahalanobisIndex)
-    index._engine = read_index(Path(path))
+    index._engine = read_index(Path(path), memory)
     return index

@@ -109,13 +109,20 @@ plt.show()
 # ``examples/transformer_heads.py`` registers the call with transformers, as
 # ``AttentionInterface.register("fastattn", attend)``, and runs all-MiniLM-L6-v2 on a
 # sequence of thousands of tokens. NumPy views share the memory of tensors on the CPU,
-# so that nothing is copied:
+# so that nothing is copied. Sentences of different lengths come padded. With
+# ``AttentionMaskInterface.register("fastattn", flash_attention_mask)`` the mask is that
+# of the tokens, ``(batch, n)``, which ``[:, None]`` makes one for all heads of a
+# sentence. Without it padding would be attended to, and embeddings would be those of
+# other sentences:
 #
 # .. code-block:: python
 #
 #    def attend(module, query, key, value, attention_mask, scaling=None, **_):
 #        arrays = [x.detach().numpy() for x in (query, key, value)]
-#        out = fastattn.attention(*arrays, tol=0.05, scale=scaling)
+#        seen = None
+#        if attention_mask is not None:
+#            seen = attention_mask.bool().numpy()[:, None]
+#        out = fastattn.attention(*arrays, tol=0.05, scale=scaling, key_mask=seen)
 #        return torch.from_numpy(out).transpose(1, 2), None
 #
 # It prints a table of the heads. This is one run on one thread, the first of six

@@ -1,5 +1,6 @@
 """Arrays follow the inputs: their library, their device, their precision."""
 
+import os
 import sys
 from typing import Any, TypeAlias
 
@@ -16,29 +17,65 @@ def array_namespace(*arrays: Array) -> Any:
     Raises
     ------
     TypeError
-        If an argument is no array, or if the arrays come from two libraries.
+        If an argument is no array, if the arrays come from two libraries, or if one is
+        a tensor that requires gradients while its library tracks them.
     """
     for x in arrays:
         if not array_api_compat.is_array_api_obj(x):
+            first = "x.toarray()" if is_sparse(x) else "numpy.asarray"
+            kind = "a sparse " if is_sparse(x) else ""
             raise TypeError(
-                f"expected arrays (numpy, cupy, torch, ...), got {type(x).__name__}: "
-                "convert with numpy.asarray first"
+                f"expected arrays (numpy, cupy, torch, ...), got {kind}"
+                f"{type(x).__name__}: convert with {first} first"
             )
+        _check_gradients(x)
     names = sorted({type(x).__module__.partition(".")[0] for x in arrays})
     if len(names) > 1:
         raise TypeError(f"arrays of one library expected, got a mix: {names}")
     return array_api_compat.array_namespace(*arrays)
 
 
+def _check_gradients(x: Array) -> None:
+    """Raise ``TypeError`` for a tensor whose gradients would be lost in silence."""
+    if not getattr(x, "requires_grad", False):
+        return
+    # the library is loaded already: it made the tensor
+    library = sys.modules[type(x).__module__.partition(".")[0]]
+    is_enabled = getattr(library, "is_grad_enabled", lambda: True)
+    if is_enabled():
+        raise TypeError(
+            f"a tensor of shape {tuple(x.shape)} requires gradients, which this call "
+            "does not track: wrap it in a torch.autograd.Function whose backward calls "
+            "fastattn.attention_vjp (examples/torch_autograd.py), or call it under "
+            "torch.no_grad() or with x.detach()"
+        )
+
+
+def is_sparse(x: Any) -> bool:
+    """Whether ``x`` is a sparse matrix of SciPy or CuPy."""
+    return ".sparse" in f".{type(x).__module__}." and hasattr(x, "toarray")
+
+
 def place_of(*arrays: Array) -> str | None:
     """Where fast bodies live for these arrays: "cpu", "gpu" or nowhere (None)."""
     first = type(arrays[0])
     if first.__module__ == "numpy":
-        return "cpu"
+        return "cpu" if _compiles() else None
     # cupy is only ever looked for when somebody else imported it
     if "cupy" in sys.modules and array_api_compat.is_cupy_array(arrays[0]):
         return "gpu"
     return None
+
+
+def _compiles() -> bool:
+    """Whether numba may compile: NUMBA_DISABLE_JIT=1 leaves the references."""
+    if "numba" in sys.modules:
+        return not sys.modules["numba"].config.DISABLE_JIT
+    try:
+        return not int(os.environ.get("NUMBA_DISABLE_JIT", "0"))
+    except ValueError:
+        # as numba reads it
+        return True
 
 
 def device_of(x: Array) -> Any:
@@ -47,7 +84,10 @@ def device_of(x: Array) -> Any:
 
 
 def plain(x: Array) -> Array:
-    """Return the same numbers in native byte order and without their gradients."""
+    """Return the same numbers in native byte order and without their history.
+
+    Where gradients would be tracked, :func:`array_namespace` has refused them.
+    """
     if array_api_compat.is_torch_array(x):
         return x.detach() if x.requires_grad else x
     if array_api_compat.is_numpy_array(x) and not x.dtype.isnative:

@@ -8,10 +8,22 @@ that importing the package loads neither numba nor cupy.
 
 import functools
 import importlib
+import os
+import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from sketching._lib.arrays import Array, place_of
+
+# held while a body is imported, so that no fork copies half of one: the child would
+# wait for the thread that imports it
+_importing = threading.RLock()
+os.register_at_fork(
+    before=_importing.acquire,
+    after_in_parent=_importing.release,
+    after_in_child=_importing.release,
+)
 
 
 class Op:
@@ -20,6 +32,7 @@ class Op:
     def __init__(self, reference: Callable[..., Any], places: tuple[str, ...]) -> None:
         self.reference = reference
         self.places = places
+        self._modules: dict[str, ModuleType] = {}
         functools.update_wrapper(self, reference)
 
     def __call__(self, *arrays: Array, **options: Any) -> Any:
@@ -30,9 +43,14 @@ class Op:
         """Return the body for ``place``, the reference where there is none."""
         if place is None or place not in self.places:
             return self.reference
-        package, _, module = self.reference.__module__.rpartition(".")
-        found = importlib.import_module(f"{package}.{place}.{module}")
-        body: Callable[..., Any] = getattr(found, self.reference.__name__)
+        if place not in self._modules:
+            package, _, module = self.reference.__module__.rpartition(".")
+            with _importing:
+                found = importlib.import_module(f"{package}.{place}.{module}")
+            self._modules[place] = found
+        body: Callable[..., Any] = getattr(
+            self._modules[place], self.reference.__name__
+        )
         return body
 
 

@@ -7,9 +7,14 @@ user's settings (``OPENBLAS_NUM_THREADS``, ``threadpoolctl``) say how many.
 Blocks may run blocks: heads side by side, each of which spreads its own. There is one
 crew of threads for all of them. It takes from the oldest blocks, whole heads, first;
 where those have run out, it helps with the blocks within.
+
+An interrupt ends all of it: blocks that have not begun never do, those that have end
+the blocks within them. A process that forks while other threads compute leaves a child
+without those threads: it begins with a crew of its own.
 """
 
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,8 +22,11 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
-_lock = threading.Lock()
+# a signal may come in while it is held, and whoever handles that may fork
+_lock = threading.RLock()
 _held = 0
+# processes that this one was forked from
+_forks = 0
 _limiter: Any = None
 _threads = 1
 _crew: Any = None
@@ -63,25 +71,64 @@ def single_threaded_blas() -> Iterator[int]:
             info = controller.info()
             # a BLAS that was loaded after the user set a limit does not know of it
             _threads = min((int(pool["num_threads"]) for pool in info), default=1)
-            _release()
-            _limiter = controller.limit(limits=1)
+            _limiter = _limited(controller, info)
             _crew = _Crew(_threads - 1)
         _held += 1
-        threads = _threads
+        threads, forks = _threads, _forks
     done = None
     try:
         yield threads
     finally:
         with _lock:
-            _held -= 1
-            if _held == 0:
-                done, _crew = _crew, None
-                _release()
-                _limiter.restore_original_limits()
-                _limiter = None
-                _release()
+            # a child that was forked within has released what its parent holds
+            if forks == _forks:
+                _held -= 1
+                if _held == 0:
+                    done, _crew = _crew, None
+                    limiter, _limiter = _limiter, None
+                    _restore(limiter)
         if done:
             done.dismiss()
+
+
+def _limited(controller: Any, info: Any) -> Any:
+    """Hold BLAS to one thread; an interrupt leaves what was."""
+    _release()
+    try:
+        return controller.limit(limits=1)
+    except BaseException:
+        for library, known in zip(controller.lib_controllers, info, strict=True):
+            library.set_num_threads(known["num_threads"])
+        raise
+
+
+def _restore(limiter: Any) -> None:
+    """Give BLAS its threads back, even if an interrupt comes in between."""
+    try:
+        _release()
+        limiter.restore_original_limits()
+        _release()
+    except BaseException:
+        limiter.restore_original_limits()
+        raise
+
+
+def _begin_as_child() -> None:
+    """Let go of what threads of the parent held, which are not in the child."""
+    global _crew, _forks, _held, _limiter, _lock  # noqa: PLW0603
+    _lock = threading.RLock()
+    limiter, is_held = _limiter, _held > 0
+    _forks, _held, _limiter, _crew = _forks + 1, 0, None, None
+    if is_held and limiter is not None:
+        _restore(limiter)
+
+
+# no other thread is between two of its states when the process is copied
+os.register_at_fork(
+    before=lambda: _lock.acquire(),  # noqa: PLW0108 (a child has a lock of its own)
+    after_in_parent=lambda: _lock.release(),  # noqa: PLW0108
+    after_in_child=_begin_as_child,
+)
 
 
 def run_blocks(work: Callable[[int], None], starts: range) -> None:
@@ -104,6 +151,7 @@ class _Work:
     def __init__(self, call: Callable[[int], None], starts: range) -> None:
         self.call, self.starts = call, starts
         self.taken = self.running = 0
+        self.interrupted = False
         self.errors: dict[int, BaseException] = {}
         self.parent = _current.get()
         # what NumPy was told about overflows holds in every thread
@@ -113,7 +161,15 @@ class _Work:
     @property
     def is_open(self) -> bool:
         """Whether there is a call left to begin."""
-        return self.taken < len(self.starts) and not self.errors
+        return self.taken < len(self.starts) and not self.errors and not self.is_stopped
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether an interrupt ended this work, or that whose call opened it."""
+        work: _Work | None = self
+        while work is not None and not work.interrupted:
+            work = work.parent
+        return work is not None
 
     def is_within(self, other: "_Work | None") -> bool:
         """Whether a call of the other's, or of those within, opened this work."""
@@ -125,11 +181,22 @@ class _Work:
     def raise_first(self) -> None:
         """Raise what a loop would have raised; an interrupt before all else."""
         if self.errors:
-            first = min(self.errors)
-            for number, error in self.errors.items():
-                if not isinstance(error, Exception):
-                    first = number
-            raise self.errors[first]
+            raise min(self.errors.items(), key=_rank)[1]
+        if self.is_stopped:
+            # the work whose call this is was interrupted, and raises what did that
+            raise _Stopped
+
+
+class _Stopped(BaseException):
+    """Ends calls whose answer nobody waits for."""
+
+
+def _rank(one: tuple[int, BaseException]) -> tuple[int, int]:
+    """Interrupts before other errors, those that they caused last."""
+    number, error = one
+    if isinstance(error, _Stopped):
+        return 2, number
+    return int(isinstance(error, Exception)), number
 
 
 # whose call this thread, or the one that it works for, is in
@@ -160,6 +227,10 @@ class _Crew:
                     # a head that others compute may leave blocks to help with
                     if not (self._step(work) or self._step(within=work)):
                         self.changed.wait()
+            except BaseException:
+                # an interrupt, while others compute
+                work.interrupted = True
+                raise
             finally:
                 self.works.remove(work)
                 # it leads back to the work: what the calls hold would stay in memory
@@ -203,6 +274,8 @@ class _Crew:
         work.running -= 1
         if error is not None:
             work.errors[number] = error
+            # other errors may not be the first that a loop would meet
+            work.interrupted |= not isinstance(error, Exception)
         if not (work.running or work.is_open):
             self.changed.notify_all()
         return True

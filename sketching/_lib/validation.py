@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sketching._lib.arrays import Array, array_namespace
+from sketching._lib.arrays import Array, array_namespace, is_sparse
 
 # entries that are looked at at once: masks of them stay small
 _ENTRIES = 1 << 22
@@ -18,6 +18,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_dense(name: str, x: Any) -> None:
+    """Raise ``TypeError`` for sparse matrices, which NumPy takes for one object."""
+    if is_sparse(x):
+        raise TypeError(
+            f"{name}: expected a dense array, got a sparse {type(x).__name__}: "
+            "convert it with .toarray()"
+        )
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -64,6 +73,12 @@ def check_float_shape(name: str, x: Array, *, least_ndim: int) -> None:
         raise TypeError(
             f"{name}: expected a floating-point dtype, got {x.dtype}; "
             f"supported are {', '.join(_DTYPES)}"
+        )
+    if isinstance(x, np.ndarray) and x.dtype.kind != "f":
+        raise TypeError(
+            f"{name}: expected a floating-point dtype of NumPy, got {x.dtype} of "
+            f"{x.dtype.type.__module__}: bfloat16 is supported in arrays of libraries "
+            "that have it, such as torch; convert with x.astype(numpy.float32)"
         )
     if x.ndim < least_ndim:
         raise ValueError(

@@ -275,7 +275,8 @@ def test_tensors_that_require_gradients_are_answered_quietly(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     options = {"dtype": getattr(torch, name), "requires_grad": True}
     arrays = [torch.tensor(x, **options) for x in inputs()]
-    value = approximate(*arrays, tol=0.1, rng=0).value
+    with torch.no_grad():
+        value = approximate(*arrays, tol=0.1, rng=0).value
     assert value.dtype == options["dtype"]
     assert not value.requires_grad
 
@@ -287,3 +288,13 @@ def test_masked_arrays_are_sent_to_key_mask():
         attention(np.ma.masked_array(query), key, value)
     with pytest.raises(TypeError, match="key_mask: expected an array without a mask"):
         attention(query, key, value, key_mask=masked)
+
+
+def test_bfloat16_of_numpy_is_refused_with_what_to_do(tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    arrays = [x.astype(ml_dtypes.bfloat16) for x in inputs()]
+    message = r"expected a floating-point dtype of NumPy, got bfloat16 .*float32"
+    with pytest.raises(TypeError, match=f"query: {message}"):
+        attention(*arrays)
+    with pytest.raises(TypeError, match=message):
+        fastattn.prepare(*arrays[1:], queries=arrays[0])

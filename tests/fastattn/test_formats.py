@@ -90,6 +90,34 @@ def test_foreign_metadata_of_safetensors_stays_text(tmp_path, inputs):
     assert read_inputs(path)[3] == {"format": "np", "layer": "3"}
 
 
+@pytest.mark.parametrize("metadata", [None, {}])
+def test_metadata_of_safetensors_may_be_null(tmp_path, metadata):
+    header = {"__metadata__": metadata} | {name: ENTRY for name in "qkv"}
+    path = tmp_path / "inputs.safetensors"
+    path.write_bytes(raw_safetensors(header, X.tobytes()))
+    *found, meta = read_inputs(path)
+    assert meta == {}
+    for x in found:
+        np.testing.assert_array_equal(x, X)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_numbers_that_json_does_not_have_are_strings(tmp_path, inputs, suffix):
+    path = tmp_path / f"inputs{suffix}"
+    arrays = dict(zip("qkv", inputs, strict=True))
+    text = '\ufeff{"a": NaN, "b": [Infinity, -1e999]}'
+    if suffix == ".npz":
+        np.savez(path, **arrays, meta=np.array(text))
+    else:
+        safetensors.save_file(arrays, path, metadata={"meta": text})
+    meta = read_inputs(path)[3]
+    assert meta == {"a": "NaN", "b": ["Infinity", "-1e999"]}
+    write_output(tmp_path / "out.npz", arrays, {"a": np.nan, "b": [np.inf]})
+    with np.load(tmp_path / "out.npz") as file:
+        found = json.loads(str(file["meta"]), parse_constant=pytest.fail)
+    assert found == {"a": "NaN", "b": ["Infinity"]}
+
+
 def test_compressed_members_are_loaded(tmp_path, inputs):
     path = tmp_path / "inputs.npz"
     np.savez_compressed(path, **dict(zip("qkv", inputs, strict=True)))
@@ -189,6 +217,18 @@ BAD = {
     "integer.safetensors": (
         raw_safetensors({n: ENTRY | {"dtype": "I32"} for n in "qkv"}, bytes(24)),
         "q has dtype I32, expected one of",
+    ),
+    "metadata.safetensors": (
+        raw_safetensors({"__metadata__": [1]} | dict.fromkeys("qkv", 1), bytes(24)),
+        "its __metadata__ is a list",
+    ),
+    "long.safetensors": (
+        (1 << 27).to_bytes(8, "little") + bytes(1 << 20),
+        "truncated in its header",
+    ),
+    "bool.safetensors": (
+        raw_safetensors({n: ENTRY | {"shape": [True, 6]} for n in "qkv"}, bytes(24)),
+        "q has a malformed entry",
     ),
     "entry.safetensors": (
         raw_safetensors({name: {"dtype": "F32"} for name in "qkv"}),

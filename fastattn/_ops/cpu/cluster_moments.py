@@ -1,8 +1,8 @@
 """What keys and their clusters are to blocks of queries: weights, kinds, moments."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 

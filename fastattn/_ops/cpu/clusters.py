@@ -1,10 +1,10 @@
 """Halving in one compiled loop; products with the means of k-means by BLAS."""
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.clusters import SAMPLE, STEPS
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
 # rows whose products with all means exist at once, on each thread

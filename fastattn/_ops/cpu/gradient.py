@@ -7,11 +7,11 @@ own peak, sum and drift are known.
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu import gradient_tiles as tiles
 from fastattn._ops.cpu.tiles import multiplies_bytes
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # a block of logits, 512 x 256 float32, and the products beside it stay in cache

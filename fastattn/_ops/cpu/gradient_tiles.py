@@ -7,7 +7,6 @@ first-level cache while it is multiplied with queries, keys and derivatives.
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.derivative_tiles import (
     change_float_tile,
@@ -28,6 +27,7 @@ from fastattn._ops.cpu.tiles import (
     weigh_float_tile,
     weigh_pair_tile,
 )
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # queries that all keys pass before they do so again: up to so many, or so large a part

@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.linear import CHUNK
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # multiplications of a product that BLAS does without copying its factors first

@@ -6,7 +6,6 @@ loops, so that BLAS is left with a round number of columns.
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
 from fastattn._ops.cpu.products import Sums, rounds
@@ -14,6 +13,7 @@ from fastattn._ops.cpu.recurrence import add_polynomials, energies
 from fastattn._ops.cpu.tile_products import combine_functions
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 

@@ -5,7 +5,6 @@ by them, which fused loops hand back from each function to the one it was made f
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.blocks import span_of
 from fastattn._ops.cpu.products import Readout, Sums, rounds
@@ -13,6 +12,7 @@ from fastattn._ops.cpu.recurrence import add_polynomials, energies
 from fastattn._ops.cpu.tiles import whole_tiles
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # rows whose functions and derivatives exist at once, on each thread

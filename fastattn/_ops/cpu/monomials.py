@@ -4,10 +4,10 @@ Monomials are kept one to a row, so that each is a product of two contiguous row
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # sums that overflow are found by their total, so NumPy need not warn of them

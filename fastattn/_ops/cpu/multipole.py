@@ -1,7 +1,6 @@
 """Some blocks of queries share one reading of the keys; then BLAS, block by block."""
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.cluster_moments import (
     bend,
@@ -17,6 +16,7 @@ from fastattn._ops.cpu.softmax import _soften
 from fastattn._ops.cpu.tiles import multiplies_bytes
 from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # blocks of queries that share one reading of the keys, and numbers they may keep

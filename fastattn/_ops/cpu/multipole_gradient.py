@@ -5,7 +5,6 @@ one reading of the keys.
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.gradient import _combine, _differentiate, _soften
 from fastattn._ops.cpu.multipole import (
@@ -21,6 +20,7 @@ from fastattn._ops.cpu.multipole import (
 )
 from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # near keys that are done at once

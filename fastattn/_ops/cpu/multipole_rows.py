@@ -1,11 +1,11 @@
 """One row after the other: what it looks at is listed, then summed."""
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.multipole import _plain
 from fastattn._ops.multipole_rows import EXPONENT, LARGEST, SKEW, STEPS
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # rows that a thread answers at once

@@ -6,10 +6,10 @@ is small, so that logits are off by little; the mean's own logits are not rounde
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.packing import KEYS, NOTHING, add_values, pack_lanes, weigh_keys
 from fastattn._ops.cpu.tiles import COLUMNS, LANES, LOG2, pair
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # near keys whose largest logit a row's weights are relative to

@@ -5,7 +5,6 @@ four integers in units of a column's largest, or of a query's own.
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.tiles import (
     COLUMNS,
@@ -17,6 +16,7 @@ from fastattn._ops.cpu.tiles import (
     whole_tiles,
 )
 from fastattn._ops.quantized import STEPS
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
 # keys that pass a group at once: their weights stay in first-level cache

@@ -5,7 +5,6 @@ multiplies such numbers; sums are float32.
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.packing import pack_pair_lanes, pack_rows
 from fastattn._ops.cpu.tile_products import combine_functions, weigh_values
@@ -17,6 +16,7 @@ from fastattn._ops.cpu.tiles import (
     pair,
     whole_tiles,
 )
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 

@@ -1,7 +1,6 @@
 """Groups of queries, which all keys pass in short blocks of rounded numbers."""
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.packing import (
     KEYS,
@@ -16,6 +15,7 @@ from fastattn._ops.cpu.packing import (
 from fastattn._ops.cpu.softmax_tiles import largest_seen
 from fastattn._ops.cpu.tiles import COLUMNS, LANES, LOG2
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
 # queries that are answered by one task

@@ -1,8 +1,8 @@
 """Of many rows: polynomials from those that they are made from, and energies."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 

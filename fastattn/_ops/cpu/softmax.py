@@ -1,11 +1,11 @@
 """Exact softmax attention: BLAS for the products, one fused pass for the softmax."""
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.softmax_tiles import attend_tiles, serves
 from fastattn._ops.extreme import attend_scaled
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 from sketching._ops.cpu.features import has
 

@@ -5,7 +5,6 @@ are done at the speed of many, which they are not by BLAS, since it packs both s
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.tiles import (
     COLUMNS,
@@ -17,6 +16,7 @@ from fastattn._ops.cpu.tiles import (
 )
 from fastattn._ops.extreme import may_overflow
 from fastattn._ops.quantized import PROBES
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
 # keys that pass a group at once, after which their sums are added to those before:

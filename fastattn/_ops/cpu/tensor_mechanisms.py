@@ -7,10 +7,10 @@ last factor's keys, little longer than a window, of which each row leaves a part
 import math
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.tensor_mechanisms import expand
 from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # logits of a block: they stay in cache

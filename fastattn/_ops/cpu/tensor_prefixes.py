@@ -1,9 +1,9 @@
 """Prefix sums of every factor, multiplied into the rows of one block at a time."""
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.monomials import monomials
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # rows whose products of prefix sums exist at once: they stay in cache

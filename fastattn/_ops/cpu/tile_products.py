@@ -5,9 +5,9 @@ columns that takes as long as a good part of the products.
 """
 
 import numpy as np
-from numba import njit
 
 from fastattn._ops.cpu.tiles import COLUMNS, LANES, add_float_tile, has_tiles
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 

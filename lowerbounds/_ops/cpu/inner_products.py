@@ -1,12 +1,24 @@
 """Inner products of vectors of bits, 64 bits to a word."""
 
 import numpy as np
-from numba import njit, prange
+
+from sketching._lib.threads import run_blocks
+from sketching._ops.cpu.compile import njit
+
+# words that are met at once: a few hundredths of a second, then interrupts are heard
+_WORDS = 1 << 25
 
 
 def extremes(left, right):
     found = np.empty((2, 2, len(left)), dtype=np.int64)
-    _extremes(_words(left), _words(right), found)
+    left, right = _words(left), _words(right)
+    step = max(1, _WORDS // right.size)
+
+    def work(start):
+        rows = slice(start, start + step)
+        _extremes(left[rows], right, found[:, :, rows])
+
+    run_blocks(work, range(0, len(left), step))
     first = found[0, 0].argmin(), found[1, 0].argmax()
     return np.array(
         [(found[s, 0, i], i, found[s, 1, i]) for s, i in enumerate(first)],
@@ -18,10 +30,10 @@ def _words(packed):
     return np.ascontiguousarray(packed).view(np.uint64)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _extremes(left, right, found):
     # found[0] has the least product of each row and where, found[1] the largest
-    for i in prange(left.shape[0]):
+    for i in range(left.shape[0]):
         least, largest, low, high = 64 * left.shape[1] + 1, -1, 0, 0
         for j in range(right.shape[0]):
             product = 0

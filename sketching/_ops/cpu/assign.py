@@ -1,8 +1,8 @@
 """Assignments in tiles: a product by BLAS, then one pass that keeps the two least."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 from sketching._ops.cpu.spans import over_spans
 

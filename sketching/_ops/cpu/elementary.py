@@ -7,8 +7,10 @@ a few tenths and a few hundredths of a nanosecond a number.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
+
+from sketching._ops.cpu.compile import njit
 
 # sums may be reordered, so that they vectorise; NaN and infinity keep their meaning
 REASSOCIATE = {"reassoc", "contract", "nsz"}

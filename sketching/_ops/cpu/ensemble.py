@@ -1,8 +1,8 @@
 """Medians over sampled sketches, in tiles of points that stay in the cache."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 from sketching._ops.cpu.products import products
 from sketching._ops.cpu.spans import over_spans

@@ -1,8 +1,8 @@
 """The fast Walsh-Hadamard transform, one row in the cache at a time."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 from sketching._ops.cpu.spans import over_spans
 

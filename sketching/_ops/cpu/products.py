@@ -1,8 +1,8 @@
 """Products of rows with one vector, which run at the speed of memory."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 from sketching._ops.cpu.features import has
 

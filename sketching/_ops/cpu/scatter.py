@@ -1,8 +1,8 @@
 """Entries of rows, added to few coordinates each, a row at a time."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 from sketching._ops.cpu.spans import over_spans
 

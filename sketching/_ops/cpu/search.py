@@ -1,8 +1,8 @@
 """Exact distances of the points that lower bounds cannot rule out."""
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 from sketching._ops.cpu.spans import over_spans
 

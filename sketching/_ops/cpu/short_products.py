@@ -9,10 +9,11 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.features import has
 
 # steps of a length: no number of a row, and no sum of products, is beyond the integers

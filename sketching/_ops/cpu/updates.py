@@ -8,8 +8,8 @@ import functools
 import math
 
 import numpy as np
-from numba import njit
 
+from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 from sketching._ops.cpu.products import products as single_products
 from sketching._ops.cpu.short_products import is_fast, share, short_products, shortened
