@@ -73,12 +73,18 @@ class _KeyMetric:
         m = head.sizes[1]
         some = np.sort(rng.choice(m, min(m, _KEYS), replace=False))
         keys = host_rows(head.key, some).astype(np.float64)
+        tiny = float(np.finfo(np.float64).tiny)
+        # numbers of any size: neither the mean nor a square overflows
+        unit = max(float(np.abs(keys).max()), tiny)
+        keys /= unit
         center = keys.mean(axis=0)
         keys -= center
-        peak = max(float(np.abs(keys).max()), np.finfo(np.float64).tiny)
+        peak = max(float(np.abs(keys).max()), tiny)
         keys /= peak
         variances, axes = np.linalg.eigh(keys.T @ keys / len(keys))
-        return _KeyMetric(center, np.maximum(variances, 0.0), axes, peak)
+        return _KeyMetric(
+            center * unit, np.maximum(variances, 0.0), axes, max(peak * unit, tiny)
+        )
 
     @property
     def root(self) -> Array:
@@ -132,7 +138,8 @@ def _logit_spread(head: Head, metric: _KeyMetric) -> Array:
 def _first_mean(head: Head) -> Array:
     """Mean of the first queries, on the host."""
     few = head.query[: min(head.sizes[0], _BLOCK), :]
-    return to_host(head.xp.mean(head.xp.astype(few, head.dtype), axis=0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return to_host(head.xp.mean(head.xp.astype(few, head.dtype), axis=0))
 
 
 def _lengths(

@@ -227,6 +227,7 @@ class _Search:
         if not (now[0] > before[0] and _TINY < now[1] < before[1]):
             return False
         slope = _FASTER * math.log(before[1] / now[1]) / math.log(now[0] / before[0])
+        slope = max(slope, _FLATTEST)
         for wanted in (self.pilots.aim, self.pilots.last):
             # nothing more to do for what is met, though not comfortably
             if now[1] <= wanted:

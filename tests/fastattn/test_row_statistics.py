@@ -253,3 +253,25 @@ def test_auto_gives_the_failure_of_all_looks():
         head.query, head.key, head.value, tol=0.1, method=Auto(), rng=0
     )
     assert answer.certificate.failure in (0.0, FAILURE)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("share", [1e-3, 0.9])
+def test_statistics_of_numbers_at_the_end_of_the_range_are_made(dtype, part, share):
+    rng = np.random.default_rng(0)
+    arrays = dict(
+        zip(
+            ("query", "key", "value"),
+            rng.uniform(-1, 1, (3, 300, 4)).astype(dtype),
+            strict=True,
+        )
+    )
+    arrays[part] *= dtype(share) * np.finfo(dtype).max
+    head = Head(**arrays, scale=0.5)
+    found = row_statistics(head, rng)
+    assert not np.isnan(found.variance).any()
+    value, normalizer = np.zeros((300, 4), dtype), np.zeros(300, dtype)
+    guessed = guess_errors(found, SeenKeys.of(head, found, value, normalizer))
+    assert not np.isnan(guessed.squares).any()
+    assert len(guessed.hard) <= 300
