@@ -7,7 +7,7 @@ import numpy as np
 
 from sketching._lib.arrays import Array
 from sketching._ops.assign import cluster_sums, own_distances, two_nearest
-from sketching._points import Rounding
+from sketching._rounding import Rounding
 from sketching._seeding import squared_norms
 
 # share of points that may have changed above which own distances rule out few

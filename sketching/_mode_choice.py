@@ -51,9 +51,10 @@ def _open_share(request: Request, images: Array, slots: Array, size: int) -> flo
     """Measure on some points which share of distances the codes leave open."""
     rng = np.random.default_rng(0)
     sketch: HeadTail = Filter(size=size).draw(request, images)
-    sketch.resize(len(slots))
-    sketch.encode(np.arange(len(slots)), images)
+    codes = sketch.blank(len(slots))
+    sketch.encode(codes, slice(0, len(slots)), images)
+    sketch = sketch.with_table(sketch.table.extended(**codes))
     pilots = slots[rng.choice(len(slots), min(_PILOTS, len(slots)), replace=False)]
     points = request.points
-    queries = Queries(points, request.factor, points.some(pilots))
+    queries = Queries(points, request.factor, points.kept(pilots))
     return sketch.open_share(queries, request.eps)

@@ -15,8 +15,8 @@ from sketching._head_tail import HeadTail, principal_basis
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Certificate, RefusalError
 from sketching._lib.validation import check_flag, check_integer
-from sketching._points import UNLIKELY
 from sketching._request import Request, half_of_memory
+from sketching._rounding import UNLIKELY
 
 # where ``erfc`` is a tenth: nine sketches of ten keep eps with (this / eps)^2 rows
 _NINE_OF_TEN = 1.1630871536766743
@@ -134,7 +134,7 @@ class Filter:
     def draw(self, request: Request, images: Array) -> HeadTail:
         """Find the directions of the head from some mapped points."""
         basis = principal_basis(images, self.size, request.rng)
-        return HeadTail(basis, request.points.dtype.type)
+        return HeadTail.along(basis, request.points.dtype)
 
     def distances(self, request: Request) -> tuple[Array, Certificate]:
         """Answer from the codes where they are within eps, else exactly."""
@@ -242,7 +242,7 @@ class Adaptive:
         """Take the median of freshly sampled sketches."""
         queries = request.queries
         values = request.sketch.estimates(queries, self.sample(request), request.eps)
-        values = values.astype(queries.rows.dtype, copy=False)
+        values = values.astype(request.points.dtype, copy=False)
         return values, self.guarantee(request)
 
     def sample(self, request: Request) -> Array:

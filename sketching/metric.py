@@ -6,8 +6,14 @@ import numpy as np
 
 from sketching._covariance import inverse_factor, shrunk_covariance
 from sketching._lib.arrays import Array
+from sketching._lib.cell import Cell
+from sketching._lib.spare import Spare
 from sketching._lib.validation import check_finite, check_integer
 from sketching._ops.updates import changed_factor
+
+# a factor, which is never written in place, and whether it is suspected to be a
+# covariance's
+_Held = tuple[Array, bool]
 
 
 class MahalanobisMetric:
@@ -66,9 +72,9 @@ class MahalanobisMetric:
     """
 
     def __init__(self, factor: Array) -> None:
-        self._factor = _as_matrix("factor", factor).copy()
         # only a matrix that came in as A can have been meant as its inverse
-        self._is_suspect = False
+        self._cell = Cell((_as_matrix("factor", factor).copy(), False))
+        self._spare = Spare()
 
     @classmethod
     def from_matrix(cls, matrix: Array) -> "MahalanobisMetric":
@@ -104,7 +110,7 @@ class MahalanobisMetric:
         if not kept.any():
             raise ValueError("matrix: expected a matrix that is not zero")
         metric = cls(np.sqrt(values[kept])[:, None] * vectors[:, kept].T)
-        metric._is_suspect = True
+        metric._cell = Cell((metric._factor, True))
         return metric
 
     @classmethod
@@ -172,6 +178,10 @@ class MahalanobisMetric:
         return cls(inverse_factor(shrunk_covariance(points, shrinkage), ridge))
 
     @property
+    def _factor(self) -> Array:
+        return self._cell.value[0]
+
+    @property
     def factor(self) -> Array:
         """The factor U, ``(k, d)``, as a read-only view."""
         view = self._factor.view()
@@ -181,7 +191,8 @@ class MahalanobisMetric:
     @property
     def matrix(self) -> Array:
         """The matrix A, ``(d, d)``."""
-        return self._factor.T @ self._factor
+        factor = self._factor
+        return factor.T @ factor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -195,9 +206,7 @@ class MahalanobisMetric:
 
     def copy(self) -> "MahalanobisMetric":
         """Return a metric of its own with the same factor."""
-        other = MahalanobisMetric(self._factor)
-        other._is_suspect = self._is_suspect
-        return other
+        return _metric_of(self._cell.value)
 
     def whiten(self, X: Array) -> Array:
         """Map rows x to U x, between which Euclidean distance is this metric's.
@@ -252,7 +261,14 @@ class MahalanobisMetric:
         MahalanobisMetric
             This metric.
         """
-        add_update(self, *as_update(a, b, self.shape))
+        left, right = as_update(a, b, self.shape)
+
+        def change(held: _Held) -> tuple[_Held, None]:
+            factor, _ = changed_factor(held[0], left, right, out=self._spare.take())
+            self._spare.keep(held[0])
+            return (factor, False), None
+
+        self._cell.change(change)
         return self
 
     def refuse_covariance_of(self, points: Array) -> None:
@@ -261,12 +277,13 @@ class MahalanobisMetric:
         The two are told apart by their products with one vector. Where the covariance
         is its own inverse, as after whitening, there is nothing to confuse.
         """
-        if not self._is_suspect or len(points) < 3:
+        factor, is_suspect = self._cell.value
+        if not is_suspect or len(points) < 3:
             return
         probe = np.random.default_rng(0).standard_normal(points.shape[1])
         centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
         image = centred.T @ (centred @ probe)
-        product = self._factor.T @ (self._factor @ probe)
+        product = factor.T @ (factor @ probe)
         again = centred.T @ (centred @ product) / (len(points) - 1)
         if np.linalg.norm(again - probe) < 0.01 * np.linalg.norm(probe):
             return
@@ -281,13 +298,23 @@ class MahalanobisMetric:
                 )
 
 
-def add_update(metric: MahalanobisMetric, left: Array, right: Array) -> Array:
-    """Add a checked update; return ``U_t^T a_t`` of the factor before each of it."""
+def updated_metric(
+    metric: MahalanobisMetric, left: Array, right: Array, out: Array | None
+) -> tuple[MahalanobisMetric, Array]:
+    """Return the metric after a checked update, and ``U_t^T a_t`` before each of it.
+
+    ``out`` is memory for the factor, which is given up.
+    """
     # an update of one row is one of all, zero elsewhere
-    metric._factor, images = changed_factor(metric._factor, left, right)
-    metric._is_suspect = False
-    found: Array = images
-    return found
+    factor, images = changed_factor(metric._factor, left, right, out=out)
+    return _metric_of((factor, False)), images
+
+
+def _metric_of(held: _Held) -> MahalanobisMetric:
+    """Make a metric of a factor that nobody changes."""
+    metric = object.__new__(MahalanobisMetric)
+    metric._cell, metric._spare = Cell(held), Spare()
+    return metric
 
 
 def as_update(a: Any, b: Any, shape: tuple[int, int]) -> tuple[Array, Array]:
