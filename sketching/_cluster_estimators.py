@@ -19,6 +19,7 @@ from sketching._lib.validation import check_choice, check_integer, check_number
 from sketching._metric_parameter import metric_of
 from sketching._ops.assign import cluster_sums, own_distances, two_nearest
 from sketching._progress import progress
+from sketching._rounding import Rounding
 from sketching._seeding import first_centers, squared_norms
 
 _DTYPES = (np.float64, np.float32)
@@ -122,8 +123,14 @@ class _Clusters(
         size = self.n_clusters
         mass = np.bincount(found.members, weights, minlength=size)
         sums = cluster_sums(X, found.members, weights, n_clusters=size)
-        self.cluster_centers_ = (sums / mass[:, None]).astype(X.dtype)
-        self.labels_ = found.labels.astype(np.int32)
+        is_empty = mass == 0
+        centers = sums / np.where(is_empty, 1, mass)[:, None]
+        # fewer places than clusters: one of them has several centres
+        centers[is_empty] = X[0]
+        self.cluster_centers_ = centers.astype(X.dtype)
+        # from the centres as they are kept, so that these labels are those of predict
+        self.labels_ = self.predict(X)
+        self.n_distinct_ = len(np.unique(self.labels_))
         self.inertia_ = found.inertia
         self.n_iter_ = found.n_iter
 
@@ -156,8 +163,24 @@ class _Clusters(
     def _assigned(self, X: Array) -> tuple[Array, Array, Array]:
         """Whiten rows and find their centres."""
         points, centers = self._whitened(X)
-        squares = squared_norms(centers).astype(points.dtype)
-        labels, *_ = two_nearest(points, centers, squares, np.arange(len(points)))
+        squares = squared_norms(centers)
+        every = np.arange(len(points))
+        labels, least, second = two_nearest(
+            points, centers, squares.astype(points.dtype), every
+        )
+        # products of equal rows may be rounded apart: what is as good as a tie is
+        # decided by differences, of which equal rows have equal ones
+        unit = Rounding.of(points.dtype, points.shape[1]).unit
+        doubt = 2 * unit * (squared_norms(points) + squares.max())
+        close = np.flatnonzero(second - least <= doubt)
+        if len(close):
+            apart = np.stack(
+                [
+                    own_distances(points, centers, np.full(len(close), j), close)
+                    for j in range(len(centers))
+                ]
+            )
+            labels[close] = apart.argmin(axis=0)
         return points, centers, labels
 
     def _whitened(self, X: Array) -> tuple[Array, Array]:
@@ -210,6 +233,9 @@ class MahalanobisKMeans(_Clusters):
         The sum of squared distances to the nearest centres.
     n_iter_ : int
         Steps of the start that was kept.
+    n_distinct_ : int
+        Clusters that have a row: less than ``n_clusters`` where rows are of fewer
+        different places.
     metric_ : MahalanobisMetric
         The metric.
     counts_ : array, shape (n_clusters,)
@@ -307,6 +333,9 @@ class MahalanobisKMedians(_Clusters):
         The sum of distances to the nearest centres.
     n_iter_ : int
         Steps of the start that was kept.
+    n_distinct_ : int
+        Clusters that have a row: less than ``n_clusters`` where rows are of fewer
+        different places.
     metric_ : MahalanobisMetric
         The metric.
 

@@ -4,7 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from sketching._covariance import inverse_factor, shrunk_covariance
+from sketching._covariance import (
+    inverse_factor,
+    semidefinite_factor,
+    shrunk_covariance,
+)
 from sketching._lib.arrays import Array
 from sketching._lib.cell import Cell
 from sketching._lib.spare import Spare
@@ -75,10 +79,15 @@ class MahalanobisMetric:
         # only a matrix that came in as A can have been meant as its inverse
         self._cell = Cell((_as_matrix("factor", factor).copy(), False))
         self._spare = Spare()
+        self._dropped = np.empty(0)
 
     @classmethod
     def from_matrix(cls, matrix: Array) -> "MahalanobisMetric":
         """Factor a symmetric positive semidefinite matrix A, of any rank.
+
+        Its eigenvalues are taken in units in which its diagonal is one, so that columns
+        may be in units as different as they are. Those that are zero but for the
+        rounding of the matrix are dropped, and can be read from ``dropped``.
 
         Parameters
         ----------
@@ -97,20 +106,9 @@ class MahalanobisMetric:
             rounding, or is zero.
         """
         a = _as_symmetric("matrix", matrix)
-        values, vectors = np.linalg.eigh(a)
-        rounding = len(a) * np.finfo(np.float64).eps * np.abs(values).max()
-        # a matrix computed in float32 is off by its own rounding
-        rounding = max(rounding, _rounding_of(matrix) * np.abs(values).max())
-        if values[0] < -rounding:
-            raise ValueError(
-                "matrix: expected a positive semidefinite matrix, got one with the "
-                f"eigenvalue {values[0]:.3g} (the largest is {values[-1]:.3g})"
-            )
-        kept = values > rounding
-        if not kept.any():
-            raise ValueError("matrix: expected a matrix that is not zero")
-        metric = cls(np.sqrt(values[kept])[:, None] * vectors[:, kept].T)
-        metric._cell = Cell((metric._factor, True))
+        factor, dropped = semidefinite_factor(a, _rounding_of(matrix))
+        metric = _metric_of((factor, True))
+        metric._dropped = dropped
         return metric
 
     @classmethod
@@ -134,10 +132,12 @@ class MahalanobisMetric:
         Raises
         ------
         ValueError
-            If covariance and ridge have no inverse to working precision.
+            If covariance and ridge have no inverse to working precision, in units in
+            which the diagonal is one.
         """
+        rounding = _rounding_of(covariance)
         covariance = _as_symmetric("covariance", covariance)
-        return cls(inverse_factor(covariance, ridge))
+        return cls(inverse_factor(covariance, ridge, rounding))
 
     @classmethod
     def from_data(
@@ -189,6 +189,11 @@ class MahalanobisMetric:
         return view
 
     @property
+    def dropped(self) -> Array:
+        """Eigenvalues that ``from_matrix`` took for zero, where the diagonal is one."""
+        return self._dropped.copy()
+
+    @property
     def matrix(self) -> Array:
         """The matrix A, ``(d, d)``."""
         factor = self._factor
@@ -202,11 +207,15 @@ class MahalanobisMetric:
 
     def __repr__(self) -> str:
         k, d = self.shape
-        return f"MahalanobisMetric(<factor of shape ({k}, {d})>)"
+        count = len(self._dropped)
+        dropped = f", {count} eigenvalues dropped as zero" if count else ""
+        return f"MahalanobisMetric(<factor of shape ({k}, {d})>{dropped})"
 
     def copy(self) -> "MahalanobisMetric":
         """Return a metric of its own with the same factor."""
-        return _metric_of(self._cell.value)
+        other = _metric_of(self._cell.value)
+        other._dropped = self._dropped
+        return other
 
     def whiten(self, X: Array) -> Array:
         """Map rows x to U x, between which Euclidean distance is this metric's.
@@ -274,17 +283,23 @@ class MahalanobisMetric:
     def refuse_covariance_of(self, points: Array) -> None:
         """Raise where the matrix of the metric is the covariance of the points.
 
-        The two are told apart by their products with one vector. Where the covariance
-        is its own inverse, as after whitening, there is nothing to confuse.
+        The two are told apart by their products with one vector, in units in which the
+        points have variance one. Where the covariance is its own inverse, as after
+        whitening, there is nothing to confuse.
         """
         factor, is_suspect = self._cell.value
         if not is_suspect or len(points) < 3:
             return
         probe = np.random.default_rng(0).standard_normal(points.shape[1])
         centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+        spread = centred.std(axis=0)
+        spread[spread == 0] = 1
+        centred /= spread
         image = centred.T @ (centred @ probe)
+        inverse, factor = factor * spread, factor / spread
         product = factor.T @ (factor @ probe)
-        again = centred.T @ (centred @ product) / (len(points) - 1)
+        again = centred.T @ (centred @ (inverse.T @ (inverse @ probe)))
+        again /= len(points) - 1
         if np.linalg.norm(again - probe) < 0.01 * np.linalg.norm(probe):
             return
         for divisor in (len(points) - 1, len(points)):
@@ -313,7 +328,7 @@ def updated_metric(
 def _metric_of(held: _Held) -> MahalanobisMetric:
     """Make a metric of a factor that nobody changes."""
     metric = object.__new__(MahalanobisMetric)
-    metric._cell, metric._spare = Cell(held), Spare()
+    metric._cell, metric._spare, metric._dropped = Cell(held), Spare(), np.empty(0)
     return metric
 
 
