@@ -18,7 +18,7 @@ from sketching import (
 from tests.chance import assert_fails_rarely
 
 D, N, ROWS = 200, 400, 64
-# L m >= k / eps^2: 64 sketches of 64 rows are safe to 0.23 in every direction
+# 64 sketches of 64 rows: on average off by 0.23 in the worst direction
 SAFE = Adaptive(rows=ROWS, sketches=64, sampled=9)
 SINGLE = Adaptive(rows=ROWS, sketches=1, sampled=1)
 EPS = 0.3
@@ -118,12 +118,13 @@ def test_d_the_worst_direction_follows_its_law(sketches):
     values, vectors = np.linalg.eigh(gram)
     law = 1 - np.sqrt(D / (sketches * ROWS))
     assert np.sqrt(values[0]) == pytest.approx(law, rel=0.03, abs=0.01)
+    # a claim has room for the noise of what is sampled, here of a single sketch
     error = index.guarantee().error
-    assert error == pytest.approx(max(EPS, 1 - law))
+    assert error > 1 - law + 3 / np.sqrt(2 * ROWS)
     # what the average of all sketches answers there is as low as that
     answers = [ratio(index, vectors[:, 0]) for _ in range(200)]
     assert np.mean(answers) == pytest.approx(law, abs=0.05)
-    assert np.mean(np.abs(np.array(answers) - 1) <= error + 0.2) > 0.95
+    assert np.mean(np.abs(np.array(answers) - 1) <= error) > 0.99
 
 
 def test_e_a_neighbour_hidden_by_over_estimation():
@@ -201,18 +202,22 @@ def test_too_few_sketches_do_not_claim_eps():
     certificate = index_of(
         Adaptive(rows=64, sketches=16, sampled=9), eps=0.1
     ).guarantee()
-    assert certificate.error == pytest.approx(np.sqrt(D / (16 * 64)))
+    # the bias of the worst direction, and room for a median of nine
+    assert certificate.error > np.sqrt(D / (16 * 64)) + 0.1
+    assert certificate.failure <= 0.01
     assert "not claimed" in certificate.source
-    assert "20000" in certificate.source
+    assert "of 16 sketches" in certificate.source
 
 
 def test_a_bounded_number_of_queries_needs_the_root_of_it():
     mode = Adaptive(rows=200, queries=4000)
-    index = index_of(mode, eps=0.1)
+    index = index_of(mode, eps=0.3)
     assert len(matrices(index)) == 64
     certificate = index.guarantee()
-    assert certificate.error == 0.1
+    assert certificate.error == 0.3
     assert "4000 adaptive queries" in certificate.source
+    # the bias of the worst direction is 0.125
+    assert index_of(mode, eps=0.1).guarantee().error > 0.125
 
 
 def test_sketches_that_no_memory_holds_are_refused():
