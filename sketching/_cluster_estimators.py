@@ -12,6 +12,7 @@ from sklearn.base import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from sketching._fitting import fitted_aside
 from sketching._kmeans import Clustering, lloyd
 from sketching._kmedians import medians
 from sketching._lib.arrays import Array
@@ -63,6 +64,9 @@ class _Clusters(
 
     def fit(self, X: Array, y: Any = None) -> Any:  # noqa: ARG002
         """Find the clusters of the rows of ``X``."""
+        return fitted_aside(self, lambda fresh: fresh._fit(X))
+
+    def _fit(self, X: Any) -> None:
         X = self._begin(X)
         offset = X.mean(axis=0)
         points = np.ascontiguousarray(self.metric_.whiten(X - offset))
@@ -76,7 +80,6 @@ class _Clusters(
             runs = (self._run(points, centers, **options) for centers in starts)
             best = min(runs, key=lambda run: run.inertia)
         self._keep(X, best)
-        return self
 
     def _begin(self, X: Any) -> Array:
         """Check points and parameters; make the metric."""
@@ -270,6 +273,9 @@ class MahalanobisKMeans(_Clusters):
 
         The first call sets the metric, and the first centres from its rows.
         """
+        return fitted_aside(self, lambda fresh: fresh._partial_fit(X))
+
+    def _partial_fit(self, X: Any) -> None:
         if not hasattr(self, "counts_"):
             X = self._begin(X)
             offset = X.mean(axis=0)
@@ -287,13 +293,13 @@ class MahalanobisKMeans(_Clusters):
         size = self.n_clusters
         sums = cluster_sums(X, labels, np.ones(len(X)), n_clusters=size)
         arrived = np.bincount(labels, minlength=size)
-        self.counts_ += arrived
+        # the array may be that of the estimator this one is a copy of
+        self.counts_ = self.counts_ + arrived
         change = sums - arrived[:, None] * self.cluster_centers_
         moved = self.cluster_centers_ + change / np.maximum(self.counts_, 1)[:, None]
         self.cluster_centers_ = moved.astype(self.cluster_centers_.dtype)
         self.n_iter_ += 1
         self.labels_ = labels.astype(np.int32)
-        return self
 
 
 class MahalanobisKMedians(_Clusters):

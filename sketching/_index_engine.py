@@ -247,6 +247,12 @@ class Engine:
     def drawn_from(self, count: int) -> None:
         self._put(lambda state: replace(state, drawn_from=count))
 
+    @property
+    def given(self) -> int:
+        """How many numbers points were given so far."""
+        points = self.state.points
+        return 0 if points is None else points.given
+
     def request(self) -> Request:
         """What the mode is asked."""
         return self.answers(fresh=False).state.request()

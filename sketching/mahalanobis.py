@@ -7,6 +7,7 @@ import numpy as np
 
 from sketching._exact_scan import Queries
 from sketching._index_answers import Answers
+from sketching._index_arguments import check_parts
 from sketching._index_engine import Engine
 from sketching._index_files import PathLike, write_index
 from sketching._index_state import Mode
@@ -44,6 +45,12 @@ class MahalanobisIndex:
     --------
     load : Read an index from a file.
 
+    Notes
+    -----
+    Threads may share an index. Whatever only reads runs side by side, and answers from
+    the index as it was when the call began. Changes take turns. An exception inside a
+    change, an interrupt too, leaves the index as it was before or as it is after.
+
     Examples
     --------
     >>> import numpy as np
@@ -72,17 +79,7 @@ class MahalanobisIndex:
         delta: float = 0.01,
         rng: RandomSource = None,
     ) -> None:
-        if not isinstance(metric, MahalanobisMetric):
-            raise TypeError(
-                f"metric: expected a MahalanobisMetric, got {type(metric).__name__}; "
-                "say which matrix you have: MahalanobisMetric(U) for a factor, "
-                "from_matrix(A), from_covariance(C) or from_data(X)"
-            )
-        if mode is not None and not isinstance(mode, Mode):
-            raise TypeError(f"mode: expected Exact, Filter or Adaptive, got {mode!r}")
-        for name, x in (("eps", eps), ("delta", delta)):
-            if check_number(name, x, above=0) >= 1:
-                raise ValueError(f"{name}: expected a number below 1, got {x}")
+        check_parts(metric, mode, eps, delta)
         promise = float(eps), float(delta)
         self._engine = Engine(metric.copy(), mode, promise, as_generator(rng))
 
@@ -141,7 +138,7 @@ class MahalanobisIndex:
         Parameters
         ----------
         X : array, shape (n, d)
-            One point a row. The first points set precision and centre of the index.
+            One point a row. The first points set the precision of the index.
 
         Returns
         -------
@@ -165,10 +162,9 @@ class MahalanobisIndex:
             A copy, in the precision of the first points.
         """
         answers = self._engine.answers(fresh=False)
-        points = answers.state.filled
-        if numbers is None:
-            return points.kept(np.arange(points.size))
-        return points.kept(points.slots("numbers", numbers))
+        points, every = answers.state.filled, numbers is None
+        slots = np.arange(points.size) if every else points.slots("numbers", numbers)
+        return points.kept(slots)
 
     def delete(self, numbers: Array) -> "MahalanobisIndex":
         """Remove points; the last columns of ``query`` take the place of theirs.

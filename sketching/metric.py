@@ -13,6 +13,7 @@ from sketching._lib.arrays import Array
 from sketching._lib.cell import Cell
 from sketching._lib.spare import Spare
 from sketching._lib.validation import check_finite, check_integer
+from sketching._matrices import as_matrix, as_symmetric, rounding_of
 from sketching._ops.updates import changed_factor
 
 # a factor, which is never written in place, and whether it is suspected to be a
@@ -77,7 +78,7 @@ class MahalanobisMetric:
 
     def __init__(self, factor: Array) -> None:
         # only a matrix that came in as A can have been meant as its inverse
-        self._cell = Cell((_as_matrix("factor", factor).copy(), False))
+        self._cell = Cell((as_matrix("factor", factor).copy(), False))
         self._spare = Spare()
         self._dropped = np.empty(0)
 
@@ -105,8 +106,8 @@ class MahalanobisMetric:
             If the matrix is not symmetric, or has a negative eigenvalue beyond
             rounding, or is zero.
         """
-        a = _as_symmetric("matrix", matrix)
-        factor, dropped = semidefinite_factor(a, _rounding_of(matrix))
+        a = as_symmetric("matrix", matrix)
+        factor, dropped = semidefinite_factor(a, rounding_of(matrix))
         metric = _metric_of((factor, True))
         metric._dropped = dropped
         return metric
@@ -135,8 +136,8 @@ class MahalanobisMetric:
             If covariance and ridge have no inverse to working precision, in units in
             which the diagonal is one.
         """
-        rounding = _rounding_of(covariance)
-        covariance = _as_symmetric("covariance", covariance)
+        rounding = rounding_of(covariance)
+        covariance = as_symmetric("covariance", covariance)
         return cls(inverse_factor(covariance, ridge, rounding))
 
     @classmethod
@@ -172,7 +173,7 @@ class MahalanobisMetric:
         matrices, doi 10.1016/S0047-259X(03)00096-4. Chen et al., Shrinkage Algorithms
         for MMSE Covariance Estimation, doi 10.1109/TSP.2010.2053029.
         """
-        points = _as_matrix("X", X)
+        points = as_matrix("X", X)
         if len(points) < 2:
             raise ValueError("X: expected at least 2 points, got 1")
         return cls(inverse_factor(shrunk_covariance(points, shrinkage), ridge))
@@ -216,6 +217,8 @@ class MahalanobisMetric:
         other = _metric_of(self._cell.value)
         other._dropped = self._dropped
         return other
+
+    __copy__ = copy
 
     def whiten(self, X: Array) -> Array:
         """Map rows x to U x, between which Euclidean distance is this metric's.
@@ -343,7 +346,7 @@ def as_update(a: Any, b: Any, shape: tuple[int, int]) -> tuple[Array, Array]:
     left, right = (np.asarray(x) for x in (a, b))
     if left.ndim == right.ndim == 1:
         left, right = left[None], right[None]
-    left, right = _as_matrix("a", left), _as_matrix("b", right)
+    left, right = as_matrix("a", left), as_matrix("b", right)
     for name, x, width in (("a", left, k), ("b", right, d)):
         if x.shape[1] != width:
             raise ValueError(
@@ -368,37 +371,3 @@ def as_points(name: str, x: Any, d: int) -> Array:
     if points.size:
         check_finite(name, points)
     return points
-
-
-def _as_matrix(name: str, x: Any) -> Array:
-    """Check a finite, non-empty matrix of real numbers; return it in float64."""
-    matrix = np.asarray(x)
-    if matrix.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected real numbers, got dtype {matrix.dtype}")
-    if matrix.ndim != 2 or not matrix.size:
-        raise ValueError(f"{name}: expected a non-empty matrix, got {matrix.shape}")
-    matrix = matrix.astype(np.float64)
-    check_finite(name, matrix)
-    return matrix
-
-
-def _as_symmetric(name: str, x: Any) -> Array:
-    """Check a symmetric matrix; return it in float64."""
-    matrix = _as_matrix(name, x)
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"{name}: expected a square matrix, got {matrix.shape}")
-    skew = float(np.abs(matrix - matrix.T).max())
-    scale = float(np.abs(matrix).max())
-    if skew > max(1e-8, 8 * _rounding_of(x)) * scale:
-        raise ValueError(
-            f"{name}: expected a symmetric matrix, got one that differs from its "
-            f"transpose by {skew:.3g} (its largest entry is {scale:.3g})"
-        )
-    return (matrix + matrix.T) / 2
-
-
-def _rounding_of(x: Any) -> float:
-    """Return the spacing of the numbers that a matrix was computed in."""
-    dtype = np.asarray(x).dtype
-    kind = dtype if dtype.kind == "f" and dtype.itemsize < 8 else np.float64
-    return 4 * float(np.finfo(kind).eps)
