@@ -21,6 +21,7 @@ from sketching._lib.arrays import Array
 _DEVIATIONS = 2.0
 
 
+@functools.lru_cache(maxsize=1024)
 def misled(sketches: int, rows: int, k: int, eps: float) -> int:
     """How many sketches one direction can push beyond ``1 + eps``, or ``1 - eps``."""
     away = eps * math.sqrt(2 * rows) - _order_statistics(sketches)

@@ -93,10 +93,12 @@ class Column:
 class Columns:
     """Columns by name, with the same number of rows."""
 
-    __slots__ = ("_columns",)
+    __slots__ = ("_columns", "size")
 
     def __init__(self, columns: dict[str, Column]) -> None:
         self._columns = columns
+        # the number of rows
+        self.size = next((x.size for x in columns.values()), 0)
 
     def __getitem__(self, name: str) -> Array:
         return self._columns[name].array
@@ -104,12 +106,6 @@ class Columns:
     def get(self, name: str) -> Array | None:
         """Return a column, or None if there is no such."""
         return self[name] if name in self._columns else None
-
-    @property
-    def size(self) -> int:
-        """The number of rows."""
-        first: Column = next(iter(self._columns.values()))
-        return first.size
 
     @property
     def nbytes(self) -> int:
