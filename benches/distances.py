@@ -109,7 +109,7 @@ def _updates(rng, n, d):
     ]
     learned = _learned(index.metric, x[:200])
     for what, updates in (("of Lego", learned), ("at random", (left, right))):
-        state = index.metric, index._engine.points.stats.copy()
+        state = index._engine.state
         follow = partial(_follow, index, state, updates)
         times = faster(partial(follow, 100), partial(follow, 1))
         title, error = f"100 queued updates {what}", _drift(index, x)
@@ -131,7 +131,7 @@ def _follow(index, state, updates, size):
     A learner's updates fit the metric that it had: each call starts from there.
     """
     engine, left, right = index._engine, *updates
-    engine.metric, engine.points.stats[:] = state[0].copy(), state[1]
+    engine._put(lambda _: state)
     for start in range(0, len(left), size):
         part = slice(start, start + size)
         index.update_metric(left[part], right[part])

@@ -19,6 +19,7 @@ from fastattn._prepared_rows import Rows, side_by_side
 from fastattn._tensor_prepared import insert_factors
 from fastattn.formats import PathLike
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
+from sketching._lib.cell import Cell
 from sketching._lib.certificate import Approximation, Certificate
 from sketching._lib.validation import check_float_array
 
@@ -27,6 +28,10 @@ _T = TypeVar("_T")
 
 class Prepared:
     """Keys and values as a data structure for each head, made by :func:`prepare`.
+
+    Queries may run side by side with each other and with one change: each answers from
+    the keys before the change or after it. Changes take turns, and an exception inside
+    one, an interrupt too, leaves the structure as it was.
 
     Parameters
     ----------
@@ -51,7 +56,16 @@ class Prepared:
     def __init__(
         self, heads: list[PreparedHead], like: Array, options: dict[str, Any]
     ) -> None:
-        self._heads, self._like, self._options = heads, like, options
+        self._cell, self._like, self._options = Cell(heads), like, options
+
+    def __copy__(self) -> "Prepared":
+        """Return a structure that goes its own way from here on."""
+        return Prepared(self._heads, self._like, self._options)
+
+    @property
+    def _heads(self) -> list[PreparedHead]:
+        # the list and its heads are replaced, never changed: who reads takes it once
+        return self._cell.value
 
     def __repr__(self) -> str:
         return (
@@ -87,9 +101,8 @@ class Prepared:
         for it.
         """
         tol, guarantee = self._options["tol"], self._options["guarantee"]
-        found = self._each(
-            lambda i: self._heads[i].certificate(tol, guarantee, self._rng(i))
-        )
+        heads = self._heads
+        found = self._each(lambda i: heads[i].certificate(tol, guarantee, self._rng(i)))
         return Certificate(
             self._field([x.error for x in found], np.float64),
             self._field([x.failure for x in found], np.float64),
@@ -124,10 +137,11 @@ class Prepared:
         """
         query = self._checked("query", query, self._options["d"])
         tol, guarantee = self._options["tol"], self._options["guarantee"]
+        heads = self._heads
 
         def answer(i: int) -> Any:
             own = pick(query, self._place(i))
-            return self._heads[i].answer(own, tol, guarantee, self._rng(i))
+            return heads[i].answer(own, tol, guarantee, self._rng(i))
 
         xp, p = array_namespace(query), self._options["p"]
         value = xp.empty((1, p), dtype=query.dtype, device=device_of(query))
@@ -168,19 +182,21 @@ class Prepared:
         if factors is None:
             pair = self._checked_pair("", key, value, key_mask)
 
-            def added(i: int) -> PreparedHead:
+            def added(head: PreparedHead, i: int) -> PreparedHead:
                 own = Rows.of(*pair, self._place(i))
-                return own.insert_into(self._heads[i], fold=False)
+                return own.insert_into(head, fold=False)
         else:
             pairs = self._checked_factors(factors, key, value, key_mask)
 
-            def added(i: int) -> PreparedHead:
+            def added(head: PreparedHead, i: int) -> PreparedHead:
                 place = self._place(i)
                 own = {s: Rows.of(*pair, place) for s, pair in pairs.items()}
-                found: PreparedHead = insert_factors(self._heads[i], own)
+                found: PreparedHead = insert_factors(head, own)
                 return found
 
-        self._heads = self._each(added)
+        self._cell.change(
+            lambda heads: (self._each(lambda i: added(heads[i], i)), None)
+        )
         return self
 
     def _checked_pair(
@@ -248,7 +264,8 @@ class Prepared:
                     f"other: expected a structure with {name}={mine!r}, got "
                     f"{other._options[name]!r}"
                 )
-        for one, two in zip(self._heads, other._heads, strict=True):
+        theirs = other._heads
+        for one, two in zip(self._heads, theirs, strict=True):
             if not same_plan(one, two):
                 raise ValueError(
                     f"other: {two.plan.method} was planned apart from "
@@ -256,7 +273,9 @@ class Prepared:
                     "once, start every other structure from prepared.empty(), which "
                     "can be saved and loaded elsewhere, and insert into that"
                 )
-        self._heads = self._each(lambda i: self._heads[i].merge(other._heads[i]))
+        self._cell.change(
+            lambda heads: (self._each(lambda i: heads[i].merge(theirs[i])), None)
+        )
         return self
 
     def empty(self) -> "Prepared":

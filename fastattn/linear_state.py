@@ -1,7 +1,7 @@
 """Linear attention one token at a time: a state whose size does not grow."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from fastattn._features import FeatureMap, Reader
 from fastattn._linear_sums import Sums, check_weights, finish
 from fastattn.linear import check_decay, check_map
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
+from sketching._lib.cell import Cell
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_flag, check_float_array, check_number
 
@@ -18,12 +19,25 @@ _BLOCK = 1 << 22
 _Kind = tuple[tuple[int, ...], int, int, Any]
 
 
+class _Held(NamedTuple):
+    """What a state holds; nobody changes it in place."""
+
+    inserted: int = 0
+    features: Reader | None = None
+    kind: _Kind | None = None
+    sums: Sums | None = None
+
+
 class LinearState:
     r"""What linear attention remembers of the keys so far: one matrix for each head.
 
     A query sees all keys that were inserted before it, so that inserting a token and
     querying it gives the rows of :func:`linear_attention` with ``is_causal=True``. The
     state has a row for each feature, whatever the number of keys.
+
+    Queries may run side by side with each other and with one change: each answers from
+    the keys before the change or after it. Changes take turns, and an exception inside
+    one, an interrupt too, leaves the state as it was.
 
     Parameters
     ----------
@@ -61,10 +75,7 @@ class LinearState:
     """
 
     __slots__ = (
-        "_features",
-        "_kind",
-        "_sums",
-        "count",
+        "_cell",
         "decay",
         "feature_map",
         "normalize",
@@ -85,17 +96,28 @@ class LinearState:
         self.decay: Any = None if decay is None else check_decay(decay)
         check_flag("normalize", normalize)
         self.normalize = normalize
-        self.count = 0
-        self._features: Reader | None = None
-        self._kind: _Kind | None = None
-        self._sums: Sums | None = None
+        self._cell = Cell(_Held())
+
+    def __copy__(self) -> "LinearState":
+        """Return a state that goes its own way from here on."""
+        other = object.__new__(LinearState)
+        for name in ("decay", "feature_map", "normalize", "scale"):
+            setattr(other, name, getattr(self, name))
+        other._cell = Cell(self._cell.value)
+        return other
+
+    @property
+    def count(self) -> int:
+        """Number of keys inserted."""
+        return self._cell.value.inserted
 
     @property
     def nbytes(self) -> int:
         """Bytes of the sums."""
-        if self._sums is None:
+        sums = self._cell.value.sums
+        if sums is None:
             return 0
-        total = self._sums.total
+        total = sums.total
         bits = int(array_namespace(total).finfo(total.dtype).bits)
         return int(math.prod(total.shape)) * bits // 8
 
@@ -113,10 +135,13 @@ class LinearState:
             Itself.
         """
         key, value = _checked(key=key, value=value)
-        self._kind = self._checked_kind(key, value)
-        if self._features is None:
-            self._features = self._features_for(key)
-        features, sums, count = self._features, self._sums, self.count
+        self._cell.change(lambda held: (self._inserted(held, key, value), None))
+        return self
+
+    def _inserted(self, held: _Held, key: Array, value: Array) -> _Held:
+        kind = self._checked_kind(held.kind, key, value)
+        features = held.features or self._features_for(key)
+        sums, count = held.sums, held.inserted
         width = features.key(key[..., :1, :], np.zeros(1))[0].shape[-1]
         rows = max(1, _BLOCK // (width * math.prod(key.shape[:-2])))
         for start in range(0, key.shape[-2], rows):
@@ -124,11 +149,14 @@ class LinearState:
             size = block.stop - start
             # a query that meets sums which overflowed is refused
             with np.errstate(over="ignore", invalid="ignore"):
-                some = self._sum(key[..., block, :], value[..., block, :], count)
-                sums = some if sums is None else self._faded(sums, size).plus(some)
+                some = self._sum(
+                    features, key[..., block, :], value[..., block, :], count
+                )
+                if sums is not None:
+                    some = self._faded(features, sums, size).plus(some)
+                sums = some
             count += size
-        self._sums, self.count = sums, count
-        return self
+        return _Held(count, features, kind, sums)
 
     def query(self, query: Array) -> Array:
         """Answer queries from the keys inserted so far.
@@ -143,30 +171,31 @@ class LinearState:
         array, shape (..., n, p)
         """
         (query,) = _checked(query=query)
-        if self._features is None or self._sums is None or self._kind is None:
+        count, features, kind, sums = self._cell.value
+        if features is None or sums is None or kind is None:
             raise ValueError("nothing was inserted yet: there is no key to see")
-        _, d, _, dtype = self._kind
+        _, d, _, dtype = kind
         if query.shape[-1] != d:
             raise ValueError(
                 f"query: expected rows of {d} entries, as the keys, got {query.shape}"
             )
         if query.dtype != dtype:
             raise TypeError(f"query: expected {dtype}, as the keys, got {query.dtype}")
-        xp = array_namespace(query, self._sums.total)
+        xp = array_namespace(query, sums.total)
         # all queries stand where the last key does
-        position = np.full(query.shape[-2], self.count - 1)
-        found, row_log = self._features.query(query, position)
+        position = np.full(query.shape[-2], count - 1)
+        found, row_log = features.query(query, position)
         with np.errstate(over="ignore", invalid="ignore"):
-            mixed = xp.matmul(found, self._sums.total)
+            mixed = xp.matmul(found, sums.total)
             value, total, _ = finish(
-                mixed, row_log, self._sums.log, self.feature_map.offset, self.normalize
+                mixed, row_log, sums.log, self.feature_map.offset, self.normalize
             )
             value = xp.astype(value, query.dtype, copy=False)
         if self.normalize or self.decay is None:
             check_weights(self.feature_map, total, None)
         if not bool(xp.all(xp.isfinite(value))):
             raise RefusalError(
-                f"weights or sums overflow {self._features.dtype}: scale query, key or "
+                f"weights or sums overflow {features.dtype}: scale query, key or "
                 "value down or pass arrays of a wider dtype"
             )
         return value
@@ -192,33 +221,36 @@ class LinearState:
                 f"{self.feature_map} has features that depend on positions: states "
                 "that both count from 0 do not add up"
             )
-        if other._sums is None:
-            return self
-        if self._sums is None:
-            self._features, self._sums = other._features, other._sums
-            self._kind = other._kind
-        elif self._sums.total.shape != other._sums.total.shape:
-            raise ValueError(
-                f"other: expected sums of shape {self._sums.total.shape}, got "
-                f"{other._sums.total.shape}"
-            )
-        else:
-            self._sums = self._faded(self._sums, other.count).plus(other._sums)
-        self.count += other.count
+        added = other._cell.value
+        self._cell.change(lambda held: (self._merged(held, added), None))
         return self
+
+    def _merged(self, held: _Held, added: _Held) -> _Held:
+        if added.sums is None:
+            return held
+        if held.sums is None or held.features is None:
+            return added
+        if held.sums.total.shape != added.sums.total.shape:
+            raise ValueError(
+                f"other: expected sums of shape {held.sums.total.shape}, got "
+                f"{added.sums.total.shape}"
+            )
+        faded = self._faded(held.features, held.sums, added.inserted)
+        return held._replace(
+            inserted=held.inserted + added.inserted, sums=faded.plus(added.sums)
+        )
 
     def _options(self) -> tuple[Any, ...]:
         decay = None if self.decay is None else self.decay.tolist()
         return self.feature_map, self.scale, decay, self.normalize
 
-    def _checked_kind(self, key: Array, value: Array) -> _Kind:
+    def _checked_kind(self, kind: _Kind | None, key: Array, value: Array) -> _Kind:
         """Return what all keys and values have in common; raise if these have not."""
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"value: expected one row for each key of {key.shape}, got "
                 f"{value.shape}"
             )
-        kind = self._kind
         if kind is None:
             kind = key.shape[:-2], key.shape[-1], value.shape[-1], key.dtype
         lead, d, p, dtype = kind
@@ -244,28 +276,26 @@ class LinearState:
         scale = self.feature_map.default_scale(d) if self.scale is None else self.scale
         return Reader.of(self.feature_map, key, scale)
 
-    def _sum(self, key: Array, value: Array, count: int) -> Sums:
+    def _sum(self, reader: Reader, key: Array, value: Array, count: int) -> Sums:
         """Sum over some keys, as seen from the last of them."""
-        assert self._features is not None
         xp, m = array_namespace(key, value), key.shape[-2]
-        features, log = self._features.key(key, count + np.arange(m))
-        value = xp.astype(value, self._features.dtype, copy=False)
+        features, log = reader.key(key, count + np.arange(m))
+        value = xp.astype(value, reader.dtype, copy=False)
         if self.decay is not None:
             gap = np.arange(m)[::-1, None]
-            features = features * self._power(key, gap)
+            features = features * self._power(reader, key, gap)
         return Sums.of(features, value, log)
 
-    def _faded(self, sums: Sums, steps: int) -> Sums:
+    def _faded(self, reader: Reader, sums: Sums, steps: int) -> Sums:
         """Return the sums as seen from some positions later."""
         if self.decay is None:
             return sums
-        return Sums(sums.total * self._power(sums.total, steps), sums.log)
+        return Sums(sums.total * self._power(reader, sums.total, steps), sums.log)
 
-    def _power(self, like: Array, gap: Any) -> Array:
-        assert self._features is not None
+    def _power(self, reader: Reader, like: Array, gap: Any) -> Array:
         xp = array_namespace(like)
         power = self.decay[..., None, None] ** gap
-        return xp.asarray(power, dtype=self._features.dtype, device=device_of(like))
+        return xp.asarray(power, dtype=reader.dtype, device=device_of(like))
 
 
 def _checked(**arrays: Array) -> list[Array]:

@@ -12,6 +12,7 @@ from sklearn.base import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from sketching._fitting import fitted_aside
 from sketching._kmeans import Clustering, lloyd
 from sketching._kmedians import medians
 from sketching._lib.arrays import Array
@@ -24,6 +25,7 @@ from sketching._lib.validation import (
 from sketching._metric_parameter import metric_of
 from sketching._ops.assign import cluster_sums, own_distances, two_nearest
 from sketching._progress import progress
+from sketching._rounding import Rounding
 from sketching._seeding import first_centers, squared_norms
 
 _DTYPES = (np.float64, np.float32)
@@ -67,6 +69,9 @@ class _Clusters(
 
     def fit(self, X: Array, y: Any = None) -> Any:  # noqa: ARG002
         """Find the clusters of the rows of ``X``."""
+        return fitted_aside(self, lambda fresh: fresh._fit(X))
+
+    def _fit(self, X: Any) -> None:
         X = self._begin(X)
         offset = X.mean(axis=0)
         points = np.ascontiguousarray(self.metric_.whiten(X - offset))
@@ -81,7 +86,6 @@ class _Clusters(
             runs = (self._run(points, centers, **options) for centers in starts)
             best = min(runs, key=lambda run: run.inertia)
         self._keep(X, best)
-        return self
 
     def _begin(self, X: Any) -> Array:
         """Check points and parameters; make the metric."""
@@ -135,8 +139,14 @@ class _Clusters(
         size = self.n_clusters
         mass = np.bincount(found.members, weights, minlength=size)
         sums = cluster_sums(X, found.members, weights, n_clusters=size)
-        self.cluster_centers_ = (sums / mass[:, None]).astype(X.dtype)
-        self.labels_ = found.labels.astype(np.int32)
+        is_empty = mass == 0
+        centers = sums / np.where(is_empty, 1, mass)[:, None]
+        # fewer places than clusters: one of them has several centres
+        centers[is_empty] = X[0]
+        self.cluster_centers_ = centers.astype(X.dtype)
+        # from the centres as they are kept, so that these labels are those of predict
+        self.labels_ = self.predict(X)
+        self.n_distinct_ = len(np.unique(self.labels_))
         self.inertia_ = found.inertia
         self.n_iter_ = found.n_iter
 
@@ -169,8 +179,24 @@ class _Clusters(
     def _assigned(self, X: Array) -> tuple[Array, Array, Array]:
         """Whiten rows and find their centres."""
         points, centers = self._whitened(X)
-        squares = squared_norms(centers).astype(points.dtype)
-        labels, *_ = two_nearest(points, centers, squares, np.arange(len(points)))
+        squares = squared_norms(centers)
+        every = np.arange(len(points))
+        labels, least, second = two_nearest(
+            points, centers, squares.astype(points.dtype), every
+        )
+        # products of equal rows may be rounded apart: what is as good as a tie is
+        # decided by differences, of which equal rows have equal ones
+        unit = Rounding.of(points.dtype, points.shape[1]).unit
+        doubt = 2 * unit * (squared_norms(points) + squares.max())
+        close = np.flatnonzero(second - least <= doubt)
+        if len(close):
+            apart = np.stack(
+                [
+                    own_distances(points, centers, np.full(len(close), j), close)
+                    for j in range(len(centers))
+                ]
+            )
+            labels[close] = apart.argmin(axis=0)
         return points, centers, labels
 
     def _whitened(self, X: Array) -> tuple[Array, Array]:
@@ -238,6 +264,9 @@ class MahalanobisKMeans(_Clusters):
         The sum of squared distances to the nearest centres.
     n_iter_ : int
         Steps of the start that was kept.
+    n_distinct_ : int
+        Clusters that have a row: less than ``n_clusters`` where rows are of fewer
+        different places.
     metric_ : MahalanobisMetric
         The metric.
     counts_ : array, shape (n_clusters,)
@@ -272,6 +301,9 @@ class MahalanobisKMeans(_Clusters):
 
         The first call sets the metric, and the first centres from its rows.
         """
+        return fitted_aside(self, lambda fresh: fresh._partial_fit(X))
+
+    def _partial_fit(self, X: Any) -> None:
         if not hasattr(self, "counts_"):
             X = self._begin(X)
             offset = X.mean(axis=0)
@@ -290,13 +322,13 @@ class MahalanobisKMeans(_Clusters):
         size = self.n_clusters
         sums = cluster_sums(X, labels, np.ones(len(X)), n_clusters=size)
         arrived = np.bincount(labels, minlength=size)
-        self.counts_ += arrived
+        # the array may be that of the estimator this one is a copy of
+        self.counts_ = self.counts_ + arrived
         change = sums - arrived[:, None] * self.cluster_centers_
         moved = self.cluster_centers_ + change / np.maximum(self.counts_, 1)[:, None]
         self.cluster_centers_ = moved.astype(self.cluster_centers_.dtype)
         self.n_iter_ += 1
         self.labels_ = labels.astype(np.int32)
-        return self
 
 
 class MahalanobisKMedians(_Clusters):
@@ -336,6 +368,9 @@ class MahalanobisKMedians(_Clusters):
         The sum of distances to the nearest centres.
     n_iter_ : int
         Steps of the start that was kept.
+    n_distinct_ : int
+        Clusters that have a row: less than ``n_clusters`` where rows are of fewer
+        different places.
     metric_ : MahalanobisMetric
         The metric.
 

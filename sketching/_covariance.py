@@ -53,18 +53,57 @@ def _oas(covariance: Array, n: int) -> float:
     return 1.0 if bottom == 0 else min((square + level) / bottom, 1.0)
 
 
-def inverse_factor(covariance: Array, ridge: float) -> Array:
-    """Return U with ``U^T U = (covariance + ridge I)^-1``."""
+def inverse_factor(covariance: Array, ridge: float, rounding: float = 0.0) -> Array:
+    """Return U with ``U^T U = (covariance + ridge I)^-1``.
+
+    ``rounding`` is what numbers of the covariance are off by, relative to each.
+    """
     ridge = check_number("ridge", ridge, least=0)
-    values, vectors = np.linalg.eigh(covariance)
-    values = values + ridge
-    floor = len(values) * np.finfo(np.float64).eps * max(abs(values[-1]), ridge)
+    d = len(covariance)
+    values, vectors, units = _balanced(covariance + ridge * np.eye(d))
+    floor = max(d * np.finfo(np.float64).eps, rounding) * abs(values[-1])
     low = int(np.sum(values <= floor))
     if low:
         raise ValueError(
-            f"covariance: {low} of its {len(values)} eigenvalues are zero or negative "
-            f"(the least is {values[0]:.3g}, the largest {values[-1]:.3g}), so it has "
-            "no inverse: give a ridge or a shrinkage above 0"
+            f"covariance: {low} of its {d} eigenvalues are zero or negative, in units "
+            f"in which its diagonal is one (the least is {values[0]:.3g}, the largest "
+            f"{values[-1]:.3g}), so it has no inverse: give a ridge or a shrinkage "
+            "above 0"
         )
-    factor: Array = vectors.T / np.sqrt(values)[:, None]
+    factor: Array = vectors.T / np.sqrt(values)[:, None] / units
     return factor
+
+
+def semidefinite_factor(matrix: Array, rounding: float) -> tuple[Array, Array]:
+    """Return U with ``U^T U = matrix``, and the eigenvalues that were taken for zero.
+
+    ``rounding`` is what numbers of the matrix are off by, relative to each.
+    """
+    share = max(len(matrix) * float(np.finfo(np.float64).eps), rounding)
+    values, vectors, units = _balanced(matrix)
+    top = float(np.abs(values).max())
+    if values[0] < -share * top:
+        # noise of large entries in small rows is not small in units of those rows
+        values, vectors = np.linalg.eigh(matrix)
+        units, top = np.ones(len(matrix)), float(np.abs(values).max())
+        if values[0] < -share * top:
+            raise ValueError(
+                "matrix: expected a positive semidefinite matrix, got one with the "
+                f"eigenvalue {values[0]:.3g} (the largest is {values[-1]:.3g})"
+            )
+    is_kept = values > share * top
+    if not is_kept.any():
+        raise ValueError("matrix: expected a matrix that is not zero")
+    dropped = values[~is_kept]
+    factor: Array = np.sqrt(values[is_kept])[:, None] * vectors[:, is_kept].T * units
+    return factor, dropped
+
+
+def _balanced(matrix: Array) -> tuple[Array, Array, Array]:
+    """Eigenvalues and vectors in units that make the diagonal one, and the units."""
+    diagonal = np.diagonal(matrix)
+    units = np.sqrt(np.maximum(diagonal, 0))
+    # a row without a diagonal is zero, or the matrix is not semidefinite
+    units[units == 0] = 1
+    values, vectors = np.linalg.eigh(matrix / units[:, None] / units)
+    return values, vectors, units

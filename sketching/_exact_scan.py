@@ -19,24 +19,26 @@ _FACTOR = 1 << 16
 class Queries:
     """Queries of one call, centred, with what a scan needs of them when it does."""
 
-    def __init__(self, points: Points, factor: Array, rows: Array) -> None:
+    def __init__(self, points: Points, factor: Array, asked: Array) -> None:
         self.points, self.factor = points, factor
-        self.rows = rows
+        # as they were asked, and from the centre: neither is rounded to the points
+        self.asked = asked.astype(np.float64)
+        self.rows = points.centred(asked)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, chosen: slice) -> "Queries":
-        return Queries(self.points, self.factor, self.rows[chosen])
+        return Queries(self.points, self.factor, self.asked[chosen])
 
     def chosen(self, numbers: Array) -> "Queries":
         """Some of the queries."""
-        return Queries(self.points, self.factor, self.rows[numbers])
+        return Queries(self.points, self.factor, self.asked[numbers])
 
     @cached_property
     def _mapped(self) -> tuple[Array, Array]:
         """``U q`` and ``U^T U q`` of each query, in one pass over the factor."""
-        rows = self.rows.astype(np.float64)
+        rows = self.rows
         k, d = self.factor.shape
         images, back = np.empty((len(rows), k)), np.zeros((len(rows), d))
         # a batch is bound by its products, a single query by what it reads
@@ -62,7 +64,7 @@ class Queries:
         """``U^T U q``, with which a scan multiplies the points; norms and lengths."""
         exact = self._mapped[1]
         lengths = np.sqrt(np.einsum("qd,qd->q", exact, exact))
-        return exact.astype(self.rows.dtype), np.stack([self.squares, lengths])
+        return exact.astype(self.points.dtype), np.stack([self.squares, lengths])
 
     def distances(self) -> Array:
         """Distances to all points, ``(q, n)``, right to the tolerance of rounding."""
@@ -121,20 +123,21 @@ class Queries:
 
     def by_difference(self, j: int, slots: Array) -> Array:
         """Distances of one query to some points, from the definition in float64."""
-        return lengths_of_differences(
-            self.factor, self.points, slots, self.rows[j].astype(np.float64)
-        )
+        return lengths_of_differences(self.factor, self.points, slots, self.asked[j])
 
 
 def lengths_of_differences(
     factor: Array, points: Points, slots: Array, other: Any
 ) -> Array:
-    """Norm in the metric of some points less one other row, or as many."""
+    """Norm in the metric of some points less one other row, or as many.
+
+    Both are as they were given: the difference of two near ones is exact.
+    """
     out = np.empty(len(slots))
     for start in range(0, len(slots), _PAIRS):
         part = slice(start, start + _PAIRS)
         of_part = other if np.ndim(other) == 1 else other[part]
-        apart = (points.some(slots[part]).astype(np.float64) - of_part) @ factor.T
+        apart = (points.kept(slots[part]).astype(np.float64) - of_part) @ factor.T
         out[part] = np.sqrt(np.einsum("nk,nk->n", apart, apart))
     return out
 

@@ -27,3 +27,16 @@ def halved(rows: Array) -> tuple[Array, Array]:
 def widened(codes: Array, steps: Array) -> Array:
     """Rows of single precision again."""
     return codes.astype(np.float32) * steps[..., None]
+
+
+def coarse_steps(rows: Array, largest: Array) -> tuple[Array, Array]:
+    """Round rows to integers, in steps that are multiples of a float32's spacing.
+
+    ``largest``, ``(n,)``, is what the numbers of a row, and of what is added to it
+    later, do not exceed. Sums with multiples of the spacing are float32 then.
+    """
+    spacing = np.spacing(largest.astype(np.float32)).astype(np.float64)
+    top = np.maximum(np.abs(rows).max(axis=1), float(np.finfo(np.float32).tiny))
+    steps = (np.ceil(top / STEPS / spacing) * spacing).astype(np.float32)
+    codes = np.rint(rows / steps[:, None])
+    return np.clip(codes, -STEPS, STEPS, out=codes).astype(np.int16), steps

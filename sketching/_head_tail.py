@@ -5,12 +5,17 @@ only the length is kept. Then :math:`|P y - P z|^2 + (|t_y| \mp |t_z|)^2` bounds
 :math:`|y - z|^2` from below and, with a plus, from above, whoever picks the query.
 """
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 
+from sketching._columns import Column, Columns
 from sketching._exact_scan import Queries, nearest
 from sketching._lib.arrays import Array
 from sketching._ops.distances import brackets, lower_bounds
-from sketching._points import Points, Rounding, grown
+from sketching._points import Points
+from sketching._rounding import Rounding
 
 # rows that the directions of the head are found from
 SAMPLE = 4096
@@ -22,25 +27,51 @@ _FUTILE = 0.5
 _BLOCK = 1 << 22
 
 
+@dataclass(frozen=True, slots=True)
 class HeadTail:
     """Heads, and the lengths of tails, of every point."""
 
-    def __init__(self, basis: Array, dtype: type) -> None:
-        self.basis = basis
-        self.rounding = Rounding.of(dtype, len(basis)).unit
-        self._eps = float(np.finfo(dtype).eps)
-        self._codes: Array = np.empty((0, len(basis)), dtype)
-        # squared norm of the code, how far squares may be off, least and most tail
-        self._stats = np.empty((4, 0))
-        # how far updates may have moved a code from where it belongs
-        self._slip = np.empty(0)
-        self.size = 0
+    basis: Array
+    # codes; stats (squared norm of the code, how far squares may be off, least and most
+    # tail); how far updates may have moved a code from where it belongs
+    table: Columns
+
+    @staticmethod
+    def along(basis: Array, dtype: Any) -> "HeadTail":
+        """No points yet, with such directions of the head."""
+        sketch = HeadTail(basis, Columns({}))
+        columns = sketch.blank(0, dtype)
+        axes = {"stats": 1}
+        table = {name: Column(x, axes.get(name, 0)) for name, x in columns.items()}
+        return replace(sketch, table=Columns(table))
+
+    def blank(self, count: int, dtype: Any = None) -> dict[str, Array]:
+        """Room for what is known of so many points."""
+        dtype = self._codes.dtype if dtype is None else dtype
+        return {
+            "codes": np.empty((count, len(self.basis)), dtype),
+            "stats": np.empty((4, count)),
+            "slip": np.zeros(count),
+        }
+
+    @property
+    def _codes(self) -> Array:
+        return self.table["codes"]
+
+    @property
+    def size(self) -> int:
+        """The number of points."""
+        return self.table.size
+
+    @property
+    def rounding(self) -> float:
+        """How far products of codes are off, in their terms."""
+        return Rounding.of(self._codes.dtype, len(self.basis)).unit
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (self.basis, self._codes, self._stats, self._slip)
-        return sum(x.nbytes for x in arrays)
+        return int(self.basis.nbytes) + self.table.nbytes
 
     @property
     def fits(self) -> tuple[int, int]:
@@ -49,76 +80,60 @@ class HeadTail:
 
     def arrays(self) -> dict[str, Array]:
         """What a file keeps."""
-        return {
-            "basis": self.basis,
-            "codes": self._codes[: self.size],
-            "stats": self._stats[:, : self.size],
-            "slip": self._slip[: self.size],
-        }
+        return {"basis": self.basis, **self.table.arrays()}
 
     @staticmethod
     def of_arrays(arrays: dict[str, Array]) -> "HeadTail":
         """Build from what a file kept."""
-        codes = arrays["codes"]
-        sketch = HeadTail(arrays["basis"], codes.dtype)
-        sketch.size = len(codes)
-        sketch._codes, sketch._stats = codes, arrays["stats"]
-        sketch._slip = arrays["slip"]
-        return sketch
+        columns = {
+            "codes": Column(arrays["codes"]),
+            "stats": Column(arrays["stats"], axis=1),
+            "slip": Column(arrays["slip"]),
+        }
+        return HeadTail(arrays["basis"], Columns(columns))
 
-    def resize(self, size: int) -> None:
-        """Make room for so many points."""
-        self._codes = grown(self._codes, size, 0)
-        self._stats = grown(self._stats, size, 1)
-        self._slip = grown(self._slip, size, 0)
-        self.size = size
+    def with_table(self, table: Columns) -> "HeadTail":
+        """With other columns."""
+        return replace(self, table=table)
 
-    def encode(self, slots: Array, images: Array) -> None:
-        """Write the codes of mapped points."""
+    def encode(self, out: dict[str, Array], part: slice, images: Array) -> None:
+        """Write the codes of some mapped points into room for them."""
         heads = images @ self.basis.T
-        self._codes[slots] = heads
-        self._slip[slots] = 0
+        out["codes"][part] = heads
         square = np.einsum("nk,nk->n", images, images)
         tail = square - np.einsum("np,np->n", heads, heads)
         off = 1e-15 * images.shape[1] * square
-        self._measure(slots, tail, off)
+        codes = out["codes"][part]
+        out["stats"][:, part] = self._measured(codes, out["slip"][part], tail, off)
 
-    def move(self, movers: Array, holes: Array, size: int) -> None:
-        """Follow the points that took the place of removed ones."""
-        self._codes[holes] = self._codes[movers]
-        self._stats[:, holes] = self._stats[:, movers]
-        self._slip[holes] = self._slip[movers]
-        self.size = size
-
-    def absorb(self, left: Array, right: Array, w: Array, points: Points) -> None:
+    def absorbed(
+        self, left: Array, right: Array, w: Array, points: Points
+    ) -> "HeadTail":
         """Follow updates ``U += a b^T``, given the products with ``b``."""
         heads = left @ self.basis.T
-        slots = np.arange(self.size)
-        self._codes[: self.size] += w @ heads.astype(w.dtype)
-        square = self._square(slots)
+        codes = w @ heads.astype(w.dtype)
+        codes += self._codes
+        square = _squares(codes)
         lengths = np.linalg.norm(heads, axis=1) * np.linalg.norm(right, axis=1)
         off_products = points.rounding.unit * points.stats[2] * lengths.sum()
-        self._slip[: self.size] += off_products + self._eps * np.sqrt(square)
+        eps = float(np.finfo(codes.dtype).eps)
+        slip = self.table["slip"] + off_products + eps * np.sqrt(square)
         h, off, _ = points.stats
-        slip = self._slip[: self.size]
-        off = off + 2 * np.sqrt(square) * slip + 2 * self._eps * h
-        self._measure(slots, h - square, off)
+        off = off + 2 * np.sqrt(square) * slip + 2 * eps * h
+        stats = self._measured(codes, slip, h - square, off)
+        table = self.table.replaced(codes=codes, slip=slip, stats=stats)
+        return replace(self, table=table)
 
-    def refresh(self, factor: Array) -> None:
-        """Nothing: the directions of the head serve any metric."""
+    def refreshed(self, factor: Array) -> "HeadTail":  # noqa: ARG002
+        """Itself: the directions of the head serve any metric."""
+        return self
 
-    def _square(self, slots: Array) -> Array:
-        codes = self._codes[slots].astype(np.float64)
-        return np.einsum("np,np->n", codes, codes)
-
-    def _measure(self, slots: Array, tail: Array, off: Array) -> None:
-        """Keep the norms of codes and what the square of the tail bounds it by."""
-        slip = self._slip[slots]
-        self._stats[0, slots] = self._square(slots)
+    def _measured(self, codes: Array, slip: Array, tail: Array, off: Array) -> Array:
+        """Return the norms of codes and what the square of the tail bounds it by."""
         # 2 x s <= u x^2 + s^2 / u: the first part goes with the rounding of scans
-        self._stats[1, slots] = slip**2 * (1 + 1 / self.rounding)
-        self._stats[2, slots] = np.sqrt(np.maximum(tail - off, 0))
-        self._stats[3, slots] = np.sqrt(np.maximum(tail + off, 0))
+        slips = slip**2 * (1 + 1 / self.rounding)
+        ends = [np.sqrt(np.maximum(x, 0)) for x in (tail - off, tail + off)]
+        return np.stack([_squares(codes), slips, *ends])
 
     def _coded(self, queries: Queries) -> tuple[Array, Array]:
         """Heads of the queries; their squared norms and the lengths of their tails."""
@@ -148,9 +163,9 @@ class HeadTail:
     def _brackets(self, queries: Queries, eps: float) -> tuple[Array, Array, Array]:
         codes, of_queries = self._coded(queries)
         found: tuple[Array, Array, Array] = brackets(
-            self._codes[: self.size],
+            self._codes,
             codes,
-            self._stats[:, : self.size],
+            self.table["stats"],
             of_queries,
             rounding=4 * self.rounding,
             tolerance=eps,
@@ -186,9 +201,9 @@ class HeadTail:
         """Distances and places of what bounds leave open, how many; -1 if too many."""
         codes, of_queries = self._coded(queries)
         bounds = lower_bounds(
-            self._codes[: self.size],
+            self._codes,
             codes,
-            self._stats[:, : self.size],
+            self.table["stats"],
             of_queries,
             rounding=4 * self.rounding,
         )
@@ -203,6 +218,12 @@ class HeadTail:
             doubtful = np.flatnonzero(np.isnan(values[j]))
             values[j, doubtful] = queries.by_difference(j, slots[j, doubtful])
         return values, slots, counts
+
+
+def _squares(codes: Array) -> Array:
+    wide = codes.astype(np.float64)
+    squares: Array = np.einsum("np,np->n", wide, wide)
+    return squares
 
 
 def principal_basis(images: Array, size: int, rng: np.random.Generator) -> Array:

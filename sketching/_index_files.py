@@ -9,7 +9,8 @@ import numpy as np
 
 from sketching._ensemble import Ensemble
 from sketching._head_tail import HeadTail
-from sketching._index_engine import Engine, Mode
+from sketching._index_engine import Engine
+from sketching._index_state import Mode
 from sketching._lib.arrays import Array
 from sketching._lib.files import (
     check_sums,

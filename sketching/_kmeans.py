@@ -7,7 +7,7 @@ import numpy as np
 
 from sketching._lib.arrays import Array
 from sketching._ops.assign import cluster_sums, own_distances, two_nearest
-from sketching._points import Rounding
+from sketching._rounding import Rounding
 from sketching._seeding import squared_norms
 
 # share of points that may have changed above which own distances rule out few
@@ -65,6 +65,9 @@ class _Assigned:
         self.points, self.centers = points, centers.astype(points.dtype)
         self.norms = squared_norms(points)
         self.unit = Rounding.of(points.dtype, points.shape[1]).unit
+        # what rounding leaves of the distance of a point to the mean of its equals
+        eps = float(np.finfo(points.dtype).eps)
+        self.nothing = 8 * eps * float(np.sqrt(self.norms.max(initial=0)))
         n = len(points)
         self.labels = np.zeros(n, np.int64)
         self.upper, self.lower = np.empty(n), np.empty(n)
@@ -80,15 +83,24 @@ class _Assigned:
         return own
 
     def means(self) -> Array:
-        """Means of the members; an empty cluster takes the point that is worst off."""
+        """Means of the members; an empty cluster takes the point that is worst off.
+
+        Where every point is at its centre, as of few places, it stays empty.
+        """
         for empty in np.flatnonzero(self.counts == 0):
             apart = self.distances()
             apart[self.counts[self.labels] < 2] = -1
             far = np.array([int(apart.argmax())])
+            if apart[far[0]] <= self.nothing:
+                break
             self._relabel(far, np.array([empty]))
             self.centers[empty] = self.points[far[0]]
-            self.upper[far], self.lower[far] = 0, 0
-        return self.sums / self.counts[:, None]
+            self.upper[far] = 0
+            # of no point it is known how near the new centre is
+            self.lower[:] = 0
+        is_empty = self.counts[:, None] == 0
+        means = self.sums / np.maximum(self.counts, 1)[:, None]
+        return np.where(is_empty, self.centers, means)
 
     def move(self, centers: Array) -> float:
         """Move the centres and the bounds; return the squared way they went."""

@@ -33,7 +33,9 @@ def medians(
         weights = _weights(points, centers, labels, apart)
         size = len(centers)
         mass = np.bincount(labels, weights, minlength=size)
-        moved = cluster_sums(points, labels, weights, n_clusters=size) / mass[:, None]
+        sums = cluster_sums(points, labels, weights, n_clusters=size)
+        is_empty = mass[:, None] == 0
+        moved = np.where(is_empty, centers, sums / np.where(is_empty, 1, mass[:, None]))
         shift = float(np.sum((moved - centers) ** 2))
         centers, members = moved, labels
         advance()
@@ -50,11 +52,16 @@ def _nearest(points: Array, centers: Array, every: Array) -> Array:
 
 
 def _fill_empty(points: Array, labels: Array, apart: Array, centers: Array) -> None:
-    """Give every empty cluster the point that is farthest from its centre."""
+    """Give every empty cluster the point that is farthest from its centre.
+
+    Where every point is at its centre, as of few places, it stays empty.
+    """
     counts = np.bincount(labels, minlength=len(centers))
     for empty in np.flatnonzero(counts == 0):
         # the last point of a cluster stays
         far = int(np.where(counts[labels] > 1, apart, -1).argmax())
+        if apart[far] <= 8 * np.finfo(points.dtype).eps * np.abs(points).max():
+            break
         counts[labels[far]] -= 1
         counts[empty] += 1
         labels[far], apart[far], centers[empty] = empty, 0, points[far]

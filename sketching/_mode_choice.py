@@ -7,11 +7,9 @@ import numpy as np
 from sketching._exact_scan import Queries
 from sketching._head_tail import HeadTail
 from sketching._lib.arrays import Array
-from sketching._request import Request, half_of_memory
-from sketching.distance_modes import Adaptive, Exact, Filter
+from sketching._request import Request
+from sketching.distance_modes import Exact, Filter
 
-# measured: a number of a sketch, with its share of the median, over one of a scan
-_SKETCHED = 0.75
 # what a bound costs beside its code, in numbers
 _BOUND = 8
 # queries of the pilot
@@ -22,7 +20,7 @@ _PILOTS = 16
 class Choice:
     """A mode and what each would read for a query, in numbers a point."""
 
-    mode: Exact | Filter | Adaptive
+    mode: Exact | Filter
     reads: dict[str, float]
 
     def __str__(self) -> str:
@@ -31,18 +29,17 @@ class Choice:
 
 
 def choose(request: Request, images: Array, slots: Array) -> Choice:
-    """Compare the modes that keep the promise for adaptive queries too."""
+    """Compare the modes that keep the promise for adaptive queries too.
+
+    Sketches that are safe in every direction are more numbers than the points.
+    """
     d, k = request.points.rows.shape[1], images.shape[1]
-    modes: list[tuple[Exact | Filter | Adaptive, float]] = [(Exact(), float(d))]
+    modes: list[tuple[Exact | Filter, float]] = [(Exact(), float(d))]
     size = min(k, 128) if 2 * k > d else k
     # of few points, the directions of the head say little about others
     if size == k or (4 * size <= d and len(slots) >= 4 * size):
         share = _open_share(request, images, slots, size)
         modes.append((Filter(size=size), size + _BOUND + d * share))
-    rows, sketches, sampled = Adaptive().sizes(request)
-    is_small = Adaptive().bytes_for(request) <= half_of_memory()
-    if sketches * rows <= 4 * d and is_small:
-        modes.append((Adaptive(), _SKETCHED * rows * sampled))
     mode, _ = min(modes, key=lambda pair: pair[1])
     return Choice(mode, {type(mode).__name__: reads for mode, reads in modes})
 
@@ -51,9 +48,10 @@ def _open_share(request: Request, images: Array, slots: Array, size: int) -> flo
     """Measure on some points which share of distances the codes leave open."""
     rng = np.random.default_rng(0)
     sketch: HeadTail = Filter(size=size).draw(request, images)
-    sketch.resize(len(slots))
-    sketch.encode(np.arange(len(slots)), images)
+    codes = sketch.blank(len(slots))
+    sketch.encode(codes, slice(0, len(slots)), images)
+    sketch = sketch.with_table(sketch.table.extended(**codes))
     pilots = slots[rng.choice(len(slots), min(_PILOTS, len(slots)), replace=False)]
     points = request.points
-    queries = Queries(points, request.factor, points.some(pilots))
+    queries = Queries(points, request.factor, points.kept(pilots))
     return sketch.open_share(queries, request.eps)

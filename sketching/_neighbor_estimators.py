@@ -10,6 +10,7 @@ from sklearn.base import (
 )
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from sketching._fitting import fitted_aside
 from sketching._lib.arrays import Array
 from sketching._lib.validation import check_choice, check_integer, check_number
 from sketching._metric_parameter import index_of, metric_of
@@ -26,13 +27,26 @@ class Indexed(BaseEstimator):  # type: ignore[misc]
         metric = metric_of(self.metric, X, self.ridge, self.shrinkage)
         self.index_ = index_of(metric, X, self.index_mode)
         self._points = X
-        self.n_samples_fit_ = len(X)
 
-    def _extend(self, X: Array) -> None:
-        """Insert more checked points under the metric that there is."""
+    @property
+    def n_samples_fit_(self) -> int:
+        """How many points there are, those among them that were deleted again."""
+        return self.index_._engine.given
+
+    def _extend(self, X: Array, **more: Array) -> None:
+        """Insert more checked points under the metric that there is.
+
+        ``more`` are attributes with a row for each point, and their new rows. The index
+        comes last: it knows how many of the rows count.
+        """
+        rows = {"_points": X.astype(self._points.dtype), **more}
+        count = self.n_samples_fit_
+        longer = {
+            name: np.concatenate([getattr(self, name)[:count], new])
+            for name, new in rows.items()
+        }
+        self.__dict__.update(longer)
         self.index_.insert(X)
-        self._points = np.concatenate([self._points, X.astype(self._points.dtype)])
-        self.n_samples_fit_ = len(self._points)
 
     def _neighbors(self, X: Any, k: int) -> tuple[Array, Array]:
         """Find neighbours of queries, or of the points without themselves."""
@@ -48,7 +62,8 @@ class Indexed(BaseEstimator):  # type: ignore[misc]
             X = validate_data(self, X, dtype=DTYPES, reset=False)
             distances, numbers = self.index_.kneighbors(X, k)
             return distances, numbers
-        distances, numbers = self.index_.kneighbors(self._points, k + 1)
+        points = self._points[: self.n_samples_fit_]
+        distances, numbers = self.index_.kneighbors(points, k + 1)
         is_self = numbers == np.arange(len(numbers))[:, None]
         # among more than k duplicates a point may be missing: then the last one goes
         is_self[~is_self.any(axis=1), -1] = True
@@ -123,10 +138,12 @@ class MahalanobisNeighbors(Indexed):
 
     def fit(self, X: Array, y: Any = None) -> "MahalanobisNeighbors":  # noqa: ARG002
         """Put the rows of ``X`` into an index."""
+        return fitted_aside(self, lambda fresh: fresh._fit(X))
+
+    def _fit(self, X: Any) -> None:
         X = validate_data(self, X, dtype=DTYPES)
         check_number("radius", self.radius, least=0)
         self._build(X)
-        return self
 
     def partial_fit(
         self,
@@ -164,7 +181,7 @@ class MahalanobisNeighbors(Indexed):
             "radius", self.radius if radius is None else radius, least=0
         )
         if X is None:
-            queries = self._points
+            queries = self._points[: self.n_samples_fit_]
         else:
             queries = validate_data(self, X, dtype=DTYPES, reset=False)
         distances, numbers = self.index_.radius_neighbors(queries, radius)
@@ -259,11 +276,13 @@ class MahalanobisKNeighborsTransformer(
 
     def fit(self, X: Array, y: Any = None) -> Any:  # noqa: ARG002
         """Put the rows of ``X`` into an index."""
+        return fitted_aside(self, lambda fresh: fresh._fit(X))
+
+    def _fit(self, X: Any) -> None:
         X = validate_data(self, X, dtype=DTYPES)
         check_choice("mode", self.mode, ("connectivity", "distance"))
         self._build(X)
         self._n_features_out = self.n_samples_fit_
-        return self
 
     def transform(self, X: Array) -> Any:
         """Return the graph from the rows of ``X`` to the points."""

@@ -7,6 +7,7 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
+from sketching._fitting import fitted_aside
 from sketching._lib.arrays import Array
 from sketching._lib.validation import check_choice
 from sketching._neighbor_estimators import DTYPES, Indexed
@@ -94,10 +95,12 @@ class MahalanobisKNeighborsClassifier(
 
     def fit(self, X: Array, y: Array) -> "MahalanobisKNeighborsClassifier":
         """Put the rows of ``X`` into an index and remember their classes."""
+        return fitted_aside(self, lambda fresh: fresh._fit(X, y))
+
+    def _fit(self, X: Any, y: Any) -> None:
         X, y = self._checked(X, y, reset=True)
         self._build(X)
         self.classes_, self._codes = np.unique(y, return_inverse=True)
-        return self
 
     def partial_fit(
         self, X: Array, y: Array, classes: Array | None = None
@@ -113,17 +116,26 @@ class MahalanobisKNeighborsClassifier(
             raise ValueError("classes must be passed on the first call to partial_fit.")
         if given is not None and not np.array_equal(given, known):
             raise ValueError(f"classes: expected those of the first call, {known}")
-        X, y = self._checked(X, y, reset=is_first)
+        if is_first:
+            return fitted_aside(self, lambda fresh: fresh._begin(X, y, known))
+        X, y = self._known(X, y, known, reset=False)
+        self._extend(X, _codes=np.searchsorted(known, y))
+        return self
+
+    def _begin(self, X: Any, y: Any, known: Array) -> None:
+        X, y = self._known(X, y, known, reset=True)
+        self._build(X)
+        self.classes_, self._codes = known, np.searchsorted(known, y)
+
+    def _known(
+        self, X: Any, y: Any, known: Array, *, reset: bool
+    ) -> tuple[Array, Array]:
+        """Check rows whose classes are among those that were announced."""
+        X, y = self._checked(X, y, reset=reset)
         unknown = np.setdiff1d(y, known)
         if len(unknown):
             raise ValueError(f"y: expected classes of {known}, got {unknown}")
-        if is_first:
-            self._build(X)
-            self.classes_, self._codes = known, np.empty(0, np.int64)
-        else:
-            self._extend(X)
-        self._codes = np.concatenate([self._codes, np.searchsorted(known, y)])
-        return self
+        return X, y
 
     def predict(self, X: Array) -> Array:
         """Return the class with the most votes; of several the first."""
@@ -185,10 +197,12 @@ class MahalanobisKNeighborsRegressor(
 
     def fit(self, X: Array, y: Array) -> "MahalanobisKNeighborsRegressor":
         """Put the rows of ``X`` into an index and remember their targets."""
+        return fitted_aside(self, lambda fresh: fresh._fit(X, y))
+
+    def _fit(self, X: Any, y: Any) -> None:
         X, y = self._check(X, y, reset=True)
         self._build(X)
         self._targets = y
-        return self
 
     def partial_fit(self, X: Array, y: Array) -> "MahalanobisKNeighborsRegressor":
         """Insert more rows; the metric stays that of the first ones."""
@@ -199,8 +213,7 @@ class MahalanobisKNeighborsRegressor(
             raise ValueError(
                 f"y: expected shape (n, {self._targets.shape[1:]}), got {y.shape}"
             )
-        self._extend(X)
-        self._targets = np.concatenate([self._targets, y])
+        self._extend(X, _targets=y)
         return self
 
     def predict(self, X: Array) -> Array:

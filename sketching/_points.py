@@ -3,110 +3,149 @@
 Squared norms :math:`h_i = |U x_i|^2` are all that the exact distances need beside the
 points. Updates of the metric change them by two products with every point, those that
 learners emit by one; how far rounding may have moved them is kept beside them.
+
+Nothing of a point is lost: rows that do not lead back to their points have them kept
+beside, and distances by difference are differences of the points as they were given.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sketching._half_width import halved, widened
+from sketching._centre import centre_of, lossy
+from sketching._columns import Column, Columns, Write
+from sketching._half_width import coarse_steps, widened
 from sketching._lib.arrays import Array
 from sketching._ops.updates import changed_norms
+from sketching._rounding import Rounding
 
 # rows that are mapped by the factor at a time
 _BLOCK = 1024
 # drift of a squared norm, in roundings of a fresh one, at which it is computed anew
 _STALE = 64
-
-
-# rounding errors are modelled as independent with mean zero: a sum of products is then
-# off by more than so many deviations with at most this probability (Higham and Mary,
-# A new approach to probabilistic rounding error analysis, 2019, theorem 3.1)
-_DEVIATIONS = 8.0
-UNLIKELY = 2 * math.exp(-(_DEVIATIONS**2) / 2)
+# share of the points that may be kept beside their rows before the centre is moved
+_BESIDE = 0.125
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
-    """How far sums of products are off, and which distances that leaves right."""
+class Placed:
+    """Points about to come in: rows, steps of integers, and the points themselves."""
 
-    unit: float
-    tolerance: float
+    rows: Array
+    steps: Array | None
+    kept: Array
+    # which of them the rows do not lead back to
+    odd: Array
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def some(self, part: Array | slice) -> Array:
+        """Rows in the precision of answers."""
+        if self.steps is None:
+            return self.rows[part]
+        return widened(self.rows[part], self.steps[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Rows that are numbered; those that count are the first of each column.
+
+    A change makes other points, or writes beside them, and leaves these as they are.
+    """
+
+    center: Array
+    dtype: Any
+    rounding: Rounding
+    # rows, steps of rows of integers, stats (squared norm in the metric, how far it may
+    # be off, Euclidean length), numbers, how many of the updates that wait a row has
+    # seen, and where its point is among those kept beside, or -1
+    table: Columns
+    slot_of: Column
+    beside: Column
 
     @staticmethod
-    def of(dtype: Any, d: int) -> "Rounding":
-        """For products of ``d`` terms."""
-        eps = float(np.finfo(dtype).eps)
-        unit = eps / 2 * _DEVIATIONS * (1 + math.sqrt(d))
-        return Rounding(unit, 4 * math.sqrt(eps / 2))
+    def around(x: Array, *, half_width: bool = False) -> "Points":
+        """No points yet, of the precision of ``x`` and with its centre."""
+        dtype = np.dtype(np.float32 if half_width else x.dtype)
+        d = x.shape[1]
+        columns = {
+            "rows": Column(np.empty((0, d), np.int16 if half_width else dtype)),
+            "stats": Column(np.empty((3, 0)), axis=1),
+            "numbers": Column(np.empty(0, np.int64)),
+            "since": Column(np.empty(0, np.int64)),
+            "beside": Column(np.empty(0, np.int64)),
+        }
+        if half_width:
+            columns["steps"] = Column(np.empty(0, np.float32))
+        return Points(
+            centre_of(x, dtype, always=half_width),
+            dtype,
+            Rounding.of(dtype, d),
+            Columns(columns),
+            Column(np.empty(0, np.int64)),
+            Column(np.empty((0, d), dtype)),
+        )
 
-
-class Points:
-    """Rows that are numbered, changed and removed; the live ones are the first."""
-
-    def __init__(self, center: Array, dtype: Any, *, half_width: bool = False) -> None:
-        self.size = 0
-        self.dtype = np.dtype(np.float32 if half_width else dtype)
-        self.center = center.astype(self.dtype)
-        self.rounding = Rounding.of(self.dtype, len(center))
-        self._rows = np.empty((0, len(center)), np.int16 if half_width else self.dtype)
-        # what rows of integers are multiplied by
-        self._steps = np.empty(0, np.float32) if half_width else None
-        # squared norm in the metric, how far it may be off, Euclidean length
-        self._stats = np.empty((3, 0))
-        self._numbers = np.empty(0, np.int64)
-        # how many of the updates that wait a row has already seen
-        self._since = np.empty(0, np.int64)
-        self._slot_of = np.empty(0, np.int64)
-        self._given = 0
+    @property
+    def size(self) -> int:
+        """The number of points."""
+        return self.table.size
 
     @property
     def rows(self) -> Array:
         """The centred points, ``(n, d)``, to be multiplied by steps if there are."""
-        return self._rows[: self.size]
+        return self.table["rows"]
 
     @property
     def steps(self) -> Array | None:
         """What each row is to be multiplied by, where points are in half the width."""
-        return None if self._steps is None else self._steps[: self.size]
-
-    def some(self, slots: Array | slice) -> Array:
-        """Centred points, in the precision of answers."""
-        if self._steps is None:
-            return self._rows[slots]
-        return widened(self._rows[slots], self._steps[slots])
+        return self.table.get("steps")
 
     @property
     def stats(self) -> Array:
         """Squared norms, how far they may be off, and Euclidean lengths, ``(3, n)``."""
-        return self._stats[:, : self.size]
+        return self.table["stats"]
 
     @property
     def numbers(self) -> Array:
         """The number of each point, ``(n,)``."""
-        return self._numbers[: self.size]
+        return self.table["numbers"]
 
     @property
     def given(self) -> int:
         """How many numbers were given so far."""
-        return self._given
+        return int(self.slot_of.size)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (self._rows, self._stats, self._numbers, self._since, self._slot_of)
-        return sum(x.nbytes for x in arrays) + (
-            0 if self._steps is None else self._steps.nbytes
+        return self.table.nbytes + self.slot_of.nbytes + self.beside.nbytes
+
+    def some(self, slots: Array | slice) -> Array:
+        """Centred points, in the precision of answers."""
+        steps = self.steps
+        if steps is None:
+            return self.rows[slots]
+        return widened(self.rows[slots], steps[slots])
+
+    def kept(self, slots: Array) -> Array:
+        """Points as they were given; in half the width, as they were rounded to."""
+        if not self.center.any():
+            return self.some(slots)
+        points: Array = (self.some(slots).astype(np.float64) + self.center).astype(
+            self.dtype
         )
+        if self.beside.size:
+            places = self.table["beside"][slots]
+            is_odd = places >= 0
+            points[is_odd] = self.beside.array[places[is_odd]]
+        return points
 
     def centred(self, x: Array) -> Array:
-        """Bring points to the centre, rounded as the rows are."""
-        # in float64 the difference of two float32 numbers is exact, or nearly
-        moved = x.astype(np.float64) - self.center
-        with np.errstate(over="ignore"):
-            return moved.astype(self.dtype)
+        """Bring points to the centre, in float64."""
+        return x.astype(np.float64) - self.center
 
     def refuse_overflow(self, name: str, scale: float, longest: float) -> None:
         """Raise unless squares of such rows are finite under a factor of that norm."""
@@ -120,66 +159,108 @@ class Points:
                 f"{longest:.3g} from the centre, the norm of the factor {scale:.3g}"
             )
 
-    def restored(self, slots: Array | None = None) -> Array:
-        """Points as they were given, up to rounding."""
-        slots = np.arange(self.size) if slots is None else slots
-        moved = self.some(slots).astype(np.float64) + self.center
-        return moved.astype(self.dtype)
+    def placed(self, x: Array) -> Placed:
+        """Round points as they are kept; nothing of the caller's memory is kept."""
+        if self.steps is None:
+            with np.errstate(over="ignore"):
+                kept = x.astype(self.dtype)
+            if not self.center.any():
+                return Placed(kept, None, kept, np.zeros(len(x), bool))
+            # in float64 the difference of two float32 numbers is exact, or nearly
+            rows = self.centred(kept).astype(self.dtype)
+            odd = lossy(kept, rows, self.center).any(axis=1)
+            return Placed(rows, None, kept, odd)
+        away = self.centred(x)
+        # steps no finer than single precision is out there, so that points that are
+        # given back are those that distances are measured to
+        largest = np.abs(x).max(axis=1) + np.abs(self.center).max()
+        rows, steps = coarse_steps(away, largest)
+        back = widened(rows, steps) + self.center.astype(np.float64)
+        kept = back.astype(np.float32)
+        return Placed(rows, steps, kept, np.zeros(len(x), bool))
 
-    def recentre(self) -> None:
-        """Move the centre to the mean; norms follow by :meth:`mapped`."""
-        parts = blocks(np.arange(self.size))
-        total = sum(self.some(part).sum(axis=0, dtype=np.float64) for part in parts)
-        center = (self.center + total / self.size).astype(self.dtype)
-        shift = self.center.astype(np.float64) - center
-        for part in parts:
-            self._put(part, self.some(part) + shift)
-        self.center = center
+    def extended(self, new: Placed, stats: Array, pending: int) -> "Points":
+        """Add points, of known stats; their numbers are the next ones."""
+        start, n = self.size, len(new)
+        beside, places = self._beside(new)
+        columns = {
+            "rows": new.rows,
+            "stats": stats,
+            "numbers": np.arange(self.given, self.given + n),
+            "since": np.full(n, pending),
+            "beside": places,
+        }
+        if new.steps is not None:
+            columns["steps"] = new.steps
+        return replace(
+            self,
+            table=self.table.extended(**columns),
+            slot_of=self.slot_of.extended(np.arange(start, start + n)),
+            beside=beside,
+        )
 
-    def _put(self, slots: Array, x: Array) -> None:
-        """Put centred rows in place, rounded as they are kept."""
-        if self._steps is None:
-            self._rows[slots] = x
-        else:
-            self._rows[slots], self._steps[slots] = halved(x)
+    def written(
+        self, slots: Array, new: Placed, stats: Array, pending: int
+    ) -> tuple["Points", list[Write]]:
+        """Put points in place of others."""
+        beside, places = self._beside(new)
+        columns = {"rows": new.rows, "stats": stats, "beside": places}
+        if new.steps is not None:
+            columns["steps"] = new.steps
+        since = np.full(len(new), pending)
+        writes = self.table.written(slots, since=since, **columns)
+        return replace(self, beside=beside), writes
 
-    def append(self, x: Array, pending: int) -> Array:
-        """Add centred rows; return their numbers."""
-        start, end = self.size, self.size + len(x)
-        for name, axis in (("_rows", 0), ("_stats", 1), ("_numbers", 0), ("_since", 0)):
-            setattr(self, name, grown(getattr(self, name), end, axis))
-        if self._steps is not None:
-            self._steps = grown(self._steps, end, 0)
-        self.size = end
-        numbers = np.arange(self._given, self._given + len(x))
-        self._given += len(x)
-        self._slot_of = grown(self._slot_of, self._given, 0)
-        self._slot_of[numbers] = np.arange(start, end)
-        self._numbers[start:end] = numbers
-        self.write(np.arange(start, end), x, pending)
-        return numbers
+    def _beside(self, new: Placed) -> tuple[Column, Array]:
+        """Keep the points that their rows do not lead back to."""
+        places = np.full(len(new), -1)
+        count = int(new.odd.sum())
+        if not count:
+            return self.beside, places
+        places[new.odd] = self.beside.size + np.arange(count)
+        return self.beside.extended(new.kept[new.odd]), places
 
-    def write(self, slots: Array, x: Array, pending: int) -> None:
-        """Put centred rows in place; their norms follow by :meth:`mapped`."""
-        self._put(slots, x)
-        self._since[slots] = pending
-
-    def remove(self, slots: Array) -> tuple[Array, Array]:
-        """Remove rows; return from where to where the last ones moved."""
+    def removed(
+        self, slots: Array
+    ) -> tuple["Points", list[Write], tuple[Array, Array, int]]:
+        """Remove rows; the last ones move from where to where is said as well."""
         end = self.size - len(slots)
-        self._slot_of[self._numbers[slots]] = -1
         is_gone = np.zeros(self.size, bool)
         is_gone[slots] = True
         holes = np.flatnonzero(is_gone[:end])
         movers = end + np.flatnonzero(~is_gone[end:])
-        for x in (self._rows, self._numbers, self._since):
-            x[holes] = x[movers]
-        if self._steps is not None:
-            self._steps[holes] = self._steps[movers]
-        self._stats[:, holes] = self._stats[:, movers]
-        self._slot_of[self._numbers[holes]] = holes
-        self.size = end
-        return movers, holes
+        moves = movers, holes, end
+        numbers = self.numbers
+        names = [
+            self.slot_of.written(numbers[slots], np.full(len(slots), -1)),
+            self.slot_of.written(numbers[movers], holes),
+        ]
+        table, writes = self.table.closed(*moves)
+        return replace(self, table=table), names + writes, moves
+
+    def private(self) -> "Points":
+        """In memory of their own."""
+        return replace(self, table=self.table.private(), slot_of=self.slot_of.private())
+
+    def is_scattered(self) -> bool:
+        """Whether so many points are kept beside that another centre is better."""
+        return bool(self.beside.size > 8 + _BESIDE * self.size)
+
+    def recentred(self) -> "Points":
+        """Move the centre; norms follow by :meth:`measured`."""
+        every = np.arange(self.size)
+        points = self.kept(every)
+        is_half = self.steps is not None
+        empty = Points.around(points, half_width=is_half)
+        new = empty.placed(points)
+        if new.odd.mean() > _BESIDE:
+            odd = lossy(points, new.rows, empty.center).any(axis=0)
+            center = np.where(odd, 0, empty.center).astype(self.dtype)
+            empty = replace(empty, center=center)
+            new = empty.placed(points)
+        full = empty.extended(new, np.zeros((3, self.size)), 0)
+        table = full.table.replaced(numbers=self.numbers)
+        return replace(full, table=table, slot_of=self.slot_of)
 
     def slots(self, name: str, numbers: Any, *, distinct: bool = False) -> Array:
         """Find where points are; raise unless they are there, distinct ones once."""
@@ -191,49 +272,57 @@ class Points:
         found = found.astype(np.int64)
         is_known = (found >= 0) & (found < self.given)
         slots = np.full(found.shape, -1)
-        slots[is_known] = self._slot_of[found[is_known]]
+        slots[is_known] = self.slot_of.array[found[is_known]]
         if (slots < 0).any():
             raise ValueError(f"{name}: there is no point {int(found[slots < 0][0])}")
         if distinct and len(np.unique(slots)) < len(slots):
             raise ValueError(f"{name}: expected each point once")
         return slots
 
-    def mapped(self, slots: Array, factor: Array) -> Array:
-        """Map rows by the factor, in float64."""
-        rows = self.some(slots).astype(np.float64)
-        image: Array = rows @ factor.T
-        self._stats[2, slots] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        self._stats[0, slots] = np.einsum("nk,nk->n", image, image)
-        self._stats[1, slots] = 0
-        return image
+    def measured(self, kept: Array, rows: Array, factor: Array) -> tuple[Array, Array]:
+        """Map points by the factor, in float64; return images and stats, ``(3, n)``."""
+        # rows of integers are what is kept, to the last bit
+        exact = (
+            rows.astype(np.float64) if self.steps is not None else self.centred(kept)
+        )
+        image: Array = exact @ factor.T
+        stats = np.zeros((3, len(rows)))
+        stats[0] = np.einsum("nk,nk->n", image, image)
+        stats[2] = np.sqrt(np.einsum("nd,nd->n", exact, exact))
+        # what the row is off by enters products as rounding of their terms does
+        apart = exact - rows
+        stats[2] += np.sqrt(np.einsum("nd,nd->n", apart, apart)) / self.rounding.unit
+        return image, stats
 
-    def absorb(
+    def absorbed(
         self, left: Array, right: Array, images: Array, *, keep: bool
-    ) -> Array | None:
+    ) -> tuple["Points", Array | None]:
         r"""Update the norms for ``U += sum a_t b_t^T``.
 
         ``images`` are :math:`U_t^\top a_t` of the factor before each update. The answer
-        are the products with ``b_t``, ``(n, r)``, if they are to be kept.
+        has the products with ``b_t``, ``(n, r)``, if they are to be kept.
         """
         known, m = self._described(left, right, images)
         order = known[4].astype(np.int64)
         vectors = np.concatenate([right[order], images[order[:m]]])
-        stats = self.stats
         after, kept = changed_norms(
             self.rows,
             vectors.astype(self.dtype),
-            stats,
-            self._since[: self.size],
+            # a body writes in place
+            self.stats.copy(),
+            self.table["since"],
             known,
             rounding=self.rounding.unit,
             steps=self.steps,
             keep=keep,
         )
-        # a body that wrote in place is spared a copy of every number onto itself
-        if after is not stats:
-            stats[:] = after
-        self.forget_updates()
-        return kept[:, np.argsort(order)] if keep else None
+        points = self.with_stats(after)
+        return points, kept[:, np.argsort(order)] if keep else None
+
+    def with_stats(self, stats: Array) -> "Points":
+        """With other stats; no row waits for an update."""
+        since = np.zeros(self.size, np.int64)
+        return replace(self, table=self.table.replaced(stats=stats, since=since))
 
     def _described(self, left: Array, right: Array, images: Array) -> tuple[Array, int]:
         """What an op wants to know of updates, and how many are the first of them.
@@ -264,47 +353,45 @@ class Points:
             return np.arange(0)
         return np.flatnonzero(off > share * h)
 
-    def forget_updates(self) -> None:
-        """No row waits for an update."""
-        self._since[: self.size] = 0
-
     def arrays(self) -> dict[str, Array]:
         """What a file keeps; an update must not be waiting."""
-        steps = {} if self.steps is None else {"steps": self.steps}
-        return {
-            **steps,
-            "rows": self.rows,
-            "stats": self.stats,
-            "numbers": self.numbers,
-            "center": self.center,
-            "slot_of": self._slot_of[: self._given],
-        }
+        found = self.table.arrays()
+        del found["since"]
+        if self.beside.size:
+            found["given"] = self.beside.array
+        else:
+            del found["beside"]
+        return {**found, "center": self.center, "slot_of": self.slot_of.array}
 
     @staticmethod
     def of_arrays(arrays: dict[str, Array]) -> "Points":
         """Build the points from what a file kept."""
-        rows = arrays["rows"]
-        is_half = "steps" in arrays
-        points = Points(arrays["center"], rows.dtype, half_width=is_half)
-        points.size, points._steps = len(rows), arrays.get("steps")
-        points._rows, points._stats = rows, arrays["stats"]
-        points._numbers, points._slot_of = arrays["numbers"], arrays["slot_of"]
-        points._given = len(points._slot_of)
-        points._since = np.zeros(len(rows), np.int64)
-        return points
+        center, rows = arrays["center"], arrays["rows"]
+        n, d = rows.shape
+        names = ("rows", "stats", "numbers", "steps")
+        columns = {
+            name: Column(arrays[name], axis=int(name == "stats"))
+            for name in names
+            if name in arrays
+        }
+        columns["since"] = Column(np.zeros(n, np.int64))
+        given = arrays.get("given", np.empty((0, d), center.dtype))
+        places = arrays.get("beside", np.full(n, -1))
+        if places.shape != (n,) or given.shape[1:] != (d,):
+            raise ValueError("points that are kept beside their rows have other shapes")
+        if len(places) and not -1 <= places.min() <= places.max() < len(given):
+            raise ValueError("rows ask for points that are not kept beside them")
+        columns["beside"] = Column(places.astype(np.int64))
+        return Points(
+            center,
+            center.dtype,
+            Rounding.of(center.dtype, d),
+            Columns(columns),
+            Column(arrays["slot_of"]),
+            Column(given),
+        )
 
 
 def blocks(slots: Array) -> list[Array]:
     """Cut slots into pieces that are worked on at a time."""
     return [slots[i : i + _BLOCK] for i in range(0, len(slots), _BLOCK)]
-
-
-def grown(x: Array, size: int, axis: int) -> Array:
-    """Return the array with room for ``size`` along an axis, at least doubled."""
-    if x.shape[axis] >= size:
-        return x
-    shape = list(x.shape)
-    shape[axis] = max(size, 2 * x.shape[axis])
-    larger = np.zeros(shape, x.dtype)
-    larger[tuple(slice(n) for n in x.shape)] = x
-    return larger

@@ -1,21 +1,33 @@
 """Updates of the metric that the points have not seen yet."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from sketching._lib.arrays import Array
 
 
+@dataclass(frozen=True, slots=True)
 class WaitingUpdates:
     """A queue of ``U += a b^T``; beyond ``most`` of them all points are mapped anew."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    left: Array
+    right: Array
+    # U_t^T a_t, of the factor that each update met
+    images: Array
+    overflowed: bool = False
+
+    @staticmethod
+    def none(shape: tuple[int, int]) -> "WaitingUpdates":
+        """An empty queue for a factor of that shape."""
         k, d = shape
+        return WaitingUpdates(np.empty((0, k)), np.empty((0, d)), np.empty((0, d)))
+
+    @property
+    def most(self) -> int:
+        """The length of the queue."""
         # two products with every point for each update, against k for a fresh norm
-        self.most = max(1, k // 2)
-        self.left, self.right = np.empty((0, k)), np.empty((0, d))
-        # U_t^T a_t, of the factor that each update met
-        self.images = np.empty((0, d))
-        self.overflowed = False
+        return max(1, int(self.left.shape[1]) // 2)
 
     def __len__(self) -> int:
         return len(self.left)
@@ -23,18 +35,14 @@ class WaitingUpdates:
     def __bool__(self) -> bool:
         return self.overflowed or len(self.left) > 0
 
-    def append(self, left: Array, right: Array, images: Array) -> None:
-        """Queue updates; ``images`` are ``U_t^T a_t`` of the factor before each."""
+    def extended(self, left: Array, right: Array, images: Array) -> "WaitingUpdates":
+        """With more; ``images`` are ``U_t^T a_t`` of the factor before each update."""
         if self.overflowed or len(self) + len(left) > self.most:
-            self.clear()
-            self.overflowed = True
-            return
-        self.left = np.concatenate([self.left, left])
-        self.right = np.concatenate([self.right, right])
-        self.images = np.concatenate([self.images, images])
-
-    def clear(self) -> None:
-        """Empty the queue."""
-        self.left, self.right = self.left[:0], self.right[:0]
-        self.images = self.images[:0]
-        self.overflowed = False
+            shape = left.shape[1], right.shape[1]
+            empty = WaitingUpdates.none(shape)
+            return WaitingUpdates(empty.left, empty.right, empty.images, True)
+        return WaitingUpdates(
+            np.concatenate([self.left, left]),
+            np.concatenate([self.right, right]),
+            np.concatenate([self.images, images]),
+        )

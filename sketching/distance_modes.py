@@ -9,17 +9,26 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sketching._adaptive_law import (
+    median_failure,
+    misled,
+    needed,
+    worst_error,
+    worst_failure,
+)
 from sketching._ensemble import Ensemble
 from sketching._exact_scan import nearest
 from sketching._head_tail import HeadTail, principal_basis
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Certificate, RefusalError
 from sketching._lib.validation import check_flag, check_integer
-from sketching._points import UNLIKELY
 from sketching._request import Request, half_of_memory
+from sketching._rounding import UNLIKELY
 
-# where ``erfc`` is a tenth: nine sketches of ten keep eps with (this / eps)^2 rows
-_NINE_OF_TEN = 1.1630871536766743
+# eps in deviations of a sketch: far enough from the tenth that may be misled
+_FAR = 3.3
+# share of sketches that a direction may mislead, and be answered all the same
+_MISLED = 0.1
 # the Kullback-Leibler divergence of a half from a tenth
 _DIVERGENCE = 0.5 * math.log(5) + 0.5 * math.log(5 / 9)
 # numbers of one block of exact distances
@@ -134,7 +143,7 @@ class Filter:
     def draw(self, request: Request, images: Array) -> HeadTail:
         """Find the directions of the head from some mapped points."""
         basis = principal_basis(images, self.size, request.rng)
-        return HeadTail(basis, request.points.dtype.type)
+        return HeadTail.along(basis, request.points.dtype)
 
     def distances(self, request: Request) -> tuple[Array, Certificate]:
         """Answer from the codes where they are within eps, else exactly."""
@@ -164,10 +173,12 @@ class Adaptive:
 
     Of ``sketches`` independent sketches of ``rows`` numbers, each query draws
     ``sampled`` afresh and takes the median. What is not given follows from eps and
-    delta of the index: ``rows`` so that nine sketches of ten are within eps,
-    ``sampled`` so that the median fails with probability delta over all points, and
-    ``sketches`` so that no direction can be attacked,
-    :math:`L m \ge k / \epsilon^2`, or about the root of the number of ``queries``.
+    delta of the index: ``rows`` so that eps is 3.3 deviations of a sketch, ``sampled``
+    so that the median fails with probability delta over all points while a tenth of
+    the sketches is misled, and ``sketches`` so that no direction misleads more: by the
+    law of extreme eigenvalues, about :math:`8 (\sqrt k + 2)^2`, or the root of the
+    number of ``queries``. That is much; fewer sketches promise less, and
+    ``MahalanobisIndex.guarantee`` says what.
 
     Parameters
     ----------
@@ -180,12 +191,16 @@ class Adaptive:
     --------
     >>> import numpy as np
     >>> from sketching import Adaptive, MahalanobisIndex, MahalanobisMetric
-    >>> metric = MahalanobisMetric(np.eye(400))
-    >>> mode = Adaptive(rows=64, sketches=80, sampled=9)
-    >>> index = MahalanobisIndex(metric, mode=mode, eps=0.3, rng=0)
-    >>> numbers = index.insert(np.random.default_rng(0).standard_normal((50, 400)))
+    >>> metric = MahalanobisMetric(np.eye(20))
+    >>> index = MahalanobisIndex(metric, mode=Adaptive(), eps=0.3, rng=0)
+    >>> numbers = index.insert(np.random.default_rng(0).standard_normal((50, 20)))
     >>> index.guarantee().error
     0.3
+    >>> mode = Adaptive(rows=64, sketches=80, sampled=9)
+    >>> index = MahalanobisIndex(metric, mode=mode, eps=0.3, rng=0)
+    >>> numbers = index.insert(np.random.default_rng(0).standard_normal((50, 20)))
+    >>> round(index.guarantee().error, 2)
+    0.46
 
     References
     ----------
@@ -209,15 +224,19 @@ class Adaptive:
     def sizes(self, request: Request) -> tuple[int, int, int]:
         """Rows, sketches and sampled sketches for the points that there are."""
         eps, n, k = request.eps, request.points.size, len(request.factor)
-        rows = self.rows or math.ceil((_NINE_OF_TEN / eps) ** 2)
+        rows = self.rows or math.ceil((_FAR / eps) ** 2 / 2)
         sampled = self.sampled
         if sampled is None:
-            sampled = math.ceil(math.log(n / request.delta) / _DIVERGENCE) | 1
+            sampled = math.ceil(math.log(2 * n / request.delta) / _DIVERGENCE) | 1
         if self.sketches is not None:
             return rows, self.sketches, sampled
         if self.queries is not None:
             return rows, max(sampled, math.ceil(math.sqrt(self.queries))), sampled
-        return rows, max(sampled, math.ceil(k / (eps * eps * rows))), sampled
+        sketches = needed(rows, k, eps, _MISLED)
+        if sketches is None:
+            # so few rows cannot keep eps: the least error of the worst direction
+            sketches = math.ceil(k / (eps * eps * rows))
+        return rows, max(sampled, sketches), sampled
 
     def bytes_for(self, request: Request) -> int:
         """Memory that the sketches take."""
@@ -242,7 +261,7 @@ class Adaptive:
         """Take the median of freshly sampled sketches."""
         queries = request.queries
         values = request.sketch.estimates(queries, self.sample(request), request.eps)
-        values = values.astype(queries.rows.dtype, copy=False)
+        values = values.astype(request.points.dtype, copy=False)
         return values, self.guarantee(request)
 
     def sample(self, request: Request) -> Array:
@@ -278,30 +297,30 @@ class Adaptive:
         count, rows, k = request.sketch.matrices.shape
         n, eps = request.points.size, request.eps
         _, _, sampled = self.sizes(request)
-        failure = min(1.0, n * median_failure(rows, sampled, eps))
+        worst = n * worst_failure(count, rows, sampled, k, eps)
         bias = math.sqrt(k / (count * rows))
-        if bias <= eps * (1 + 1e-12):
-            source = f"L m = {count * rows} >= k / eps^2: safe in every direction"
-        elif self.queries is not None and count**2 >= self.queries:
-            source = f"at most {self.queries} adaptive queries: L = {count} is its root"
-        else:
+        few = n * median_failure(rows, sampled, max(eps - bias, 0))
+        if worst <= request.delta:
             source = (
-                f"eps = {eps:g} is not claimed for adaptive queries: L m = "
-                f"{count * rows} < k / eps^2 = {k / eps**2:.0f}; the error of the "
-                f"worst direction is sqrt(k / (L m)) = {bias:.3g}"
+                "safe in every direction: one can mislead "
+                f"{misled(count, rows, k, eps)} of {count} sketches, and a median of "
+                f"{sampled} fails with a majority of them"
             )
-            eps = max(eps, bias)
-        return Certificate(error=eps, failure=failure, norm="relative", source=source)
-
-
-def median_failure(rows: int, sampled: int, eps: float) -> float:
-    """Probability that the median of sketches is off by more than a factor 1 +- eps.
-
-    The length of a sketch is about normal, of variance ``1 / (2 rows)``.
-    """
-    one_side = math.erfc(eps * math.sqrt(rows)) / 2
-    half = sampled // 2 + 1
-    return 2 * sum(
-        math.comb(sampled, j) * one_side**j * (1 - one_side) ** (sampled - j)
-        for j in range(half, sampled + 1)
-    )
+            return Certificate(eps, worst, "relative", source)
+        is_root = self.queries is not None and count**2 >= self.queries
+        if is_root and few <= request.delta:
+            source = (
+                f"at most {self.queries} adaptive queries: L = {count} is its root, "
+                f"and eps has room for the bias sqrt(k / (L m)) = {bias:.3g}"
+            )
+            return Certificate(eps, few, "relative", source)
+        # what the median fails with anyway need not be bought by a larger error
+        failure = n * median_failure(rows, sampled, eps)
+        failure = failure if request.delta < failure < 0.5 else request.delta
+        error = worst_error(count, rows, sampled, k, failure / n)
+        source = (
+            f"eps = {eps:g} is not claimed for adaptive queries: one direction can "
+            f"mislead {misled(count, rows, k, eps)} of {count} sketches, of which a "
+            f"median of {sampled} is taken; its error is at most {error:.3g}"
+        )
+        return Certificate(error, failure, "relative", source)

@@ -5,8 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from sketching._index_engine import Engine, Mode
+from sketching._exact_scan import Queries
+from sketching._index_answers import Answers
+from sketching._index_arguments import check_parts
+from sketching._index_engine import Engine
 from sketching._index_files import PathLike, write_index
+from sketching._index_state import Mode
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Approximation, Certificate
 from sketching._lib.random import RandomSource, as_generator
@@ -41,6 +45,12 @@ class MahalanobisIndex:
     --------
     load : Read an index from a file.
 
+    Notes
+    -----
+    Threads may share an index. Whatever only reads runs side by side, and answers from
+    the index as it was when the call began. Changes take turns. An exception inside a
+    change, an interrupt too, leaves the index as it was before or as it is after.
+
     Examples
     --------
     >>> import numpy as np
@@ -69,17 +79,7 @@ class MahalanobisIndex:
         delta: float = 0.01,
         rng: RandomSource = None,
     ) -> None:
-        if not isinstance(metric, MahalanobisMetric):
-            raise TypeError(
-                f"metric: expected a MahalanobisMetric, got {type(metric).__name__}; "
-                "say which matrix you have: MahalanobisMetric(U) for a factor, "
-                "from_matrix(A), from_covariance(C) or from_data(X)"
-            )
-        if mode is not None and not isinstance(mode, Mode):
-            raise TypeError(f"mode: expected Exact, Filter or Adaptive, got {mode!r}")
-        for name, x in (("eps", eps), ("delta", delta)):
-            if check_number(name, x, above=0) >= 1:
-                raise ValueError(f"{name}: expected a number below 1, got {x}")
+        check_parts(metric, mode, eps, delta)
         promise = float(eps), float(delta)
         self._engine = Engine(metric.copy(), mode, promise, as_generator(rng))
 
@@ -96,7 +96,7 @@ class MahalanobisIndex:
     @property
     def mode(self) -> Mode | None:
         """How distances are answered; None before the first insertion picks one."""
-        return self._engine.mode
+        return self._engine.state.mode
 
     @property
     def eps(self) -> float:
@@ -111,26 +111,26 @@ class MahalanobisIndex:
     @property
     def choice(self) -> Any:
         """What each mode would read, where the index picked one itself, else None."""
-        return self._engine.choice
+        return self._engine.state.choice
 
     @property
     def numbers(self) -> Array:
         """The numbers of the points, in the order of the columns of ``query``."""
-        points = self._engine.points
+        answers = self._engine.answers(fresh=False)
+        points = answers.state.points
         return np.empty(0, np.int64) if points is None else points.numbers.copy()
 
     @property
     def nbytes(self) -> int:
         """Bytes of points, sketches and metric."""
-        return self._engine.nbytes
+        return self._engine.state.nbytes
 
     def __len__(self) -> int:
-        points = self._engine.points
+        points = self._engine.state.points
         return 0 if points is None else points.size
 
     def __repr__(self) -> str:
-        metric = self._engine.metric
-        return f"MahalanobisIndex(<{len(self)} points>, {metric}, {self.mode})"
+        return f"MahalanobisIndex(<{len(self)} points>, {self.metric}, {self.mode})"
 
     def insert(self, X: Array) -> Array:
         """Insert points.
@@ -138,7 +138,7 @@ class MahalanobisIndex:
         Parameters
         ----------
         X : array, shape (n, d)
-            One point a row. The first points set precision and centre of the index.
+            One point a row. The first points set the precision of the index.
 
         Returns
         -------
@@ -149,7 +149,7 @@ class MahalanobisIndex:
         return self._engine.insert(x) if len(x) else np.empty(0, np.int64)
 
     def points(self, numbers: Array | None = None) -> Array:
-        """Give points back, as they are kept.
+        """Give points back: as they came, or as half the width has rounded them.
 
         Parameters
         ----------
@@ -159,10 +159,12 @@ class MahalanobisIndex:
         Returns
         -------
         array, shape (n, d)
-            A copy, up to rounding.
+            A copy, in the precision of the first points.
         """
-        points, every = self._engine.filled, numbers is None
-        return points.restored(None if every else points.slots("numbers", numbers))
+        answers = self._engine.answers(fresh=False)
+        points, every = answers.state.filled, numbers is None
+        slots = np.arange(points.size) if every else points.slots("numbers", numbers)
+        return points.kept(slots)
 
     def delete(self, numbers: Array) -> "MahalanobisIndex":
         """Remove points; the last columns of ``query`` take the place of theirs.
@@ -177,7 +179,7 @@ class MahalanobisIndex:
         MahalanobisIndex
             This index.
         """
-        self._engine.remove(self._distinct(numbers))
+        self._engine.remove(numbers)
         return self
 
     def update_points(self, numbers: Array, X: Array) -> "MahalanobisIndex":
@@ -195,11 +197,7 @@ class MahalanobisIndex:
         MahalanobisIndex
             This index.
         """
-        slots = self._distinct(numbers)
-        x = as_points("X", X, self._engine.metric.shape[1])
-        if len(x) != len(slots):
-            raise ValueError(f"X: expected {len(slots)} rows, got {len(x)}")
-        self._engine.write(slots, x)
+        self._engine.move(numbers, as_points("X", X, self._engine.metric.shape[1]))
         return self
 
     def update_metric(self, a: Array | int, b: Array) -> "MahalanobisIndex":
@@ -234,8 +232,9 @@ class MahalanobisIndex:
             ``certificate``, whose ``error`` is relative to each distance, and ``plan``,
             the mode.
         """
-        value, certificate = self._engine.distances(self._queries("Q", Q))
-        return Approximation(value, certificate, self.mode, None)
+        answers, queries = self._asked("Q", Q)
+        value, certificate = answers.distances(queries)
+        return Approximation(value, certificate, answers.state.mode, None)
 
     def query_pairs(self, i: Array, j: Array) -> Array:
         """Answer the distances between pairs of points.
@@ -250,13 +249,14 @@ class MahalanobisIndex:
         array, shape (n,)
             Exact distances; estimates where the mode is ``Adaptive``.
         """
-        points = self._engine.filled
+        answers = self._engine.answers()
+        points = answers.state.filled
         left, right = points.slots("i", i), points.slots("j", j)
         if len(left) != len(right):
             raise ValueError(
                 f"j: expected {len(left)} numbers like i, got {len(right)}"
             )
-        return self._engine.pairs(left, right)
+        return answers.pairs(left, right)
 
     def kneighbors(self, Q: Array, k: int) -> Neighbors:
         """Find the nearest points of queries.
@@ -275,12 +275,13 @@ class MahalanobisIndex:
             attributes are ``certificate``, which for ``Exact`` and ``Filter`` promises
             the right neighbours, and ``examined``, the exact distances of each query.
         """
-        queries = self._queries("Q", Q)
+        answers, queries = self._asked("Q", Q)
+        points = answers.state.filled
         k = check_integer("k", k, least=1)
-        if k > len(self):
-            raise ValueError(f"k: expected at most {len(self)} points, got {k}")
-        values, slots, examined, certificate = self._engine.nearest(queries, k)
-        return Neighbors(values, self.numbers[slots], certificate, examined)
+        if k > points.size:
+            raise ValueError(f"k: expected at most {points.size} points, got {k}")
+        values, slots, examined, certificate = answers.nearest(queries, k)
+        return Neighbors(values, points.numbers[slots], certificate, examined)
 
     def radius_neighbors(self, Q: Array, radius: float) -> Neighbors:
         """Find all points within a distance of queries.
@@ -298,8 +299,8 @@ class MahalanobisIndex:
             As of ``kneighbors``, but an array of ``q`` arrays each.
         """
         radius = check_number("radius", radius, least=0)
-        queries = self._queries("Q", Q)
-        values, numbers, examined, certificate = self._engine.within(queries, radius)
+        answers, queries = self._asked("Q", Q)
+        values, numbers, examined, certificate = answers.within(queries, radius)
         return Neighbors(values, numbers, certificate, examined)
 
     def sample(self, q: Array, size: int, *, power: int = 1) -> Array:
@@ -324,8 +325,10 @@ class MahalanobisIndex:
         check_integer("size", size, least=1)
         if power not in (1, 2):
             raise ValueError(f"power: expected 1 or 2, got {power!r}")
-        queries = self._queries("q", np.asarray(q)[None])
-        return self.numbers[self._engine.sample(queries, size, power)]
+        answers, queries = self._asked("q", np.asarray(q)[None])
+        slots = answers.sample(queries, size, power)
+        numbers: Array = answers.state.filled.numbers[slots]
+        return numbers
 
     def guarantee(self) -> Certificate:
         """Say what an answer of ``query`` promises now.
@@ -337,7 +340,7 @@ class MahalanobisIndex:
             where the sketches are enough for queries that depend on earlier answers,
             else the error of the worst direction, and ``source`` says so.
         """
-        return self._engine.guarantee()
+        return self._engine.answers(fresh=False).guarantee()
 
     def redraw(self, rng: RandomSource = None) -> "MahalanobisIndex":
         """Centre the points anew and draw new sketches.
@@ -370,11 +373,11 @@ class MahalanobisIndex:
         """
         if not isinstance(other, MahalanobisIndex):
             raise TypeError(f"other: expected a MahalanobisIndex, got {other!r}")
-        theirs = other._engine
-        if not np.array_equal(theirs.metric.factor, self._engine.metric.factor):
+        theirs = other._engine.answers(fresh=False).state
+        if not np.array_equal(theirs.metric.factor, self.factor):
             raise ValueError("other: expected an index under the same metric")
-        if len(other):
-            self.insert(theirs.filled.restored())
+        if theirs.points is not None and theirs.points.size:
+            self.insert(theirs.points.kept(np.arange(theirs.points.size)))
         return self
 
     def save(self, path: PathLike) -> None:
@@ -385,15 +388,12 @@ class MahalanobisIndex:
         path : str or path
             Where to; an old file is replaced when the new one is complete.
         """
-        write_index(Path(path), self._engine)
+        write_index(Path(path), self._engine.snapshot())
 
-    def _queries(self, name: str, x: Any) -> Any:
-        """Check queries and bring the points up to date."""
+    def _asked(self, name: str, x: Any) -> tuple[Answers, Queries]:
+        """Check queries, and take the state that answers them."""
         rows = as_points(name, x, self._engine.metric.shape[1])
         if not len(rows):
             raise ValueError(f"{name}: expected at least one query, got none")
-        return self._engine.queries(name, rows)
-
-    def _distinct(self, numbers: Any) -> Array:
-        """Find points that are each named once."""
-        return self._engine.filled.slots("numbers", numbers, distinct=True)
+        answers = self._engine.answers()
+        return answers, answers.queries(name, rows)

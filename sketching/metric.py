@@ -4,10 +4,21 @@ from typing import Any
 
 import numpy as np
 
-from sketching._covariance import inverse_factor, shrunk_covariance
+from sketching._covariance import (
+    inverse_factor,
+    semidefinite_factor,
+    shrunk_covariance,
+)
 from sketching._lib.arrays import Array
+from sketching._lib.cell import Cell
+from sketching._lib.spare import Spare
 from sketching._lib.validation import check_dense, check_finite, check_integer
+from sketching._matrices import as_matrix, as_symmetric, rounding_of
 from sketching._ops.updates import changed_factor
+
+# a factor, which is never written in place, and whether it is suspected to be a
+# covariance's
+_Held = tuple[Array, bool]
 
 
 class MahalanobisMetric:
@@ -66,13 +77,18 @@ class MahalanobisMetric:
     """
 
     def __init__(self, factor: Array) -> None:
-        self._factor = _as_matrix("factor", factor).copy()
         # only a matrix that came in as A can have been meant as its inverse
-        self._is_suspect = False
+        self._cell = Cell((as_matrix("factor", factor).copy(), False))
+        self._spare = Spare()
+        self._dropped = np.empty(0)
 
     @classmethod
     def from_matrix(cls, matrix: Array) -> "MahalanobisMetric":
         """Factor a symmetric positive semidefinite matrix A, of any rank.
+
+        Its eigenvalues are taken in units in which its diagonal is one, so that columns
+        may be in units as different as they are. Those that are zero but for the
+        rounding of the matrix are dropped, and can be read from ``dropped``.
 
         Parameters
         ----------
@@ -90,21 +106,10 @@ class MahalanobisMetric:
             If the matrix is not symmetric, or has a negative eigenvalue beyond
             rounding, or is zero.
         """
-        a = _as_symmetric("matrix", matrix)
-        values, vectors = np.linalg.eigh(a)
-        rounding = len(a) * np.finfo(np.float64).eps * np.abs(values).max()
-        # a matrix computed in float32 is off by its own rounding
-        rounding = max(rounding, _rounding_of(matrix) * np.abs(values).max())
-        if values[0] < -rounding:
-            raise ValueError(
-                "matrix: expected a positive semidefinite matrix, got one with the "
-                f"eigenvalue {values[0]:.3g} (the largest is {values[-1]:.3g})"
-            )
-        kept = values > rounding
-        if not kept.any():
-            raise ValueError("matrix: expected a matrix that is not zero")
-        metric = cls(np.sqrt(values[kept])[:, None] * vectors[:, kept].T)
-        metric._is_suspect = True
+        a = as_symmetric("matrix", matrix)
+        factor, dropped = semidefinite_factor(a, rounding_of(matrix))
+        metric = _metric_of((factor, True))
+        metric._dropped = dropped
         return metric
 
     @classmethod
@@ -128,10 +133,12 @@ class MahalanobisMetric:
         Raises
         ------
         ValueError
-            If covariance and ridge have no inverse to working precision.
+            If covariance and ridge have no inverse to working precision, in units in
+            which the diagonal is one.
         """
-        covariance = _as_symmetric("covariance", covariance)
-        return cls(inverse_factor(covariance, ridge))
+        rounding = rounding_of(covariance)
+        covariance = as_symmetric("covariance", covariance)
+        return cls(inverse_factor(covariance, ridge, rounding))
 
     @classmethod
     def from_data(
@@ -166,10 +173,14 @@ class MahalanobisMetric:
         matrices, doi 10.1016/S0047-259X(03)00096-4. Chen et al., Shrinkage Algorithms
         for MMSE Covariance Estimation, doi 10.1109/TSP.2010.2053029.
         """
-        points = _as_matrix("X", X)
+        points = as_matrix("X", X)
         if len(points) < 2:
             raise ValueError("X: expected at least 2 points, got 1")
         return cls(inverse_factor(shrunk_covariance(points, shrinkage), ridge))
+
+    @property
+    def _factor(self) -> Array:
+        return self._cell.value[0]
 
     @property
     def factor(self) -> Array:
@@ -179,9 +190,15 @@ class MahalanobisMetric:
         return view
 
     @property
+    def dropped(self) -> Array:
+        """Eigenvalues that ``from_matrix`` took for zero, where the diagonal is one."""
+        return self._dropped.copy()
+
+    @property
     def matrix(self) -> Array:
         """The matrix A, ``(d, d)``."""
-        return self._factor.T @ self._factor
+        factor = self._factor
+        return factor.T @ factor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -191,13 +208,17 @@ class MahalanobisMetric:
 
     def __repr__(self) -> str:
         k, d = self.shape
-        return f"MahalanobisMetric(<factor of shape ({k}, {d})>)"
+        count = len(self._dropped)
+        dropped = f", {count} eigenvalues dropped as zero" if count else ""
+        return f"MahalanobisMetric(<factor of shape ({k}, {d})>{dropped})"
 
     def copy(self) -> "MahalanobisMetric":
         """Return a metric of its own with the same factor."""
-        other = MahalanobisMetric(self._factor)
-        other._is_suspect = self._is_suspect
+        other = _metric_of(self._cell.value)
+        other._dropped = self._dropped
         return other
+
+    __copy__ = copy
 
     def whiten(self, X: Array) -> Array:
         """Map rows x to U x, between which Euclidean distance is this metric's.
@@ -252,22 +273,36 @@ class MahalanobisMetric:
         MahalanobisMetric
             This metric.
         """
-        add_update(self, *as_update(a, b, self.shape))
+        left, right = as_update(a, b, self.shape)
+
+        def change(held: _Held) -> tuple[_Held, None]:
+            factor, _ = changed_factor(held[0], left, right, out=self._spare.take())
+            self._spare.keep(held[0])
+            return (factor, False), None
+
+        self._cell.change(change)
         return self
 
     def refuse_covariance_of(self, points: Array) -> None:
         """Raise where the matrix of the metric is the covariance of the points.
 
-        The two are told apart by their products with one vector. Where the covariance
-        is its own inverse, as after whitening, there is nothing to confuse.
+        The two are told apart by their products with one vector, in units in which the
+        points have variance one. Where the covariance is its own inverse, as after
+        whitening, there is nothing to confuse.
         """
-        if not self._is_suspect or len(points) < 3:
+        factor, is_suspect = self._cell.value
+        if not is_suspect or len(points) < 3:
             return
         probe = np.random.default_rng(0).standard_normal(points.shape[1])
         centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+        spread = centred.std(axis=0)
+        spread[spread == 0] = 1
+        centred /= spread
         image = centred.T @ (centred @ probe)
-        product = self._factor.T @ (self._factor @ probe)
-        again = centred.T @ (centred @ product) / (len(points) - 1)
+        inverse, factor = factor * spread, factor / spread
+        product = factor.T @ (factor @ probe)
+        again = centred.T @ (centred @ (inverse.T @ (inverse @ probe)))
+        again /= len(points) - 1
         if np.linalg.norm(again - probe) < 0.01 * np.linalg.norm(probe):
             return
         for divisor in (len(points) - 1, len(points)):
@@ -281,13 +316,23 @@ class MahalanobisMetric:
                 )
 
 
-def add_update(metric: MahalanobisMetric, left: Array, right: Array) -> Array:
-    """Add a checked update; return ``U_t^T a_t`` of the factor before each of it."""
+def updated_metric(
+    metric: MahalanobisMetric, left: Array, right: Array, out: Array | None
+) -> tuple[MahalanobisMetric, Array]:
+    """Return the metric after a checked update, and ``U_t^T a_t`` before each of it.
+
+    ``out`` is memory for the factor, which is given up.
+    """
     # an update of one row is one of all, zero elsewhere
-    metric._factor, images = changed_factor(metric._factor, left, right)
-    metric._is_suspect = False
-    found: Array = images
-    return found
+    factor, images = changed_factor(metric._factor, left, right, out=out)
+    return _metric_of((factor, False)), images
+
+
+def _metric_of(held: _Held) -> MahalanobisMetric:
+    """Make a metric of a factor that nobody changes."""
+    metric = object.__new__(MahalanobisMetric)
+    metric._cell, metric._spare, metric._dropped = Cell(held), Spare(), np.empty(0)
+    return metric
 
 
 def as_update(a: Any, b: Any, shape: tuple[int, int]) -> tuple[Array, Array]:
@@ -301,7 +346,7 @@ def as_update(a: Any, b: Any, shape: tuple[int, int]) -> tuple[Array, Array]:
     left, right = (np.asarray(x) for x in (a, b))
     if left.ndim == right.ndim == 1:
         left, right = left[None], right[None]
-    left, right = _as_matrix("a", left), _as_matrix("b", right)
+    left, right = as_matrix("a", left), as_matrix("b", right)
     for name, x, width in (("a", left, k), ("b", right, d)):
         if x.shape[1] != width:
             raise ValueError(
@@ -327,38 +372,3 @@ def as_points(name: str, x: Any, d: int) -> Array:
     if points.size:
         check_finite(name, points)
     return points
-
-
-def _as_matrix(name: str, x: Any) -> Array:
-    """Check a finite, non-empty matrix of real numbers; return it in float64."""
-    check_dense(name, x)
-    matrix = np.asarray(x)
-    if matrix.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected real numbers, got dtype {matrix.dtype}")
-    if matrix.ndim != 2 or not matrix.size:
-        raise ValueError(f"{name}: expected a non-empty matrix, got {matrix.shape}")
-    matrix = matrix.astype(np.float64)
-    check_finite(name, matrix)
-    return matrix
-
-
-def _as_symmetric(name: str, x: Any) -> Array:
-    """Check a symmetric matrix; return it in float64."""
-    matrix = _as_matrix(name, x)
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"{name}: expected a square matrix, got {matrix.shape}")
-    skew = float(np.abs(matrix - matrix.T).max())
-    scale = float(np.abs(matrix).max())
-    if skew > max(1e-8, 8 * _rounding_of(x)) * scale:
-        raise ValueError(
-            f"{name}: expected a symmetric matrix, got one that differs from its "
-            f"transpose by {skew:.3g} (its largest entry is {scale:.3g})"
-        )
-    return (matrix + matrix.T) / 2
-
-
-def _rounding_of(x: Any) -> float:
-    """Return the spacing of the numbers that a matrix was computed in."""
-    dtype = np.asarray(x).dtype
-    kind = dtype if dtype.kind == "f" and dtype.itemsize < 8 else np.float64
-    return 4 * float(np.finfo(kind).eps)

@@ -302,7 +302,8 @@ class HingeGradient(Learner):
     metric : MahalanobisMetric or MahalanobisIndex
         What is changed.
     rate : float, optional
-        The length :math:`\eta` of steps.
+        The length :math:`\eta` of steps. It must not exceed :math:`1 / |v|^2`: longer
+        steps diverge, and are refused.
     threshold : float, optional
         The threshold t.
 
@@ -355,6 +356,7 @@ class HingeGradient(Learner):
         u = factor @ v
         if sign * (float(u @ u) - self.threshold) + 1 <= 0:
             return nothing(factor)
+        self._refuse_long(v[None])
         return self._apply(-2 * self.rate * sign * u, v)
 
     def update_triplet(self, x: Array, near: Array, far: Array) -> tuple[Array, Array]:
@@ -376,5 +378,16 @@ class HingeGradient(Learner):
         squares = np.einsum("rk,rk->r", images, images)
         if squares[0] - squares[1] + 1 <= 0:
             return np.zeros_like(images), np.zeros_like(apart)
+        self._refuse_long(apart)
         signs = np.array([[-1.0], [1.0]])
         return self._apply(2 * self.rate * signs * images, apart)
+
+    def _refuse_long(self, differences: Array) -> None:
+        """Raise where a step overshoots by more than it began with."""
+        square = float(np.einsum("rd,rd->r", differences, differences).max())
+        if self.rate * square > 1:
+            raise ValueError(
+                f"rate: expected at most {1 / square:.3g} for points whose squared "
+                f"difference is {square:.3g}, got {self.rate:g}: longer steps diverge; "
+                "give a lower rate or points of a smaller scale"
+            )

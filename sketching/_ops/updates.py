@@ -5,11 +5,18 @@ from sketching._lib.op import op
 
 
 @op("cpu")
-def changed_factor(factor: Array, left: Array, right: Array) -> tuple[Array, Array]:
+def changed_factor(
+    factor: Array,
+    left: Array,
+    right: Array,
+    *,
+    out: Array | None = None,  # noqa: ARG001
+) -> tuple[Array, Array]:
     """``U + sum a_t b_t^T``, and ``U_t^T a_t`` of the factor before each update.
 
-    ``factor`` is ``(k, d)`` and given up: a body may write in it. ``left``, ``(r, k)``,
-    and ``right``, ``(r, d)``, are the updates. The answer is ``(k, d)`` and ``(r, d)``.
+    ``factor`` is ``(k, d)``; ``left``, ``(r, k)``, and ``right``, ``(r, d)``, are the
+    updates. The answer is ``(k, d)`` and ``(r, d)``; ``out``, of the shape of the
+    factor, is given up: a body may write the first of them there.
     """
     xp = array_namespace(factor, left, right)
     earlier = xp.tril(xp.matmul(left, left.T), k=-1)

@@ -8,6 +8,7 @@ that it works: without that the defence would prove nothing.
 import numpy as np
 import pytest
 
+from benches.sketches import learned_directions
 from sketching import (
     Adaptive,
     Filter,
@@ -15,10 +16,11 @@ from sketching import (
     MahalanobisMetric,
     RefusalError,
 )
-from tests.chance import assert_fails_rarely
+from sketching._adaptive_law import misled
+from tests.chance import allowed_failures, assert_fails_rarely
 
 D, N, ROWS = 200, 400, 64
-# L m >= k / eps^2: 64 sketches of 64 rows are safe to 0.23 in every direction
+# 64 sketches of 64 rows: on average off by 0.23 in the worst direction
 SAFE = Adaptive(rows=ROWS, sketches=64, sampled=9)
 SINGLE = Adaptive(rows=ROWS, sketches=1, sampled=1)
 EPS = 0.3
@@ -118,12 +120,13 @@ def test_d_the_worst_direction_follows_its_law(sketches):
     values, vectors = np.linalg.eigh(gram)
     law = 1 - np.sqrt(D / (sketches * ROWS))
     assert np.sqrt(values[0]) == pytest.approx(law, rel=0.03, abs=0.01)
+    # a claim has room for the noise of what is sampled, here of a single sketch
     error = index.guarantee().error
-    assert error == pytest.approx(max(EPS, 1 - law))
+    assert error > 1 - law + 3 / np.sqrt(2 * ROWS)
     # what the average of all sketches answers there is as low as that
     answers = [ratio(index, vectors[:, 0]) for _ in range(200)]
     assert np.mean(answers) == pytest.approx(law, abs=0.05)
-    assert np.mean(np.abs(np.array(answers) - 1) <= error + 0.2) > 0.95
+    assert np.mean(np.abs(np.array(answers) - 1) <= error) > 0.99
 
 
 def test_e_a_neighbour_hidden_by_over_estimation():
@@ -197,22 +200,78 @@ def test_the_failure_of_a_median_is_what_the_certificate_says(rows, sampled, eps
     assert_fails_rarely(keeps, failure=1.2 * failure, trials=1500)
 
 
+def learned(k, total, seed, trials=400):
+    """Ask in the directions that so many answers about a point at zero have taught."""
+    metric = MahalanobisMetric(np.eye(k))
+    index = MahalanobisIndex(metric, mode=Adaptive(), eps=EPS, rng=seed)
+    index.insert(np.zeros((1, k)))
+    claim = index.guarantee()
+    assert claim.error == EPS
+    assert claim.failure <= 0.01
+    directions = learned_directions(index, k, total, np.random.default_rng(seed))
+    told = [
+        float(index.query(v[None]).value[0, 0])
+        for v in directions
+        for _ in range(trials)
+    ]
+    missed = int((np.abs(np.array(told) - 1) > claim.error).sum())
+    assert missed <= allowed_failures(claim.failure, len(told))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_direction_that_is_learned_from_answers(seed):
+    learned(16, 6000, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [16, 64, 256])
+def test_a_direction_that_is_learned_from_a_hundred_thousand_answers(k):
+    learned(k, 100_000, 0)
+
+
+@pytest.mark.parametrize(("k", "sketches", "rows"), [(16, 30, 61), (64, 100, 61)])
+def test_no_direction_misleads_more_sketches_than_the_law_says(k, sketches, rows, rng):
+    drawn = rng.standard_normal((sketches, rows, k)) / np.sqrt(rows)
+    v = np.linalg.eigh(np.einsum("lmd,lme->de", drawn, drawn))[1][:, -1]
+    most = 0
+    for step in range(300):
+        # whoever knows the sketches pushes those that are next to eps
+        images = drawn @ v
+        lengths = np.linalg.norm(images, axis=1)
+        most = max(most, int((lengths > 1 + EPS).sum()))
+        near = 1 / np.cosh(10 * (lengths - 1 - EPS)) ** 2 + 1e-3
+        slope = np.einsum("lmk,lm->k", drawn, images * (near / lengths)[:, None])
+        slope -= v * (slope @ v)
+        v = v + 0.1 * (1 - step / 300) * slope / np.linalg.norm(slope)
+        v /= np.linalg.norm(v)
+    law = misled(sketches, rows, k, EPS)
+    assert law / 4 < most <= law
+    # one sketch alone follows the law of extreme eigenvalues
+    alone = 1 + np.sqrt(k / rows)
+    assert misled(1, rows, k, alone - 1 + 2.5 / np.sqrt(rows)) == 0
+    assert misled(1, rows, k, alone - 1 - 0.1) == 1
+
+
 def test_too_few_sketches_do_not_claim_eps():
     certificate = index_of(
         Adaptive(rows=64, sketches=16, sampled=9), eps=0.1
     ).guarantee()
-    assert certificate.error == pytest.approx(np.sqrt(D / (16 * 64)))
+    # the bias of the worst direction, and room for a median of nine
+    assert certificate.error > np.sqrt(D / (16 * 64)) + 0.1
+    assert certificate.failure <= 0.01
     assert "not claimed" in certificate.source
-    assert "20000" in certificate.source
+    assert "of 16 sketches" in certificate.source
 
 
 def test_a_bounded_number_of_queries_needs_the_root_of_it():
     mode = Adaptive(rows=200, queries=4000)
-    index = index_of(mode, eps=0.1)
+    index = index_of(mode, eps=0.3)
     assert len(matrices(index)) == 64
     certificate = index.guarantee()
-    assert certificate.error == 0.1
+    assert certificate.error == 0.3
     assert "4000 adaptive queries" in certificate.source
+    # the bias of the worst direction is 0.125
+    assert index_of(mode, eps=0.1).guarantee().error > 0.125
 
 
 def test_sketches_that_no_memory_holds_are_refused():

@@ -313,3 +313,43 @@ def test_progress_is_shown_with_rich_and_without(rng, monkeypatch, capsys):
 def test_bad_settings_are_named(rng, options, message):
     with pytest.raises(ValueError, match=message):
         MahalanobisKMeans(**options).fit(rng.standard_normal((20, 2)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_labels_are_those_of_the_nearest_centre_whatever_the_start(seed, dtype):
+    rng = np.random.default_rng(seed)
+    if seed % 2:
+        # centres of yesterday; one group has left
+        places = 4 * rng.standard_normal((3, 5))
+        start = places + 0.1 * rng.standard_normal((3, 5))
+        x = np.concatenate([rng.standard_normal((100, 5)) + places[0]] * 2)
+        x[100:] += 1.5 * rng.standard_normal(5)
+    else:
+        corners = (0, 0), (20, 0), (0, 20)
+        x = np.concatenate([rng.standard_normal((50, 2)) + c for c in corners])
+        start = rng.uniform(x.min(axis=0), x.max(axis=0), (5, 2))
+    x = x.astype(dtype)
+    metric = np.eye(x.shape[1])
+    model = MahalanobisKMeans(len(start), metric=metric, init=start, tol=0).fit(x)
+    apart = x[:, None].astype(np.float64) - model.cluster_centers_
+    squares = (apart**2).sum(axis=2)
+    own = np.take_along_axis(squares, model.labels_[:, None], axis=1)[:, 0]
+    assert (own <= squares.min(axis=1) * (1 + 1e-5) + 1e-9).all()
+    np.testing.assert_array_equal(model.labels_, model.predict(x))
+    assert model.inertia_ == pytest.approx(squares.min(axis=1).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [MahalanobisKMeans, MahalanobisKMedians])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_rows_have_equal_labels(make, dtype, rng):
+    places = rng.integers(0, 1200, (7, 2)).astype(dtype)
+    x = places[rng.integers(7, size=300)]
+    model = make(10, metric=np.eye(2), random_state=0).fit(x)
+    np.testing.assert_array_equal(model.labels_, model.predict(x))
+    single = [model.predict(row[None])[0] for row in x]
+    np.testing.assert_array_equal(model.labels_, single)
+    _, where = np.unique(x, axis=0, return_inverse=True)
+    assert all(len(set(model.labels_[where == i])) == 1 for i in range(7))
+    assert model.n_distinct_ == len(set(model.labels_)) <= 7
+    assert np.isfinite(model.cluster_centers_).all()

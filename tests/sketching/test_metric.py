@@ -161,3 +161,63 @@ def test_complex_numbers_are_refused():
         MahalanobisMetric(np.ones((2, 2)) * 1j)
     with pytest.raises(TypeError, match="X: expected real numbers"):
         MahalanobisMetric(np.eye(2)).whiten(np.ones((2, 2)) * 1j)
+
+
+def columns_in_units(rng):
+    """Points with correlated columns whose units differ by eight digits."""
+    x = rng.standard_normal((400, 3))
+    x[:, 1] += 0.9 * x[:, 0]
+    return x, np.array([1.0, 1e8, 1e-4])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_distances_do_not_depend_on_the_units_of_columns(rng, dtype):
+    x, units = columns_in_units(rng)
+    covariance = np.cov(x, rowvar=False)
+    want = MahalanobisMetric.from_covariance(covariance).distances(x[:9], x[9:18])
+    scaled = x * units
+    inverse = (np.linalg.inv(covariance) / units / units[:, None]).astype(dtype)
+    given = (covariance * units * units[:, None]).astype(dtype)
+    for metric in (
+        MahalanobisMetric.from_matrix(inverse),
+        MahalanobisMetric.from_covariance(given),
+        MahalanobisMetric.from_data(scaled),
+    ):
+        assert metric.shape == (3, 3)
+        assert not metric.dropped.size
+        got = metric.distances(scaled[:9], scaled[9:18])
+        np.testing.assert_allclose(got, want, rtol=2e-5)
+
+
+def test_what_is_dropped_is_said(rng):
+    a = covariance_of(rng, 9, rank=3)
+    metric = MahalanobisMetric.from_matrix(a)
+    assert len(metric.dropped) == 6
+    assert np.abs(metric.dropped).max() < 1e-14
+    assert "6 eigenvalues dropped" in repr(metric)
+    np.testing.assert_array_equal(metric.copy().dropped, metric.dropped)
+
+
+def test_columns_that_depend_on_each_other_are_singular_in_any_units(rng):
+    x, units = columns_in_units(rng)
+    x[:, 2] = x[:, 0] - 2 * x[:, 1]
+    with pytest.raises(ValueError, match="1 of its 3 eigenvalues are zero"):
+        MahalanobisMetric.from_data(x * units)
+    with pytest.raises(ValueError, match="no inverse"):
+        MahalanobisMetric.from_covariance(np.diag([1.0, 0.0]))
+
+
+def test_a_negative_eigenvalue_of_small_units_is_found():
+    # the largest entry would hide it
+    a = np.array([[1e12, 0, 0], [0, 1, 2], [0, 2, 1.0]])
+    with pytest.raises(ValueError, match="positive semidefinite"):
+        MahalanobisMetric.from_matrix(a)
+
+
+def test_a_covariance_in_other_units_is_not_taken_for_the_metric(rng):
+    # one column decides the norms, the others differ
+    x = rng.standard_normal((500, 3)) * [1e6, 1.0, 1.0]
+    a = np.cov(x, rowvar=False)
+    a[1:, 1:] = [[5.0, 1.0], [1.0, 7.0]]
+    a[0, 1:] = a[1:, 0] = 0
+    MahalanobisMetric.from_matrix(a).refuse_covariance_of(x)

@@ -284,3 +284,21 @@ def eye():
 def test_bad_input_is_named(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_a_hinge_says_when_its_steps_diverge(rng):
+    points = rng.standard_normal((50, 2)) * [1000.0, 1.0]
+    metric = MahalanobisMetric(np.eye(2))
+    learner = HingeGradient(metric, rate=0.01)
+    with pytest.raises(ValueError, match=r"rate: expected at most .* diverge"):
+        learner.update(points[0], points[1], 1)
+    with pytest.raises(ValueError, match="rate: expected at most"):
+        learner.update_triplet(points[0], -points[0], points[0] + 1)
+    assert np.abs(metric.factor).max() == 1
+    # the longest step that is allowed does not grow, whatever the targets
+    learner = HingeGradient(metric, rate=0.99)
+    for _ in range(300):
+        z = rng.standard_normal((2, 2))
+        z /= np.maximum(np.linalg.norm(z[0] - z[1]), 1)
+        learner.update(z[0], z[1], int(rng.choice([-1, 1])))
+    assert np.abs(metric.factor).max() < 100

@@ -29,18 +29,20 @@ _SHORT = 16, 64
 _SPAN = 1 << 18
 
 
-def changed_factor(factor, left, right):
+def changed_factor(factor, left, right, *, out=None):
+    out = np.empty_like(factor) if out is None else out
     if len(left) <= _FEW:
         images = np.zeros_like(right)
-        _change_rows(factor, left, right, images)
-        return factor, images
+        _change_rows(factor, left, right, images, out)
+        return out, images
     images = np.tril(left @ left.T, -1) @ right
     # in pieces, whose products are still in the cache when they are added
     for start in range(0, len(factor), _ROWS):
         rows = slice(start, start + _ROWS)
         images += left[:, rows] @ factor[rows]
-        factor[rows] += left[:, rows].T @ right
-    return factor, images
+        np.matmul(left[:, rows].T, right, out=out[rows])
+        out[rows] += factor[rows]
+    return out, images
 
 
 def changed_norms(
@@ -127,15 +129,15 @@ def _change_by_pass(
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _change_rows(factor, left, right, images):
+def _change_rows(factor, left, right, images, out):
     for i in range(factor.shape[0]):
-        row = factor[i]
+        before, row = factor[i], out[i]
         for t in range(left.shape[0]):
             share, vector, image = left[t, i], right[t], images[t]
             for j in range(row.size):
-                before = row[j]
-                image[j] += share * before
-                row[j] = before + share * vector[j]
+                image[j] += share * before[j]
+                row[j] = before[j] + share * vector[j]
+            before = row
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
