@@ -9,7 +9,7 @@ ARGS ?=
 # where nothing can be kept: root may write anywhere but there
 NOWHERE := /proc/nowhere
 
-.PHONY: demo test check bench coverage gpu docs clean
+.PHONY: demo test test-all check bench coverage gpu docs clean
 .PHONY: environments least readonly homeless interpreted
 
 $(VENV)/.base: pyproject.toml
@@ -33,15 +33,18 @@ demo: $(VENV)/.base  ## run the main job on the packaged real heads
 	$(BIN)/fastattn demo $(ARGS)
 
 test: $(VENV)/.test  ## laws, oracles, attacks, doctests
-	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow' $(ARGS)
 	$(BIN)/python -m pytest --doctest-modules --ignore=fastattn/data --ignore-glob='*/_ops/gpu/*' sketching fastattn lowerbounds
+
+test-all: test  ## the same, then what takes minutes: thousands of attacks
+	$(BIN)/python -m pytest --numprocesses 2 -m slow $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.docs  ## everything that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) test
+	$(MAKE) test-all
 	$(BIN)/python -m pytest benches --benchmark-disable --quiet
 	rm -rf docs/api/generated
 	$(BIN)/python -m sphinx $(SPHINX) --define plot_gallery=0 docs docs/_build/quick

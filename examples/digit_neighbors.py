@@ -23,7 +23,7 @@ from sklearn.model_selection import train_test_split
 from sketching import HingeGradient, MahalanobisIndex, MahalanobisMetric
 
 NEIGHBOURS, ROWS = 5, 32
-TRIPLETS, ROUNDS, RATE = 1500, 4, 1e-3
+TRIPLETS, ROUNDS, RATE = 1500, 4, 5e-4
 # a point is matched with so many of the nearest of its class, and of the others
 NEAR, FAR = 3, 10
 

@@ -6,11 +6,12 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from fastattn._certify import certified
 from fastattn._costs import seconds
 from fastattn._features import FeatureMap, Reader
 from fastattn._linear_sums import LinearHead, least_total
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
-from fastattn._recipes import Attempt, candidate_of, certified
+from fastattn._recipes import Attempt, candidate_of
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._certify import certified
 from fastattn._clusters import Clusters
 from fastattn._kept import Kept, bytes_of
 from fastattn._multipole_rows import RowField, Tree
@@ -15,7 +16,7 @@ from fastattn._prepared_heads import pack_probes, unpack_probes
 from fastattn._probes import join
 from fastattn._problem import Head, HeadAnswer, Plan
 from fastattn._ratio_estimate import FAILURE
-from fastattn._recipes import Attempt, certified, sample_rows
+from fastattn._recipes import Attempt, sample_rows
 from fastattn._sums import Packed
 from fastattn.exact import Exact
 from fastattn.transforms import Transform, balance

@@ -4,9 +4,8 @@ An error sits where a row puts its weight: with weights ``w'`` in place of ``w``
 :math:`o_i' - o_i = \sum_j (w_{ij}' - w_{ij}) (v_j - o_i)`. Few keys can hold much of
 it: those that are long, in the metric of the keys too, those whose values are far from
 the mean, and those that the most unusual queries see. The logits of all rows with these
-*extreme keys* are computed exactly; with the answer's own log-sum-exp they say which
-share of a row each takes, so that rows that see one, or whose sum of weights is too
-small to be true, are known without chance.
+*extreme keys* are exact; with the answer's own log-sum-exp they say which share of a
+row each takes, and which sums of weights are too small to be true.
 """
 
 import math
@@ -395,7 +394,7 @@ def guess_errors(
 
 def _joined(own: Array, squares: Array) -> Array:
     """Add two guesses in units of their medians."""
-    middles = [float(np.median(x[np.isfinite(x)])) for x in (own, squares)]
-    if not all(x > 0 for x in middles):
-        return own if middles[0] > 0 else squares
-    return own / middles[0] + squares / middles[1]
+    units = [float(np.median(x[np.isfinite(x)])) for x in (own, squares)]
+    if min(units) > 0:
+        return own / units[0] + squares / units[1]
+    return own if units[0] > 0 else squares

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn._causal_halves import halves_attempt
+from fastattn._certify import certified
 from fastattn._clusters import Blocks, Clusters, reach_of_sample
 from fastattn._costs import multipole_work, seconds
 from fastattn._ops.quantized import multiplies_quantized
@@ -15,7 +16,6 @@ from fastattn._recipes import (
     SAMPLE,
     Attempt,
     candidate_of,
-    certified,
     sample_rows,
 )
 from fastattn._sampling import ROWS, Looks

@@ -9,6 +9,7 @@ import numpy as np
 from fastattn._apriori_polynomial import apriori_recipe
 from fastattn._causal_plan import chunk_work, lowrank_cost
 from fastattn._causal_prefixes import lowrank_by_prefixes
+from fastattn._certify import certified
 from fastattn._costs import polynomial_work, seconds
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
@@ -18,7 +19,6 @@ from fastattn._recipes import (
     Attempt,
     Recipe,
     candidate_of,
-    certified,
     check_rank,
     coefficients_of,
     run_proven,

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from fastattn._certify import certified
 from fastattn._costs import quantized_work, seconds
 from fastattn._log_errors import log_errors, row_norms
 from fastattn._ops.quantized import (
@@ -16,7 +17,7 @@ from fastattn._ops.quantized import (
     multiplies_quantized,
 )
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
-from fastattn._recipes import Attempt, candidate_of, certified
+from fastattn._recipes import Attempt, candidate_of
 from fastattn._rounding import gamma, largest_row, unit_roundoff
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError

@@ -19,10 +19,10 @@ from fastattn import (
 from fastattn._batch import Batch
 from fastattn._causal_plan import leniency
 from fastattn._causal_prefixes import lowrank_by_prefixes, moments_by_prefixes
+from fastattn._certify import repaired
 from fastattn._frame import Sample
 from fastattn._lowrank import LowRank
 from fastattn._ratio_estimate import FAILURE
-from fastattn._recipes import repaired
 from fastattn._sampling import Looks, certify_rows
 from fastattn.multipole import multipole_attempt
 from tests import oracles

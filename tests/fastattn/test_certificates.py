@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fastattn import Exact, Polynomial, RefusalError, approximate, load_sample
 from fastattn._batch import Batch
+from fastattn._certify import repaired
 from fastattn._ratio_estimate import FAILURE
-from fastattn._recipes import repaired
 from fastattn._sampling import Looks, certify_rows
 from fastattn.expansions import relative_minimax
 from tests import oracles

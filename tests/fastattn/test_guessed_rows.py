@@ -5,7 +5,7 @@ import pytest
 
 from fastattn import Polynomial, load_sample
 from fastattn._batch import Batch
-from fastattn._recipes import repaired
+from fastattn._certify import repaired
 from fastattn._sampling import ROWS, Looks, certify_rows
 from tests import oracles
 from tests.chance import assert_fails_rarely

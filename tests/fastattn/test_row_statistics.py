@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from fastattn import Auto, Exact, Polynomial, approximate
+from fastattn._certify import repaired
 from fastattn._ops.quantized import attend_quantized, factors
 from fastattn._problem import Head
 from fastattn._ratio_estimate import FAILURE
-from fastattn._recipes import repaired
 from fastattn._row_statistics import (
     SeenKeys,
     guess_errors,
