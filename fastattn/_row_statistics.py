@@ -19,13 +19,13 @@ from fastattn._problem import Head, host_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # queries and keys that statistics of all are judged from; rows of a block
-_KEYS = 2048
+_KEYS, _QUERIES = 2048, 512
 _BLOCK = 2048
 # rows and keys that the variance of all logits is judged from
 _PAIRS = 256
 # extreme keys of each kind; unusual queries of each kind, and the keys of each
 _EXTREME = 16
-_UNUSUAL, _SEEN = 16, 2
+_UNUSUAL, _SEEN = 8, 2
 # added to the variances of keys and queries, in units of their mean or largest
 _RIDGE = 1e-3
 # a sum of weights may be so many times smaller than one of them before that tells no
@@ -92,9 +92,13 @@ class _KeyMetric:
 
     @property
     def whiten(self) -> Array:
-        """A centred key times this has the length that is unusual in the metric."""
+        """A centred key times this has the length that is unusual in the metric.
+
+        Only axes of small variance, the first, tell more than the length of a key.
+        """
+        few = -(-len(self.variances) // 2)
         least = _RIDGE * max(float(self.variances.mean()), np.finfo(np.float64).tiny)
-        return self.axes / np.sqrt(self.variances + least)
+        return self.axes[:, :few] / np.sqrt(self.variances[:few] + least)
 
 
 def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
@@ -122,8 +126,7 @@ def _largest(sizes: Array, count: int) -> Array:
 def logit_spread(head: Head, rng: np.random.Generator) -> Array:
     """How much the logits of each row vary over the keys, up to a factor.
 
-    It is the variance over a sample of the keys, from their covariance: it costs
-    ``d * d`` products a row.
+    It is the variance over a sample of the keys, at ``d * d`` products a row.
     """
     return _logit_spread(head, _KeyMetric.of(head, rng))
 
@@ -224,7 +227,7 @@ def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
 def _column_scales(head: Head) -> Array:
     """One over the deviation of each column of the queries."""
     n = head.sizes[0]
-    some = np.unique(np.linspace(0, n - 1, min(n, _KEYS)).astype(np.intp))
+    some = np.unique(np.linspace(0, n - 1, min(n, _QUERIES)).astype(np.intp))
     sample = host_rows(head.query, some).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         sample -= sample.mean(axis=0)
@@ -250,11 +253,12 @@ def _value_sizes(head: Head) -> tuple[Array, Array, float]:
 def _seen_keys(head: Head, rows: Array) -> Array:
     """The keys that the given rows see most of."""
     few = head.with_rows(rows)
-    logits = np.array(to_host(_logits(few, few.key, np.arange(head.sizes[1]))))
-    found, each = [], np.arange(len(rows))
-    for _ in range(min(_SEEN, len(logits))):
-        found.append(np.argmax(logits, axis=0))
-        logits[found[-1], each] = -np.inf
+    logits = _logits(few, few.key, np.arange(head.sizes[1]))
+    logits, each = np.ascontiguousarray(to_host(logits).T), np.arange(len(rows))
+    found = []
+    for _ in range(min(_SEEN, logits.shape[1])):
+        found.append(np.argmax(logits, axis=1))
+        logits[each, found[-1]] = -np.inf
     return np.unique(np.concatenate(found))
 
 
@@ -333,12 +337,7 @@ def series_squares(variance: Array) -> Array:
 class RowErrors:
     """Guessed squared errors of the rows of an answer, up to a common factor.
 
-    Parameters
-    ----------
-    squares : array, shape (n,)
-        Guessed squared errors.
-    hard : integer array
-        Rows that may err far more than the others: to be computed exactly.
+    Those numbered ``hard`` may err far more than the others: they are to be exact.
     """
 
     squares: Array
