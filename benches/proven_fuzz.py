@@ -309,7 +309,8 @@ def _values(rng, dtype, shape):
     elif kind < 0.2:
         # equal but for the last place
         x[:] = x.flat[0]
-        x.flat[-1] = np.nextafter(x.flat[0], x.dtype.type(np.inf))
+        # towards zero: the largest number has none above it
+        x.flat[-1] = np.nextafter(x.flat[0], x.dtype.type(0))
     elif kind < 0.25:
         x[:, -1] = x[0, -1]
     # of bfloat16, a neighbour is rounded once more

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastattn import Polynomial, _recipes, approximate
+from fastattn import Polynomial, _certify, approximate
 from fastattn._batch import Batch
 from fastattn._recipes import mend
 from tests import oracles
@@ -28,7 +28,7 @@ def test_precise_certificates_mend_in_float64(rng, monkeypatch):
         asked.append(dtype)
         return mend(head, value, normalizer, rows, dtype)
 
-    monkeypatch.setattr(_recipes, "mend", spy)
+    monkeypatch.setattr(_certify, "mend", spy)
     query, key, value = 0.2 * rng.standard_normal((3, 600, 4)).astype(np.float32)
     query[:2] *= 20
     for tol in (1e-2, 5e-5):
