@@ -66,7 +66,17 @@ def repaired(
     RefusalError
         If more than two per cent of the rows went wrong.
     """
-    answer = attempt.run(head)
+    return _repaired(head, attempt, attempt.run(head), tol, looks, rng)
+
+
+def _repaired(
+    head: Head,
+    attempt: Attempt,
+    answer: tuple[Array, ...],
+    tol: float,
+    looks: Looks,
+    rng: np.random.Generator,
+) -> Repaired:
     guessed = _guessed(head, attempt, answer, looks, rng)
     # hard rows are not sampled: they must be as good as what the others are compared
     # with
@@ -87,11 +97,12 @@ def certified(
     Attempts at one head share its ``looks``.
     """
     looks = Looks() if looks is None else looks
+    plan, answer = attempt.plan, attempt.run(head)
     if math.isfinite(attempt.limit):
-        known = _known(head, attempt, tol)
+        known = _known(head, attempt, answer, tol)
         if known is not None:
             return known
-    found, plan = repaired(head, attempt, tol, looks, rng), attempt.plan
+    found = _repaired(head, attempt, answer, tol, looks, rng)
     sampled = certify_rows(
         head,
         found.value,
@@ -118,9 +129,11 @@ def certified(
     )
 
 
-def _known(head: Head, attempt: Attempt, tol: float) -> HeadAnswer | None:
+def _known(
+    head: Head, attempt: Attempt, answer: tuple[Array, ...], tol: float
+) -> HeadAnswer | None:
     """Answer by a proven bound that meets the tolerance: no row is computed exactly."""
-    value, normalizer, good, *_ = attempt.run(head)
+    value, normalizer, good, *_ = answer
     if not bool(head.xp.all(good)):
         return None
     value, normalizer = head.finish(value, normalizer)
@@ -131,8 +144,8 @@ def _known(head: Head, attempt: Attempt, tol: float) -> HeadAnswer | None:
     if found is None:
         return None
     errors = attempt.log_errors and attempt.log_errors(head, normalizer)
-    answer = HeadAnswer.under(found, value, normalizer, attempt.plan)
-    return replace(answer, log_error=errors)
+    certain = HeadAnswer.under(found, value, normalizer, attempt.plan)
+    return replace(certain, log_error=errors)
 
 
 def _first_rows(n: int, attempt: Attempt, has_own: bool) -> int:

@@ -27,10 +27,6 @@ from sketching._lib.certificate import RefusalError
 LARGEST_RANK = 1 << 16
 # rows that transforms and statistics are made from
 SAMPLE = 4096
-# share of rows that may be computed exactly because they went wrong
-_MENDED = 0.02
-# rows that are compared as one
-_FOLD = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)

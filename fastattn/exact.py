@@ -25,7 +25,7 @@ from fastattn._rounding import (
 )
 from fastattn._row_statistics import SeenKeys, guess_errors, row_statistics
 from fastattn._sampling import SampledError, certify_rows, scaled_frobenius
-from sketching._lib.arrays import Array, to_host
+from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
@@ -117,7 +117,7 @@ class Exact:
                 self.plan(head, reason),
                 log_error,
             )
-        sampled = _sampled(head, value, normalizer, size, tol, rng)
+        sampled = _sampled(head, value, normalizer, size, key_norm, tol, rng)
         # rows in float64 are no truth where float64 itself is too short
         upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64, key_norm)
         if math.isinf(upper):
@@ -169,16 +169,16 @@ def _sampled(
     value: Array,
     normalizer: Array,
     size: tuple[float, float],
+    key_norm: float,
     tol: float,
     rng: np.random.Generator,
 ) -> SampledError:
     """Compare rows with float64, those of large exponents and values more often."""
     found = row_statistics(head, rng)
-    query = to_host(head.query).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         # a product is off in proportion to the norms, an exp and a sum by a little
-        norms = np.sqrt(np.sum((head.scale * query) ** 2, axis=1))
-        rounding = 1 + norms * largest_row(head.key)
+        norms = abs(head.scale) * row_norms(head.query, head.dtype)
+        rounding = 1 + norms * key_norm
     seen = SeenKeys.of(head, found, value, normalizer)
     guess = guess_errors(found, seen, rounding=np.nan_to_num(rounding, nan=np.inf))
     return certify_rows(
