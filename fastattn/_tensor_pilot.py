@@ -61,7 +61,7 @@ def apriori_recipe(head: TensorHead, tol: float) -> TensorRecipe | None:
     peak, norm = scaled_frobenius(value)
     if not (bool(head.xp.all(good)) and 0 < peak < math.inf):
         return None
-    wanted = _SURE * tol / (1 + tol) * norm * peak / math.sqrt(value.size)
+    wanted = _SURE * tol / (1 + tol) * norm * peak / math.sqrt(math.prod(value.shape))
     first = least_degree(bound, wanted / (extent.half + wanted))
     if first is None:
         return None

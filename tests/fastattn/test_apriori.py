@@ -66,3 +66,14 @@ def test_sampled_tensor_attention_computes_no_row_where_all_is_proven(
     assert answer.certificate.norm == "relative-frobenius"
     assert "a bound on every entry" in answer.certificate.source
     assert answer.plan.method.rank < 2000
+
+
+def test_sampled_tensor_polynomials_take_arrays_of_any_library(rng, xp):
+    arrays = (rng.uniform(-0.3, 0.3, (n, 4)) for n in (60, 40, 50, 40, 50))
+    query, key, other, value, weight = (xp.asarray(x) for x in arrays)
+    answer = approximate(
+        query, (key, other), (value, weight), method=Polynomial(), tol=0.1, rng=0
+    )
+    assert answer.certificate.failure == 0
+    assert 0 < answer.certificate.error <= 0.1
+    assert isinstance(answer.value, xp.array_type)
