@@ -11,20 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastattn._problem import Head
-from fastattn._rounding import gamma, smallest_number, unit_roundoff
-from sketching._lib.arrays import Array, array_namespace, to_host
-
-
-def row_norms(x: Array, dtype: Any) -> Array:
-    """Bound the norm of each row, on the host; infinite where squares overflow."""
-    xp, d = array_namespace(x), x.shape[1]
-    info = xp.finfo(dtype)
-    with np.errstate(over="ignore", under="ignore"):
-        x = xp.astype(x, dtype, copy=False)
-        squares = to_host(xp.vecdot(x, x)).astype(np.float64)
-    # squares that underflow are each less than the least normal number
-    lost = math.sqrt(d * float(info.smallest_normal))
-    return np.sqrt(squares) * (1 + (d + 2) * float(info.eps)) + lost
+from fastattn._rounding import gamma, row_norms, smallest_number, unit_roundoff
+from sketching._lib.arrays import Array, to_host
 
 
 def log_errors(
@@ -59,7 +47,7 @@ def log_errors(
     own = logarithm.dtype
     error += unit_roundoff(head.xp, own) * size + smallest_number(head.xp, own)
     if left_out:
-        norms = row_norms(head.query, head.dtype)
+        norms = row_norms(head.query, head.query_squares)
         # no product with a row of zeros is lost
         error += (gamma(d + 6, u) * norms + d * tiny * (1 + norms)) * left_out
         error += 8 * u * norms * left_out + d * tiny * (1 + norms)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
+from fastattn._ops.rows import squared_lengths
 from fastattn._ops.softmax import attend
 from sketching._lib.arrays import (
     Array,
@@ -17,8 +19,11 @@ from sketching._lib.arrays import (
 )
 from sketching._lib.certificate import Certificate
 
+# rows whose squared norms are computed at once
+_BLOCK = 1 << 14
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Head:
     """The inputs of one head.
 
@@ -38,35 +43,45 @@ class Head:
     scale: float
     visible: Array | None = None
 
-    @property
+    @cached_property
     def xp(self) -> Any:
         """The namespace of the arrays."""
         return array_namespace(self.query)
 
-    @property
+    @cached_property
     def dtype(self) -> Any:
         """The dtype of computation."""
         return compute_dtype(self.xp, self.query.dtype)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """n, m, d and p."""
         n, d = self.query.shape
         m, p = self.value.shape
         return n, m, d, p
 
-    @property
+    @cached_property
     def logits(self) -> int:
         """Number of pairs of a query and a key that it sees."""
         n, m, _, _ = self.sizes
         return n * m if self.visible is None else int(self.xp.sum(self.visible))
 
-    @property
+    @cached_property
     def largest_value(self) -> float:
         """The largest absolute value."""
         xp = self.xp
         low, high = (float(f(self.value)) for f in (xp.min, xp.max))
         return max(-low, high)
+
+    @cached_property
+    def query_squares(self) -> Array:
+        """Squared norms of the queries, in the dtype of computation, on the host."""
+        return row_squares(self.query)
+
+    @cached_property
+    def key_squares(self) -> Array:
+        """Squared norms of the keys, in the dtype of computation, on the host."""
+        return row_squares(self.key)
 
     @property
     def has_fast_body(self) -> bool:
@@ -128,6 +143,22 @@ class Head:
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
         """Round an answer to the dtype of the query, its normalizer to the head's."""
         return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
+
+
+def row_squares(x: Array) -> Array:
+    """Squared norms of all rows, in the dtype of computation, on the host.
+
+    Infinite where squares overflow; what underflows is lost.
+    """
+    xp, (n, d) = array_namespace(x), x.shape
+    dtype, found = compute_dtype(xp, x.dtype), np.empty(n)
+    zeros, ones = (f(d, dtype=dtype, device=device_of(x)) for f in (xp.zeros, xp.ones))
+    with np.errstate(over="ignore", under="ignore"):
+        for start in range(0, n, _BLOCK):
+            rows = slice(start, min(start + _BLOCK, n))
+            block = xp.astype(x[rows, :], dtype, copy=False)
+            found[rows] = to_host(squared_lengths(block, zeros, ones))
+    return found
 
 
 def rounded_answer(

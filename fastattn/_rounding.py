@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._problem import Head
+from fastattn._problem import Head, row_squares
 from sketching._lib.arrays import (
     Array,
     array_namespace,
@@ -79,21 +79,32 @@ def frobenius(x: Array) -> float:
     return math.hypot(*np.asarray(x, np.float64).ravel().tolist()) * (1 + 1e-12)
 
 
-def largest_row(x: Array) -> float:
-    """Bound the largest norm of a row: in the dtype of computation where that holds."""
+def largest_row(x: Array, squares: Array | None = None) -> float:
+    """Bound the largest norm of a row: in the dtype of computation where that holds.
+
+    ``squares`` are those of ``row_squares``, if known.
+    """
     xp, d = array_namespace(x), x.shape[1]
-    dtype = compute_dtype(xp, x.dtype)
-    eps = float(xp.finfo(dtype).eps)
-    square = 0.0
-    with np.errstate(over="ignore", under="ignore"):
-        for start in range(0, x.shape[0], _BLOCK):
-            block = x[start : min(start + _BLOCK, x.shape[0]), :]
-            block = xp.astype(block, dtype, copy=False)
-            square = max(square, float(xp.max(xp.sum(block * block, axis=1))))
+    info = xp.finfo(compute_dtype(xp, x.dtype))
+    squares = row_squares(x) if squares is None else squares
+    square = float(squares.max(initial=0.0))
     # squares that underflowed are lost in the rounding of larger ones, if there are any
-    if not float(xp.finfo(dtype).smallest_normal) / eps**2 < square < math.inf:
+    if not float(info.smallest_normal) / float(info.eps) ** 2 < square < math.inf:
         return largest_norm(x, np.zeros(d))
-    return float(math.sqrt(square) * (1 + (d + 2) * eps))
+    return float(math.sqrt(square) * (1 + (d + 2) * float(info.eps)))
+
+
+def row_norms(x: Array, squares: Array | None = None) -> Array:
+    """Bound the norm of each row, on the host; infinite where squares overflow.
+
+    ``squares`` are those of ``row_squares``, if known.
+    """
+    xp, d = array_namespace(x), x.shape[1]
+    info = xp.finfo(compute_dtype(xp, x.dtype))
+    squares = row_squares(x) if squares is None else squares
+    # squares that underflow are each less than the least normal number
+    lost = math.sqrt(d * float(info.smallest_normal))
+    return np.sqrt(squares) * (1 + (d + 2) * float(info.eps)) + lost
 
 
 def largest_entries(x: Array, center: Array, projection: Array) -> Array:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._ops.rows import squared_lengths
 from fastattn._problem import Head, host_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
@@ -151,22 +152,22 @@ def _lengths(
 
     A turn of one dimension scales the columns; None leaves them as they are.
     """
-    xp, n = array_namespace(x), x.shape[0]
+    xp, (n, d) = array_namespace(x), x.shape
     move = {"dtype": dtype, "device": device_of(x)}
+    zeros, ones, found = xp.zeros(d, **move), xp.ones(d, **move), []
     # what overflows makes the rows hard ones
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         middle = xp.asarray(center, **move)
-        moved = [None if turn is None else xp.asarray(turn, **move) for turn in turns]
-    found = [np.empty(n) for _ in turns]
-    for start in range(0, n, _BLOCK):
-        rows = slice(start, min(start + _BLOCK, n))
-        with np.errstate(over="ignore", invalid="ignore"):
-            block = xp.astype(x[rows, :], dtype, copy=False) - middle
-            for turn, out in zip(moved, found, strict=True):
-                part = block
-                if turn is not None:
-                    part = block * turn if turn.ndim == 1 else xp.matmul(block, turn)
-                out[rows] = to_host(xp.vecdot(part, part))
+        for turn in turns:
+            matrix = ones if turn is None else xp.asarray(turn, **move)
+            found.append(np.empty(n))
+            for start in range(0, n, _BLOCK):
+                rows = slice(start, min(start + _BLOCK, n))
+                block, args = xp.astype(x[rows, :], dtype, copy=False), (middle, matrix)
+                if matrix.ndim > 1:
+                    few = matrix.shape[1]
+                    block, args = (block - middle) @ matrix, (zeros[:few], ones[:few])
+                found[-1][rows] = to_host(squared_lengths(block, *args))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._costs import exact_work, seconds
-from fastattn._log_errors import log_errors, row_norms
+from fastattn._log_errors import log_errors
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan
 from fastattn._ratio_estimate import FAILURE, relative
 from fastattn._rounding import (
@@ -19,6 +19,7 @@ from fastattn._rounding import (
     largest_row,
     mean_deviation,
     once_stored,
+    row_norms,
     smallest_number,
     unit_roundoff,
     value_range,
@@ -103,9 +104,9 @@ class Exact:
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
-        size, key_norm = scaled_frobenius(value), largest_row(head.key)
-        log_error = log_error_of(head, normalizer, key_norm=key_norm)
-        error = _relative_bound(head, *size, tol, key_norm)
+        size = scaled_frobenius(value)
+        log_error = log_error_of(head, normalizer)
+        error = _relative_bound(head, *size, tol)
         if error <= tol:
             return HeadAnswer(
                 value,
@@ -117,9 +118,9 @@ class Exact:
                 self.plan(head, reason),
                 log_error,
             )
-        sampled = _sampled(head, value, normalizer, size, key_norm, tol, rng)
+        sampled = _sampled(head, value, normalizer, size, tol, rng)
         # rows in float64 are no truth where float64 itself is too short
-        upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64, key_norm)
+        upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64)
         if math.isinf(upper):
             raise RefusalError(
                 f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
@@ -169,7 +170,6 @@ def _sampled(
     value: Array,
     normalizer: Array,
     size: tuple[float, float],
-    key_norm: float,
     tol: float,
     rng: np.random.Generator,
 ) -> SampledError:
@@ -177,8 +177,8 @@ def _sampled(
     found = row_statistics(head, rng)
     with np.errstate(over="ignore", invalid="ignore"):
         # a product is off in proportion to the norms, an exp and a sum by a little
-        norms = abs(head.scale) * row_norms(head.query, head.dtype)
-        rounding = 1 + norms * key_norm
+        norms = abs(head.scale) * row_norms(head.query, head.query_squares)
+        rounding = 1 + norms * _norms(head)[1]
     seen = SeenKeys.of(head, found, value, normalizer)
     guess = guess_errors(found, seen, rounding=np.nan_to_num(rounding, nan=np.inf))
     return certify_rows(
@@ -186,9 +186,7 @@ def _sampled(
     )
 
 
-def _relative_bound(
-    head: Head, peak: float, norm: float, tol: float, key_norm: float
-) -> float:
+def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
     """Rounding bound of the head over the norm of its answer, in units of ``peak``.
 
     Infinite where it is sure to exceed ``tol``.
@@ -203,13 +201,11 @@ def _relative_bound(
         return 0.0 if head.largest_value == 0 else math.inf
     root = math.sqrt(n * p)
     most = tol / (1 + tol) * norm * peak / root
-    bound = rounding_bound(head, head.dtype, most, key_norm)
+    bound = rounding_bound(head, head.dtype, most)
     return relative(bound / peak * root, norm)
 
 
-def rounding_bound(
-    head: Head, dtype: Any, most: float = math.inf, key_norm: float | None = None
-) -> float:
+def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     r"""Bound ``max |computed - exact|`` of streaming attention in ``dtype``.
 
     A logit is off by at most :math:`(\gamma_{d+2} + 4u) L` with
@@ -231,7 +227,7 @@ def rounding_bound(
         return math.inf
     if m * extent.peak > largest_number(xp, dtype) / 4:
         return math.inf
-    weights = _weights_bound(head, dtype, key_norm)
+    weights = _weights_bound(head, dtype)
     cut = cut_weights(xp, dtype, m)
     error = mean_deviation(weights + cut, extent.half) + (sums + cut) * extent.peak
     return once_stored(xp, head.query.dtype, extent.peak, error + 2 * m * tiny)
@@ -242,10 +238,10 @@ def may_overflow(head: Head) -> bool:
     return not _is_held(*_norms(head), head.xp, head.dtype)
 
 
-def _norms(head: Head, key_norm: float | None = None) -> tuple[float, float]:
-    """Largest norms of a query times the scale, and of a key, unless that is known."""
-    key_norm = largest_row(head.key) if key_norm is None else key_norm
-    return abs(head.scale) * largest_row(head.query), key_norm
+def _norms(head: Head) -> tuple[float, float]:
+    """Largest norms of a query times the scale, and of a key."""
+    query_norm = largest_row(head.query, head.query_squares)
+    return abs(head.scale) * query_norm, largest_row(head.key, head.key_squares)
 
 
 def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
@@ -255,20 +251,18 @@ def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
     return query_norm < most and query_norm * key_norm < most
 
 
-def log_error_of(
-    head: Head, logarithm: Array, dtype: Any = None, key_norm: float | None = None
-) -> Array:
+def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
     """Bound the error of each row's log-sum-exp of exact attention in ``dtype``.
 
-    By default that is the head's own; the norm of the longest key may be known. A row
-    is off by what its logits and their exps are, and the sum of those.
+    By default that is the head's own. A row is off by what its logits and their exps
+    are, and the sum of those.
     """
     xp, (n, m, d, _) = head.xp, head.sizes
     dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_body
     if m == 0:
         return np.zeros(n)
-    query = abs(head.scale) * row_norms(head.query, head.dtype)
-    key = largest_row(head.key) if key_norm is None else key_norm
+    query = abs(head.scale) * row_norms(head.query, head.query_squares)
+    key = largest_row(head.key, head.key_squares)
     most = largest_number(xp, dtype) / 4
     sums = sums_error(m, unit_roundoff(xp, dtype), is_fast=is_fast)
     sums += cut_weights(xp, dtype, m)
@@ -281,10 +275,10 @@ def log_error_of(
     return log_errors(head, logarithm, error, dtype)
 
 
-def _weights_bound(head: Head, dtype: Any, key_norm: float | None = None) -> float:
+def _weights_bound(head: Head, dtype: Any) -> float:
     """Bound the relative error of all weights of a head in ``dtype``."""
     _, m, d, _ = head.sizes
-    norms, is_fast = _norms(head, key_norm), head.has_fast_body
+    norms, is_fast = _norms(head), head.has_fast_body
     return weights_error(m, d, *norms, head.xp, dtype, is_fast=is_fast)
 
 

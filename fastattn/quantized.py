@@ -9,7 +9,7 @@ import numpy as np
 
 from fastattn._certify import certified
 from fastattn._costs import quantized_work, seconds
-from fastattn._log_errors import log_errors, row_norms
+from fastattn._log_errors import log_errors
 from fastattn._ops.quantized import (
     STEPS,
     attend_quantized,
@@ -18,7 +18,7 @@ from fastattn._ops.quantized import (
 )
 from fastattn._problem import Candidate, Head, HeadAnswer, Plan, host_rows
 from fastattn._recipes import Attempt, candidate_of
-from fastattn._rounding import gamma, largest_row, unit_roundoff
+from fastattn._rounding import gamma, largest_row, row_norms, unit_roundoff
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice
@@ -231,7 +231,7 @@ def _log_errors(head: Head, logarithm: Array, *, logits: str) -> Array:
     """
     _, m, d, _ = head.sizes
     query, key = (to_host(x).astype(np.float32) for x in (head.query, head.key))
-    u, norms = unit_roundoff(np, np.float32), row_norms(query, np.float32)
+    u, norms = unit_roundoff(np, np.float32), row_norms(query)
     reach = gamma(d + 12, u) * abs(head.scale) * norms * (2 * largest_row(key))
     with np.errstate(over="ignore", invalid="ignore"):
         query = np.abs(head.scale * (query - query.mean(axis=0)))
@@ -239,7 +239,7 @@ def _log_errors(head: Head, logarithm: Array, *, logits: str) -> Array:
         if logits == "bfloat16":
             half = 2.0**-8
             off = (2 * half + half**2) * largest_row(key)
-            off = off * row_norms(query, np.float32)
+            off = off * row_norms(query)
         else:
             column = np.maximum(key.max(axis=0) / STEPS, _LEAST)
             query *= column

@@ -178,7 +178,7 @@ class _Field:
         step, features = np.empty((b, d), dtype), np.empty((b, 2 * d + 1), dtype)
         _features(query, self.mean[r], step, features)
         weights = features @ table.T
-        _soften(weights, np.full(b, len(active)), peak, total, out)
+        _soften(weights, np.full(b, len(active)), False, peak, total, out)
         _estimate(weights, self.error[r, active], step, self.distance[r], error)
         np.matmul(weights, average, out=out)
         if self.spans[r, -1]:
@@ -203,7 +203,7 @@ class _Field:
             _gather(some, keys.key, keys.value, picked, values)
             weights = flat[: b * size].reshape(b, size)
             np.matmul(query, picked[:size].T, out=weights)
-            _soften(weights, np.full(b, size), peak, total, out)
+            _soften(weights, np.full(b, size), False, peak, total, out)
             np.matmul(weights, values[:size], out=part)
             out += part
 

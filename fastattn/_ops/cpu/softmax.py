@@ -1,9 +1,11 @@
 """Exact softmax attention: BLAS for the products, one fused pass for the softmax."""
 
+import math
+
 import numpy as np
 
 from fastattn._ops.cpu.softmax_tiles import attend_tiles, serves
-from fastattn._ops.extreme import attend_scaled
+from fastattn._ops.extreme import attend_scaled, may_overflow
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
@@ -29,6 +31,8 @@ def attend(query, key, value, *, scale, visible, rows=None):
         rows = min(ROWS, max(256, -(-heads * n // 4)))
     keys = min(LONGEST, max(KEYS, LOGITS // min(rows, n)))
     per_head = -(-n // rows)
+    # of few rows every logit is looked at: that takes less than to read the keys
+    largest = [_largest(x) if n >= ROWS else math.inf for x in key]
 
     def work(task):
         head, block = divmod(task, per_head)
@@ -36,7 +40,7 @@ def attend(query, key, value, *, scale, visible, rows=None):
         seen = None if visible is None else visible[span]
         _attend_rows(
             query[head, span], key[head], value[head], float(scale), seen, keys,
-            out[head, span], normalizer[head, span],
+            largest[head], out[head, span], normalizer[head, span],
         )  # fmt: skip
 
     run_blocks(work, range(heads * per_head))
@@ -45,13 +49,13 @@ def attend(query, key, value, *, scale, visible, rows=None):
 
 # sums that overflow leave numbers that are not finite, which the caller looks for
 @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
-def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
+def _attend_rows(query, key, value, scale, visible, size, largest, out, normalizer):
     """Stream all keys past one block of rows."""
     if serves(query, key, value) and attend_tiles(
         query, key, value, scale, visible, out, normalizer
     ):
         return
-    if _stream(query, key, value, scale, visible, size, out, normalizer):
+    if _stream(query, key, value, scale, visible, size, largest, out, normalizer):
         return
     # extreme rows: a few at a time, since all their logits are kept
     rows = max(1, _SCALED // len(key))
@@ -63,11 +67,21 @@ def _attend_rows(query, key, value, scale, visible, size, out, normalizer):
         )
 
 
-def _stream(query, key, value, scale, visible, size, out, normalizer):
-    """Stream all keys past one block of rows; False if a logit overflowed."""
+def _largest(x):
+    """Largest absolute entry."""
+    return float(np.max(np.abs(x), initial=0))
+
+
+def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
+    """Stream all keys past one block of rows; False if a logit overflowed.
+
+    No entry of a key exceeds ``largest``: logits are looked at where that is no proof.
+    """
     n, dtype = len(query), query.dtype
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)
+    most = float(np.finfo(dtype).max)
+    is_open = may_overflow(_largest(scaled), largest, query.shape[1], most)
     last = len(key) if visible is None else min(len(key), int(visible.max()))
     peak = np.full(n, -np.inf, dtype=dtype)
     total = np.zeros(n, dtype=np.float64)
@@ -81,7 +95,7 @@ def _stream(query, key, value, scale, visible, size, out, normalizer):
         block = buffer[: n * width].reshape(n, width)
         np.matmul(scaled, key[keys].astype(dtype, copy=False).T, out=block)
         count = np.full(n, width) if visible is None else visible - start
-        if not _soften(block, count, peak, total, sums):
+        if not _soften(block, count, is_open, peak, total, sums):
             return False
         np.matmul(block, value[keys].astype(dtype, copy=False), out=part)
         sums += part
@@ -92,7 +106,7 @@ def _stream(query, key, value, scale, visible, size, out, normalizer):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _soften(logits, count, peak, total, sums):
+def _soften(logits, count, is_open, peak, total, sums):
     # turns logits into weights relative to the largest logit so far, and rescales
     # what was summed before whenever a larger one comes; stops at one that overflowed
     for i in range(logits.shape[0]):
@@ -101,13 +115,16 @@ def _soften(logits, count, peak, total, sums):
         logits[i, size:] = 0
         if size == 0:
             continue
-        largest, check = row[0], row[0] * 0
+        if is_open:
+            # NaN of what is not finite, as what overflowed on the way to it stays
+            check = row[0] * 0
+            for j in range(size):
+                check += row[j] * 0
+            if check != 0:
+                return False
+        largest = row[0]
         for j in range(size):
             largest = maximum(largest, row[j])
-            # NaN of what is not finite, as what overflowed on the way to it stays
-            check += row[j] * 0
-        if check != 0:
-            return False
         if largest > peak[i]:
             shrink = exp(peak[i] - largest)
             peak[i] = largest
