@@ -1,6 +1,7 @@
 """Meta-tests: the shape of the house, read from its files."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -29,8 +30,19 @@ def label(path):
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
 def tree(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return ast.parse(text_of(path))
+
+
+def nothing(offenders):
+    """Fail with every offender at once, if there is one."""
+    assert not (found := list(offenders)), "\n".join(map(str, found))
 
 
 def modules_of(package, under):
@@ -52,58 +64,70 @@ def ops():
                         yield value
 
 
-PLACES = [
-    pytest.param(op, place, id=f"{op.__module__}.{op.__name__}-{place}")
-    for op in ops()
-    for place in op.places
-]
-
-
 def test_there_are_ops():
     names = {op.__name__ for op in ops()}
     assert {"attend", "monomials", "moments", "means"} <= names
 
 
-@pytest.mark.parametrize(("op", "place"), PLACES)
-def test_every_place_has_a_body_with_the_parameters_of_the_reference(op, place):
-    # read, not imported: a body for the GPU cannot be imported without one
+def signature(arguments):
+    """Names of the positional parameters, and of those by keyword only."""
+    positional = [x.arg for x in (*arguments.posonlyargs, *arguments.args)]
+    return positional, [x.arg for x in arguments.kwonlyargs]
+
+
+def misfits(op, place):
+    """What is wrong with the kernel of an op for a place."""
+    # read, not imported: a kernel for the GPU cannot be imported without one
     package, _, module = op.__module__.rpartition(".")
     path = ROOT.joinpath(*package.split("."), place, f"{module}.py")
-    assert path.is_file(), f"{op.__name__} declares {place!r}: {label(path)} is missing"
-    bodies = [
+    if not path.is_file():
+        yield f"{op.__name__} declares {place!r}: {label(path)} is missing"
+        return
+    kernels = [
         node
         for node in tree(path).body
         if isinstance(node, ast.FunctionDef) and node.name == op.__name__
     ]
-    assert len(bodies) == 1
-    wanted = inspect.signature(op.reference).parameters.values()
-    arguments = bodies[0].args
-    got = [x.arg for x in (*arguments.posonlyargs, *arguments.args)]
-    assert got == [x.name for x in wanted if x.kind is not x.KEYWORD_ONLY]
-    got = [x.arg for x in arguments.kwonlyargs]
-    assert got == [x.name for x in wanted if x.kind is x.KEYWORD_ONLY]
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.parent.name in ("cpu", "gpu")], ids=label
-)
-def test_every_fast_body_belongs_to_an_op(path):
-    reference = path.parent.parent / path.name
-    if path.name == "__init__.py" or not reference.exists():
-        # what bodies share has no reference: it must not define an op's name
+    if len(kernels) != 1:
+        yield f"{label(path)} defines {op.__name__} {len(kernels)} times"
         return
+    wanted = [], []
+    for x in inspect.signature(op.reference).parameters.values():
+        wanted[x.kind is x.KEYWORD_ONLY].append(x.name)
+    got = signature(kernels[0].args)
+    if got != wanted:
+        yield f"{label(path)}: {op.__name__}{got}, its reference has {wanted}"
+
+
+def test_every_place_has_a_kernel_with_the_parameters_of_the_reference():
+    pairs = [(op, place) for op in ops() for place in op.places]
+    assert len(pairs) > 50
+    nothing(found for pair in pairs for found in misfits(*pair))
+
+
+def strangers(path):
+    """Public functions of a file of kernels that no op has declared."""
     module = importlib.import_module(
-        ".".join(reference.relative_to(ROOT).with_suffix("").parts)
+        ".".join((path.parent.parent / path.stem).relative_to(ROOT).parts)
     )
-    public = [
-        node.name
-        for node in tree(path).body
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    for node in tree(path).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            op = getattr(module, node.name, None)
+            if not isinstance(op, Op) or path.parent.name not in op.places:
+                yield f"{label(path)}: {node.name}"
+
+
+def test_every_fast_kernel_belongs_to_an_op():
+    # what kernels share has no reference: it must not define an op's name
+    kernels = [
+        path
+        for path in SOURCES
+        if path.parent.name in ("cpu", "gpu")
+        and path.name != "__init__.py"
+        and (path.parent.parent / path.name).exists()
     ]
-    for name in public:
-        op = getattr(module, name)
-        assert isinstance(op, Op)
-        assert path.parent.name in op.places
+    assert len(kernels) > 20
+    nothing(found for path in kernels for found in strangers(path))
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
@@ -127,87 +151,88 @@ def test_every_public_name_is_exported(package):
     assert defined == set(getattr(package, "__all__", []))
 
 
-EXPORTS = [
-    pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
-    for package in PACKAGES
-    for name in getattr(package, "__all__", [])
-]
+def unexplained(package):
+    """Exports without a docstring, or without an example in it."""
+    for name in getattr(package, "__all__", []):
+        text = inspect.getdoc(getattr(package, name)) or ""
+        has_example = "\nExamples\n" in text and ">>> " in text
+        if not text or not (has_example or name in WITHOUT_EXAMPLES):
+            yield f"{package.__name__}.{name}"
 
 
-@pytest.mark.parametrize("export", EXPORTS)
-def test_every_export_is_explained_with_an_example(export):
-    text = inspect.getdoc(export)
-    assert text
-    if export.__name__ not in WITHOUT_EXAMPLES:
-        assert "\nExamples\n" in text
-        assert ">>> " in text
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
+def test_every_export_is_explained_with_an_example(package):
+    nothing(unexplained(package))
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_file_is_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def test_files_are_short():
+    nothing(label(x) for x in FILES if len(text_of(x).splitlines()) > 400)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_functions_are_short(path):
+def long_functions(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             # a public docstring may be longer than the code
             start = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno
-            assert node.end_lineno - start + 1 <= 60, node.name
+            if node.end_lineno - start + 1 > 60:
+                yield f"{label(path)}: {node.name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_file_is_named_after_its_subject(path):
-    assert path.stem.strip("_") not in {"utils", "core", "common", "helpers", "misc"}
+def test_functions_are_short():
+    nothing(found for path in SOURCES for found in long_functions(path))
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_module_says_what_it_is_about(path):
-    text = path.read_text(encoding="utf-8")
-    assert not text or ast.get_docstring(tree(path))
+def test_files_are_named_after_their_subject():
+    vague = {"utils", "core", "common", "helpers", "misc"}
+    nothing(label(x) for x in FILES if x.stem.strip("_") in vague)
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_nothing_points_outside_the_repository(path):
+def test_modules_say_what_they_are_about():
+    nothing(label(x) for x in FILES if text_of(x) and not ast.get_docstring(tree(x)))
+
+
+def test_nothing_points_outside_the_repository():
     outside = "../" + "shared"
-    assert outside not in path.read_text(encoding="utf-8")
+    nothing(label(x) for x in FILES if outside in text_of(x))
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_no_exception_is_swallowed(path):
+def swallowed(path):
+    """Handlers of any exception, and those of all that do nothing."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ExceptHandler):
             caught = "" if node.type is None else ast.unparse(node.type)
-            if all(isinstance(x, ast.Pass) for x in node.body):
-                assert caught not in ("", "Exception", "BaseException"), node.lineno
-            assert caught, f"line {node.lineno}"
+            is_idle = all(isinstance(x, ast.Pass) for x in node.body)
+            if not caught or (is_idle and caught in ("Exception", "BaseException")):
+                yield f"{label(path)}, line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p not in SOURCES], ids=label)
-def test_no_test_is_skipped_without_a_reason(path):
+def test_no_exception_is_swallowed():
+    nothing(found for path in FILES for found in swallowed(path))
+
+
+def skipped_in_silence(path):
+    """Marks and calls that skip a test, or let it fail, without a reason."""
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    called = {(x.func.lineno, x.func.col_offset) for x in calls}
+    bare = "pytest.mark.skip", "pytest.mark.xfail"
+    for node in calls:
+        name, given = ast.unparse(node.func), {x.arg for x in node.keywords}
+        # these take their reason first, the others by name only
+        is_given = "reason" in given or (
+            node.args and name in ("pytest.skip", "pytest.xfail", *bare)
+        )
+        skips = "pytest.mark.skipif", "pytest.importorskip"
+        if name in ("pytest.skip", "pytest.xfail", *bare, *skips) and not is_given:
+            yield f"{label(path)}, line {node.lineno}"
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            given = {x.arg for x in node.keywords}
-            if name in ("pytest.skip", "pytest.xfail"):
-                assert node.args or "reason" in given, node.lineno
-            elif name in ("pytest.mark.skipif", "pytest.importorskip"):
-                assert "reason" in given, node.lineno
-            elif name in ("pytest.mark.skip", "pytest.mark.xfail"):
-                assert node.args or "reason" in given, node.lineno
-        elif isinstance(node, ast.Attribute):
-            bare = ast.unparse(node) in ("pytest.mark.skip", "pytest.mark.xfail")
-            assert not bare or _is_called(path, node), node.lineno
+        is_mark = isinstance(node, ast.Attribute) and ast.unparse(node) in bare
+        if is_mark and (node.lineno, node.col_offset) not in called:
+            yield f"{label(path)}, line {node.lineno}"
 
 
-def _is_called(path, attribute):
-    return any(
-        isinstance(node, ast.Call)
-        and (node.func.lineno, node.func.col_offset)
-        == (attribute.lineno, attribute.col_offset)
-        for node in ast.walk(tree(path))
-    )
+def test_no_test_is_skipped_without_a_reason():
+    tests = [path for path in FILES if path not in SOURCES]
+    nothing(found for path in tests for found in skipped_in_silence(path))
 
 
 @pytest.mark.parametrize("package", [p.__name__ for p in PACKAGES])
@@ -224,21 +249,3 @@ def test_import_loads_nothing_heavy(package):
         check=True,
     )
     assert run.stdout.split() == []
-
-
-def imported_in(package):
-    """Seconds that importing a package adds to NumPy's own, least of five."""
-    script = (
-        "import numpy, time; start = time.perf_counter(); "
-        f"import {package}; print(time.perf_counter() - start)"
-    )
-    command = [sys.executable, "-c", script]
-    return min(
-        float(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
-        for _ in range(5)
-    )
-
-
-def test_import_is_quick():
-    # about 20 ms: the limit leaves room for a machine that others use
-    assert imported_in("fastattn") < 0.15
