@@ -31,6 +31,20 @@ os.environ["FASTATTN_CACHE"] = _CACHE.name
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(config, items):
+    """Skip the tests of a GPU as one where there is no CuPy."""
+    if importlib.util.find_spec("cupy") is not None:
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    reason = f"cupy is not installed: {len(gpu)} tests of GPU kernels cannot run"
+    gpu[0].add_marker(pytest.mark.skip(reason=reason))
+    dropped = set(gpu[1:])
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=gpu[1:])
+
+
 @dataclass(frozen=True)
 class Library:
     """One array library as a test sees it."""

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from fastattn import approximate, attention
 from tests import oracles
 
-# around the blocks of the fast bodies: 256 and 1024 rows
-BLOCK_EDGES = (1, 63, 255, 256, 257, 1025)
+# around the blocks of the fast kernels: 256 and 1024 rows
+BLOCK_EDGES = (1, 63, 256, 257, 1025)
 DTYPES = (np.float32, np.float64)
+# lanes differ by the dtype, blocks do not
+_EDGES = [*((size, np.float32) for size in BLOCK_EDGES), (1, np.float64)]
+_EDGES.append((257, np.float64))
 
 
 def roundoff(query, key, value, scale=None, dtype=None):
@@ -77,13 +80,22 @@ class OpLaws:
 
     A subclass has ``op``, ``inputs(rng, dtype, n, m)``, the arguments and options of a
     problem of that size, and ``slack(arrays, options)``, an absolute tolerance.
+    ``sizes_used`` names the sizes that its arrays depend on.
     """
 
     op = None
+    sizes_used = ("n", "m")
+
+    def places(self):
+        return places_of(self.op)
 
     def pytest_generate_tests(self, metafunc):
         if "place" in metafunc.fixturenames:
-            metafunc.parametrize("place", places_of(self.op))
+            metafunc.parametrize("place", self.places())
+        for size in ("n", "m"):
+            if size in metafunc.fixturenames:
+                edges = _EDGES if size in self.sizes_used else _EDGES[-1:]
+                metafunc.parametrize((size, "dtype"), edges)
 
     def agree(self, place, arrays, options):
         skip_without(place)
@@ -97,14 +109,10 @@ class OpLaws:
             slack = self.slack(arrays, options)
             np.testing.assert_allclose(one, other, rtol=slack, atol=slack)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("n", BLOCK_EDGES)
     def test_fast_body_agrees_with_reference_around_blocks(self, place, dtype, n):
         arrays, options = self.inputs(np.random.default_rng(n), dtype, n, 300)
         self.agree(place, arrays, options)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("m", BLOCK_EDGES)
     def test_fast_body_agrees_with_reference_for_any_keys(self, place, dtype, m):
         arrays, options = self.inputs(np.random.default_rng(m), dtype, 70, m)
         self.agree(place, arrays, options)

@@ -98,6 +98,13 @@ def gpu(folder, request):
 # NumPy warns of infinities that CuPy and the references take without a word
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class TestEmulated(BodyLaws):
+    # the emulator is there for barriers and indices
+    dtypes, sizes = [np.float32], [1, 33, 129]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+class TestEmulatedInFull(BodyLaws):
     pass
 
 
@@ -113,9 +120,8 @@ def device(folder, request):
 class EmulatedLaws:
     """The laws of an op, of its body for the GPU on the emulated device."""
 
-    def pytest_generate_tests(self, metafunc):
-        if "place" in metafunc.fixturenames:
-            metafunc.parametrize("place", ["gpu"])
+    def places(self):
+        return ["gpu"]
 
 
 @pytest.mark.usefixtures("device")

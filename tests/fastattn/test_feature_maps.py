@@ -348,6 +348,8 @@ def test_cosformer_refuses_rows_beyond_its_length(rng):
 class MapOpLaws(OpLaws):
     """Ops of one array: rows of any number and width."""
 
+    sizes_used = ("n",)
+
     def inputs(self, rng, dtype, n, m):
         return [3 * rng.standard_normal((n, min(m, 20))).astype(dtype)], {}
 

@@ -59,8 +59,15 @@ def sum_roundoff(dtype, terms, recipe, d):
 class BodyLaws:
     """The laws; a place supplies the fixture ``gpu``: the bodies, and moving arrays."""
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("m", SIZES)
+    dtypes, sizes = DTYPES, SIZES
+
+    def pytest_generate_tests(self, metafunc):
+        if "dtype" in metafunc.fixturenames:
+            metafunc.parametrize("dtype", self.dtypes)
+        for size in ("n", "m"):
+            if size in metafunc.fixturenames:
+                metafunc.parametrize(size, self.sizes)
+
     @pytest.mark.parametrize("seen", ["all", "causal", "some", "nothing"])
     def test_attend_agrees_with_reference(self, gpu, dtype, m, seen):
         n, d, p = 67, 1 + m % 19, 1 + m % 35
@@ -129,8 +136,6 @@ class BodyLaws:
         for ours, theirs in zip(map(gpu.asnumpy, got), want, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=slack)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("n", SIZES)
     @pytest.mark.parametrize("name", RECIPES)
     def test_monomials_are_those_of_the_reference(self, gpu, dtype, n, name):
         recipe = RECIPES[name]
@@ -143,8 +148,6 @@ class BodyLaws:
         # the same products in the same order
         np.testing.assert_array_equal(got, monomials.reference(x, **options))
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("m", SIZES)
     @pytest.mark.parametrize("name", RECIPES)
     def test_moments_agree_with_reference(self, gpu, dtype, m, name):
         check_moments(gpu, dtype, m, RECIPES[name], p=1 + m % 70)
@@ -155,8 +158,6 @@ class BodyLaws:
         monkeypatch.setitem(products, limit, 256)
         check_moments(gpu, np.float32, 1025, RECIPES["square"], p=3)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("n", SIZES)
     @pytest.mark.parametrize("name", RECIPES)
     def test_means_agree_with_reference(self, gpu, dtype, n, name):
         check_means(gpu, dtype, n, RECIPES[name], p=1 + n % 70)
@@ -246,7 +247,6 @@ class TestDevice(BodyLaws):
         options = {"parent": np.zeros(1, int), "coordinate": np.zeros(1, int)}
         assert isinstance(monomials(cp.asarray(x), **options), cp.ndarray)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("is_causal", [False, True])
     def test_exact_attention_end_to_end(self, cp, dtype, is_causal):
         query, key, value = problem(dtype, (2, 300, 8), (2, 300, 8), (2, 300, 5))

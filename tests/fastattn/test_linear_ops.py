@@ -57,6 +57,7 @@ class TestFadingPrefixProductsOutOfStep(TestFadingPrefixProductsInStep):
 
 class TestKeySums(OpLaws):
     op = key_sums
+    sizes_used = ("m",)
 
     def inputs(self, rng, dtype, n, m):
         arrays = rng.random((m, 7)), rng.standard_normal((m, min(n, 40)))
@@ -76,6 +77,7 @@ def test_weights_of_many_keys_are_added_up_as_those_of_few():
 
 class TestRowMeans(OpLaws):
     op = row_means
+    sizes_used = ("n",)
     normalize = True
 
     def inputs(self, rng, dtype, n, m):

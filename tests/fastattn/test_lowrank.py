@@ -45,6 +45,7 @@ def run(op, place, arrays, options):
 
 class TestKeySums(OpLaws):
     op = key_sums
+    sizes_used = ("m",)
     sizes = (9, 12)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
@@ -81,6 +82,7 @@ class TestKeySumsOfLandmarks(TestKeySums):
 
 class TestQueryMeans(OpLaws):
     op = query_means
+    sizes_used = ("n",)
     sizes = (9, 12)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002

@@ -30,6 +30,7 @@ from tests.laws import DTYPES, OpLaws
 
 class TestQueryVjp(OpLaws):
     op = query_vjp
+    sizes_used = ("n",)
     sizes = (9, 12)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
@@ -117,6 +118,7 @@ def hermite_functions(x, marks, recipe):
 
 class TestKeyVjp(OpLaws):
     op = key_vjp
+    sizes_used = ("m",)
     sizes = (9, 12)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002

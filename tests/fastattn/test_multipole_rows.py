@@ -20,6 +20,7 @@ TOL = 0.1
 
 class TestSummarise(OpLaws):
     op = summarise
+    sizes_used = ("m",)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
         # wider in one direction, so that the power iteration is well conditioned

@@ -17,6 +17,7 @@ def recipe(d, degree):
 
 class TestMonomials(OpLaws):
     op = monomials
+    sizes_used = ("n",)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
         return [rng.uniform(-2, 2, (n, 3)).astype(dtype)], recipe(3, 4)
@@ -28,6 +29,7 @@ class TestMonomials(OpLaws):
 
 class TestMoments(OpLaws):
     op = moments
+    sizes_used = ("m",)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
         arrays = [
@@ -44,6 +46,7 @@ class TestMoments(OpLaws):
 
 class TestMeans(OpLaws):
     op = means
+    sizes_used = ("n",)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
         options = recipe(3, 3)

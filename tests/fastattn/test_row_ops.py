@@ -9,6 +9,7 @@ from tests.laws import DTYPES, OpLaws
 
 class TestSquaredLengths(OpLaws):
     op = squared_lengths
+    sizes_used = ("n",)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
         arrays = [rng.standard_normal((n, 7)), *rng.standard_normal((2, 7))]
