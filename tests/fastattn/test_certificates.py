@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from fastattn import Exact, Polynomial, RefusalError, approximate, load_sample
@@ -20,6 +20,7 @@ from fastattn.expansions import relative_minimax
 from tests import oracles
 from tests.chance import assert_fails_rarely
 from tests.laws import roundoff
+from tests.pairwise import pairwise
 
 PROVEN = {"guarantee": "proven", "rng": 0}
 # small enough that one promise in a hundred may not be missed, rare enough to trust
@@ -34,6 +35,7 @@ def gaussian(seed, n, spread, d=6):
     return tuple(np.random.default_rng(seed).standard_normal((3, n, d)) * spread)
 
 
+BASES = "minimax", "taylor", "hermite"
 REAL = {
     "diffuse 0": ("minilm-diffuse", 0),
     "diffuse 1": ("minilm-diffuse", 1),
@@ -48,12 +50,8 @@ def assert_certified(inputs, method, trials=400):
     truth, _ = oracles.attention(*inputs)
     (head,) = Batch.of(*inputs, None, False, None).heads()
     draws = np.random.default_rng(0)
-    try:
-        attempt = method.attempt(head, 1e9, "sampled", draws)
-        answer = repaired(head, attempt, 1e9, Looks(), draws)
-    except RefusalError:
-        # no answer, no promise
-        return
+    attempt = method.attempt(head, 1e9, "sampled", draws)
+    answer = repaired(head, attempt, 1e9, Looks(), draws)
     error = oracles.frobenius_error(answer.value, truth)
 
     def trial(rng):
@@ -70,17 +68,13 @@ def assert_certified(inputs, method, trials=400):
     assert_fails_rarely(trial, failure=FAILURE, trials=trials, false_alarm=ALARM)
 
 
-@pytest.mark.parametrize("basis", ["minimax", "taylor", "hermite"])
-@pytest.mark.parametrize("rank", [16, 128, 512])
-@pytest.mark.parametrize("head", REAL)
+@pairwise("head, rank, basis", REAL, [16, 128, 512], BASES)
 def test_sampled_certificate_holds_at_its_rate_on_real_heads(head, rank, basis):
     method = Polynomial(degree=4, rank=rank, basis=basis)
     assert_certified(sample_head(*REAL[head]), method, trials=200)
 
 
-@pytest.mark.parametrize("basis", ["minimax", "taylor", "hermite"])
-@pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("spread", [0.2, 0.5])
+@pairwise("spread, degree, basis", [0.2, 0.5], [2, 4], BASES)
 def test_sampled_certificate_holds_at_its_rate_on_gaussian_heads(spread, degree, basis):
     method = Polynomial(degree=degree, basis=basis)
     assert_certified(gaussian(1, 600, spread), method)
@@ -156,7 +150,8 @@ def test_sampled_certificate_survives_one_huge_query(factor, method):
         query, key, value = 0.4 * rng.standard_normal((3, 1100, 8))
         query[rng.integers(1100)] *= factor
         inputs = [x.astype(np.float32) for x in (query, key, value)]
-        return holds(inputs, method=method, tol=0.05, rng=rng)
+        # of a tolerance that both methods meet
+        return holds(inputs, method=method, tol=0.2, rng=rng)
 
     assert_fails_rarely(trial, failure=0.05, trials=25, false_alarm=ALARM)
 
@@ -177,15 +172,12 @@ def test_sampled_certificate_of_auto_holds_at_its_rate(name, tol):
 
 
 def holds(inputs, **options):
-    """Whether the realised error is within the certificate; a refusal promises none.
+    """Whether the realised error is within the certificate.
 
     A sampled certificate is given the rounding of the rows that it compares with.
     """
     scale = options.get("scale")
-    try:
-        answer = approximate(*inputs, **options)
-    except RefusalError:
-        return True
+    answer = approximate(*inputs, **options)
     many = inputs[0].shape[0] > 500
     precise = np.float64 if many else np.longdouble
     truth, _ = oracles.attention(*inputs, scale=scale, dtype=precise)
@@ -331,39 +323,58 @@ ATTACKS = {
 METHODS = [Exact(), Polynomial(), Polynomial(degree=3), Polynomial(5, rank=30), None]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+# what a polynomial of a given degree, or rank, does not serve
+TOO_LARGE = {
+    ("one huge key", Polynomial(degree=3)),
+    ("one huge key", Polynomial(5, rank=30)),
+    ("one huge query", Polynomial(5, rank=30)),
+}
+
+
+def check(inputs, is_refused, **options):
+    """An answer holds, or a refusal is one that is expected."""
+    if is_refused:
+        with pytest.raises(RefusalError):
+            approximate(*inputs, **options)
+    else:
+        assert holds(inputs, **options)
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_proven_bound_survives(attack, method, dtype):
-    limit = np.finfo(dtype).max / 4
-    inputs = [np.clip(x, -limit, limit).astype(dtype) for x in ATTACKS[attack]()]
-    assert holds(inputs, method=method, tol=5.0, **PROVEN)
+def test_proven_bound_survives(attack, method):
+    for dtype in (np.float16, np.float32, np.float64):
+        limit = np.finfo(dtype).max / 4
+        inputs = [np.clip(x, -limit, limit).astype(dtype) for x in ATTACKS[attack]()]
+        is_refused = (attack, method) in TOO_LARGE
+        check(inputs, is_refused, method=method, tol=5.0, **PROVEN)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_sampled_certificate_survives_where_every_row_is_sampled(attack, method):
     inputs = [x[:128] if i == 0 else x for i, x in enumerate(ATTACKS[attack]())]
-    assert holds(inputs, method=method, tol=1e9, rng=0)
+    # series of logits around thirty
+    is_refused = attack == "queries far away" and isinstance(method, Polynomial)
+    check(inputs, is_refused, method=method, tol=1e9, rng=0)
 
 
-@pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-6, 3.0])
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_proven_bound_holds_for_any_scale(method, scale):
-    assert holds(gaussian(11, 60, 0.3), method=method, scale=scale, tol=5.0, **PROVEN)
+def test_proven_bound_holds_for_any_scale(method):
+    for scale in (-0.7, 0.0, 1e-6, 3.0):
+        is_refused = method == Polynomial(5, rank=30) and abs(scale) > 0.5
+        options = {"method": method, "scale": scale, "tol": 5.0, **PROVEN}
+        check(gaussian(11, 60, 0.3), is_refused, **options)
 
 
-@pytest.mark.parametrize(
-    "method", [Exact(), Polynomial(degree=1), Polynomial()], ids=str
-)
-def test_constant_values_have_a_finite_certificate(method):
+def test_constant_values_have_a_finite_certificate():
     query, key, value = gaussian(12, 40, 3.0)
-    value = np.ones_like(value)
-    try:
-        answer = approximate(query, key * 1e5, value, method=method, **PROVEN)
-    except RefusalError:
-        return
+    inputs = query, key * 1e5, np.ones_like(value)
+    answer = approximate(*inputs, method=Exact(), **PROVEN)
     assert np.isfinite(answer.certificate.error)
+    for method in (Polynomial(degree=1), Polynomial()):
+        with pytest.raises(RefusalError):
+            approximate(*inputs, method=method, **PROVEN)
 
 
 @given(
@@ -393,4 +404,9 @@ def test_no_input_gets_a_wrong_certificate(
         ]
         inputs = [x.astype(dtype) for x in inputs]
     options = {"tol": tol, "method": method, "guarantee": guarantee, "rng": seed}
-    assert holds(inputs, **options)
+    try:
+        is_true = holds(inputs, **options)
+    except RefusalError:
+        # does not count: too few answers fail the test
+        reject()
+    assert is_true

@@ -12,6 +12,7 @@ from fastattn._ops.cpu.tiles import multiplies_bytes
 from fastattn._ops.multipole import multipole
 from tests import oracles
 from tests.fastattn.test_multipole import TestMultipoleOp as _Op
+from tests.pairwise import pairwise
 
 needs_eight_bits = pytest.mark.skipif(
     not multiplies_bytes(), reason="the processor has no AVX-512 BF16 and VNNI"
@@ -56,11 +57,15 @@ def slack(query, mean, key, integers):
 
 
 @needs_eight_bits
-@both
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 127, 129, 1100])
-@pytest.mark.parametrize(("d", "p"), [(1, 1), (5, 3), (64, 64), (33, 9)])
-def test_near_keys_are_summed_as_defined(n, m, d, p, integers):
+@pairwise(
+    "n, m, widths, integers",
+    [1, 31, 32, 33, 100],
+    [1, 2, 7, 8, 9, 127, 129, 1100],
+    [(1, 1), (5, 3), (64, 64), (33, 9)],
+    [False, True],
+)
+def test_near_keys_are_summed_as_defined(n, m, widths, integers):
+    d, p = widths
     query, mean, key, value = inputs = problem(n, m, d, p, seed=n + m)
     near = np.random.default_rng(m).permutation(m)[: max(1, m - m // 5)]
     near.sort()

@@ -1,15 +1,18 @@
 """Products with functions by rows: those of BLAS, in tiles or not."""
 
 import numpy as np
-import pytest
 
 from fastattn._ops.cpu.tile_products import combine_functions, weigh_values
+from tests.pairwise import pairwise
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("functions", [1, 7, 8, 9, 40])
-@pytest.mark.parametrize("rows", [1, 8, 13, 64])
-@pytest.mark.parametrize("columns", [0, 1, 31, 32, 64])
+@pairwise(
+    "dtype, functions, rows, columns",
+    [np.float32, np.float64],
+    [1, 7, 8, 9, 40],
+    [1, 8, 13, 64],
+    [0, 1, 31, 32, 64],
+)
 def test_products_are_those_of_the_definition(dtype, functions, rows, columns):
     rng = np.random.default_rng(functions)
     features = rng.standard_normal((functions, rows)).astype(dtype)

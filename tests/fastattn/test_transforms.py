@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastattn.transforms import balance, center
+from tests.pairwise import pairwise
 
 
 def logits_by(transform, query, key, scale):
@@ -56,10 +57,13 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("make", [center, balance])
-@pytest.mark.parametrize("queries", [False, True])
-@pytest.mark.parametrize("scale", [0.25, 1.0, -0.5, 0.0])
-@pytest.mark.parametrize("kind", KINDS)
+@pairwise(
+    "kind, scale, queries, make",
+    KINDS,
+    [0.25, 1.0, -0.5, 0.0],
+    [False, True],
+    [center, balance],
+)
 def test_logits_stay(kind, scale, queries, make):
     query, key = clouds(kind, np.random.default_rng(0))
     transform = make(query, key, scale, queries=queries)
