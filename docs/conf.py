@@ -37,7 +37,7 @@ html_css_files = ["fastattn.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 # rows from which heads are planned at all, with a causal mask, and with clusters, and
-# from which products of eight bits are tried
+# from which int8/bfloat16 matmul is tried
 myst_substitutions = {
     "planned": math.isqrt(_planner._SMALL),
     "planned_causal": math.isqrt(2 * _planner._SMALL),
@@ -71,7 +71,7 @@ sphinx_gallery_conf = {
 }
 
 
-# what a recipe is asked by those who run it: nobody calls it otherwise
+# parameters of methods that only the library calls
 ASKED_OF_RECIPES = {"head", "request", "_request"}
 
 
@@ -90,5 +90,5 @@ def leave_out(
 
 
 def setup(app: Any) -> None:
-    """Connect what autodoc asks."""
+    """Connect the handler of autodoc."""
     app.connect("autodoc-skip-member", leave_out)

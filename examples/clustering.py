@@ -1,10 +1,11 @@
 """Clusters that Euclidean distances do not show, and points that lie far away.
 
-Four groups differ along one direction and are spread along all others, ten times as
-far: k-means cuts across them. A few pairs that belong together are enough for a metric
-in which it does not: that of the covariance of their differences. Then some points are
-thrown far away, and centres that are means follow them; medians hardly move. Last, the
-points come in batches, each of which moves the centres a little.
+Four groups differ along one direction and have ten times the spread along all others:
+Euclidean k-means splits them along the wrong directions. A few pairs of points of the
+same group suffice for a metric in which k-means finds the groups: the inverse
+covariance of their differences. Then some points are outliers: centers that are means
+follow the outliers, medians hardly move. Last, the points arrive in batches, each of
+which moves the centers a little.
 
     pip install fastattn
     python examples/clustering.py
@@ -35,7 +36,7 @@ def points(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def metric_of_pairs(
     x: np.ndarray, groups: np.ndarray, rng: np.random.Generator
 ) -> MahalanobisMetric:
-    """The metric under which the differences of pairs of one group are round."""
+    """The metric under which differences of pairs of one group have covariance I."""
     one = rng.integers(len(x), size=PAIRS)
     two = [rng.choice(np.flatnonzero(groups == groups[i])) for i in one]
     differences = x[one] - x[two]
@@ -48,14 +49,14 @@ def agreement(groups: np.ndarray, labels: np.ndarray) -> float:
 
 
 def thrown(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Points, and some that are a hundred times as far out in one direction."""
+    """Points, and outliers a hundred times as far out in one direction."""
     direction = rng.standard_normal(x.shape[1])
     place = 100 * SPREAD * direction / np.linalg.norm(direction)
     return np.vstack([x, place + SPREAD * rng.standard_normal((FAR, x.shape[1]))])
 
 
 def compare(seed: int) -> dict[str, float]:
-    """Cluster in every way; what each agrees with the groups."""
+    """Cluster with every method; return the agreement of each with the groups."""
     rng = np.random.default_rng(seed)
     x, groups = points(rng)
     metric = metric_of_pairs(x, groups, rng)
@@ -79,7 +80,7 @@ def compare(seed: int) -> dict[str, float]:
 
 
 def centres(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The mean of each group: where a good start would be."""
+    """The mean of each group: a good initialization."""
     return np.stack([x[groups == group].mean(axis=0) for group in range(GROUPS)])
 
 

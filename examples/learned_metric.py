@@ -1,9 +1,9 @@
-"""A metric is learned from a stream while an index answers under it, always up to date.
+"""A metric is learned from a stream while an index under this metric answers queries.
 
-Measurements arrive as pairs of items and the distance that people say they have, some
-per cent off. A learner turns each into a rank-one update; the index keeps its items and
-follows. Every round new items arrive, old ones leave and the ten nearest are asked for:
-nothing is ever built again.
+Measurements arrive as pairs of items and a distance that people assign to them, with an
+error of some per cent. A metric learner turns each measurement into a rank-one update
+of the index. In every round new items are inserted, old ones deleted, and the ten
+nearest neighbours queried: the index is never rebuilt.
 
     pip install fastattn
     python examples/learned_metric.py
@@ -25,7 +25,7 @@ NEIGHBOURS, NOISE = 10, 0.05
 
 
 def hidden_metric(rng: np.random.Generator) -> MahalanobisMetric:
-    """What people go by: a few directions matter, most do not."""
+    """The metric to be learned: a few directions matter, most do not."""
     axes = np.linalg.qr(rng.standard_normal((D, D)))[0]
     return MahalanobisMetric(np.geomspace(3.0, 0.1, D)[:, None] * axes)
 
@@ -33,7 +33,7 @@ def hidden_metric(rng: np.random.Generator) -> MahalanobisMetric:
 def judgements(
     truth: MahalanobisMetric, items: np.ndarray, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """Pairs of items and their squared distances, as people say them."""
+    """Pairs of items and their squared distances, with noise."""
     for i, j in rng.integers(len(items), size=(PAIRS, 2)):
         said = truth.distances(items[i : i + 1], items[j : j + 1])[0]
         said *= np.exp(NOISE * rng.standard_normal())
@@ -41,14 +41,14 @@ def judgements(
 
 
 def nearest(metric: MahalanobisMetric, items: np.ndarray, queries: np.ndarray) -> list:
-    """Sets of the nearest rows, by an index that is built for this one question."""
+    """Sets of the nearest rows, by an index that is built for this call."""
     index = MahalanobisIndex(metric)
     index.insert(items)
     return [{*row} for row in index.kneighbors(queries, NEIGHBOURS)[1]]
 
 
 def recall(found: list, wanted: list) -> float:
-    """Share of what was wanted that was found."""
+    """Share of the true neighbours that were found."""
     return sum(len(a & b) for a, b in zip(found, wanted, strict=True)) / sum(
         len(b) for b in wanted
     )
@@ -80,7 +80,7 @@ def stream(seed: int) -> Iterator[tuple[float, bool]]:
 
 
 def main() -> int:
-    """Print how the answers improve; 0 if they do, and if every one was current."""
+    """Print the recall of each round; 0 if it improves and every round was current."""
     rounds = list(stream(0))
     for i, (share, is_current) in enumerate(rounds):
         state = "as from an index built anew" if is_current else "out of date"

@@ -1,12 +1,12 @@
-"""What tensor attention is for: tasks about triples that no pairwise unit solves.
+"""Uses of tensor attention: tasks about triples that no pairwise unit solves.
 
-Each unit below is one call of the library with weights that are written down, not
-trained, and each answer is exact.
+Each unit (head) below is one call of the library with constructed weights, not trained
+ones, and each output is exact.
 
 * Match2: is there a token with ``x_i + x_j = 0 mod M``? Ordinary attention.
 * Match3: are there two with ``x_i + x_j + x_k = 0 mod M``? Attention of order 3. The
-  threshold of one unit of ordinary attention, of any width, is a linear function of
-  how often each token occurs, and four inputs show that no such function is right.
+  decision of one unit of ordinary attention, of any width, is a threshold on a linear
+  functional of the token counts, and four inputs show that no such functional is right.
 * Function composition: is ``f(f(0)) = 0``? Path attention, in quadratic time.
 * Composition of relations: is there a ``c`` with ``a R c`` and ``c S b``? Strassen
   attention, by matrix products.
@@ -46,7 +46,7 @@ def pairwise_unit(tokens: np.ndarray, modulus: int) -> np.ndarray:
     """Solve Match2 by one unit of ordinary attention.
 
     The score of a pair is ``cos(theta_i + theta_j)``, 1 only for a match; a pad token
-    between 1 and the next smaller score takes the weight where there is none.
+    with a score between 1 and the next smaller one takes the weight without a match.
     """
     gap, theta = angles(tokens, modulus)
     c, s = np.cos(theta), np.sin(theta)
@@ -95,12 +95,12 @@ def tensor_unit(tokens: np.ndarray, modulus: int) -> np.ndarray:
 
 
 def angles(tokens: np.ndarray, modulus: int) -> tuple[float, np.ndarray]:
-    """How far below 1 the next cosine is, and the angle of each token."""
+    """The gap between 1 and the next smaller cosine, and the angle of each token."""
     return 1 - math.cos(2 * math.pi / modulus), 2 * math.pi * tokens / modulus
 
 
 def inverse_temperature(gap: float, others: int) -> float:
-    """Scale at which half a gap outweighs eight times as many as there are others."""
+    """Scale at which half a gap outweighs eight times the number of others."""
     return 2 / gap * math.log(8 * others)
 
 
@@ -128,8 +128,8 @@ def four_inputs(n: int, modulus: int, rng: np.random.Generator) -> np.ndarray:
 
     With ``a + p + q = 0`` and ``a + r + s = 0`` the first token ``a`` has a match with
     ``p, q`` and with ``r, s``, but none with ``p, r`` or ``q, s``. Ordinary attention
-    says yes where ``sum_j w(a, x_j) > 0`` for some function w, and the sums of the two
-    to say yes to add up to those of the two to say no to.
+    says yes where ``sum_j w(a, x_j) > 0`` for some function w, and the total over the
+    two inputs with a match equals the total over the two inputs without one.
     """
     while True:
         a, p, r = rng.choice(modulus, 3, replace=False)
@@ -149,7 +149,7 @@ def random_pairwise_unit(
 ) -> np.ndarray:
     """Answer for the first tokens by one unit of random weights.
 
-    Embeddings, queries, keys and values are arbitrary functions of a token.
+    Embeddings, queries, keys and values are drawn at random for each token.
     """
     query, key = 3 * rng.standard_normal((2, modulus, width))
     value = rng.standard_normal((modulus, 1))
@@ -168,7 +168,7 @@ def random_pairwise_unit(
 
 
 def best_of_threshold(out: np.ndarray, wanted: np.ndarray) -> int:
-    """The most answers that a threshold on ``out``, in either direction, gets right."""
+    """The most right decisions of any threshold on ``out``, in either direction."""
     cuts = np.append(np.sort(out), np.inf)
     right = [int(np.sum((out >= cut) == wanted)) for cut in cuts]
     return max(*right, *(len(out) - x for x in right))
@@ -177,7 +177,7 @@ def best_of_threshold(out: np.ndarray, wanted: np.ndarray) -> int:
 def composed_function(table: np.ndarray) -> np.ndarray:
     """Whether ``f(f(i)) = 0`` for every i, by one unit of path attention.
 
-    The first key must stand where ``f(i)`` points, the second where that one points.
+    The first key has position ``f(i)``, the second has position ``f(f(i))``.
     """
     n = len(table)
     place, target, zero = circle(np.arange(n), n), circle(table, n), np.zeros((n, 2))
@@ -198,8 +198,8 @@ def composed_function(table: np.ndarray) -> np.ndarray:
 def composed_relation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Whether ``a R c`` and ``c S b`` for some c, by one unit of Strassen attention.
 
-    Tokens are the pairs of elements. A token ``(a, b)`` looks for ``(a, c)`` and
-    ``(c, b)``: each of the three parts of the score compares one element.
+    Tokens are the pairs of elements. A token ``(a, b)`` attends to ``(a, c)`` and
+    ``(c, b)``: each of the three terms of the score compares one element.
     """
     m = len(first)
     a, b = (x.ravel() for x in np.indices((m, m)))
@@ -232,12 +232,12 @@ def relations(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(unit: Callable, truth: Callable, inputs: list) -> int:
-    """How many inputs a unit answers right in every place."""
+    """Number of inputs for which a unit is right in every token."""
     return sum(bool(np.array_equal(unit(*x), truth(*x))) for x in inputs)
 
 
 def main() -> int:
-    """Print how many random inputs each unit answers right; 0 if all."""
+    """Print for how many random inputs each unit is right; return 0 if for all."""
     rng = np.random.default_rng(0)
     tasks = []
     for name, unit, truth in (

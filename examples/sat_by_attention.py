@@ -1,14 +1,15 @@
-"""Satisfiability decided by attention, and what an approximation may say to it.
+"""Satisfiability decided by attention, exactly and by approximations.
 
 The variables of a formula are split into parts, and every assignment of a part becomes
-a vector: a one for each clause that it leaves open. Vectors, one of each part, that are
-orthogonal satisfy the formula together. Attention finds out: a query for each vector of
-the first part, keys for those of the others, and an output near 1 where there is a
-match, near 0 where not. Two parts are ordinary attention, three tensor attention.
+a vector: a one for each clause that it does not satisfy. Vectors, one of each part,
+that are orthogonal satisfy the formula together. Attention decides whether they exist:
+with a query for each vector of the first part and keys for those of the others, the
+output is near 1 if there is a match, near 0 if not. Two parts are ordinary attention,
+three tensor attention.
 
-A method that answers within a certificate as small as the inputs allow is right; the
+A method whose certificate is below the gap of the instance decides correctly; the
 polynomial method, whose rank would have to be huge, refuses; linear attention, which
-promises nothing, says the same of formulas that can be satisfied and that cannot.
+has no certificate, makes the same decision for satisfiable and unsatisfiable formulas.
 
     pip install 'fastattn[cli]'
     python examples/sat_by_attention.py [FORMULA.cnf]
@@ -39,7 +40,7 @@ VARIABLES, RATIO, FORMULAS = 12, 5.0, 12
 
 
 def linear(made: AttentionInstance) -> np.ndarray:
-    """Linear attention of the same inputs: a number, whatever it is worth."""
+    """Linear attention of the same inputs: an output without a certificate."""
     return fastattn.linear_attention(
         *made.arguments, scale=made.scale, feature_map=fastattn.EluPlusOne()
     )
@@ -54,7 +55,7 @@ METHODS: dict[str, Callable] = {
 
 
 def ask(method: Callable, made: AttentionInstance) -> bool | None:
-    """What a method says, None where it refuses to."""
+    """The decision of a method, None if the method refuses."""
     try:
         output = method(made)
     except RefusalError:
@@ -66,7 +67,7 @@ def ask(method: Callable, made: AttentionInstance) -> bool | None:
 def count(
     instances: list[VectorInstance], method: Callable
 ) -> tuple[int, int, int, int]:
-    """Count what a method gets right, what wrong, what it refuses, and each yes."""
+    """Count the right and wrong decisions, refusals and yes decisions of a method."""
     made = [reduce_to_attention(x) for x in instances]
     answers = [ask(method, x) for x in made]
     pairs = [(a, x.has_solution) for a, x in zip(answers, instances, strict=True)]
@@ -83,7 +84,7 @@ def solve(path: str) -> str:
 
 
 def main(paths: list[str]) -> int:
-    """Decide files, or random formulas by every method; 0 if nothing certified errs."""
+    """Decide files, or random formulas; 0 if no method with a certificate errs."""
     console = Console()
     if paths:
         for path in paths:

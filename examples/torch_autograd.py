@@ -2,7 +2,7 @@
 
 ``attend`` is called like scaled_dot_product_attention, on tensors of the CPU that
 require gradients, and works inside any model. NumPy views share the tensors' memory, so
-that nothing is copied and the compiled bodies run. Below, ``torch.autograd.gradcheck``
+that nothing is copied and the compiled kernels run. Below, ``torch.autograd.gradcheck``
 compares the derivative with finite differences, and a few steps of gradient descent
 learn queries that reproduce the output of others.
 
@@ -23,7 +23,7 @@ SEED = 0
 
 
 class Attention(torch.autograd.Function):
-    """Softmax attention to a tolerance, with the derivative to go with it."""
+    """Softmax attention to a tolerance, with its vector-Jacobian product."""
 
     @staticmethod
     def forward(
@@ -33,7 +33,7 @@ class Attention(torch.autograd.Function):
         value: torch.Tensor,
         options: dict[str, Any],
     ) -> torch.Tensor:
-        """Attend; keep what the derivative is computed from."""
+        """Attend; save the inputs of the backward pass."""
         ctx.save_for_backward(query, key, value)
         ctx.options = options
         arrays = (x.detach().numpy() for x in (query, key, value))
@@ -42,7 +42,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        """Hand the derivative of the output on to query, key and value."""
+        """Return the gradients of query, key and value."""
         tensors = (*ctx.saved_tensors, grad_output)
         arrays = (x.detach().numpy() for x in tensors)
         slopes = fastattn.attention_vjp(*arrays, **ctx.options)
@@ -52,7 +52,7 @@ class Attention(torch.autograd.Function):
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    """Call :func:`fastattn.attention` on tensors; the options are its own."""
+    """Call :func:`fastattn.attention`, with its options, on tensors."""
     return Attention.apply(query, key, value, options)
 
 

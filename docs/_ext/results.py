@@ -146,7 +146,7 @@ class ResultTable(SphinxDirective):
     }
 
     def run(self) -> list[nodes.Node]:
-        """Read the record; what is asked for must be there."""
+        """Read the record; the requested rows and columns must exist."""
         paths = [RESULTS / f"{name}.json" for name in self.arguments]
         path = next((path for path in paths if path.exists()), paths[-1])
         self.env.note_dependency(str(path))

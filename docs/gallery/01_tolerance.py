@@ -2,7 +2,7 @@
 Attention to a tolerance
 ========================
 
-The main job: name an error, get attention that keeps it, and see what it took.
+The main job: choose an error, get attention within that error, and see the cost.
 """
 
 # %%
@@ -29,30 +29,31 @@ print("ran      ", answer.plan.method)
 print("certified", f"{answer.certificate.error:.2e}")
 
 # %%
-# ``tol`` is the relative error of the head: the Frobenius norm of the difference over
-# that of exact attention. :func:`fastattn.attention` returns the array alone. That
-# the certificate is right can be seen by doing what it saves:
+# ``tol`` bounds the relative Frobenius error of the head: the norm of the difference to
+# exact attention over the norm of exact attention. :func:`fastattn.attention` returns
+# the array alone. Computing exact attention, which the certificate makes unnecessary,
+# shows that the certificate is right:
 
 exact = fastattn.attention(query, key, value, method=fastattn.Exact(), rng=0)
 error = np.linalg.norm(answer.value - exact) / np.linalg.norm(exact)
 print(f"measured {error:.2e}")
 
 # %%
-# What was considered
-# -------------------
-# ``explain`` plans without answering. Where the tolerance is too small for anything
-# but exact attention, exact attention runs, and the reason is given.
+# Candidates
+# ----------
+# ``explain`` plans without computing the output. If the tolerance is too small for
+# every approximation, exact attention runs, and the table gives the reason.
 
 for tol in (3e-2, 3e-3):
     print(f"tol = {tol:g}")
     print(fastattn.explain(query, key, value, tol=tol, rng=0), end="\n\n")
 
 # %%
-# What a tolerance costs
-# ----------------------
-# Time over that of exact attention, the best of three calls, on the machine that built
-# these pages. A larger tolerance is cheaper, until what is left is planning and the
-# certificate.
+# The cost of a tolerance
+# -----------------------
+# Time over the time of exact attention, the best of three calls, on the machine that
+# built these pages. A larger tolerance is cheaper, until planning and the certificate
+# dominate.
 
 tols = [0.3, 0.1, 0.05, 0.03, 0.02, 0.01]
 
@@ -86,10 +87,11 @@ right.set(xlabel="tolerance", ylabel="time over exact attention", ylim=(0, None)
 plt.show()
 
 # %%
-# A head that no low rank serves
-# ------------------------------
-# Keys in tight groups, and queries that look for one group each: rows of attention
-# are sharp. Then a method runs that does near keys exactly and far ones by clusters.
+# A head without a low-rank approximation
+# ---------------------------------------
+# With keys in tight clusters, and each query attending to one cluster, attention is
+# peaked. Then a method runs that evaluates the near field exactly and the far field by
+# clusters.
 
 groups = rng.standard_normal((64, d))
 near = groups[rng.integers(64, size=n)] + 0.25 * rng.standard_normal((n, d))
@@ -100,8 +102,8 @@ print("ran      ", answer.plan.method)
 print("certified", f"{answer.certificate.error:.2e}")
 
 # %%
-# Short heads, and heads in which nothing meets the tolerance in less time, end in
-# exact attention: the packaged ones of a sentence encoder have 2048 rows.
+# Short heads, and heads for which no approximation is both accurate and faster, use
+# exact attention: the packaged heads of a sentence encoder have 2048 rows.
 
 query, key, value = fastattn.load_sample("minilm-sharp")
 answer = fastattn.approximate(query, key, value, tol=1e-2, rng=0)

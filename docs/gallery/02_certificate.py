@@ -2,8 +2,8 @@
 Reading a certificate
 =====================
 
-Every answer carries a bound on its error. This page takes one apart: which error it
-bounds, what it rests on, and what it does not say.
+Every output carries a bound on its error. This page explains one: which error the
+certificate bounds, its source, and what it does not cover.
 """
 
 # %%
@@ -29,14 +29,15 @@ print("norm   ", certificate.norm)
 print("source ", certificate.source)
 
 # %%
-# Read: ``norm(answer - truth) <= error``, except with probability ``failure``. Here the
-# norm is ``relative-frobenius``, the difference over the truth in the Frobenius norm
-# of the head. The source says that some rows were computed exactly after the fact.
+# This means ``norm(answer - truth) <= error``, except with probability ``failure``.
+# Here the norm is ``relative-frobenius``, the Frobenius norm of the difference over
+# that of the exact output of the head. The source says that some rows were computed
+# exactly after the output.
 #
-# Sampled: how often it holds
-# ---------------------------
-# The probability is over the rows that were drawn: with another seed others are. So
-# it can be tested, by counting. Each of the 200 answers below has its own sample.
+# Sampled: how often the bound holds
+# ----------------------------------
+# The probability is over the random draw of the rows, which the seed determines. So it
+# can be tested by counting. Each of the 200 outputs below has its own sample.
 
 exact = fastattn.attention(query, key, value, method=fastattn.Exact(), rng=0)
 size = np.linalg.norm(exact)
@@ -56,17 +57,18 @@ axes.set(xlabel="certified over measured error", ylabel="answers")
 plt.show()
 
 # %%
-# Left of the dotted line a certificate fails; that may happen to one in twenty. What is
-# measured is a norm over the whole head. A sampled certificate says little of a single
-# row: a row that was not drawn can be worse than all that were. For that the source has
-# another sentence, about the share of rows that stay below the worst one seen.
+# Left of the dotted line a certificate fails; one in twenty may. The error is a norm
+# over the whole head. A sampled certificate says little about a single row: a row that
+# was not drawn can have a larger error than all rows drawn. For single rows the source
+# has a second statement: the share of rows whose error is at most the largest error
+# drawn.
 #
 # Proven: every row, before anything runs
 # ---------------------------------------
-# ``guarantee="proven"`` bounds the logits by the inputs' own extent and takes a
-# polynomial whose relative error on that interval is known. The norm is ``max``, the
-# largest absolute error of any entry, the tolerance is in units of half the range of
-# the values, and nothing is left to chance.
+# ``guarantee="proven"`` bounds the logits by the norms of the inputs and uses a
+# polynomial with a known relative error on that interval. The norm is ``max``, the
+# largest absolute error of any entry; the tolerance is in units of half the range of
+# the values; the failure probability is 0.
 
 small = rng.uniform(-1, 1, (3, n, 4))
 proven = fastattn.approximate(*small, tol=1e-3, guarantee="proven")
@@ -80,18 +82,18 @@ truth = fastattn.attention(*small, method=fastattn.Exact())
 print("measured", f"{np.abs(proven.value - truth).max():.3g}")
 
 # %%
-# A bound for the worst case is often far above what happens. Rounding is part of it,
-# so that exact attention has a proven certificate too, which is not zero:
+# A worst-case bound is often far above the actual error. The bound includes rounding,
+# so that exact attention also has a proven certificate with a nonzero error:
 
 own = fastattn.approximate(*small, method=fastattn.Exact(), guarantee="proven")
 print(f"{own.certificate.error:.3g}", "|", own.certificate.source)
 
 # %%
-# Refused
-# -------
-# A method that is asked for by name and cannot keep the tolerance raises
+# Refusals
+# --------
+# A method that is requested by name and cannot meet the tolerance raises
 # :class:`fastattn.RefusalError`, with the numbers. With ``method=None`` exact attention
-# takes over instead.
+# runs instead.
 
 try:
     fastattn.approximate(
@@ -101,10 +103,10 @@ except fastattn.RefusalError as error:
     print(error)
 
 # %%
-# Batches and parts
-# -----------------
-# For a batch of heads the fields are arrays over its leading dimensions. Answers over
-# disjoint sets of keys merge, and so do their certificates:
+# Batches and merging
+# -------------------
+# For a batch of heads the fields are arrays over its leading dimensions. Outputs over
+# disjoint sets of keys can be merged, and so can their certificates:
 
 heads = fastattn.load_sample("minilm-mixed")
 answer = fastattn.approximate(*heads, tol=1e-2, rng=0)

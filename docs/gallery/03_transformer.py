@@ -2,16 +2,16 @@
 Plugging into a transformer
 ===========================
 
-Attention is one call in a model, and that call can be another. The encoder on this
-page is small and made of NumPy, so that nothing has to be downloaded; below is how the
-same is done with a real one.
+Attention is one call in a model, and that call can be replaced. The encoder on this
+page is small and written in NumPy, so that nothing has to be downloaded; the last
+section replaces the call in a real model.
 """
 
 # %%
 # An encoder that takes its attention as an argument
 # --------------------------------------------------
-# Two layers of four heads, with the weights of a model before training: what matters
-# here is where attention is called, and what its error becomes behind further layers.
+# Two layers of four heads, with the weights of a model before training. The page shows
+# where attention is called, and how its error propagates through later layers.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,7 +43,7 @@ def normalised(x):
 
 
 def encode(x, attend):
-    """Two layers; ``attend`` gets (heads, n, d) three times, and returns that."""
+    """Two layers; ``attend`` takes three (heads, n, d) arrays and returns one."""
     for layer in layers:
         seen = normalised(x)
         split = [
@@ -56,7 +56,7 @@ def encode(x, attend):
 
 
 # %%
-# Tokens that come in topics, as text does:
+# Tokens clustered by topic, as in text:
 
 topics = rng.standard_normal((20, width))
 tokens = topics[rng.integers(20, size=n)] + 1.5 * rng.standard_normal((n, width))
@@ -100,20 +100,21 @@ axes.legend()
 plt.show()
 
 # %%
-# A certificate is about one call: one layer's heads. What an error there does to the
-# output of a model depends on the rest of the model, and nothing here bounds it. In
-# practice it is measured, as above: at each tolerance, against exact attention.
+# A certificate is about one call: the heads of one layer. The effect of that error on
+# the output of a model depends on the rest of the model, and nothing here bounds the
+# effect. In practice it is measured, as above: at each tolerance, against exact
+# attention.
 #
 # With torch and transformers
 # ---------------------------
 # ``examples/transformer_heads.py`` registers the call with transformers, as
 # ``AttentionInterface.register("fastattn", attend)``, and runs all-MiniLM-L6-v2 on a
 # sequence of thousands of tokens. NumPy views share the memory of tensors on the CPU,
-# so that nothing is copied. Sentences of different lengths come padded. With
-# ``AttentionMaskInterface.register("fastattn", flash_attention_mask)`` the mask is that
-# of the tokens, ``(batch, n)``, which ``[:, None]`` makes one for all heads of a
-# sentence. Without it padding would be attended to, and embeddings would be those of
-# other sentences:
+# so that nothing is copied. Sentences of different lengths are padded. With
+# ``AttentionMaskInterface.register("fastattn", flash_attention_mask)`` the mask is the
+# padding mask of the tokens, ``(batch, n)``, and ``[:, None]`` broadcasts it over the
+# heads of a sentence. Without the mask tokens would attend to padding, and the
+# embeddings would be wrong:
 #
 # .. code-block:: python
 #
@@ -125,13 +126,13 @@ plt.show()
 #        out = fastattn.attention(*arrays, tol=0.05, scale=scaling, key_mask=seen)
 #        return torch.from_numpy(out).transpose(1, 2), None
 #
-# It prints a table of the heads. This is one run on one thread, the first of six
-# layers:
+# The script prints a table of the heads. This is one run on one thread, the first of
+# six layers:
 #
 # .. literalinclude:: ../transformer_heads.txt
 #    :language: text
 #    :class: wide
 #    :lines: 1-21, 105-107
 #
-# Training works through :func:`fastattn.attention_vjp`: ``examples/torch_autograd.py``
-# has the ``torch.autograd.Function``.
+# For training, :func:`fastattn.attention_vjp` computes the gradients:
+# ``examples/torch_autograd.py`` has the ``torch.autograd.Function``.

@@ -2,16 +2,16 @@
 Tensor attention and Match3
 ===========================
 
-Ordinary attention compares a token with each other token. Tensor attention compares it
-with each *pair*: a softmax over n squared pairs, for every one of n queries.
+Ordinary attention scores a token against each other token. Tensor attention scores a
+token against each *pair*: a softmax over n squared pairs, for every one of n queries.
 """
 
 # %%
 # A softmax over pairs
 # --------------------
-# Two factors of keys and of values. The score of a pair is a product of three vectors,
-# the value of a pair the product of two; by the polynomial method nothing of size n
-# squared is ever made.
+# The inputs are two factors of keys and two of values. The score of a pair is the inner
+# product of three vectors, the value of a pair the entrywise product of two; the
+# polynomial method never stores an array of size n squared.
 
 import math
 
@@ -32,7 +32,7 @@ print("ran      ", answer.plan.method)
 print("certified", f"{answer.certificate.error:.2e}", answer.certificate.norm)
 
 # %%
-# By the definition, for a few of the rows: each takes a softmax over 16 million pairs.
+# From the definition, for a few rows: each row is a softmax over 16 million pairs.
 
 rows = [0, 1, 2]
 pairs = np.einsum("jd,kd->jkd", key, other).reshape(n * n, d)
@@ -42,12 +42,13 @@ truth = weights @ worth / weights.sum(axis=1, keepdims=True)
 print("measured ", f"{np.abs(answer.value[rows] - truth).max():.2e}", "on three rows")
 
 # %%
-# What pairs can see
-# ------------------
-# Match3 asks of each token whether two others complete it to a sum of 0, modulo M. One
-# unit of ordinary attention cannot tell (``examples/match3.py`` has four inputs that
-# show why). Tensor attention can: as angles, the score of three tokens can be made
-# ``cos(a + b + c)``, which is 1 for a match and less for all others.
+# What attention over pairs can compute
+# -------------------------------------
+# Match3 is the task of deciding for each token whether two others complete it to a sum
+# of 0, modulo M. One head of ordinary attention cannot decide this
+# (``examples/match3.py`` has four inputs that show why). Tensor attention can: with
+# tokens encoded as angles, the score of three tokens can be made ``cos(a + b + c)``,
+# which is 1 for a match and less for all other triples.
 
 modulus = 37
 tokens = rng.choice(rng.choice(modulus, 8, replace=False), 64)
@@ -62,8 +63,9 @@ sums = tokens[:, None, None] + tokens[None, :, None] + tokens[None, None, :]
 print("largest difference", np.abs(scores - np.cos(2 * math.pi * sums / modulus)).max())
 
 # %%
-# With a large scale the log-sum-exp of a row is that scale times its largest score, up
-# to the logarithm of the number of pairs. It comes with every answer.
+# With a large scale the log-sum-exp of a row is the scale times the largest score of
+# the row, up to the logarithm of the number of pairs. Every output has the field
+# ``log_normalizer``.
 
 gap = 1 - math.cos(2 * math.pi / modulus)
 scale = 2 / gap * math.log(8 * len(tokens) ** 2)
@@ -77,10 +79,10 @@ print("tokens with a match", wanted.sum(), "of", len(tokens))
 print("tokens that the unit gets right", np.sum(has_match == wanted))
 
 # %%
-# The scale is of the order of the square of M times log n: far above where polynomials
-# of a low degree serve, so that this was exact attention over all pairs. For this one
-# problem there are faster ways; for tensor attention with entries that large, on all
-# inputs, none is believed to exist.
+# The scale is of the order of M squared times log n: far too large for a polynomial of
+# low degree, so that this was exact attention over all pairs. This one problem has
+# faster algorithms; for tensor attention with entries that large, on all inputs, none
+# is believed to exist.
 
 best = scores.max(axis=(1, 2))
 figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")

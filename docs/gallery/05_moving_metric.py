@@ -1,16 +1,17 @@
 """
-A metric that moves
-===================
+A metric that changes
+=====================
 
-Neighbours and clusters under a metric that changes while points come and go.
+Neighbours and clusters under a metric that changes while points are inserted and
+deleted.
 """
 
 # %%
 # An index under a metric
 # -----------------------
-# A Mahalanobis metric is the length of a linear image, ``|U (x - y)|``. The index keeps
-# points and answers from wherever the metric is now. The points here are images of
-# digits whose pixels come in units that nobody knows.
+# A Mahalanobis metric is ``|U (x - y)|`` with a matrix ``U``. The index stores points
+# and computes distances under the current metric. The points here are images of digits
+# whose pixels have unknown units.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,9 +39,9 @@ print("certified", index.kneighbors(queries[:3], 5).certificate.source)
 # %%
 # Learning the metric, in place
 # -----------------------------
-# A learner sees pairs or triplets of points and answers each with one rank-one update
-# of U, applied to the index itself. Here a triplet says that the second image, of the
-# same digit as the first, should be nearer than the third, of another.
+# A metric learner takes pairs or triplets of points and makes one rank-one update of U
+# for each, applied to the index itself. Here a triplet states that the second image, of
+# the same digit as the first, should be nearer than the third, of another digit.
 
 
 def accuracy():
@@ -76,21 +77,21 @@ axes.set(xlabel="triplets seen", ylabel="accuracy of five neighbours")
 plt.show()
 
 # %%
-# The index was never built anew, and its answers are those of one that is:
+# The index was never rebuilt, and its neighbours equal those of a rebuilt index:
 
 anew = MahalanobisIndex(index.metric)
 anew.insert(points)
 print(np.array_equal(index.kneighbors(queries, 5)[1], anew.kneighbors(queries, 5)[1]))
 
 # %%
-# In the units that the images came in, Euclidean neighbours are right more often than
-# any of these: learning makes up for what is unknown, it is no better than knowing.
+# In the original units of the images Euclidean neighbours are more accurate than all of
+# these: learning compensates for unknown units, and is not better than knowing them.
 #
 # Clusters in a metric
 # --------------------
-# k-means in the metric of the covariance is k-means of whitened points, without making
-# them; a ridge keeps directions without variance from taking over. Any other metric
-# does too, such as the one that was learned.
+# k-means in the metric of the covariance is k-means of whitened points, without
+# computing these; a ridge keeps directions without variance from dominating. Any other
+# metric can be used, such as the learned one.
 
 
 def purity(**options):
@@ -105,11 +106,11 @@ print(f"  covariance {purity(ridge=0.1):.2f}")
 print(f"  learned    {purity(metric=index.metric):.2f}")
 
 # %%
-# Queries in malice
-# -----------------
-# Who may choose queries by earlier answers can ruin one fixed sketch. ``Adaptive``
-# keeps many and asks a few of them, drawn afresh; its guarantee says what that is
-# worth, and does not claim more.
+# Adversarial queries
+# -------------------
+# An adversary who chooses queries by earlier outputs can defeat one fixed sketch.
+# ``Adaptive`` keeps many sketches and draws a few of them for each query; ``guarantee``
+# returns the error that this certifies.
 
 for sketches in (4, 400):
     mode = Adaptive(rows=64, sketches=sketches, sampled=17)

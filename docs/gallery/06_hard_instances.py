@@ -2,16 +2,17 @@
 Hard instances
 ==============
 
-Fast attention cannot be right on all inputs, if satisfiability is as hard as is
-believed. This page makes inputs on which it matters, and lets methods try.
+Fast attention cannot be accurate on all inputs, if satisfiability is as hard as is
+conjectured. This page constructs hard inputs and runs several methods on them.
 """
 
 # %%
-# A question about vectors becomes an attention
-# ---------------------------------------------
-# Are there a row of the one set and a row of the other that are orthogonal? For each
-# instance the answer is known; :func:`lowerbounds.reduce_to_attention` makes queries,
-# keys and values whose output is near 1 somewhere if there are, near 0 if not.
+# From orthogonal vectors to attention
+# ------------------------------------
+# The orthogonal vectors problem: does some vector of one set have inner product 0 with
+# some vector of another set? For each instance the solution is known;
+# :func:`lowerbounds.reduce_to_attention` returns queries, keys and values whose output
+# has an entry near 1 if such a pair exists, and is near 0 everywhere if not.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,8 +44,9 @@ for instance in pair:
 # %%
 # Satisfiability, by attention
 # ----------------------------
-# A formula splits into halves of its variables, each assignment of a half is a vector
-# with a one for each clause it leaves open, and two orthogonal vectors satisfy all.
+# The variables of a formula are split into two halves. Each assignment of a half is a
+# vector with a one for each clause that it does not satisfy, and two orthogonal vectors
+# satisfy all clauses.
 
 for seed in range(4):
     clauses = random_formula(12, ratio=5, rng=seed)
@@ -57,8 +59,8 @@ for seed in range(4):
 # %%
 # Methods as deciders
 # -------------------
-# A method with a certificate may refuse, but may not be wrong inside it. One without a
-# certificate answers something.
+# A method with a certificate may refuse, but must not err by more than the certificate.
+# A method without a certificate always returns an output, right or wrong.
 
 
 def linear(made):
@@ -81,11 +83,11 @@ for row in audit_methods(methods, {"planted": planted}):
     print(f"{row.method:18} {row.right:5} {row.wrong:5} {row.refused:7}")
 
 # %%
-# Where a low rank ends
-# ---------------------
-# As entries grow, the rank that an additive error of 0.01 takes passes n within a
-# narrow range of entry bounds B, near a fixed multiple of the root of ln n. (The sizes
-# here are small, and no picture of finite sizes proves a lower bound.)
+# The rank threshold
+# ------------------
+# As entries grow, the rank needed for an additive error of 0.01 passes n within a
+# narrow range of entry bounds B, near a fixed multiple of the square root of ln n. (The
+# sizes here are small, and no plot of finite sizes proves a lower bound.)
 
 sizes = (256, 1024)
 rows = threshold_sweep(
