@@ -167,12 +167,12 @@ def test_sampled_promises_are_kept_under_heavy_tails(kind, method):
         try:
             answer = approximate(*inputs, tol=3e-2, method=method, rng=rng)
         except RefusalError:
-            return True
+            return None
         truth, _ = oracles.tensor_attention(*inputs)
         error = oracles.frobenius_error(answer.value, truth)
         return 0 <= error <= answer.certificate.error <= 3e-2
 
-    assert_fails_rarely(kept, failure=0.05, trials=24)
+    assert_fails_rarely(kept, failure=0.05, trials=24, answers=20)
 
 
 def test_weights_that_may_not_add_up_certify_nothing():
