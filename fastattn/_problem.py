@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from sketching._lib.arrays import (
     to_host,
 )
 from sketching._lib.certificate import Certificate
+from sketching._lib.lazy import lazy
 
 # rows whose squared norms are computed at once
 _BLOCK = 1 << 14
@@ -43,42 +43,42 @@ class Head:
     scale: float
     visible: Array | None = None
 
-    @cached_property
+    @lazy
     def xp(self) -> Any:
         """The namespace of the arrays."""
         return array_namespace(self.query)
 
-    @cached_property
+    @lazy
     def dtype(self) -> Any:
         """The dtype of computation."""
         return compute_dtype(self.xp, self.query.dtype)
 
-    @cached_property
+    @lazy
     def sizes(self) -> tuple[int, int, int, int]:
         """n, m, d and p."""
         n, d = self.query.shape
         m, p = self.value.shape
         return n, m, d, p
 
-    @cached_property
+    @lazy
     def logits(self) -> int:
         """Number of pairs of a query and a key that it sees."""
         n, m, _, _ = self.sizes
         return n * m if self.visible is None else int(self.xp.sum(self.visible))
 
-    @cached_property
+    @lazy
     def largest_value(self) -> float:
         """The largest absolute value."""
         xp = self.xp
         low, high = (float(f(self.value)) for f in (xp.min, xp.max))
         return max(-low, high)
 
-    @cached_property
+    @lazy
     def query_squares(self) -> Array:
         """Squared norms of the queries, in the dtype of computation, on the host."""
         return row_squares(self.query)
 
-    @cached_property
+    @lazy
     def key_squares(self) -> Array:
         """Squared norms of the keys, in the dtype of computation, on the host."""
         return row_squares(self.key)

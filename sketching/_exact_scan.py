@@ -1,11 +1,11 @@
 """Exact distances: the norm form over all points, small ones by difference."""
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from sketching._lib.arrays import Array
+from sketching._lib.lazy import lazy
 from sketching._ops.distances import scan
 from sketching._ops.search import search
 from sketching._points import Points
@@ -35,7 +35,7 @@ class Queries:
         """Some of the queries."""
         return Queries(self.points, self.factor, self.asked[numbers])
 
-    @cached_property
+    @lazy
     def _mapped(self) -> tuple[Array, Array]:
         """``U q`` and ``U^T U q`` of each query, in one pass over the factor."""
         rows = self.rows
@@ -54,12 +54,12 @@ class Queries:
         """``U q`` of each query, in float64."""
         return self._mapped[0]
 
-    @cached_property
+    @lazy
     def squares(self) -> Array:
         """Squared norms in the metric."""
         return np.einsum("qk,qk->q", self.images, self.images)
 
-    @cached_property
+    @lazy
     def _directions(self) -> tuple[Array, Array]:
         """``U^T U q``, with which a scan multiplies the points; norms and lengths."""
         exact = self._mapped[1]

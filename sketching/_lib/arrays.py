@@ -69,8 +69,10 @@ def place_of(*arrays: Array) -> str | None:
 
 def _compiles() -> bool:
     """Whether numba may compile: NUMBA_DISABLE_JIT=1 leaves the references."""
-    if "numba" in sys.modules:
-        return not sys.modules["numba"].config.DISABLE_JIT
+    # it has no such attribute yet while another thread imports it
+    config = getattr(sys.modules.get("numba"), "config", None)
+    if hasattr(config, "DISABLE_JIT"):
+        return not config.DISABLE_JIT
     try:
         return not int(os.environ.get("NUMBA_DISABLE_JIT", "0"))
     except ValueError:

@@ -1,5 +1,8 @@
 """Arrays follow the inputs: one library, its device, its precision."""
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 
@@ -16,6 +19,15 @@ from sketching._lib.arrays import (
 def test_namespace_makes_arrays_of_the_inputs_library(xp):
     namespace = array_namespace(*xp.asarrays(np.ones(2), np.zeros(3)))
     assert isinstance(namespace.zeros(2), xp.array_type)
+
+
+def test_a_place_is_known_while_another_thread_imports_numba(monkeypatch):
+    # a module that is being imported has no attributes yet
+    monkeypatch.setitem(sys.modules, "numba", ModuleType("numba"))
+    monkeypatch.delenv("NUMBA_DISABLE_JIT", raising=False)
+    assert place_of(np.ones(1)) == "cpu"
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert place_of(np.ones(1)) is None
 
 
 def test_libraries_do_not_mix():
