@@ -44,6 +44,7 @@ def needed(rows: int, k: int, eps: float, share: float) -> int | None:
     return math.ceil(2 * (math.sqrt(k) + _DEVIATIONS) ** 2 / each)
 
 
+@functools.lru_cache(maxsize=1024)
 def median_failure(rows: int, sampled: int, eps: float) -> float:
     """Probability that the median of sketches is off by more than a factor 1 +- eps.
 

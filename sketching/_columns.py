@@ -26,10 +26,12 @@ def make(writes: Iterable[Write]) -> None:
 class Column:
     """An array with an entry for each row along one axis; the first ``size`` count."""
 
-    __slots__ = ("_buffer", "_used", "axis", "size")
+    __slots__ = ("_buffer", "_used", "_view", "axis", "size")
 
     def __init__(self, array: Array, axis: int = 0) -> None:
         self._buffer, self.axis, self.size = array, axis, int(array.shape[axis])
+        # made when first asked for: every query asks for several
+        self._view: Array | None = None
         # how many rows some state shows or showed: a list, for states to share
         self._used = [self.size]
 
@@ -39,7 +41,10 @@ class Column:
     @property
     def array(self) -> Array:
         """The rows that count, as a view."""
-        return self._buffer[self._key(slice(self.size))]
+        view = self._view
+        if view is None:
+            view = self._view = self._buffer[self._key(slice(self.size))]
+        return view
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +74,7 @@ class Column:
 
     def some(self, rows: Array) -> Array:
         """Return a copy of some rows."""
-        return np.take(self._buffer, rows, axis=self.axis)
+        return self._buffer.take(rows, axis=self.axis)
 
     def shortened(self, size: int) -> tuple["Column", Write]:
         """Without the last rows; the write lets others take their room."""
@@ -83,11 +88,11 @@ class Column:
     def _of(self, buffer: Array, size: int, used: list[int]) -> "Column":
         column = object.__new__(Column)
         column._buffer, column.axis, column.size = buffer, self.axis, size
-        column._used = used
+        column._used, column._view = used, None
         return column
 
-    def _key(self, rows: Any) -> tuple[Any, ...]:
-        return (*[slice(None)] * self.axis, rows)
+    def _key(self, rows: Any) -> Any:
+        return rows if not self.axis else (*[slice(None)] * self.axis, rows)
 
 
 class Columns:
@@ -137,7 +142,9 @@ class Columns:
         new, writes = {}, []
         for name, x in self._columns.items():
             new[name], free = x.shortened(size)
-            writes += [x.written(holes, x.some(movers)), free]
+            if len(movers):
+                writes.append(x.written(holes, x.some(movers)))
+            writes.append(free)
         return Columns(new), writes
 
     def private(self) -> "Columns":

@@ -22,8 +22,8 @@ class Queries:
     def __init__(self, points: Points, factor: Array, asked: Array) -> None:
         self.points, self.factor = points, factor
         # as they were asked, and from the centre: neither is rounded to the points
-        self.asked = asked.astype(np.float64)
-        self.rows = points.centred(asked)
+        self.asked = asked.astype(np.float64, copy=False)
+        self.rows = points.centred(self.asked)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,7 +64,7 @@ class Queries:
         """``U^T U q``, with which a scan multiplies the points; norms and lengths."""
         exact = self._mapped[1]
         lengths = np.sqrt(np.einsum("qd,qd->q", exact, exact))
-        return exact.astype(self.points.dtype), np.stack([self.squares, lengths])
+        return exact.astype(self.points.dtype), np.array([self.squares, lengths])
 
     def distances(self) -> Array:
         """Distances to all points, ``(q, n)``, right to the tolerance of rounding."""
@@ -144,13 +144,12 @@ def lengths_of_differences(
 
 def nearest(distances: Array, k: int) -> tuple[Array, Array]:
     """The ``k`` least of each row in order, and where they are."""
+    # indices spelled out: np.take_along_axis costs as much as many scans
+    rows = np.arange(len(distances))[:, None]
     if k < distances.shape[1]:
-        chosen = np.argpartition(distances, k - 1, axis=1)[:, :k]
+        chosen = distances.argpartition(k - 1, axis=1)[:, :k]
     else:
         chosen = np.broadcast_to(np.arange(k), (len(distances), k))
-    values = np.take_along_axis(distances, chosen, axis=1)
-    order = np.argsort(values, axis=1, kind="stable")
-    return (
-        np.take_along_axis(values, order, axis=1),
-        np.take_along_axis(chosen, order, axis=1),
-    )
+    values = distances[rows, chosen]
+    order = values.argsort(axis=1, kind="stable")
+    return values[rows, order], chosen[rows, order]

@@ -141,7 +141,7 @@ class HeadTail:
         codes = heads.astype(self._codes.dtype)
         tail = queries.squares - np.einsum("qp,qp->q", heads, heads)
         own = np.einsum("qp,qp->q", codes.astype(np.float64), codes)
-        return codes, np.stack([own, np.sqrt(np.maximum(tail, 0))])
+        return codes, np.array([own, np.sqrt(np.maximum(tail, 0))])
 
     def distances(self, queries: Queries, eps: float) -> tuple[Array, float]:
         """Distances to all points and the bound on their relative error."""
@@ -185,10 +185,11 @@ class HeadTail:
             is_settled = counts >= 0
             done = part[is_settled]
             values[done], chosen = nearest(row[is_settled], k)
-            slots[done] = np.take_along_axis(at[is_settled], chosen, axis=1)
+            settled = np.flatnonzero(is_settled)
+            slots[done] = at[settled[:, None], chosen]
             looked[done], is_open[done] = counts[is_settled], False
             start += step
-            if is_open[part].mean() > _FUTILE:
+            if np.count_nonzero(is_open[part]) > _FUTILE * len(part):
                 break
         # where bounds rule out little, all points in one product of matrices
         rest = np.flatnonzero(is_open)

@@ -24,8 +24,9 @@ class Answers:
     def queries(self, name: str, x: Array) -> Queries:
         """Centre queries."""
         state = self.state
-        queries = Queries(state.filled, state.metric.factor, x)
-        check_length(name, state.filled, queries.rows, state.scale)
+        points = state.filled
+        queries = Queries(points, state.metric._factor, x)
+        check_length(name, points, queries.rows, state.scale)
         return queries
 
     def distances(self, queries: Queries) -> tuple[Array, Certificate]:
@@ -77,7 +78,7 @@ class Answers:
     def pairs(self, left: Array, right: Array) -> Array:
         """Distances between points."""
         state = self.state
-        points, factor = state.filled, state.metric.factor
+        points, factor = state.filled, state.metric._factor
         if not isinstance(state.mode, Adaptive):
             others = points.kept(right).astype(np.float64)
             return lengths_of_differences(factor, points, left, others)

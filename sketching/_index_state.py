@@ -5,6 +5,7 @@ reads; all else is computed aside.
 """
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,7 +94,7 @@ class State:
         """What the mode is asked."""
         return Request(
             self.filled,
-            self.metric.factor,
+            self.metric._factor,
             *self.promise,
             self.samples,
             self.sketch,
@@ -237,8 +238,9 @@ class State:
 
     def updated(self, left: Array, right: Array, out: Array | None) -> "State":
         """With another metric; the points follow when an answer needs it."""
+        squares = (np.einsum("rd,rd->r", x, x) for x in (left, right))
         with np.errstate(over="ignore"):
-            lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+            lengths = np.multiply(*map(np.sqrt, squares))
             scale = self.scale + float(lengths.sum())
         if self.points is not None:
             longest = float(self.points.stats[2].max(initial=0))
@@ -290,9 +292,9 @@ class State:
 
 def check_length(name: str, points: Points, rows: Array, scale: float) -> None:
     """Refuse centred rows whose squares would not be finite."""
-    with np.errstate(over="ignore"):
-        longest = np.sqrt(np.max(np.einsum("nd,nd->n", rows, rows), initial=0))
-    points.refuse_overflow(name, scale, float(longest))
+    # sums of products do not warn
+    squares = np.einsum("nd,nd->n", rows, rows)
+    points.refuse_overflow(name, scale, math.sqrt(squares.max(initial=0)))
 
 
 def streams(generator: np.random.Generator) -> Streams:

@@ -132,11 +132,10 @@ class Points:
 
     def kept(self, slots: Array) -> Array:
         """Points as they were given; in half the width, as they were rounded to."""
-        if not self.center.any():
+        if not np.count_nonzero(self.center):
             return self.some(slots)
-        points: Array = (self.some(slots).astype(np.float64) + self.center).astype(
-            self.dtype
-        )
+        moved = self.some(slots).astype(np.float64) + self.center
+        points: Array = moved.astype(self.dtype)
         if self.beside.size:
             places = self.table["beside"][slots]
             is_odd = places >= 0
@@ -150,10 +149,8 @@ class Points:
     def refuse_overflow(self, name: str, scale: float, longest: float) -> None:
         """Raise unless squares of such rows are finite under a factor of that norm."""
         dtype = self.dtype
-        if (
-            not max(longest, 1) * max(scale, 1)
-            <= float(np.finfo(dtype).max) ** 0.5 / 16
-        ):
+        most = float(np.finfo(dtype).max) ** 0.5 / 16
+        if not max(longest, 1) * max(scale, 1) <= most:
             raise ValueError(
                 f"{name}: squared distances may overflow {dtype}: the longest row is "
                 f"{longest:.3g} from the centre, the norm of the factor {scale:.3g}"
@@ -164,7 +161,7 @@ class Points:
         if self.steps is None:
             with np.errstate(over="ignore"):
                 kept = x.astype(self.dtype)
-            if not self.center.any():
+            if not np.count_nonzero(self.center):
                 return Placed(kept, None, kept, np.zeros(len(x), bool))
             # in float64 the difference of two float32 numbers is exact, or nearly
             rows = self.centred(kept).astype(self.dtype)
@@ -192,12 +189,9 @@ class Points:
         }
         if new.steps is not None:
             columns["steps"] = new.steps
-        return replace(
-            self,
-            table=self.table.extended(**columns),
-            slot_of=self.slot_of.extended(np.arange(start, start + n)),
-            beside=beside,
-        )
+        table = self.table.extended(**columns)
+        slot_of = self.slot_of.extended(np.arange(start, start + n))
+        return self._of(table, slot_of, beside)
 
     def written(
         self, slots: Array, new: Placed, stats: Array, pending: int
@@ -209,12 +203,16 @@ class Points:
             columns["steps"] = new.steps
         since = np.full(len(new), pending)
         writes = self.table.written(slots, since=since, **columns)
-        return replace(self, beside=beside), writes
+        return self._of(self.table, self.slot_of, beside), writes
+
+    def _of(self, table: Columns, slot_of: Column, beside: Column) -> "Points":
+        # a quarter of what `replace` takes, which shows where single points are written
+        return Points(self.center, self.dtype, self.rounding, table, slot_of, beside)
 
     def _beside(self, new: Placed) -> tuple[Column, Array]:
         """Keep the points that their rows do not lead back to."""
         places = np.full(len(new), -1)
-        count = int(new.odd.sum())
+        count = np.count_nonzero(new.odd)
         if not count:
             return self.beside, places
         places[new.odd] = self.beside.size + np.arange(count)
@@ -236,7 +234,7 @@ class Points:
             self.slot_of.written(numbers[movers], holes),
         ]
         table, writes = self.table.closed(*moves)
-        return replace(self, table=table), names + writes, moves
+        return self._of(table, self.slot_of, self.beside), names + writes, moves
 
     def private(self) -> "Points":
         """In memory of their own."""
@@ -264,34 +262,35 @@ class Points:
 
     def slots(self, name: str, numbers: Any, *, distinct: bool = False) -> Array:
         """Find where points are; raise unless they are there, distinct ones once."""
-        found = np.atleast_1d(np.asarray(numbers))
+        found = np.array(numbers, ndmin=1)
         if found.dtype.kind not in "iu" and found.size:
             raise TypeError(f"{name}: expected integers, got dtype {found.dtype}")
         if found.ndim != 1:
             raise ValueError(f"{name}: expected one dimension, got {found.shape}")
-        found = found.astype(np.int64)
+        found = found.astype(np.int64, copy=False)
         is_known = (found >= 0) & (found < self.given)
         slots = np.full(found.shape, -1)
         slots[is_known] = self.slot_of.array[found[is_known]]
-        if (slots < 0).any():
-            raise ValueError(f"{name}: there is no point {int(found[slots < 0][0])}")
-        if distinct and len(np.unique(slots)) < len(slots):
+        is_missing = slots < 0
+        if is_missing.any():
+            raise ValueError(f"{name}: there is no point {int(found[is_missing][0])}")
+        if distinct and len(slots) > 1 and len(np.unique(slots)) < len(slots):
             raise ValueError(f"{name}: expected each point once")
         return slots
 
     def measured(self, kept: Array, rows: Array, factor: Array) -> tuple[Array, Array]:
         """Map points by the factor, in float64; return images and stats, ``(3, n)``."""
-        # rows of integers are what is kept, to the last bit
-        exact = (
-            rows.astype(np.float64) if self.steps is not None else self.centred(kept)
-        )
+        # without a centre rows are what is kept, to the last bit; integers always are
+        is_apart = self.steps is None and np.count_nonzero(self.center)
+        exact = self.centred(kept) if is_apart else rows.astype(np.float64)
         image: Array = exact @ factor.T
         stats = np.zeros((3, len(rows)))
         stats[0] = np.einsum("nk,nk->n", image, image)
         stats[2] = np.sqrt(np.einsum("nd,nd->n", exact, exact))
-        # what the row is off by enters products as rounding of their terms does
-        apart = exact - rows
-        stats[2] += np.sqrt(np.einsum("nd,nd->n", apart, apart)) / self.rounding.unit
+        if is_apart:
+            # what the row is off by enters products as rounding of their terms does
+            off = exact - rows
+            stats[2] += np.sqrt(np.einsum("nd,nd->n", off, off)) / self.rounding.unit
         return image, stats
 
     def absorbed(
@@ -321,8 +320,11 @@ class Points:
 
     def with_stats(self, stats: Array) -> "Points":
         """With other stats; no row waits for an update."""
-        since = np.zeros(self.size, np.int64)
-        return replace(self, table=self.table.replaced(stats=stats, since=since))
+        columns = {"stats": stats}
+        if self.table["since"].any():
+            columns["since"] = np.zeros(self.size, np.int64)
+        table = self.table.replaced(**columns)
+        return self._of(table, self.slot_of, self.beside)
 
     def _described(self, left: Array, right: Array, images: Array) -> tuple[Array, int]:
         """What an op wants to know of updates, and how many are the first of them.
@@ -339,9 +341,9 @@ class Points:
         # vectors are rounded to the dtype of the points anyway
         off = np.finfo(self.dtype).eps / 2
         is_multiple = np.einsum("rd,rd->r", apart, apart) <= off**2 * of_images
-        order = np.argsort(is_multiple, kind="stable")
+        order = is_multiple.argsort(kind="stable")
         lengths = np.sqrt(of_right), np.sqrt(of_images)
-        known = np.stack([of_left, ratios, *lengths, np.arange(len(left))])
+        known = np.array([of_left, ratios, *lengths, np.arange(len(left))])
         return known[:, order], len(left) - int(is_multiple.sum())
 
     def stale(self) -> Array:
@@ -349,7 +351,7 @@ class Points:
         h, off, _ = self.stats
         share = _STALE * self.rounding.unit
         # as a rule there is nothing to look for
-        if np.max(off, initial=0) <= share * np.min(h, initial=np.inf):
+        if off.max(initial=0) <= share * h.min(initial=np.inf):
             return np.arange(0)
         return np.flatnonzero(off > share * h)
 

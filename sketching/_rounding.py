@@ -1,5 +1,6 @@
 """How far sums of products are off, as a rule that is rarely broken."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Rounding:
     tolerance: float
 
     @staticmethod
+    @functools.lru_cache(maxsize=256)
     def of(dtype: Any, d: int) -> "Rounding":
         """For products of ``d`` terms."""
         eps = float(np.finfo(dtype).eps)

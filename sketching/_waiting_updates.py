@@ -41,6 +41,8 @@ class WaitingUpdates:
             shape = left.shape[1], right.shape[1]
             empty = WaitingUpdates.none(shape)
             return WaitingUpdates(empty.left, empty.right, empty.images, True)
+        if not len(self):
+            return WaitingUpdates(left, right, images)
         return WaitingUpdates(
             np.concatenate([self.left, left]),
             np.concatenate([self.right, right]),
