@@ -12,7 +12,7 @@ import numpy as np
 import fastattn
 import lowerbounds
 import sketching
-from fastattn import cli
+from fastattn.cli import main as cli
 
 
 def attend() -> None:

@@ -39,7 +39,7 @@ def worst_points(n, rng, *, d=8):
     The keys sit where the polynomial of the method's own degree is too large and
     where it is too small, so that every row's error adds up.
     """
-    from fastattn.expansions import relative_minimax
+    from fastattn.methods.polynomial.expansions import relative_minimax
 
     t = np.linspace(-1, 1, 4001)
     coefficients, _ = relative_minimax(5, 1.0)
@@ -99,7 +99,7 @@ def heads_of(path: str):
 
     ``FILE@N`` takes the first N rows of each.
     """
-    from fastattn.formats import read_inputs
+    from fastattn.files.formats import read_inputs
 
     path, mark, rows = path.partition("@")
     query, key, value, _ = read_inputs(path)

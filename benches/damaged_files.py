@@ -101,7 +101,7 @@ def outcome(kind, path):
 def read(kind, path):
     """Read a file as its users do."""
     if kind in ("npz", "safetensors"):
-        from fastattn.formats import read_stored
+        from fastattn.files.formats import read_stored
 
         read_stored(path, ALLOWED)
     elif kind == "cnf":

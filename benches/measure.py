@@ -15,7 +15,7 @@ from importlib import metadata
 
 import numpy as np
 
-from fastattn._rates import processor
+from fastattn.costs.rates import processor
 
 # what is compared with, beside torch
 PACKAGES = (

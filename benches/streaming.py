@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from benches.cases import CASES
-from fastattn.formats import read_inputs
+from fastattn.files.formats import read_inputs
 
 _D, _QUERIES, _CHECKED = 64, 4096, 16
 _KEYS, _QUICK_KEYS = 40_000_000, 200_000
@@ -30,7 +30,7 @@ def peak():
 
 _COMMAND = f"""
 import sys
-from fastattn.cli import main
+from fastattn.cli.main import main
 {_PEAK}
 assert main(sys.argv[1:]) == 0
 print(peak())
@@ -40,7 +40,7 @@ _LIBRARY = f"""
 import json, os, sys
 import numpy as np
 import fastattn
-from fastattn.formats import read_inputs
+from fastattn.files.formats import read_inputs
 {_PEAK}
 folder, scale, tol, size = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), {_PIECE}
 query = np.array(read_inputs(folder + "/big.npz")[0])

@@ -5,7 +5,11 @@ import numpy as np
 import fastattn
 from benches.measure import Ratio, exponent, faster, peak_memory, seconds, spread
 from fastattn import Exact, Polynomial, RefusalError
-from fastattn.expansions import LARGEST_BOUND, rank_of, relative_minimax
+from fastattn.methods.polynomial.expansions import (
+    LARGEST_BOUND,
+    rank_of,
+    relative_minimax,
+)
 
 # of the first study: with scale 1/d and entries in [-1, 1] logits are in [-1, 1]
 _D, _TOL = 8, 1e-3

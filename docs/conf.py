@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fastattn
-from fastattn import _planner
+from fastattn.planning import auto
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
@@ -39,10 +39,10 @@ myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 # rows from which heads are planned at all, with a causal mask, and with clusters, and
 # from which int8/bfloat16 matmul is tried
 myst_substitutions = {
-    "planned": math.isqrt(_planner._SMALL),
-    "planned_causal": math.isqrt(2 * _planner._SMALL),
-    "clustered": math.isqrt(_planner._LARGE),
-    "rounded": math.isqrt(_planner._TINY),
+    "planned": math.isqrt(auto._SMALL),
+    "planned_causal": math.isqrt(2 * auto._SMALL),
+    "clustered": math.isqrt(auto._LARGE),
+    "rounded": math.isqrt(auto._TINY),
 }
 myst_heading_anchors = 2
 # options and quotes in tables stay as they are typed

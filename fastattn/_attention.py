@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastattn._batch import Batch
-from fastattn._explanation import Explanation, run_candidates
-from fastattn._planner import Auto
-from fastattn._problem import Candidate, Head, HeadAnswer, Method
-from fastattn.exact import Exact, may_overflow
+from fastattn.methods.exact import Exact, may_overflow
+from fastattn.planning.auto import Auto
+from fastattn.planning.explanation import Explanation, run_candidates
+from fastattn.problem.batch import Batch
+from fastattn.problem.head import Candidate, Head, HeadAnswer, Method
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource, as_generator
@@ -277,9 +277,9 @@ def _form(key: Any) -> _Form:
     if not isinstance(key, tuple):
         return _Form(Batch, _solve, _candidates, lambda _: True)
     # loaded by those who use it: it is a fifth of what everybody else waits for
-    from fastattn._tensor_methods import solve_tensor, tensor_candidates
-    from fastattn._tensor_problem import TensorBatch
-    from fastattn.tensor_mechanisms import TensorMethod
+    from fastattn.tensor.mechanisms import TensorMethod
+    from fastattn.tensor.planning import solve_tensor, tensor_candidates
+    from fastattn.tensor.problem import TensorBatch
 
     def exact(method: Method) -> bool:
         return not isinstance(method, TensorMethod)

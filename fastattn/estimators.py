@@ -11,9 +11,9 @@ from sklearn.base import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from fastattn._features import Drawn
-from fastattn.polynomial_sketches import TensorSketch
-from fastattn.random_features import KINDS, RandomFeatures
+from fastattn.linear.polynomial_sketches import TensorSketch
+from fastattn.linear.protocol import Drawn
+from fastattn.linear.random_features import KINDS, RandomFeatures
 from sketching._lib.arrays import Array
 from sketching._lib.validation import check_choice, check_integer, check_number
 

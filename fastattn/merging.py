@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._ratio_estimate import relative
-from fastattn._rounding import smallest_number, unit_roundoff
-from fastattn._sampling import scaled_frobenius
-from fastattn.exact import Exact
+from fastattn.certificates.ratio_estimate import relative
+from fastattn.certificates.rounding import smallest_number, unit_roundoff
+from fastattn.certificates.sampled import scaled_frobenius
+from fastattn.methods.exact import Exact
 from sketching._lib.arrays import (
     Array,
     array_namespace,

@@ -8,10 +8,6 @@ if TYPE_CHECKING:
     from sketching._lib.certificate import Approximation as Approximation
     from sketching._lib.certificate import Certificate as Certificate
     from sketching._lib.certificate import RefusalError as RefusalError
-    from sketching._neighbors import Neighbors as Neighbors
-    from sketching.distance_modes import Adaptive as Adaptive
-    from sketching.distance_modes import Exact as Exact
-    from sketching.distance_modes import Filter as Filter
     from sketching.estimators import MahalanobisKMeans as MahalanobisKMeans
     from sketching.estimators import MahalanobisKMedians as MahalanobisKMedians
     from sketching.estimators import (
@@ -24,23 +20,29 @@ if TYPE_CHECKING:
         MahalanobisKNeighborsTransformer as MahalanobisKNeighborsTransformer,
     )
     from sketching.estimators import MahalanobisNeighbors as MahalanobisNeighbors
-    from sketching.mahalanobis import MahalanobisIndex as MahalanobisIndex
-    from sketching.metric import MahalanobisMetric as MahalanobisMetric
-    from sketching.metric_learning import HingeGradient as HingeGradient
-    from sketching.metric_learning import Itml as Itml
-    from sketching.metric_learning import Lego as Lego
-    from sketching.metric_learning import Pola as Pola
-    from sketching.projections import GaussianProjection as GaussianProjection
-    from sketching.projections import HadamardProjection as HadamardProjection
-    from sketching.projections import SparseProjection as SparseProjection
-    from sketching.projections import TensorSketch as TensorSketch
-    from sketching.saved_index import load as load
+    from sketching.index.load import load as load
+    from sketching.index.mahalanobis import MahalanobisIndex as MahalanobisIndex
+    from sketching.index.modes import Adaptive as Adaptive
+    from sketching.index.modes import Exact as Exact
+    from sketching.index.modes import Filter as Filter
+    from sketching.index.neighbors import Neighbors as Neighbors
+    from sketching.learning.learners import HingeGradient as HingeGradient
+    from sketching.learning.learners import Itml as Itml
+    from sketching.learning.learners import Lego as Lego
+    from sketching.learning.learners import Pola as Pola
+    from sketching.metric.mahalanobis import MahalanobisMetric as MahalanobisMetric
+    from sketching.projections.tensor_sketch import (
+        GaussianProjection as GaussianProjection,
+    )
+    from sketching.projections.tensor_sketch import (
+        HadamardProjection as HadamardProjection,
+    )
+    from sketching.projections.tensor_sketch import SparseProjection as SparseProjection
+    from sketching.projections.tensor_sketch import TensorSketch as TensorSketch
 
 # where each public name lives; a module is imported when one of its names is first used
 _HOMES = {
     "sketching._lib.certificate": ("Approximation", "Certificate", "RefusalError"),
-    "sketching._neighbors": ("Neighbors",),
-    "sketching.distance_modes": ("Adaptive", "Exact", "Filter"),
     "sketching.estimators": (
         "MahalanobisKMeans",
         "MahalanobisKMedians",
@@ -49,16 +51,18 @@ _HOMES = {
         "MahalanobisKNeighborsTransformer",
         "MahalanobisNeighbors",
     ),
-    "sketching.mahalanobis": ("MahalanobisIndex",),
-    "sketching.metric": ("MahalanobisMetric",),
-    "sketching.metric_learning": ("HingeGradient", "Itml", "Lego", "Pola"),
-    "sketching.projections": (
+    "sketching.index.load": ("load",),
+    "sketching.index.mahalanobis": ("MahalanobisIndex",),
+    "sketching.index.modes": ("Adaptive", "Exact", "Filter"),
+    "sketching.index.neighbors": ("Neighbors",),
+    "sketching.learning.learners": ("HingeGradient", "Itml", "Lego", "Pola"),
+    "sketching.metric.mahalanobis": ("MahalanobisMetric",),
+    "sketching.projections.tensor_sketch": (
         "GaussianProjection",
         "HadamardProjection",
         "SparseProjection",
         "TensorSketch",
     ),
-    "sketching.saved_index": ("load",),
 }
 
 __all__, __getattr__, __dir__ = _exports(__name__, _HOMES)

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fastattn.estimators import RandomFeatureSampler, TensorSketchSampler
-from fastattn.random_features import KINDS
+from fastattn.linear.random_features import KINDS
 
 SAMPLERS = [
     *(RandomFeatureSampler(kind=kind, random_state=0) for kind in KINDS),

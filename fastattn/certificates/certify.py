@@ -1,0 +1,230 @@
+"""Run a method without a proven bound, repair its worst rows, certify the rest."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastattn.certificates.apriori import apriori_certificate
+from fastattn.certificates.ratio_estimate import FAILURE
+from fastattn.certificates.sampled import (
+    FLOAT64_BELOW,
+    ROWS,
+    Looks,
+    certify_rows,
+    rounded_rows,
+    sampled_rows,
+    scaled_frobenius,
+)
+from fastattn.methods.lowrank.prefixes import prefix_doubt
+from fastattn.methods.polynomial.recipe import SAMPLE, Attempt, mend
+from fastattn.problem.head import Head, HeadAnswer
+from fastattn.problem.row_statistics import RowErrors, SeenKeys, guess_errors
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.certificate import RefusalError
+
+# share of rows that may be computed exactly because they went wrong
+_MENDED = 0.02
+# rows that are compared as one
+_FOLD = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Repaired:
+    """An answer whose rows are exact where they may err by far more than the others.
+
+    Parameters
+    ----------
+    value, log_normalizer : array, shapes (n, p) and (n,)
+        In the dtype of the query, and in that of computation.
+    settled : integer array
+        Numbers of the rows that are exact.
+    squares : array, shape (n,)
+        How the squared errors of the rows are guessed to compare.
+    has_own : bool
+        Whether the method itself estimated them.
+    """
+
+    value: Array
+    log_normalizer: Array
+    settled: Array
+    squares: Array
+    has_own: bool
+
+
+def repaired(
+    head: Head, attempt: Attempt, tol: float, looks: Looks, rng: np.random.Generator
+) -> Repaired:
+    """Run an attempt; rows that are hard or went wrong are computed exactly.
+
+    A row went wrong if it cannot be trusted or its answer lies outside the range of
+    the values, which no mean does.
+
+    Raises
+    ------
+    RefusalError
+        If more than two per cent of the rows went wrong.
+    """
+    return _repaired(head, attempt, attempt.run(head), tol, looks, rng)
+
+
+def _repaired(
+    head: Head,
+    attempt: Attempt,
+    answer: tuple[Array, ...],
+    tol: float,
+    looks: Looks,
+    rng: np.random.Generator,
+) -> Repaired:
+    guessed = _guessed(head, attempt, answer, looks, rng)
+    # hard rows are not sampled: they must be as good as what the others are compared
+    # with
+    dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
+    mended = _mended(head, attempt, answer, guessed.hard, dtype)
+    return Repaired(*mended, guessed.squares, len(answer) > 3)
+
+
+def certified(
+    head: Head,
+    attempt: Attempt,
+    tol: float,
+    rng: np.random.Generator,
+    looks: Looks | None = None,
+) -> HeadAnswer:
+    """Run an attempt that has no proven bound; its error is that of sampled rows.
+
+    Attempts at one head share its ``looks``.
+    """
+    looks = Looks() if looks is None else looks
+    plan, answer = attempt.plan, attempt.run(head)
+    if math.isfinite(attempt.limit):
+        known = _known(head, attempt, answer, tol)
+        if known is not None:
+            return known
+    found = _repaired(head, attempt, answer, tol, looks, rng)
+    sampled = certify_rows(
+        head,
+        found.value,
+        tol,
+        rng,
+        settled=found.settled,
+        guess=found.squares,
+        first=_first_rows(head.sizes[0], attempt, found.has_own),
+        budget=looks.budget,
+        limit=attempt.limit * math.sqrt(head.sizes[3]),
+        expected=plan.predicted_error,
+    )
+    if math.isnan(plan.predicted_error):
+        plan = replace(plan, predicted_error=sampled.estimate)
+    return HeadAnswer(
+        found.value,
+        found.log_normalizer,
+        sampled.upper,
+        FAILURE,
+        "relative-frobenius",
+        sampled.source,
+        plan,
+        attempt.log_errors and attempt.log_errors(head, found.log_normalizer),
+    )
+
+
+def _known(
+    head: Head, attempt: Attempt, answer: tuple[Array, ...], tol: float
+) -> HeadAnswer | None:
+    """Answer by a proven bound that meets the tolerance: no row is computed exactly."""
+    value, normalizer, good, *_ = answer
+    if not bool(head.xp.all(good)):
+        return None
+    value, normalizer = head.finish(value, normalizer)
+    n, _, _, p = head.sizes
+    source = f"remainder of {attempt.plan.method} on the interval of all logits"
+    size = scaled_frobenius(value)
+    found = apriori_certificate(attempt.limit, size, n * p, tol, source)
+    if found is None:
+        return None
+    errors = attempt.log_errors and attempt.log_errors(head, normalizer)
+    certain = HeadAnswer.under(found, value, normalizer, attempt.plan)
+    return replace(certain, log_error=errors)
+
+
+def _first_rows(n: int, attempt: Attempt, has_own: bool) -> int:
+    """Rows of a first sample: more where a row costs little beside the answer."""
+    if attempt.rounding is not None:
+        return rounded_rows(n)
+    return sampled_rows(n) if has_own else ROWS
+
+
+def _guessed(
+    head: Head,
+    attempt: Attempt,
+    answer: tuple[Array, ...],
+    looks: Looks,
+    rng: np.random.Generator,
+) -> RowErrors:
+    """Guess the errors of the rows of an answer."""
+    found = looks.statistics(head, rng)
+    seen = SeenKeys.of(head, found, *answer[:2])
+    if attempt.rounding is None:
+        own = to_host(answer[3]) if len(answer) > 3 else None
+        return guess_errors(found, seen, own=own, factor=prefix_doubt(head))
+    # errors of single weights average out over the keys that a row sees
+    keys = 1.0 if head.visible is None else np.maximum(to_host(head.visible), 1)
+    return guess_errors(found, seen, rounding=attempt.rounding(head), factor=1 / keys)
+
+
+def _mended(
+    head: Head,
+    attempt: Attempt,
+    answer: tuple[Array, ...],
+    hard: Array,
+    dtype: Any = None,
+) -> tuple[Array, Array, Array]:
+    xp, n = head.xp, head.sizes[0]
+    value, normalizer, good, *_ = answer
+    inside = _in_range(head, value)
+    if head.visible is not None:
+        # zeros, where a row sees no key
+        inside = xp.logical_or(inside, head.visible == 0)
+    good = xp.logical_and(good, inside)
+    wrong = np.flatnonzero(~to_host(good))
+    if len(wrong) > _MENDED * n + len(hard):
+        raise RefusalError(
+            f"{attempt.plan.method} fails in {len(wrong)} of {n} rows, where its sum "
+            "of weights is not positive or its answer outside the range of the values: "
+            "the logits reach beyond what it serves"
+        )
+    settled = np.union1d(wrong, hard)
+    if len(settled):
+        value, normalizer = mend(head, value, normalizer, settled, dtype)
+    return *head.finish(value, normalizer), settled
+
+
+def _in_range(head: Head, value: Array) -> Array:
+    """Whether each row of an answer is finite and within the range of the values."""
+    xp = head.xp
+    low, high = (xp.astype(x, value.dtype) for x in _ends(head.value))
+    slack = 16 * xp.finfo(value.dtype).eps * xp.max(xp.abs(xp.concat([low, high])))
+    least, largest = _ends(value)
+    if bool(xp.all(least >= low - slack) and xp.all(largest <= high + slack)):
+        return xp.ones(value.shape[0], dtype=xp.bool, device=device_of(value))
+    inside = []
+    for start in range(0, value.shape[0], SAMPLE):
+        block = value[start : min(start + SAMPLE, value.shape[0]), :]
+        within = xp.logical_and(block >= low - slack, block <= high + slack)
+        inside.append(xp.all(within, axis=1))
+    return xp.concat(inside)
+
+
+def _ends(x: Array) -> tuple[Array, Array]:
+    """The least and the largest of every column; NaN where there is one."""
+    xp, (n, p) = array_namespace(x), x.shape
+    # long rows are compared faster than many short ones
+    folds = n // _FOLD
+    if folds > 1:
+        wide = xp.reshape(x[: folds * _FOLD, :], (folds, _FOLD * p))
+        ends = (end(wide, axis=0) for end in (xp.min, xp.max))
+        x = xp.concat(
+            [*(xp.reshape(y, (_FOLD, p)) for y in ends), x[folds * _FOLD :, :]]
+        )
+    return xp.min(x, axis=0), xp.max(x, axis=0)

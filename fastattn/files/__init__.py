@@ -1,0 +1,1 @@
+"""Inputs and outputs of attention as .npz and .safetensors files."""

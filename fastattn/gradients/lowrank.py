@@ -1,0 +1,213 @@
+"""The derivative of attention by a low rank: that of the low-rank sums themselves.
+
+With the weights ``P`` written in functions of queries and keys, ``dS = P * (grad V^T -
+drift)`` is never formed: one pass over queries, one over keys, and between them a sum
+of one number for each function and value column. The derivative of a polynomial of
+degree g has degree g - 1, so that derivatives by query and key err more than the answer
+does. Queries that the low rank does not serve, and far keys, are exact.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from fastattn.costs.work import exact_work
+from fastattn.gradients.backward import SLACK, WORTH, Slopes, exact_vjp_work, marked
+from fastattn.gradients.exact import ENOUGH, vjp_work
+from fastattn.gradients.first_chunk import first_chunk
+from fastattn.gradients.lowrank_causal import causal_slopes
+from fastattn.gradients.lowrank_passes import whole_slopes
+from fastattn.methods.lowrank.causal_cost import chunk_work, leniency, lowrank_cost
+from fastattn.methods.lowrank.rank_search import LARGEST_VARIANCE, predict
+from fastattn.methods.lowrank.structure import LowRank
+from fastattn.methods.lowrank.whitening import Frame, Sample
+from fastattn.methods.polynomial.expansions import rank_of
+from fastattn.problem.head import Head
+from fastattn.problem.row_statistics import hardest_rows
+from sketching._lib.arrays import Array, to_host
+from sketching._lib.certificate import RefusalError
+
+# heads with fewer logits than this are differentiated exactly: planning costs as much
+_SMALL = 1 << 24
+# time of the passes of a derivative and its answer, in times of the answer alone
+_PASSES = 3.1
+# error of the answer over that of its derivatives, in standard deviations of a logit:
+# 1/sqrt(g + 1) for Hermite polynomials up to degree g of normal logits, here g = 2
+_LOST = 3.0**-0.5
+# the share of what that allows which is aimed at: pilots show the answer's error only
+_AIM = 0.7
+# share of the rows that may be done exactly because they are out of reach
+_MENDED = 0.02
+# landmarks behind a long first chunk, and the fewest logits for which they are tried
+_MARKS, _LARGE = 448, 1 << 28
+# the share of the aim that a pilot must meet there: a few keys may hold the most
+_CAREFUL = 0.95
+# work of planning a second try, which a first one of a causal head often asks for
+_AGAIN = 5e8
+# tries, how far the first may miss, and what is left to the second
+_TRIES = 2
+_HOPELESS, _TIGHTER = 1.6, 0.7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """A structure to differentiate by, without keys.
+
+    Of a causal head the ``first`` keys are one chunk; None where that is as usual.
+    """
+
+    empty: LowRank
+    first: int | None = None
+
+    def work(self, head: Head, tol: float) -> float:
+        """Predicted work, in units of ``exact_vjp_work``."""
+        return _cost(head, tol, self.first)(self.empty.rank, self.empty.landmarks)
+
+
+def _cost(
+    head: Head, tol: float, first: int | None = None
+) -> Callable[[int, int], float]:
+    """Work from the numbers of polynomials and landmarks."""
+    cost, more = lowrank_cost(head, first), 0.0
+    if head.visible is not None:
+        exact = chunk_work(head, first)[1]
+        slower = vjp_work(head, tol) / exact_work(*head.sizes, logits=head.logits)
+        more = (slower - _PASSES) * exact + _AGAIN
+    return lambda rank, landmarks: _PASSES * cost(rank, landmarks) + more
+
+
+def lowrank_slopes(
+    head: Head,
+    grad: Array,
+    empty: LowRank,
+    rng: np.random.Generator,
+    enough: float = 0.0,
+    first: int | None = None,
+) -> tuple[Slopes, float]:
+    """Differentiate a head over the basis of an empty structure, and check.
+
+    The check is content with few rows where they show an error below ``enough``. Of a
+    causal head the ``first`` keys are one chunk.
+
+    Returns
+    -------
+    slopes : tuple of array
+        Derivatives by query, key and value.
+    error : float
+        The largest of their relative Frobenius errors on sampled rows.
+
+    Raises
+    ------
+    RefusalError
+        If the low rank fails in too many rows, or sums overflow.
+    """
+    n, hard = head.sizes[0], hardest_rows(head, rng)
+    skip = marked(hard, head.query)
+    if head.visible is None:
+        slopes, state = whole_slopes(head, grad, empty, skip)
+        doubt = slopes
+    else:
+        slopes, state, doubt = causal_slopes(head, grad, empty, skip, first)
+    settled = np.flatnonzero(to_host(state.normalizer) == math.inf)
+    if len(settled) > _MENDED * n + len(hard):
+        raise RefusalError(
+            f"Polynomial(rank={empty.rank}, landmarks={empty.landmarks}) fails in "
+            f"{len(settled)} of {n} rows, where its sum of weights is too small to be "
+            "true: the logits reach beyond what it serves"
+        )
+    state = state.with_exact(settled)
+    slopes = state.mended(slopes, settled)
+    return slopes, state.error(slopes, settled, rng, enough, doubt)
+
+
+def slopes_if_they_pay(
+    head: Head,
+    grad: Array,
+    tol: float,
+    rng: np.random.Generator,
+    first: list[Attempt],
+) -> Slopes | None:
+    """Differentiate by a low rank that pays and meets ``3 * tol``, if there is one.
+
+    The ``first`` to be tried are what ``worth_a_try`` lists.
+    """
+    aim, attempts = _AIM, first
+    for _ in range(_TRIES):
+        least = math.inf
+        for attempt in attempts:
+            try:
+                some = replace(attempt.empty, coarse=tol >= ENOUGH)
+                slopes, error = lowrank_slopes(
+                    head, grad, some, rng, SLACK * tol, attempt.first
+                )
+            except RefusalError:
+                return None
+            if error <= SLACK * tol:
+                return slopes
+            least = min(least, error)
+        if not least <= _HOPELESS * SLACK * tol:
+            return None
+        # what the derivatives lacked says how much more to ask for
+        aim *= _TIGHTER * SLACK * tol / least
+        attempts = worth_a_try(head, grad, tol, rng, aim)
+    return None
+
+
+def worth_a_try(
+    head: Head,
+    grad: Array,
+    tol: float,
+    rng: np.random.Generator,
+    aim: float = _AIM,
+) -> list[Attempt]:
+    """List low ranks whose derivatives may meet ``3 * tol`` and should pay.
+
+    Landmarks hardly ever do but behind a long first chunk: they are fitted to queries,
+    and derivatives by keys err about as much however many there are.
+    """
+    if head.logits < _SMALL:
+        return []
+    limit, cost = WORTH * vjp_work(head, tol), _cost(head, tol)
+
+    try:
+        whole = head.unmasked()
+        sample = Sample.of(whole, rng)
+        frame = Frame.of(sample)
+        variance = float(frame.spread.sum())
+        if not variance <= LARGEST_VARIANCE:
+            return []
+        search = partial(predict, frame=frame, landmarks=False)
+        # pilots see all keys; rows that see some may err by so many times more
+        factor = 1.0 if head.visible is None else leniency(head, rng)
+        wanted = aim * tol * min(1.0, SLACK * _LOST * math.sqrt(variance))
+        (found,) = search(whole, sample, factor * wanted, rng, cost, limit)
+        if found.accepted and found.empty is not None:
+            return [Attempt(found.empty)]
+        if head.visible is not None and head.logits >= _LARGE:
+            marks = LowRank.plan(sample, rank=1, landmarks=_MARKS, rng=rng)
+            careful = _CAREFUL * aim * SLACK * tol
+            longer = Attempt(marks, first_chunk(head, grad, marks, careful, rng))
+            if longer.first is not None and longer.work(head, tol) <= limit:
+                return [longer]
+        # a degree that the answer has in part may be what the derivatives lack
+        (found,) = search(whole, sample, factor * tol, rng, cost, limit)
+        rank = _whole_degree(head.sizes[2], found.rank)
+        if not found.accepted or cost(rank, 0) > limit:
+            return []
+        return [Attempt(LowRank.plan(sample, rank=rank, landmarks=0, rng=rng))]
+    except RefusalError:
+        return []
+
+
+def least_share(head: Head, tol: float, attempts: list[Attempt]) -> float:
+    """The least share of the exact time that a low rank, or rounding, takes."""
+    work = [vjp_work(head, tol), *(x.work(head, tol) for x in attempts)]
+    return min(work) / exact_vjp_work(head)
+
+
+def _whole_degree(d: int, rank: int) -> int:
+    """The number of monomials of the least degree that has so many."""
+    return next(size for g in range(rank + 1) if (size := rank_of(d, g)) >= rank)

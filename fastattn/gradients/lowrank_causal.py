@@ -1,0 +1,176 @@
+"""The derivative of a causal low rank: sums over what comes before, and behind.
+
+A row is differentiated over the chunks of keys before its own by the sums over those
+keys, and exactly within its own chunk. What a key gets comes from its own chunk too,
+and from the sums over all rows of the chunks behind.
+"""
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import accumulate
+from operator import add
+from typing import Any
+
+import numpy as np
+
+from fastattn._ops.gradient import attend_vjp
+from fastattn.gradients.backward import Backward, Slopes, spread, take
+from fastattn.gradients.lowrank_passes import key_slopes, query_slopes
+from fastattn.methods.lowrank.prefixes import LowRankPrefix, lowrank_prefixes
+from fastattn.methods.lowrank.structure import LowRank
+from fastattn.prepared.held_out import join
+from fastattn.problem.causal_chunks import chunks_of, each, part_of
+from fastattn.problem.head import Head
+from sketching._lib.arrays import Array, device_of, to_host
+
+
+def causal_slopes(
+    head: Head, grad: Array, empty: LowRank, hard: Array, first: int | None = None
+) -> tuple[Slopes, Backward, Slopes]:
+    """Differentiate a causal head, whose last row sees all keys, over a basis.
+
+    The ``first`` keys are one chunk. Rows that are ``hard``, boolean ``(n,)``, and rows
+    out of reach add nothing, and have infinite normalizers in the second answer. The
+    third is what part of the derivatives is by the basis, and not exact.
+    """
+    chunks = chunks_of(to_host(head.visible), first)
+    counts = [keys.start for _, keys in chunks[1:]]
+    prefixes = [x for some in lowrank_prefixes(head, empty, counts) for x in some]
+    causal = _Causal(head, grad, hard, chunks, prefixes, _far_keys(prefixes))
+    found = causal.by_rows()
+    xp, columns = head.xp, zip(*found, strict=True)
+    query, key, value, far_query, normalizer, drift, sums = columns
+    state = Backward(head, grad, xp.concat(list(normalizer)), xp.concat(list(drift)))
+    # no row is behind the keys of the last chunk, which are none
+    behind = list(accumulate(sums[:0:-1]))[::-1]
+    more = causal.by_keys(behind)
+    far: Slopes = (
+        xp.concat(list(far_query)),
+        xp.concat([x for x, _ in more]),
+        xp.concat([x for _, x in more]),
+    )
+    slopes = (
+        xp.concat(list(query)) + far[0],
+        xp.concat(list(key)) + far[1],
+        xp.concat(list(value)) + far[2],
+    )
+    return causal.with_far_keys(slopes, state), state, far
+
+
+def _far_keys(prefixes: list[LowRankPrefix]) -> Array:
+    return np.flatnonzero(np.concatenate([to_host(x.far) for x in prefixes]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Causal:
+    """A causal head in chunks, with a structure over the keys before each.
+
+    Parameters
+    ----------
+    head, grad, hard : Head, array, boolean array
+        As in ``causal_slopes``.
+    chunks : list of pairs of slices
+        Rows and keys.
+    prefixes : list of LowRankPrefix
+        For every chunk but the first.
+    far : integer array
+        Numbers of the far keys.
+    """
+
+    head: Head
+    grad: Array
+    hard: Array
+    chunks: list[tuple[slice, slice]]
+    prefixes: list[LowRankPrefix]
+    far: Array
+
+    def by_rows(self) -> list[tuple[Array, ...]]:
+        """Differentiate every chunk; also say what is known of rows, and their sums."""
+        return each(self.head, self._rows, range(len(self.chunks)))
+
+    def by_keys(self, behind: list[Array]) -> list[tuple[Array, Array]]:
+        """What keys and values of every chunk get from the sums of those behind."""
+
+        def work(k: int) -> tuple[Array, Array]:
+            keys, prefix = self.chunks[k][1], self.prefixes[k]
+            key, value = self.head.key[keys, :], self.head.value[keys, :]
+            return key_slopes(key, value, prefix.far, prefix.structure, behind[k])
+
+        return each(self.head, work, range(len(behind)))
+
+    def with_far_keys(self, slopes: Slopes, state: Backward) -> Slopes:
+        """Add what rows make of the far keys of the chunks before their own."""
+        if not len(self.far):
+            return slopes
+        seen = [np.full(x.stop - x.start, keys.start) for x, keys in self.chunks]
+        visible = self.head.xp.asarray(
+            np.concatenate(seen), device=device_of(self.head.query)
+        )
+        state = replace(state, head=replace(self.head, visible=visible))
+        more, m = state.exact(None, self.far), self.head.sizes[1]
+        return (
+            slopes[0] + more[0],
+            slopes[1] + spread(more[1], self.far, m),
+            slopes[2] + spread(more[2], self.far, m),
+        )
+
+    def _rows(self, k: int) -> tuple[Array, ...]:
+        xp, (rows, keys) = self.head.xp, self.chunks[k]
+        part, grad = part_of(self.head, rows, keys), self.grad[rows, :]
+        if rows.start == rows.stop:
+            sums = np.zeros((len(self.prefixes[0].structure.sums), grad.shape[1] + 1))
+            slopes = (
+                xp.zeros_like(x, dtype=grad.dtype)
+                for x in (part.query, part.key, part.value, part.query)
+            )
+            return *slopes, grad[:, 0], grad[:, 0], sums
+        found = {}
+
+        def beside(some: slice, normalizer: Array, drift: Array) -> tuple[Array, Array]:
+            some = slice(rows.start + some.start, rows.start + some.stop)
+            found[some.start] = self._before(k, some, normalizer, drift)
+            return found[some.start][:2]
+
+        query, key, value = attend_vjp(
+            xp.astype(part.query, grad.dtype, copy=False),
+            part.key,
+            part.value,
+            grad,
+            scale=part.scale,
+            visible=part.visible,
+            beside=beside,
+            coarse=self.prefixes[0].structure.coarse,
+        )
+        normalizer, drift, slope, more = zip(
+            *(found[start] for start in sorted(found)), strict=True
+        )
+        known = (xp.concat(list(x)) for x in (slope, normalizer, drift))
+        return query, key, value, *known, reduce(add, more)
+
+    def _before(
+        self, k: int, rows: slice, normalizer: Array, drift: Array
+    ) -> tuple[Any, ...]:
+        """Add the keys before a chunk to what some of its rows know of those in it.
+
+        Returns their log-sum-exps and drifts over all keys, their derivatives over
+        those that are not far, and what the keys need to know of them.
+        """
+        head, grad, start = self.head, self.grad[rows, :], self.chunks[k][1].start
+        xp, few = head.xp, replace(head, query=head.query[rows, :], visible=None)
+        far = self.far[: np.searchsorted(self.far, start)]
+        if len(far):
+            key, value = (take(x, far) for x in (head.key, head.value))
+            answer, more = replace(few, key=key, value=value).attend()
+            moved = xp.sum(grad * answer, axis=1)
+            both, normalizer = join(
+                (drift[:, None], normalizer), (moved[:, None], more)
+            )
+            drift = both[:, 0]
+        normalizer = xp.where(self.hard[rows], xp.inf, normalizer)
+        if k == 0:
+            return normalizer, drift, xp.zeros_like(few.query, dtype=grad.dtype), 0.0
+        prefix = self.prefixes[k - 1]
+        slope, sums, normalizer, drift = query_slopes(
+            few, grad, prefix.structure, normalizer, drift, prefix.near_mean
+        )
+        return normalizer, drift, slope, sums

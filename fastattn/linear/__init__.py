@@ -1,0 +1,4 @@
+"""Linear attention: feature maps, key-value states, and derivatives.
+
+Feature maps that estimate softmax weights are methods of softmax attention too.
+"""

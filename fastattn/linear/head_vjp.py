@@ -1,0 +1,133 @@
+"""The derivative of linear attention: passes over queries and keys, as the answer is.
+
+With ``Z = phi(Q) S`` and ``S = phi(K)^T [V, 1]``, where the last column of ``Z`` is the
+sum of the weights, the derivative by ``Z`` is a matrix of the width of ``S``, and those
+by features are products with ``S`` and with ``phi(Q)^T dZ``, the sum on the way back.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fastattn._ops.linear import prefix_products, reciprocal
+from fastattn.linear.heads import LinearHead, extend
+from sketching._lib.arrays import Array, array_namespace, mover
+
+Slopes = tuple[Array, Array, Array]
+
+
+def slopes_of(part: LinearHead, grad: Array) -> Slopes:
+    """Differentiate ``sum(grad * answer)`` of one head by query, key and value."""
+    head, dtype = part.head, part.features.dtype
+    if head.sizes[1] == 0:
+        query, key, value = (
+            head.xp.zeros_like(x, dtype=dtype)
+            for x in (head.query, head.key, head.value)
+        )
+        return query, key, value
+    if part.is_sequential:
+        return _causal(part, grad)
+    return _whole(part, grad)
+
+
+def _whole(part: LinearHead, grad: Array) -> Slopes:
+    """Differentiate where all rows see all keys, block by block."""
+    xp, size, sums = part.head.xp, part.rows, part.sums()
+    (n, m, _, p), flip = part.head.sizes, xp.matrix_transpose
+    query_parts, key_parts, value_parts, total = [], [], [], None
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        features, log = part.query(rows)
+        mixed = xp.matmul(features, sums.total)
+        change = _change(part, rows, mixed, (log, sums.log), grad[rows, :])
+        own = xp.matmul(flip(features), change)
+        total = own if total is None else total + own
+        query_parts.append(_by_query(part, rows, xp.matmul(change, flip(sums.total))))
+    for start in range(0, m, size):
+        keys = slice(start, min(start + size, m))
+        features, log, value = part.key(keys)
+        extended, _ = extend(value, log, sums.log)
+        value_parts.append(_by_value(xp.matmul(features, total), log, sums.log, p))
+        key_parts.append(_by_key(part, keys, xp.matmul(extended, flip(total))))
+    return xp.concat(query_parts), xp.concat(key_parts), xp.concat(value_parts)
+
+
+def _causal(part: LinearHead, grad: Array) -> Slopes:
+    """Differentiate where rows see the first keys only: three products by chunks.
+
+    All features are kept: what comes back runs from the last row to the first.
+    """
+    xp, (n, m, _, p) = part.head.xp, part.head.sizes
+    rows, keys = slice(0, n), slice(0, m)
+    visible, place = part.visible, part.place
+    left, row_log = part.query(rows)
+    right, key_log, value = part.key(keys)
+    extended, top = extend(value, key_log)
+    forward = {"visible": visible, **part.fading(keys, rows, place)}
+    mixed = _products(left, right, extended, forward)
+    change = _change(part, rows, mixed, (row_log, top), grad)
+    by_left = _products(change, extended, right, forward)
+    # key j is seen by the rows from the first that sees more than j keys
+    first = np.searchsorted(visible, np.arange(m), side="right")
+    backward: dict[str, Any] = {"visible": (n - first)[::-1]}
+    if part.decay is not None:
+        end = max(int(place[-1]), int(part.column[-1]))
+        backward |= {
+            "decay": part.decay,
+            "row": end - part.column[::-1],
+            "column": end - place[::-1],
+        }
+    flipped = [xp.flip(x, axis=0) for x in (left, change, right, extended)]
+    left, change, right, extended = flipped
+    by_right = xp.flip(_products(extended, change, left, backward), axis=0)
+    by_value = xp.flip(_products(right, left, change, backward), axis=0)
+    return (
+        _by_query(part, rows, by_left),
+        _by_key(part, keys, by_right),
+        _by_value(by_value, key_log, top, p),
+    )
+
+
+def _products(
+    left: Array, right: Array, value: Array, options: dict[str, Any]
+) -> Array:
+    """Sum what each row of ``left`` sees, without keys before the first."""
+    empty = mover(left, left.dtype)(np.zeros((left.shape[1], value.shape[1])))
+    found: Array = prefix_products(left, right, value, empty, **options)[0]
+    return found
+
+
+def _change(
+    part: LinearHead,
+    rows: slice,
+    mixed: Array,
+    logs: tuple[Array | None, Array | None],
+    grad: Array,
+) -> Array:
+    """Derivative by the sums of some rows: of the values, and last of the weights."""
+    xp, (row_log, key_log) = part.head.xp, logs
+    value, total, log = part.finish(mixed, row_log, key_log)
+    part.check_weights(total, rows)
+    if not part.normalize:
+        if row_log is not None:
+            grad = grad * xp.exp(log)[:, None]
+        return xp.concat([grad, xp.zeros_like(grad[:, :1])], axis=1)
+    drift = -xp.sum(grad * value, axis=1, keepdims=True)
+    return xp.concat([grad, drift], axis=1) * reciprocal(total)[:, None]
+
+
+def _by_query(part: LinearHead, rows: slice, slope: Array) -> Array:
+    """Derivative by queries from that by their features."""
+    position = np.arange(rows.start, rows.stop)
+    return part.features.query_vjp(part.head.query[rows, :], position, slope)
+
+
+def _by_key(part: LinearHead, keys: slice, slope: Array) -> Array:
+    """Derivative by keys from that by their features."""
+    return part.features.key_vjp(part.head.key[keys, :], part.column[keys], slope)
+
+
+def _by_value(slope: Array, log: Array | None, top: Array | None, p: int) -> Array:
+    """Derivative by values from that by ``[value, 1]`` times the keys' factors."""
+    slope = slope[:, :p]
+    return slope if log is None else slope * array_namespace(slope).exp(log - top)

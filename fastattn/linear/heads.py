@@ -1,0 +1,377 @@
+"""Linear attention of one head: sums over keys, and what queries make of them."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._ops.linear import (
+    divided,
+    key_sums,
+    prefix_products,
+    row_means,
+)
+from fastattn.linear.protocol import FeatureMap, Reader
+from fastattn.problem.head import Head
+from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
+from sketching._lib.certificate import RefusalError
+from sketching._lib.threads import run_blocks
+from sketching._lib.validation import not_finite
+
+# features of a block of rows: as many numbers stay in cache; least and most rows
+_BLOCK = 1 << 18
+_ROWS = (64, 4096)
+# tasks, each with its own sums: a number that does not depend on the threads
+_TASKS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sums:
+    """Sums over keys of features times ``[value, 1]``.
+
+    Parameters
+    ----------
+    total : array, shape (..., r, p + 1)
+        The sums, relative to ``exp(log)``.
+    log : array, shape (..., 1, 1), or None
+        None where features have no factors.
+    """
+
+    total: Array
+    log: Array | None
+
+    @staticmethod
+    def of(features: Array, value: Array, log: Array | None) -> "Sums":
+        """Sum over keys whose factors have the logarithms ``log``, (..., m, 1)."""
+        xp = array_namespace(features)
+        extended, top = extend(value, log)
+        return Sums(xp.matmul(xp.matrix_transpose(features), extended), top)
+
+    def relative_to(self, log: Array | None) -> Array:
+        """Return the sums relative to another factor."""
+        if log is None or self.log is None:
+            return self.total
+        xp = array_namespace(self.total)
+        # no keys yet: there is nothing to scale
+        gap = xp.where(xp.isfinite(self.log), self.log - log, xp.zeros_like(log))
+        return self.total * xp.exp(gap)
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Add the sums over other keys."""
+        top = None
+        if self.log is not None and other.log is not None:
+            xp = array_namespace(self.log, other.log)
+            top = xp.where(self.log > other.log, self.log, other.log)
+        return Sums(self.relative_to(top) + other.relative_to(top), top)
+
+
+def extend(
+    value: Array, log: Array | None, least: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Return ``[value, 1]`` times the keys' factors, relative to the largest.
+
+    The largest is at least ``exp(least)``.
+    """
+    xp = array_namespace(value)
+    extended = xp.concat([value, xp.ones_like(value[..., :1])], axis=-1)
+    if log is None:
+        return extended, None
+    if value.shape[-2]:
+        top = xp.max(log, axis=-2, keepdims=True)
+        if least is not None:
+            top = xp.where(top > least, top, least)
+    else:
+        top = least
+    return extended * xp.exp(log - top), top
+
+
+def finish(
+    sums: Array,
+    row_log: Array | None,
+    key_log: Array | None,
+    offset: float,
+    normalize: bool,
+    out: Any = None,
+) -> tuple[Array, Array, Array]:
+    """Turn sums of ``[value, 1]`` into values, sums of weights and logarithms."""
+    if normalize:
+        value, total = divided(sums, offset=offset, out=out)
+    else:
+        value, total = sums[..., :-1], sums[..., -1] + offset
+    return with_logs(value, total, row_log, key_log, normalize)
+
+
+def with_logs(
+    value: Array,
+    total: Array,
+    row_log: Array | None,
+    key_log: Array | None,
+    normalize: bool,
+) -> tuple[Array, Array, Array]:
+    """Return values, sums of weights, and the logarithms of their factors."""
+    xp = array_namespace(total)
+    if row_log is None:
+        return value, total, xp.zeros_like(total)
+    log = (row_log + key_log)[..., 0]
+    return (value if normalize else value * xp.exp(log)[..., None]), total, log
+
+
+def least_total(xp: Any, dtype: Any) -> float:
+    """Return what a sum of weights must exceed, or all that is left is underflow."""
+    kind = xp.finfo(dtype)
+    return float(kind.smallest_normal) / float(kind.eps)
+
+
+def check_weights(feature_map: FeatureMap, total: Array, sees: Array | None) -> None:
+    """Refuse rows that see keys whose weights, meant to be softmax's, all vanish."""
+    if not feature_map.approximates_softmax:
+        return
+    xp = array_namespace(total)
+    lost = xp.abs(total) <= least_total(xp, total.dtype)
+    if sees is not None:
+        lost = xp.logical_and(lost, sees)
+    count = int(xp.count_nonzero(lost))
+    if count:
+        raise RefusalError(
+            f"all weights of {count} rows vanish in {total.dtype}: logits are beyond "
+            f"what {feature_map} serves; use attention() instead"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What linear attention says of the queries of one head.
+
+    Parameters
+    ----------
+    value : array, shape (n, p)
+    total : array, shape (n,)
+        Sums of the weights, relative to ``exp(log)``.
+    log : array, shape (n,)
+    """
+
+    value: Array
+    total: Array
+    log: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearHead:
+    """One head with its features.
+
+    Parameters
+    ----------
+    head : Head
+    features : Reader
+    column : integer array, shape (m,)
+        On the host: where the keys stood before some were left out.
+    decay : float or None
+        What a key loses for each position that a row is ahead of it.
+    normalize : bool
+        Whether a row is divided by the sum of its weights.
+    check : callable, optional
+        What raises where a number of the inputs is not finite; by default they are.
+    """
+
+    head: Head
+    features: Reader
+    column: Array
+    decay: float | None = None
+    normalize: bool = True
+    check: Callable[[], None] | None = None
+
+    @property
+    def visible(self) -> Array:
+        """How many keys each row of a sequential head sees, on the host."""
+        return to_host(self.head.visible).astype(np.int64)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        features, _ = self.features.key(self.head.key[:1, :], self.column[:1])
+        return min(max(_BLOCK // int(features.shape[-1]), _ROWS[0]), _ROWS[1])
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the answer is found row by row, so that there is no one sum."""
+        return self.head.visible is not None or self.head.sizes[1] == 0
+
+    def answer(self, sums: Sums | None = None) -> Answer:
+        """Answer all queries; a row whose weights add up to zero gets zeros.
+
+        ``sums`` is what ``sums()`` returns, where that is known.
+        """
+        n, m, _, p = self.head.sizes
+        if m == 0:
+            like = {"dtype": self.features.dtype, "device": device_of(self.head.query)}
+            zeros = self.head.xp.zeros((n, p + 2), **like)
+            return Answer(zeros[:, :p], zeros[:, p], zeros[:, p + 1])
+        if self.is_sequential:
+            return self._causal(self.rows)
+        return self._whole(self.sums() if sums is None else sums, self.rows)
+
+    def sums(self) -> Sums:
+        """Sum over all keys: a task adds up its own blocks."""
+        m, size = self.head.sizes[1], self.rows
+        span = size * -(-m // (size * _TASKS))
+        found: list[Any] = [None] * -(-m // span)
+
+        def work(task: int) -> None:
+            total = None
+            for start in range(task * span, min((task + 1) * span, m), size):
+                features, log, value = self.key(slice(start, min(start + size, m)))
+                if log is None:
+                    sums = Sums(key_sums(features, value), None)
+                else:
+                    sums = Sums.of(features, value, log)
+                total = sums if total is None else total.plus(sums)
+            found[task] = total
+
+        run_tasks(work, range(len(found)), self.head.query)
+        whole: Sums = functools.reduce(Sums.plus, found)
+        return whole
+
+    def key(self, rows: slice) -> tuple[Array, Array | None, Array]:
+        """Features of some keys, their factors' logarithms, and the values."""
+        head, xp = self.head, self.head.xp
+        self._look_at(head.key[rows, :], head.value[rows, :])
+        features, log = self.features.key(head.key[rows, :], self.column[rows])
+        value = xp.astype(head.value[rows, :], self.features.dtype, copy=False)
+        return features, log, value
+
+    def query(self, rows: slice) -> tuple[Array, Array | None]:
+        """Features of some queries and their factors' logarithms."""
+        position = np.arange(rows.start, rows.stop)
+        self._look_at(self.head.query[rows, :])
+        return self.features.query(self.head.query[rows, :], position)
+
+    def _look_at(self, *arrays: Array) -> None:
+        if self.check and any(not_finite(x)[0] for x in arrays):
+            self.check()
+
+    def finish(
+        self, sums: Array, row_log: Array | None, key_log: Array | None, out: Any = None
+    ) -> tuple[Array, Array, Array]:
+        """Turn the sums of some rows into values, sums of weights and logarithms."""
+        offset = self.features.map.offset
+        return finish(sums, row_log, key_log, offset, self.normalize, out)
+
+    def check_weights(self, total: Array, rows: slice) -> None:
+        """Refuse rows whose weights, which should be those of softmax, all vanish."""
+        visible = self.head.visible
+        sees = None if visible is None else visible[rows] > 0
+        # weights that faded away are right to vanish
+        if self.head.sizes[1] and (self.normalize or self.decay is None):
+            check_weights(self.features.map, total, sees)
+
+    def _whole(self, sums: Sums, size: int) -> Answer:
+        n, _, _, p = self.head.sizes
+        options = {"offset": self.features.map.offset, "normalize": self.normalize}
+
+        def work(rows: slice, out: Any) -> tuple[Array, Array, Array]:
+            features, log = self.query(rows)
+            value, total = row_means(features, sums.total, **options, out=out)
+            return with_logs(value, total, log, sums.log, self.normalize)
+
+        return Answer(*each_block(work, n, size, p, like=sums.total))
+
+    def _causal(self, size: int) -> Answer:
+        (n, _, _, p), visible, place = self.head.sizes, self.visible, self.place
+        state, done = _empty(*self.query(slice(0, 1)), p), 0
+
+        def work(rows: slice, out: Any) -> tuple[Array, Array, Array]:
+            nonlocal state, done
+            last = int(visible[rows][-1])
+            left, row_log = self.query(rows)
+            right, log, value = self.key(slice(done, last))
+            extended, top = extend(value, log, state.log)
+            found, total = prefix_products(
+                left,
+                right,
+                extended,
+                state.relative_to(top),
+                visible=visible[rows] - done,
+                **self.fading(slice(done, last), rows, place),
+            )
+            state, done = Sums(total, top), last
+            return self.finish(found, row_log, top, out)
+
+        return Answer(*each_block(work, n, size, p, like=state.total, in_turn=True))
+
+    @property
+    def place(self) -> Array:
+        """Where each row of a sequential head is: positions that decay counts from.
+
+        Where rows are normalised, what fades for all their keys does not matter: rows
+        stay with the last key that they see, so that its weight is never lost.
+        """
+        if self.decay is None or not self.normalize or self.features.map.offset:
+            return np.arange(self.head.sizes[0])
+        visible = self.visible
+        return np.where(visible > 0, self.column[np.maximum(visible, 1) - 1], 0)
+
+    def fading(self, keys: slice, rows: slice, place: Array) -> dict[str, Any]:
+        """Return the options of ``prefix_products`` that say how keys fade."""
+        if self.decay is None:
+            return {}
+        return {
+            "decay": self.decay,
+            "row": place[rows],
+            "column": self.column[keys],
+            "origin": int(place[max(rows.start - 1, 0)]),
+        }
+
+
+def each_block(
+    work: Callable[[slice, Any], tuple[Array, ...]],
+    n: int,
+    size: int,
+    p: int,
+    like: Array,
+    in_turn: bool = False,
+) -> tuple[Array, ...]:
+    """Call ``work`` for blocks of rows and put the answers one below the other.
+
+    It returns values, ``(rows, p)``, and two numbers for each row. It is given memory
+    for the values, or None, and may use it.
+    """
+    blocks = [slice(s, min(s + size, n)) for s in range(0, n, size)]
+    if place_of(like) != "cpu":
+        xp = array_namespace(like)
+        parts = zip(*(work(rows, None) for rows in blocks), strict=True)
+        return tuple(xp.concat(list(x)) for x in parts)
+    outs = tuple(np.empty((n, *shape), like.dtype) for shape in ((p,), (), ()))
+
+    def call(number: int) -> None:
+        rows = blocks[number]
+        value, *others = work(rows, outs[0][rows])
+        # where the memory was used there is nothing to copy
+        if value.base is not outs[0]:
+            outs[0][rows] = value
+        for out, part in zip(outs[1:], others, strict=True):
+            out[rows] = part
+
+    if in_turn:
+        for number in range(len(blocks)):
+            call(number)
+    else:
+        run_tasks(call, range(len(blocks)), like)
+    return outs
+
+
+def run_tasks(work: Callable[[int], None], numbers: range, like: Array) -> None:
+    """Call ``work`` for every number, spread over threads on the CPU."""
+    if place_of(like) == "cpu":
+        run_blocks(work, numbers)
+        return
+    for number in numbers:
+        work(number)
+
+
+def _empty(left: Array, log: Array | None, p: int) -> Sums:
+    """Sums over no keys."""
+    xp = array_namespace(left)
+    total = xp.broadcast_to(xp.zeros_like(left[0, :])[:, None], (left.shape[1], p + 1))
+    return Sums(total, None if log is None else xp.full_like(left[:1, :1], -xp.inf))

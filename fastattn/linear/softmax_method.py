@@ -1,0 +1,71 @@
+"""Feature maps as methods of softmax attention, certified on sampled rows."""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from fastattn.certificates.certify import certified
+from fastattn.costs.work import seconds
+from fastattn.linear.heads import LinearHead, least_total
+from fastattn.linear.protocol import FeatureMap, Reader
+from fastattn.methods.polynomial.recipe import Attempt, candidate_of
+from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import RefusalError
+
+
+class SoftmaxFeatures(FeatureMap, Protocol):
+    """A map whose weights approximate those of softmax: a method of attention."""
+
+    __slots__ = ()
+
+    approximates_softmax: ClassVar[bool] = True
+
+    def candidates(
+        self,
+        head: Head,
+        tol: float,  # noqa: ARG002
+        guarantee: str,
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> Iterator[Candidate]:
+        """Say what would run, or why it would be refused."""
+        yield candidate_of(self, lambda: _attempt(self, head, guarantee).plan)
+
+    def solve(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> HeadAnswer:
+        """Run the method and certify the answer, or refuse."""
+        answer = certified(head, _attempt(self, head, guarantee), tol, rng)
+        if not answer.error <= tol:
+            raise RefusalError(
+                f"{self} misses tol={tol:g}: {answer.error:.2e} on sampled rows; raise "
+                "tol, or use Auto() or Exact()"
+            )
+        return answer
+
+
+def _attempt(feature_map: FeatureMap, head: Head, guarantee: str) -> Attempt:
+    if guarantee == "proven":
+        raise RefusalError(
+            f"{feature_map} has no proven bound: use guarantee='sampled', "
+            "Polynomial() or Exact()"
+        )
+    features = Reader.of(feature_map, head.query, head.scale)
+    n, m, d, p = head.sizes
+    width = features.key(head.key[:1, :])[0].shape[-1]
+    work = (n + m) * width * (p + 1 + d)
+    plan = Plan(feature_map, math.nan, seconds(work), "asked for")
+
+    def run(head: Head) -> tuple[Array, Array, Array]:
+        xp = head.xp
+        answer = LinearHead(head, features, np.arange(head.sizes[1])).answer()
+        total = answer.total
+        good = total > least_total(xp, total.dtype)
+        good = xp.logical_and(good, xp.isfinite(total))
+        logarithm = xp.log(xp.where(good, total, xp.ones_like(total))) + answer.log
+        nothing = xp.full_like(total, xp.nan)
+        return answer.value, xp.where(good, logarithm, nothing), good
+
+    return Attempt(plan, run, math.inf)

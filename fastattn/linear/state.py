@@ -1,0 +1,308 @@
+"""Linear attention one token at a time: a state whose size does not grow."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastattn.linear.attention import check_decay, check_map
+from fastattn.linear.heads import Sums, check_weights, finish
+from fastattn.linear.protocol import FeatureMap, Reader
+from sketching._lib.arrays import Array, array_namespace, device_of, plain
+from sketching._lib.cell import Cell
+from sketching._lib.certificate import RefusalError
+from sketching._lib.validation import check_flag, check_float_array, check_number
+
+# numbers in the features of a block of keys
+_BLOCK = 1 << 22
+# leading dimensions, width of keys, width of values and dtype
+_Kind = tuple[tuple[int, ...], int, int, Any]
+
+
+class _Held(NamedTuple):
+    """What a state holds; nobody changes it in place."""
+
+    inserted: int = 0
+    features: Reader | None = None
+    kind: _Kind | None = None
+    sums: Sums | None = None
+
+
+class LinearState:
+    r"""What linear attention remembers of the keys so far: one matrix for each head.
+
+    A query sees all keys that were inserted before it, so that inserting a token and
+    querying it gives the rows of :func:`linear_attention` with ``is_causal=True``. The
+    state has a row for each feature, whatever the number of keys.
+
+    Queries may run side by side with each other and with one change: each answers from
+    the keys before the change or after it. Changes take turns, and an exception inside
+    one, an interrupt too, leaves the state as it was.
+
+    Parameters
+    ----------
+    feature_map : FeatureMap
+        As in :func:`linear_attention`.
+    scale : float, optional
+        As in :func:`linear_attention`.
+    decay : float or array, optional
+        What every key inserted before loses with each key: a number above 0 and up to
+        1, or one for each head.
+    normalize : bool, default True
+        As in :func:`linear_attention`.
+
+    Attributes
+    ----------
+    count : int
+        Number of keys inserted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import EluPlusOne, LinearState, linear_attention
+    >>> query, key, value = np.random.default_rng(0).standard_normal((3, 8, 4))
+    >>> state = LinearState(EluPlusOne())
+    >>> rows = [
+    ...     state.insert(key[i : i + 1], value[i : i + 1]).query(query[i : i + 1])
+    ...     for i in range(8)
+    ... ]
+    >>> options = {"feature_map": EluPlusOne(), "is_causal": True}
+    >>> whole = linear_attention(query, key, value, **options)
+    >>> bool(np.allclose(np.concatenate(rows), whole))
+    True
+    >>> state.nbytes
+    160
+    """
+
+    __slots__ = (
+        "_cell",
+        "decay",
+        "feature_map",
+        "normalize",
+        "scale",
+    )
+
+    def __init__(
+        self,
+        feature_map: FeatureMap,
+        *,
+        scale: float | None = None,
+        decay: float | Array | None = None,
+        normalize: bool = True,
+    ) -> None:
+        check_map(feature_map)
+        self.feature_map = feature_map
+        self.scale = None if scale is None else check_number("scale", scale)
+        self.decay: Any = None if decay is None else check_decay(decay)
+        check_flag("normalize", normalize)
+        self.normalize = normalize
+        self._cell = Cell(_Held())
+
+    def __copy__(self) -> "LinearState":
+        """Return a state that goes its own way from here on."""
+        other = object.__new__(LinearState)
+        for name in ("decay", "feature_map", "normalize", "scale"):
+            setattr(other, name, getattr(self, name))
+        other._cell = Cell(self._cell.value)
+        return other
+
+    @property
+    def count(self) -> int:
+        """Number of keys inserted."""
+        return self._cell.value.inserted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        sums = self._cell.value.sums
+        if sums is None:
+            return 0
+        total = sums.total
+        bits = int(array_namespace(total).finfo(total.dtype).bits)
+        return int(math.prod(total.shape)) * bits // 8
+
+    def insert(self, key: Array, value: Array) -> "LinearState":
+        """Add keys and their values, in order.
+
+        Parameters
+        ----------
+        key, value : array, shapes (..., m, d) and (..., m, p)
+            Of the same leading dimensions, library and dtype at every call.
+
+        Returns
+        -------
+        LinearState
+            Itself.
+        """
+        key, value = _checked(key=key, value=value)
+        self._cell.change(lambda held: (self._inserted(held, key, value), None))
+        return self
+
+    def _inserted(self, held: _Held, key: Array, value: Array) -> _Held:
+        kind = self._checked_kind(held.kind, key, value)
+        features = held.features or self._features_for(key)
+        sums, count = held.sums, held.inserted
+        width = features.key(key[..., :1, :], np.zeros(1))[0].shape[-1]
+        rows = max(1, _BLOCK // (width * math.prod(key.shape[:-2])))
+        for start in range(0, key.shape[-2], rows):
+            block = slice(start, min(start + rows, key.shape[-2]))
+            size = block.stop - start
+            # a query that meets sums which overflowed is refused
+            with np.errstate(over="ignore", invalid="ignore"):
+                some = self._sum(
+                    features, key[..., block, :], value[..., block, :], count
+                )
+                if sums is not None:
+                    some = self._faded(features, sums, size).plus(some)
+                sums = some
+            count += size
+        return _Held(count, features, kind, sums)
+
+    def query(self, query: Array) -> Array:
+        """Answer queries from the keys inserted so far.
+
+        Parameters
+        ----------
+        query : array, shape (..., n, d)
+            Leading dimensions broadcast against those of the keys.
+
+        Returns
+        -------
+        array, shape (..., n, p)
+        """
+        (query,) = _checked(query=query)
+        count, features, kind, sums = self._cell.value
+        if features is None or sums is None or kind is None:
+            raise ValueError("nothing was inserted yet: there is no key to see")
+        _, d, _, dtype = kind
+        if query.shape[-1] != d:
+            raise ValueError(
+                f"query: expected rows of {d} entries, as the keys, got {query.shape}"
+            )
+        if query.dtype != dtype:
+            raise TypeError(f"query: expected {dtype}, as the keys, got {query.dtype}")
+        xp = array_namespace(query, sums.total)
+        # all queries stand where the last key does
+        position = np.full(query.shape[-2], count - 1)
+        found, row_log = features.query(query, position)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mixed = xp.matmul(found, sums.total)
+            value, total, _ = finish(
+                mixed, row_log, sums.log, self.feature_map.offset, self.normalize
+            )
+            value = xp.astype(value, query.dtype, copy=False)
+        if self.normalize or self.decay is None:
+            check_weights(self.feature_map, total, None)
+        if not bool(xp.all(xp.isfinite(value))):
+            raise RefusalError(
+                f"weights or sums overflow {features.dtype}: scale query, key or "
+                "value down or pass arrays of a wider dtype"
+            )
+        return value
+
+    def merge(self, other: "LinearState") -> "LinearState":
+        """Add what another state remembers, as if its keys had come after these.
+
+        Parameters
+        ----------
+        other : LinearState
+            Of the same feature map and options; it stays as it is.
+
+        Returns
+        -------
+        LinearState
+            Itself.
+        """
+        mine, theirs = self._options(), other._options()
+        if mine != theirs:
+            raise ValueError(f"other: expected a state of {mine}, got {theirs}")
+        if self.feature_map.is_positional:
+            raise ValueError(
+                f"{self.feature_map} has features that depend on positions: states "
+                "that both count from 0 do not add up"
+            )
+        added = other._cell.value
+        self._cell.change(lambda held: (self._merged(held, added), None))
+        return self
+
+    def _merged(self, held: _Held, added: _Held) -> _Held:
+        if added.sums is None:
+            return held
+        if held.sums is None or held.features is None:
+            return added
+        if held.sums.total.shape != added.sums.total.shape:
+            raise ValueError(
+                f"other: expected sums of shape {held.sums.total.shape}, got "
+                f"{added.sums.total.shape}"
+            )
+        faded = self._faded(held.features, held.sums, added.inserted)
+        return held._replace(
+            inserted=held.inserted + added.inserted, sums=faded.plus(added.sums)
+        )
+
+    def _options(self) -> tuple[Any, ...]:
+        decay = None if self.decay is None else self.decay.tolist()
+        return self.feature_map, self.scale, decay, self.normalize
+
+    def _checked_kind(self, kind: _Kind | None, key: Array, value: Array) -> _Kind:
+        """Return what all keys and values have in common; raise if these have not."""
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"value: expected one row for each key of {key.shape}, got "
+                f"{value.shape}"
+            )
+        if kind is None:
+            kind = key.shape[:-2], key.shape[-1], value.shape[-1], key.dtype
+        lead, d, p, dtype = kind
+        shape = () if self.decay is None else self.decay.shape
+        own = zip(reversed(shape), reversed(lead), strict=False)
+        if len(shape) > len(lead) or any(size not in (1, of) for size, of in own):
+            raise ValueError(
+                f"decay: expected one number, or one for each head in {lead}, got "
+                f"shape {shape}"
+            )
+        for name, x, width in (("key", key, d), ("value", value, p)):
+            if x.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype}, as before, got {x.dtype}")
+            if (*x.shape[:-2], x.shape[-1]) != (*lead, width):
+                wanted = ", ".join(map(str, (*lead, "rows", width)))
+                raise ValueError(
+                    f"{name}: expected shape ({wanted}), as before, got {x.shape}"
+                )
+        return kind
+
+    def _features_for(self, key: Array) -> Reader:
+        d = key.shape[-1]
+        scale = self.feature_map.default_scale(d) if self.scale is None else self.scale
+        return Reader.of(self.feature_map, key, scale)
+
+    def _sum(self, reader: Reader, key: Array, value: Array, count: int) -> Sums:
+        """Sum over some keys, as seen from the last of them."""
+        xp, m = array_namespace(key, value), key.shape[-2]
+        features, log = reader.key(key, count + np.arange(m))
+        value = xp.astype(value, reader.dtype, copy=False)
+        if self.decay is not None:
+            gap = np.arange(m)[::-1, None]
+            features = features * self._power(reader, key, gap)
+        return Sums.of(features, value, log)
+
+    def _faded(self, reader: Reader, sums: Sums, steps: int) -> Sums:
+        """Return the sums as seen from some positions later."""
+        if self.decay is None:
+            return sums
+        return Sums(sums.total * self._power(reader, sums.total, steps), sums.log)
+
+    def _power(self, reader: Reader, like: Array, gap: Any) -> Array:
+        xp = array_namespace(like)
+        power = self.decay[..., None, None] ** gap
+        return xp.asarray(power, dtype=reader.dtype, device=device_of(like))
+
+
+def _checked(**arrays: Array) -> list[Array]:
+    """Return arrays of one library, of finite numbers."""
+    array_namespace(*arrays.values())
+    found = []
+    for name, x in arrays.items():
+        check_float_array(name, plain(x), least_ndim=2)
+        found.append(plain(x))
+    return found

@@ -1,0 +1,322 @@
+"""Exact softmax attention, streamed over blocks."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn.certificates.log_errors import log_errors
+from fastattn.certificates.ratio_estimate import FAILURE, relative
+from fastattn.certificates.rounding import (
+    EXP,
+    cut_weights,
+    gamma,
+    largest_number,
+    largest_row,
+    mean_deviation,
+    once_stored,
+    row_norms,
+    smallest_number,
+    unit_roundoff,
+    value_range,
+)
+from fastattn.certificates.sampled import SampledError, certify_rows, scaled_frobenius
+from fastattn.costs.work import exact_work, seconds
+from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.problem.row_statistics import SeenKeys, guess_errors, row_statistics
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import RefusalError
+from sketching._lib.validation import check_integer
+
+# keys that the fast bodies sum before they add to the running sums: least and most,
+# or, in tiles, few enough that there are no more terms in all
+_KEYS_A_BLOCK = (320, 1024)
+# rows that are compared with float64 where no bound is small enough
+_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Exact softmax attention in blocks that stay in cache.
+
+    Logits of any size are right: each row is shifted by the largest logit seen so
+    far (Milakov and Gimelshein, 2018). Nothing of size n x m is stored.
+
+    Parameters
+    ----------
+    block : int, optional
+        Queries in a block; by default what keeps a block of logits in cache and
+        every thread busy.
+
+    Notes
+    -----
+    ``guarantee="proven"`` bounds the rounding; where float32 cannot promise the
+    tolerance, the head is computed in float64. ``"sampled"`` checks rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import Exact, approximate
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 8, 4))
+    >>> answer = approximate(query, key, value, method=Exact(), guarantee="proven")
+    >>> answer.certificate.error < 1e-12, answer.certificate.failure
+    (True, 0.0)
+
+    References
+    ----------
+    Milakov and Gimelshein, Online normalizer calculation for softmax,
+    arXiv 1805.02867.
+    """
+
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block is not None:
+            check_integer("block", self.block, least=1)
+
+    def plan(self, head: Head, reason: str = "asked for") -> Plan:
+        """Say what exact attention costs for this head."""
+        work = exact_work(*head.sizes, logits=head.logits)
+        return Plan(self, 0.0, seconds(work), reason)
+
+    def candidates(
+        self,
+        head: Head,
+        tol: float,  # noqa: ARG002
+        guarantee: str,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> Iterator[Candidate]:
+        """Exact attention is always accepted."""
+        yield Candidate(self.plan(head), accepted=True)
+
+    def solve(
+        self,
+        head: Head,
+        tol: float,
+        guarantee: str,
+        rng: np.random.Generator,
+        reason: str = "asked for",
+    ) -> HeadAnswer:
+        """Compute the head and bound the rounding."""
+        if guarantee == "proven":
+            return self._solve_proven(head, tol, reason)
+        value, normalizer = head.finish(*head.attend(rows=self.block))
+        size = scaled_frobenius(value)
+        log_error = log_error_of(head, normalizer)
+        error = _relative_bound(head, *size, tol)
+        if error <= tol:
+            return HeadAnswer(
+                value,
+                normalizer,
+                error,
+                0.0,
+                "relative-frobenius",
+                f"exact attention in {head.dtype}: a-priori rounding bound",
+                self.plan(head, reason),
+                log_error,
+            )
+        sampled = _sampled(head, value, normalizer, size, tol, rng)
+        # rows in float64 are no truth where float64 itself is too short
+        upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64)
+        if math.isinf(upper):
+            raise RefusalError(
+                f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
+                "the answer underflows; scale query, key or value or pass float64 "
+                "arrays"
+            )
+        if upper > tol:
+            raise RefusalError(
+                f"tol={tol:g} is below what {head.dtype} holds for this head "
+                f"({upper:.1e}): pass float64 arrays or a larger tol"
+            )
+        return HeadAnswer(
+            value,
+            normalizer,
+            upper,
+            FAILURE,
+            "relative-frobenius",
+            f"exact attention; {sampled.source}",
+            self.plan(head, reason),
+            log_error,
+        )
+
+    def _solve_proven(self, head: Head, tol: float, reason: str) -> HeadAnswer:
+        half = value_range(head).half if head.sizes[1] else 0.0
+        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
+            bound = rounding_bound(head, dtype)
+            if bound <= tol * half or (half == 0 and math.isfinite(bound)):
+                value, normalizer = head.finish(*head.attend(dtype, self.block))
+                return HeadAnswer(
+                    value,
+                    normalizer,
+                    bound,
+                    0.0,
+                    "max",
+                    f"exact attention in {dtype}: a-priori rounding bound",
+                    self.plan(head, reason),
+                    log_error_of(head, normalizer, dtype),
+                )
+        raise RefusalError(
+            f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
+            f"{bound:.1e} where the half range of the values is {half:.1e}"
+        )
+
+
+def _sampled(
+    head: Head,
+    value: Array,
+    normalizer: Array,
+    size: tuple[float, float],
+    tol: float,
+    rng: np.random.Generator,
+) -> SampledError:
+    """Compare rows with float64, those of large exponents and values more often."""
+    found = row_statistics(head, rng)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # a product is off in proportion to the norms, an exp and a sum by a little
+        norms = abs(head.scale) * row_norms(head.query, head.query_squares)
+        rounding = 1 + norms * _norms(head)[1]
+    seen = SeenKeys.of(head, found, value, normalizer)
+    guess = guess_errors(found, seen, rounding=np.nan_to_num(rounding, nan=np.inf))
+    return certify_rows(
+        head, value, tol, rng, size=size, guess=guess.squares, first=_ROWS
+    )
+
+
+def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
+    """Rounding bound of the head over the norm of its answer, in units of ``peak``.
+
+    Infinite where it is sure to exceed ``tol``.
+    """
+    n, m, _, p = head.sizes
+    if m == 0:
+        return 0.0
+    if not math.isfinite(peak):
+        return math.inf
+    if peak == 0:
+        # right if there are only zeros to average
+        return 0.0 if head.largest_value == 0 else math.inf
+    root = math.sqrt(n * p)
+    most = tol / (1 + tol) * norm * peak / root
+    bound = rounding_bound(head, head.dtype, most)
+    return relative(bound / peak * root, norm)
+
+
+def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
+    r"""Bound ``max |computed - exact|`` of streaming attention in ``dtype``.
+
+    A logit is off by at most :math:`(\gamma_{d+2} + 4u) L` with
+    :math:`L = s \max\|q\| \max\|k\|`, an exp by 8u, and every rescaling of the running
+    sums by another 8u: a relative error of the weights. The weighted sums add
+    :math:`\gamma` of the number of terms, relative to the largest value. What
+    underflows adds the smallest number, an exp the least normal one. Rows whose logits
+    could overflow are scaled, so that weights are positive whatever they are: a mean
+    of values is off by their range at most. Sums that could overflow make the bound
+    infinite, and so do those that alone exceed ``most``.
+    """
+    xp, m = head.xp, head.sizes[1]
+    if m == 0:
+        return 0.0
+    u, tiny = unit_roundoff(xp, dtype), smallest_number(xp, dtype)
+    extent = value_range(head)
+    sums = sums_error(m, u, is_fast=head.has_fast_body)
+    if sums * extent.peak > most:
+        return math.inf
+    if m * extent.peak > largest_number(xp, dtype) / 4:
+        return math.inf
+    weights = _weights_bound(head, dtype)
+    cut = cut_weights(xp, dtype, m)
+    error = mean_deviation(weights + cut, extent.half) + (sums + cut) * extent.peak
+    return once_stored(xp, head.query.dtype, extent.peak, error + 2 * m * tiny)
+
+
+def may_overflow(head: Head) -> bool:
+    """Whether a logit may leave the range of the dtype of computation."""
+    return not _is_held(*_norms(head), head.xp, head.dtype)
+
+
+def _norms(head: Head) -> tuple[float, float]:
+    """Largest norms of a query times the scale, and of a key."""
+    query_norm = largest_row(head.query, head.query_squares)
+    return abs(head.scale) * query_norm, largest_row(head.key, head.key_squares)
+
+
+def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
+    """Whether ``dtype`` holds scaled queries, and their products with keys."""
+    most = largest_number(xp, dtype) / 4
+    # NaN is not, where nothing is multiplied by infinity
+    return query_norm < most and query_norm * key_norm < most
+
+
+def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
+    """Bound the error of each row's log-sum-exp of exact attention in ``dtype``.
+
+    By default that is the head's own. A row is off by what its logits and their exps
+    are, and the sum of those.
+    """
+    xp, (n, m, d, _) = head.xp, head.sizes
+    dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_body
+    if m == 0:
+        return np.zeros(n)
+    query = abs(head.scale) * row_norms(head.query, head.query_squares)
+    key = largest_row(head.key, head.key_squares)
+    most = largest_number(xp, dtype) / 4
+    sums = sums_error(m, unit_roundoff(xp, dtype), is_fast=is_fast)
+    sums += cut_weights(xp, dtype, m)
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach = query * key
+        error = _exponent_error(m, d, reach, key, xp, dtype, is_fast=is_fast)
+        error -= math.log1p(-sums) if sums < 1 else -math.inf
+        # NaN is no bound, nor what overflowed on the way
+        error = np.where((reach < most) & (query < most), error, np.inf)
+    return log_errors(head, logarithm, error, dtype)
+
+
+def _weights_bound(head: Head, dtype: Any) -> float:
+    """Bound the relative error of all weights of a head in ``dtype``."""
+    _, m, d, _ = head.sizes
+    norms, is_fast = _norms(head), head.has_fast_body
+    return weights_error(m, d, *norms, head.xp, dtype, is_fast=is_fast)
+
+
+def _blocks(m: int, is_fast: bool) -> int:
+    """Blocks of keys that are summed one after the other."""
+    return -(-m // _KEYS_A_BLOCK[0]) if is_fast else 1
+
+
+def sums_error(m: int, u: float, *, is_fast: bool) -> float:
+    """Bound the error of the weighted sums over m keys, relative to the values."""
+    terms = min(m, _KEYS_A_BLOCK[1]) + 2 * _blocks(m, is_fast) if is_fast else m
+    return 2 * gamma(terms + 2, u) + 2 * u
+
+
+def weights_error(
+    m: int,
+    d: int,
+    query_norm: float,
+    key_norm: float,
+    xp: Any,
+    dtype: Any,
+    *,
+    is_fast: bool,
+) -> float:
+    """Bound the relative error of weights; ``query_norm`` is that times the scale."""
+    reach = query_norm * key_norm
+    if not _is_held(query_norm, key_norm, xp, dtype):
+        return math.inf
+    exponent = _exponent_error(m, d, reach, key_norm, xp, dtype, is_fast=is_fast)
+    return math.expm1(exponent) if exponent < 1 else math.inf
+
+
+def _exponent_error(
+    m: int, d: int, reach: Any, key_norm: float, xp: Any, dtype: Any, *, is_fast: bool
+) -> Any:
+    """Bound what logits up to ``reach`` are off by, and the exps of them."""
+    u = unit_roundoff(xp, dtype)
+    # the query is scaled, the product summed, the peak subtracted
+    exponent = (gamma(d + 2, u) + 4 * u) * reach
+    exponent += EXP * (_blocks(m, is_fast) + 1) * u
+    return exponent + d * smallest_number(xp, dtype) * (1 + key_norm)

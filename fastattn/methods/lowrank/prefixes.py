@@ -1,0 +1,170 @@
+"""Low-rank structures over every prefix of the keys, from sums over chunks."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from fastattn._ops.lowrank import LEAST
+from fastattn.methods.lowrank.structure import LowRank
+from fastattn.methods.polynomial.moments import Moments
+from fastattn.problem.causal_chunks import Answer, Prefix, by_prefixes, cuts_of, each
+from fastattn.problem.head import Head
+from sketching._lib.arrays import Array, array_namespace, mover, to_host
+from sketching._lib.certificate import RefusalError
+
+# sums over chunks that exist at once stay below this many bytes
+_LARGEST_PANEL = 1 << 25
+# a sum of weights may be so much smaller than all keys let expect
+_SLACK = 20.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankPrefix:
+    """A low-rank structure with the mean of the keys that it holds.
+
+    Parameters
+    ----------
+    structure : LowRank
+        Over the keys of the prefix.
+    mean : array, shape (d,)
+        Of all of its keys, in units of the scale.
+    far : boolean array
+        Which keys of its last chunk are far.
+    """
+
+    structure: LowRank
+    mean: Array
+    far: Array
+
+    @property
+    def near_mean(self) -> Array:
+        """Mean of the keys that are not far, in units of the scale."""
+        structure, frame = self.structure, self.structure.basis.frame
+        far = len(structure.far_key)
+        total = (structure.count + far) * self.mean
+        apart = structure.far_key.sum(axis=0) + far * frame.center
+        return (total - frame.scale * apart) / max(structure.count, 1)
+
+    def query(self, query: Array) -> Answer:
+        """Answer queries; the least sum that is true follows from the mean key."""
+        value, logarithm, good = self.structure.query(query, slack=_SLACK)
+        xp, dtype = array_namespace(query), logarithm.dtype
+        move = mover(query, dtype)
+        count = self.structure.count + len(self.structure.far_key)
+        # by convexity, the mean weight is at least the weight of the mean key
+        least = xp.matmul(xp.astype(query, dtype, copy=False), move(self.mean))
+        least = least + math.log(LEAST * count)
+        return value, logarithm, xp.logical_and(good, logarithm > least)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _MomentsPrefix:
+    """Moments with the coefficients of their polynomial; log-sum-exps are centred."""
+
+    moments: Moments
+    coefficients: Array
+
+    def query(self, query: Array) -> Answer:
+        """Answer queries."""
+        return self.moments.query(query, self.coefficients, centred=True)
+
+
+def lowrank_by_prefixes(head: Head, empty: LowRank) -> Answer:
+    """Answer a causal head by a low-rank structure, given without keys."""
+    return by_prefixes(head, lambda counts: lowrank_prefixes(head, empty, counts))
+
+
+def lowrank_prefixes(
+    head: Head, empty: LowRank, counts: list[int]
+) -> Iterator[list[LowRankPrefix]]:
+    """Yield structures over so many first keys, a few at a time."""
+
+    def part(keys: slice) -> tuple[LowRank, Array, Array]:
+        key, value = head.key[keys, :], head.value[keys, :]
+        total = to_host(head.xp.sum(key, axis=0, dtype=head.xp.float64))
+        return *empty.part(key, value), head.scale * total
+
+    before, total = empty, np.zeros(head.sizes[2])
+    for panel in _panels(counts, empty.sums.nbytes):
+        parts, far, sums = zip(*each(head, part, panel), strict=True)
+        structures = _accumulated(before, list(parts))
+        totals = total + np.cumsum(sums, axis=0)
+        means = [x / keys.stop for x, keys in zip(totals, panel, strict=True)]
+        yield [LowRankPrefix(*x) for x in zip(structures, means, far, strict=True)]
+        before, total = structures[-1], totals[-1]
+
+
+def moments_by_prefixes(
+    head: Head, moments: Callable[[Head], Moments], coefficients: Array
+) -> Answer:
+    """Answer a causal head by sums of monomials and a polynomial of them.
+
+    Keys are centred within the chunks too, so that no logit of the centre, which may be
+    large, is rounded before the answers are merged.
+    """
+    xp = head.xp
+
+    def part(keys: slice) -> Moments:
+        return moments(replace(head, key=head.key[keys, :], value=head.value[keys, :]))
+
+    def prefixes(counts: list[int]) -> Iterator[list[Prefix]]:
+        total = None
+        for panel in _panels(counts, 8 * len(first.index) * (head.sizes[3] + 1)):
+            some: list[Prefix] = []
+            for one in each(head, part, panel):
+                sums = xp.astype(one.sums, xp.float64)
+                total = sums if total is None else total + sums
+                whole = replace(one, sums=xp.astype(total, one.sums.dtype))
+                some.append(_MomentsPrefix(whole, coefficients))
+            yield some
+
+    first = part(slice(0, 1))
+    dtype = first.sums.dtype
+    center = mover(head.key, dtype)(first.transform.key_center)
+    centred = replace(
+        head,
+        query=xp.astype(head.query, dtype, copy=False),
+        key=xp.astype(head.key, dtype, copy=False) - center,
+    )
+    value, logarithm, good = by_prefixes(centred, prefixes)
+    return value, logarithm + first.center_logits(head.query), good
+
+
+def prefix_doubt(head: Head) -> Array:
+    """How the squared errors of rows compare that see different numbers of keys."""
+    if head.visible is None:
+        return np.ones(head.sizes[0])
+    visible = to_host(head.visible)
+    # the first chunk is exact; beyond it, errors average out with the keys
+    first = cuts_of(int(visible[-1]))[1]
+    return np.where(visible < first, 0.0, 1 / np.maximum(visible, 1))
+
+
+def _panels(counts: list[int], nbytes: int) -> Iterator[list[slice]]:
+    """Yield the keys between the counts, a few chunks at a time."""
+    size = max(1, _LARGEST_PANEL // max(nbytes, 1))
+    chunks = [slice(*pair) for pair in pairwise([0, *counts])]
+    for start in range(0, len(chunks), size):
+        yield chunks[start : start + size]
+
+
+def _accumulated(before: LowRank, parts: list[LowRank]) -> list[LowRank]:
+    """Add parts one after the other; their sums are projected all at once."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = list(accumulate((part.sums for part in parts), initial=before.sums))[1:]
+        weights = sums
+        if before.landmarks:
+            # one solve with many columns
+            wide = before.basis.project(np.concatenate(sums, axis=1))
+            weights = np.split(wide, len(parts), axis=1)
+    # what is not finite stays so
+    if not np.isfinite(weights[-1]).all():
+        raise RefusalError("sums over keys overflow: the inputs are too extreme")
+    structures = []
+    for part, total, weight in zip(parts, sums, weights, strict=True):
+        before = before.joined(part, total, weight)
+        structures.append(before)
+    return structures

@@ -1,0 +1,244 @@
+"""A sample of one head, and the coordinates in which its queries are white.
+
+The queries, each weighted as it counts in the error, are modelled as one normal law.
+In coordinates ``x`` of a query and ``y`` of a key with ``q . k = x . y + tilt . k``,
+that law is standard, and ``exp(q . k)`` is ``a(k) sum_alpha He_alpha(x) y^alpha /
+sqrt(alpha!)`` with ``a(k) = exp(tilt . k + |y|^2 / 2)`` and orthonormal Hermite
+polynomials ``He``.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastattn._ops.softmax import attend
+from fastattn.problem.head import Head, host_rows
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import RefusalError
+
+# rows of a sample
+_QUERIES = 896
+_HELD = (256, 512)
+_HELD_OF = 16
+_FEWEST_KEYS = 2048
+_MOST_KEYS = 8192
+# keys from which the denominators of the sampled queries are judged
+_MASS_KEYS = 512
+# queries whose logits vary more than this many times as much as the average are not
+# answered, keys twice as many times as long as the median are kept apart
+_LIMIT = 10.0
+# keys kept apart are one in twenty at the most, whatever their lengths
+_TAIL = 0.95
+# share of the queries' plain covariance in the weighted one
+_BLEND = 0.02
+# floor of the covariance, relative to its mean diagonal and to the squared mean
+_RIDGE = 1e-6
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """What the planner of one head draws once, on the host.
+
+    Parameters
+    ----------
+    query : array, shape (b, d)
+        Queries that coordinates are fitted to.
+    held : array, shape (h, d)
+        Other queries, which errors are judged on.
+    key, value : array, shapes (c, d), (c, p)
+        Keys with their values in random order: a prefix is a sample too.
+    scale : float
+        The factor of the logits.
+    """
+
+    query: Array
+    held: Array
+    key: Array
+    value: Array
+    scale: float
+
+    @staticmethod
+    def of(head: Head, rng: np.random.Generator) -> "Sample":
+        """Draw the rows; they are copied to the host, in float32 or float64."""
+        n, m, _, _ = head.sizes
+        held = min(max(_HELD[0], min(_HELD[1], n // _HELD_OF)), n // 4)
+        rows = rng.choice(n, min(n, _QUERIES + held), replace=False)
+        keys = rng.choice(
+            m, min(m, _MOST_KEYS, max(_FEWEST_KEYS, m // 2)), replace=False
+        )
+        query = host_rows(head.query, rows)
+        return Sample(
+            query[held:],
+            query[:held],
+            host_rows(head.key, keys),
+            host_rows(head.value, keys),
+            head.scale,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    r"""Affine maps from keys and queries to the coordinates y and x.
+
+    Parameters
+    ----------
+    center : array, shape (d,)
+        The mean key.
+    to_key : array, shape (d, t + 1)
+        A centred key times it is ``[y, tilt . k]``.
+    to_query, origin : array, shapes (d, t + 1), (t + 1,)
+        A query times the map, minus the origin, is ``[x, s q . center]``.
+    spread : array, shape (t,)
+        Mean square of each coordinate of the keys, which does not increase; their sum
+        is the variance of the logits.
+    offset : float
+        Added to ``log a(k)``, so that the weights average one.
+    limit : float
+        Queries with ``sum(spread x^2)`` beyond it are not answered.
+    longest : float
+        Keys whose squared distance from the centre is beyond it are kept apart.
+    share : float
+        Effective share of the sampled queries, each counted with ``1 / D^2``.
+    scale : float
+        The factor of the logits.
+    """
+
+    center: Array
+    to_key: Array
+    to_query: Array
+    origin: Array
+    spread: Array
+    offset: float
+    limit: float
+    longest: float
+    share: float
+    scale: float
+
+    @staticmethod
+    def of(sample: Sample) -> "Frame":
+        """Fit the coordinates to a sample; refuses inputs whose squares overflow."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            center, near, longest = _near_keys(sample.key)
+            key = near * near.dtype.type(sample.scale)
+            second = (key.T @ key).astype(np.float64) / len(key)
+            mass = _log_mass(sample.query, key[:_MASS_KEYS])
+            mean, covariance, level = _query_law(sample.query, mass, second)
+            _check_finite(second, covariance)
+            root = np.linalg.cholesky(covariance)
+            spread, turn = np.linalg.eigh(root.T @ second @ root)
+            spread, turn = np.maximum(spread[::-1], 0.0), turn[:, ::-1]
+            to_key, to_query = root @ turn, np.linalg.solve(root.T, turn)
+            some = key[:_FEWEST_KEYS].astype(np.float64)
+            log = some @ mean + 0.5 * np.sum((some @ to_key) ** 2, axis=1)
+            offset = -float(np.log(np.mean(np.exp(log - log.max()))) + log.max())
+            _check_finite(to_query, np.asarray(offset))
+        return Frame(
+            center,
+            sample.scale * np.column_stack([to_key, mean]),
+            np.column_stack([to_query, sample.scale * center]),
+            np.append(mean @ to_query, 0.0),
+            spread,
+            offset,
+            max(_LIMIT * level, 0.01),
+            longest,
+            effective(np.exp(-2 * mass)) / len(mass),
+            sample.scale,
+        )
+
+    def keep(self, used: int) -> "Frame":
+        """Return the frame with its first ``used`` coordinates only."""
+        pick = np.append(np.arange(used), len(self.spread))
+        return replace(
+            self,
+            to_key=self.to_key[:, pick],
+            to_query=self.to_query[:, pick],
+            origin=self.origin[pick],
+            spread=self.spread[:used],
+        )
+
+    def coordinates(self, key: Array) -> tuple[Array, Array]:
+        """Coordinates y of keys on the host, and log a; far keys are left out."""
+        centred = key - self.center.astype(key.dtype)
+        centred = centred[np.einsum("ij,ij->i", centred, centred) <= self.longest]
+        both = centred @ self.to_key.astype(key.dtype)
+        y = np.ascontiguousarray(both[:, :-1])
+        square = np.einsum("ij,ij->i", y, y)
+        return y, both[:, -1] + 0.5 * square + key.dtype.type(self.offset)
+
+
+def _check_finite(*arrays: Array) -> None:
+    """Raise ``RefusalError`` unless all numbers are finite."""
+    if not all(np.isfinite(x).all() for x in arrays):
+        raise RefusalError("queries or keys are too large: their squares overflow")
+
+
+def effective(weight: Array) -> float:
+    """Effective number of equal weights."""
+    return float(np.sum(weight) ** 2 / np.sum(weight**2))
+
+
+def _near_keys(key: Array) -> tuple[Array, Array, float]:
+    """Centre, centred keys that are not too long, and the squared length allowed."""
+    keep = np.ones(len(key), dtype=bool)
+    # twice: a huge key moves the first centre
+    for _ in range(2):
+        center = key[keep].mean(axis=0, dtype=np.float64)
+        centred = key - center.astype(key.dtype)
+        length = np.einsum("ij,ij->i", centred, centred)
+        middle, high = np.quantile(length, [0.5, _TAIL])
+        longest = float(max(2 * _LIMIT * middle, high))
+        _check_finite(np.asarray(longest))
+        keep = length <= longest
+        if keep.all():
+            break
+    return center, centred[keep], longest
+
+
+def _log_mass(query: Array, key: Array) -> Array:
+    """Log of the sum of ``exp(q . k)`` over the keys, less the smallest of them."""
+    # no column of values is needed
+    _, mass = attend(
+        query[None], key[None], key[None, :, :0], scale=1.0, visible=None, rows=1024
+    )
+    return (mass[0] - mass.min()).astype(np.float64)
+
+
+def _query_law(query: Array, mass: Array, second: Array) -> tuple[Array, Array, float]:
+    """Mean and covariance of the queries as they count, and their logits' variance."""
+    q = query.astype(np.float64)
+    weight = _query_weights(mass, q.shape[1])
+    keep = np.ones(len(q), dtype=bool)
+    # outliers are answered exactly: leave them out
+    for _ in range(3):
+        share = np.where(keep, weight, 0.0) / weight[keep].sum()
+        mean = share @ q
+        variance = np.sum(((q - mean) @ second) * (q - mean), axis=1)
+        level = float(share @ variance)
+        before, keep = keep, variance <= _LIMIT * level
+        keep |= ~keep.any()
+        if (keep == before).all():
+            break
+    covariance = (1 - _BLEND) * _scatter(q, mean, share)
+    covariance += _BLEND * _scatter(q, mean, keep / keep.sum())
+    d = len(covariance)
+    floor = _RIDGE * np.trace(covariance) / d + _ROUNDING * (mean @ mean) + 1e-60
+    return mean, covariance + floor * np.eye(d), level
+
+
+def _query_weights(mass: Array, enough: int) -> Array:
+    """Weights ``1 / D^2`` as in the error, or ``1 / D`` where denominators vary little.
+
+    The first is what a normal law calls for; where it is nearly flat the second did
+    better, and where few queries would count it is flattened.
+    """
+    power = 2.0
+    if effective(np.exp(-2 * mass)) >= len(mass) / 4:
+        return np.exp(-mass)
+    while effective(np.exp(-power * mass)) < min(enough, len(mass)):
+        power *= 0.8
+    return np.exp(-power * mass)
+
+
+def _scatter(x: Array, mean: Array, weight: Array) -> Array:
+    return ((x - mean).T * weight) @ (x - mean)

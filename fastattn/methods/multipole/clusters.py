@@ -1,0 +1,290 @@
+"""Keys and values by cluster, and queries by blocks of similar ones.
+
+The coordinates are balanced: queries and keys have the same mean squares, so that a
+distance between keys, each coordinate times the root of its mean square, is how much
+the logits of a typical query differ.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._ops.clusters import partition, regroup
+from fastattn._ops.multipole import describe, multipole
+from fastattn.problem.transforms import Transform
+from sketching._lib.arrays import (
+    Array,
+    array_namespace,
+    compute_dtype,
+    device_of,
+    mover,
+    to_host,
+)
+from sketching._lib.certificate import RefusalError
+
+# rows of a block that stand for it where the weights of clusters are estimated
+_PROBES = 64
+# rows are not good where the estimated square of their error is so many times the mean
+# over the share of the keys that the others take, which is the share of near ones and a
+# little more; but no more than this share of the rows
+_OUTLYING, _MORE = 2.0, 0.05
+_DOUBTED = 0.018
+# rounds of k-means over the queries: distances from the mean of a block make the error
+_ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Queries in balanced coordinates, cut into blocks of similar ones.
+
+    Parameters
+    ----------
+    query : array, shape (n, d)
+        Block ``r`` is ``cuts[r]`` to ``cuts[r + 1]``.
+    cuts : integer array, shape (R + 1,)
+        On the host.
+    mean, square, probe : array, shapes (R, d), (R, d), (R, s, d)
+        What every block is described by.
+    order : integer array, shape (n,)
+        Numbers of the rows before they were sorted.
+    """
+
+    query: Array
+    cuts: Array
+    mean: Array
+    square: Array
+    probe: Array
+    order: Array
+
+    def few(self, some: Array, sizes: Array, rng: np.random.Generator) -> "Blocks":
+        """Draw rows of some blocks, so many of each; described as they were."""
+        cuts = self.cuts
+        rows = np.concatenate(
+            [
+                cuts[r]
+                + np.sort(rng.choice(cuts[r + 1] - cuts[r], size, replace=False))
+                for r, size in zip(some, sizes, strict=True)
+            ]
+        )
+        xp = array_namespace(self.query)
+        by_row, by_block = (
+            xp.asarray(x, device=device_of(self.query)) for x in (rows, some)
+        )
+        mean, square, probe = (
+            xp.take(x, by_block, axis=0) for x in (self.mean, self.square, self.probe)
+        )
+        query, order = (xp.take(x, by_row, axis=0) for x in (self.query, self.order))
+        return Blocks(query, np.cumsum([0, *sizes]), mean, square, probe, order)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clusters:
+    """Keys and values, sorted so that those of a cluster are contiguous.
+
+    Parameters
+    ----------
+    key, value : array, shapes (m, d) and (m, p)
+        Keys in balanced coordinates, and their values.
+    start : integer array, shape (C + 1,)
+        Cluster ``c`` is ``start[c]`` to ``start[c + 1]``; on the host.
+    group : integer array, shape (C,)
+        Clusters that share their first moments; it does not decrease; on the host.
+    to_query, offset : array, shapes (d, d) and (d,)
+        A query times the map is in balanced coordinates; times ``offset`` it is the
+        logit of the mean key.
+    metric : array, shape (d,)
+        Mean square of each coordinate.
+    order : integer array, shape (m,), optional
+        Numbers of the keys before they were sorted.
+    coarse : str
+        What the logits' factors of near keys may be rounded to; nothing if empty.
+    """
+
+    key: Array
+    value: Array
+    start: Array
+    group: Array
+    to_query: Array
+    offset: Array
+    metric: Array
+    order: Array | None = None
+    coarse: str = ""
+
+    @staticmethod
+    def of(
+        key: Array,
+        value: Array,
+        transform: Transform,
+        scale: float,
+        *,
+        clusters: int,
+        groups: int,
+    ) -> "Clusters":
+        """Cluster the keys: halving, then one round of k-means over all of them."""
+        xp = array_namespace(key)
+        dtype = compute_dtype(xp, key.dtype)
+        move = mover(key, dtype)
+        key = xp.astype(key, dtype, copy=False) - move(transform.key_center)
+        key = xp.matmul(key, move(transform.key_map))
+        metric = move(transform.scales)
+        scaled = key * xp.sqrt(metric)
+        order, start = partition(scaled, parts=clusters, least=2, most=key.shape[0])
+        order, start = regroup(scaled, order, start=start)
+        order, start, group = _by_group(scaled, order, start, groups)
+        return Clusters(
+            xp.take(key, order, axis=0),
+            xp.astype(xp.take(value, order, axis=0), dtype, copy=False),
+            start,
+            group,
+            move(transform.query_map),
+            move(scale * transform.key_center),
+            metric,
+            order,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        arrays = (self.key, self.value, self.to_query, self.offset, self.metric)
+        size = sum(int(math.prod(x.shape)) for x in arrays)
+        bits = array_namespace(self.key).finfo(self.key.dtype).bits
+        numbers = [x for x in (self.start, self.group, self.order) if x is not None]
+        return size * int(bits) // 8 + sum(int(x.nbytes) for x in numbers)
+
+    def arrange(self, query: Array, size: int) -> Blocks:
+        """Cut queries into blocks of about ``size``.
+
+        Raises
+        ------
+        RefusalError
+            If the logits are too large for the sums to be in range.
+        """
+        xp, n = array_namespace(query), query.shape[0]
+        query = xp.matmul(xp.astype(query, self.key.dtype, copy=False), self.to_query)
+        _check_reach(query, self.key)
+        scaled = query * xp.sqrt(self.metric)
+        order, cuts = partition(
+            scaled,
+            parts=-(-n // size),
+            least=max(1, min(size // 4, n // 2)),
+            most=2 * size,
+        )
+        for _ in range(_ROUNDS):
+            order, cuts = regroup(scaled, order, start=cuts)
+        query = xp.take(query, order, axis=0)
+        mean, square, probe = describe(query, cuts=cuts, rows=_PROBES)
+        return Blocks(query, cuts, mean, square, probe, order)
+
+    def reach(self, blocks: Blocks) -> float:
+        """Mean square of the logits between queries and keys, each from its centre.
+
+        Beyond one, an expansion says little: a few rows may hold most of the error.
+        """
+        xp = array_namespace(self.key)
+        _, local, _ = describe(self.key, cuts=self.start, rows=1)
+        logits = to_host(xp.matmul(blocks.square, xp.matrix_transpose(local)))
+        share = np.diff(blocks.cuts) / blocks.cuts[-1]
+        return float(share @ logits @ np.diff(self.start)) / int(self.start[-1])
+
+    def answer(
+        self, blocks: Blocks, threshold: float
+    ) -> tuple[Array, Array, Array, Any]:
+        """What ``multipole`` says of sorted queries."""
+        answer: tuple[Array, Array, Array, Any] = multipole(
+            blocks.query,
+            blocks.mean,
+            blocks.square,
+            blocks.probe,
+            self.key,
+            self.value,
+            self.metric,
+            cuts=blocks.cuts,
+            start=self.start,
+            group=self.group,
+            threshold=threshold,
+            coarse=self.coarse,
+        )
+        return answer
+
+    def query(
+        self, query: Array, threshold: float, blocks: Blocks
+    ) -> tuple[Array, Array, Array, Array]:
+        """Answer queries.
+
+        Returns
+        -------
+        value : array, shape (n, p)
+        log_normalizer : array, shape (n,)
+            Of the true logits: centring is undone.
+        good : boolean array, shape (n,)
+            The other rows are to be computed exactly: their sums are not finite, or
+            their errors are estimated to be the largest by far.
+        doubt : array, shape (n,)
+            How the squares of the rows' errors are estimated to compare.
+        """
+        xp = array_namespace(query)
+        value, logarithm, error, counts = self.answer(blocks, threshold)
+        near = float(np.average(counts[:, 0], weights=np.diff(blocks.cuts)))
+        limit = doubtful(error, near / self.key.shape[0])
+        good = xp.logical_and(xp.isfinite(logarithm), error <= limit)
+        back = xp.argsort(blocks.order)
+        value, logarithm, good, error = (
+            xp.take(x, back, axis=0) for x in (value, logarithm, good, error)
+        )
+        query = xp.astype(query, self.key.dtype, copy=False)
+        return value, logarithm + xp.matmul(query, self.offset), good, error
+
+
+def reach_of_sample(
+    query: Array, key: Array, transform: Transform, blocks: int, clusters: int
+) -> float:
+    """Guess ``Clusters.reach`` from a few queries and keys, as NumPy arrays."""
+    metric, squares = np.sqrt(transform.scales).astype(np.float32), []
+    key = (key - transform.key_center) @ transform.key_map
+    for rows, parts in ((query @ transform.query_map, blocks), (key, clusters)):
+        x = rows.astype(np.float32)
+        order, cuts = partition(x * metric, parts=parts, least=2, most=len(x))
+        _, square, _ = describe(x[order], cuts=cuts, rows=1)
+        # parts of few rows hug them
+        squares.append(np.diff(cuts) @ square / max(1, len(x) - len(square)))
+    return float(squares[0] @ squares[1])
+
+
+def doubtful(error: Array, near: float) -> float:
+    """Return the estimate beyond which rows are not good.
+
+    Where ``near``, the share of the keys that are near, is small, the others are cheap
+    and a row must hold much of the error before it is worth being computed exactly.
+    """
+    xp, n = array_namespace(error), error.shape[0]
+    # a sum of estimates that are not finite leaves none to compare with
+    mean = float(xp.mean(error))
+    most = float(xp.sort(error)[n - 1 - int(_DOUBTED * n)])
+    large = _OUTLYING / (near + _MORE) * mean
+    return max(most, large) if math.isfinite(mean) else most
+
+
+def _by_group(
+    x: Array, order: Array, start: Array, groups: int
+) -> tuple[Array, Array, Array]:
+    """Sort clusters so that those of a group are contiguous."""
+    xp = array_namespace(x)
+    centre, _, _ = describe(xp.take(x, order, axis=0), cuts=start, rows=1)
+    by, cuts = partition(centre, parts=groups, least=1, most=len(start))
+    parts = [order[start[c] : start[c + 1]] for c in to_host(by)]
+    start = np.cumsum([0, *(part.shape[0] for part in parts)])
+    return xp.concat(parts), start, np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
+
+
+def _check_reach(query: Array, key: Array) -> None:
+    """Raise ``RefusalError`` where squares of logits may leave the floating range."""
+    xp = array_namespace(query, key)
+    longest = [float(xp.max(xp.sum(x**2, axis=1))) ** 0.5 for x in (query, key)]
+    limit = float(xp.finfo(key.dtype).max) ** 0.3
+    if not math.prod(longest) <= limit:
+        raise RefusalError(
+            f"logits may reach {math.prod(longest):.1e}, too far for sums by clusters "
+            f"in {key.dtype}: scale query or key down, or use Exact()"
+        )

@@ -1,0 +1,363 @@
+"""The multipole method: near keys exactly, far ones by the moments of clusters."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastattn._ops.quantized import multiplies_quantized
+from fastattn.certificates.certify import certified
+from fastattn.certificates.sampled import ROWS, Looks
+from fastattn.costs.work import multipole_work, seconds
+from fastattn.methods.multipole.causal_halving import halves_attempt
+from fastattn.methods.multipole.clusters import Blocks, Clusters, reach_of_sample
+from fastattn.methods.multipole.threshold_search import Choice, Counts, Trial, choose
+from fastattn.methods.polynomial.recipe import (
+    SAMPLE,
+    Attempt,
+    candidate_of,
+    sample_rows,
+)
+from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.problem.transforms import Transform, balance
+from sketching._lib.arrays import Array
+from sketching._lib.certificate import RefusalError
+from sketching._lib.validation import check_integer, check_number
+
+# keys of a cluster where it is not given, more where near keys are cheap, and what
+# holds the number of clusters down
+_KEYS, _MORE_KEYS = 128, 256
+_MOST = 2.0
+# clusters of a group, and most groups
+_CLUSTERS = 16
+_GROUPS = 16
+# so many serve errors as large as this in less time
+_FEW_GROUPS, _COARSE = 4, 0.02
+# queries of a block: a multiple of the root of their number, more where near keys are
+# cheap, fewer where they spread, but no fewer than the last
+_QUERIES, _MORE_QUERIES = 2.83, 6.0
+_FEWER = 4
+_FEWEST = 16
+# errors as small as these leave room for products of eight bits, which err by a quarter
+# of it at most on real heads: factors of logits in integers, or in bfloat16
+_COARSE_ENOUGH = {"int8": 0.02, "bfloat16": 0.005}
+# integers are in units of a column's largest: it may be so many deviations
+_OUTSTANDING = 12.0
+# the largest mean square of logits between centred queries and keys
+_REACH = 1.5
+# a sample, of so many rows or so many a cluster, must exceed it clearly; clusters that
+# leave more than this share of the mean square of all logits are of no use
+_SAMPLE, _A_CLUSTER = 1024, 8
+# the metric is fitted to one row in so many, where work is limited
+_SAMPLED = 4
+_CLEARLY = 1.25
+_USELESS = 0.55
+# answers that may miss their certificate where the threshold is not given
+_TRIES = 3
+# the share of the tolerance that all but the first aim at
+_LESS = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Multipole:
+    r"""Softmax attention with near keys exactly and far ones by clusters.
+
+    Keys are clustered, queries are cut into blocks of similar ones. In a block with
+    the mean :math:`a` the weight of a key is :math:`e^{a \cdot k} e^{(q - a) \cdot
+    k}`: the first factor is taken as it is for every key, the second is expanded about
+    the weighted centre of the key's cluster, as in a treecode. Keys whose remainder may
+    exceed a share of a row's weight are near, and done exactly. It serves rows of
+    attention that are sharp, where no low rank does.
+
+    Parameters
+    ----------
+    clusters : int, optional
+        Number of clusters; by default one for about a hundred keys, or fewer.
+    threshold : float, optional
+        The share of a row's weight beyond which a key's remainder makes it near. By
+        default what the tolerance needs, judged on a few rows.
+
+    Notes
+    -----
+    The answer is no convex combination of the values; a row outside their range is
+    computed exactly. Nothing is proven: ``guarantee="proven"`` is refused. Where the
+    tolerance leaves room and the processor has AVX-512 BF16 and VNNI, float32 queries
+    and near keys are multiplied in eight bits, relative to the mean of a block. With
+    ``is_causal=True`` the keys are halved: rows behind a half meet all of it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import Multipole, approximate
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 512, 8))
+    >>> answer = approximate(query, key, value, tol=0.05, method=Multipole(), rng=0)
+    >>> bool(answer.certificate.error <= 0.05)
+    True
+
+    References
+    ----------
+    Hooper et al., Multipole Attention for Efficient Long Context Reasoning,
+    arXiv 2506.13059.
+    """
+
+    clusters: int | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clusters is not None:
+            check_integer("clusters", self.clusters, least=1)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, least=0)
+
+    def candidates(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Iterator[Candidate]:
+        """Say what would run, or why it would be refused."""
+        yield candidate_of(self, lambda: self.attempt(head, tol, guarantee, rng).plan)
+
+    def solve(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> HeadAnswer:
+        """Run the method and certify the answer, or refuse."""
+        attempt = self.attempt(head, tol, guarantee, rng)
+        looks = Looks()
+        answer = certified(head, attempt, tol, rng, looks)
+        for _ in range(_TRIES - 1):
+            if answer.error <= tol or attempt.again is None:
+                break
+            # what was certified says how much more to ask for
+            attempt = attempt.again(_LESS * tol / answer.error)
+            answer = certified(head, attempt, tol, rng, looks)
+        if answer.error <= tol:
+            return answer
+        raise RefusalError(
+            f"{answer.plan.method} misses tol={tol:g}: {answer.error:.2e} on sampled "
+            "rows; raise tol, lower threshold, or use Auto()"
+        )
+
+    def attempt(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Attempt:
+        """Make every choice for one head."""
+        if guarantee == "proven":
+            raise RefusalError(
+                "Multipole() has no proven bound: use guarantee='sampled', "
+                "Polynomial() or Exact()"
+            )
+        return multipole_attempt(head, tol, rng, method=self)
+
+
+def multipole_attempt(
+    head: Head,
+    wanted: float,
+    rng: np.random.Generator,
+    *,
+    limit: float = math.inf,
+    method: Multipole | None = None,
+    reason: str = "asked for",
+) -> Attempt:
+    """Cluster the keys of a head and choose the threshold.
+
+    Parameters
+    ----------
+    head : Head
+        One head.
+    wanted : float
+        The relative Frobenius error that a certificate should show.
+    rng : Generator
+        Draws the rows that the threshold is judged on.
+    limit : float
+        Most work that is of interest, in multiply-adds.
+    method : Multipole, optional
+        Choices that are made already.
+    reason : str
+        Goes into the plan.
+
+    Raises
+    ------
+    RefusalError
+        As soon as the work is predicted to exceed ``limit``, or if no threshold
+        meets ``wanted``.
+    """
+    method = Multipole() if method is None else method
+    if head.visible is not None:
+        return _by_halves(head, wanted, rng, limit, method, reason)
+    n, m, d, p = head.sizes
+    if m == 0:
+        raise RefusalError("there is no key to cluster: use Exact() or Auto()")
+    cost = Cost(n, m, d, p, coarse=_coarseness(head, wanted))
+    count = method.clusters or clusters_for(m, _MORE_KEYS if cost.coarse else _KEYS)
+    groups = _FEW_GROUPS if wanted >= _COARSE else _GROUPS
+    clusters, blocks = arrange(head, count, cost, limit, rng, groups)
+    cost = replace(cost, blocks=len(blocks.cuts) - 1)
+
+    def attempt(found: Choice, again: Callable[[float], Attempt] | None) -> Attempt:
+        made = Multipole(len(clusters.group), found.threshold)
+        plan = Plan(made, found.error, seconds(cost(found.counts)), reason)
+
+        def run(head: Head) -> tuple[Array, ...]:
+            return clusters.query(head.query, found.threshold, blocks)
+
+        return Attempt(plan, run, math.inf, again)
+
+    if method.threshold is not None:
+        return attempt(Choice(method.threshold, math.nan, Counts(0, 0, count)), None)
+    trial = Trial.of(clusters, blocks, rng)
+
+    def search(wanted: float) -> Attempt:
+        found = choose(trial, wanted, cost, limit)
+        return attempt(found, lambda factor: search(factor * wanted))
+
+    return search(wanted)
+
+
+def _by_halves(
+    head: Head,
+    wanted: float,
+    rng: np.random.Generator,
+    limit: float,
+    method: Multipole,
+    reason: str,
+) -> Attempt:
+    """Cluster the keys of every rectangle of a causal head."""
+    # one stream for all rectangles: they are answered in no fixed order
+    seed = int(rng.integers(2**63))
+
+    def make(part: Head, limit: float, like: Attempt | None) -> Attempt:
+        chosen = method
+        if like is not None and method.threshold is None:
+            chosen = replace(method, threshold=like.plan.method.threshold)
+        own = np.random.default_rng(seed)
+        return multipole_attempt(
+            part, wanted, own, limit=limit, method=chosen, reason=reason
+        )
+
+    return halves_attempt(head, make, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Predicted work of one head from what its blocks count."""
+
+    n: int
+    m: int
+    d: int
+    p: int
+    blocks: int = 1
+    coarse: str = ""
+
+    def __call__(self, counts: Counts) -> float:
+        """Work, in multiply-adds, for what blocks count on average."""
+        return multipole_work(
+            self.n,
+            self.m,
+            self.d,
+            self.p,
+            blocks=self.blocks,
+            clusters=counts.clusters,
+            near=counts.near,
+            middle=counts.middle,
+            coarse=self.coarse,
+        )
+
+
+def _coarseness(head: Head, wanted: float) -> str:
+    """What the logits' factors of near keys are rounded to; nothing if empty."""
+    if head.dtype != head.xp.float32 or not multiplies_quantized(head.query):
+        return ""
+    if wanted >= _COARSE_ENOUGH["int8"] and not _stands_out(head):
+        return "int8"
+    return "bfloat16" if wanted >= _COARSE_ENOUGH["bfloat16"] else ""
+
+
+def _stands_out(head: Head) -> bool:
+    """Whether the largest key of a column leaves few integers to the others."""
+    xp = head.xp
+    key = xp.astype(head.key, head.dtype, copy=False)
+    step, deviation = xp.abs(key - xp.mean(key, axis=0)), xp.std(key, axis=0)
+    return bool(xp.any(xp.max(step, axis=0) > _OUTSTANDING * deviation))
+
+
+def clusters_for(m: int, keys: int = _KEYS) -> int:
+    """Choose the number of clusters for so many keys."""
+    return max(1, min(m // keys, int(_MOST * math.sqrt(m))))
+
+
+def arrange(
+    head: Head,
+    count: int,
+    cost: Cost,
+    limit: float,
+    rng: np.random.Generator,
+    groups: int = _GROUPS,
+) -> tuple[Clusters, Blocks]:
+    """Cluster the keys and cut the queries into blocks that are small enough."""
+    n, clusters = head.sizes[0], None
+    each = _MORE_QUERIES if cost.coarse else _QUERIES
+    size = max(_FEWEST, int(each * math.sqrt(n)))
+    while True:
+        floor = replace(cost, blocks=-(-n // size))(Counts(0, 0, count))
+        if floor > limit:
+            raise RefusalError(
+                f"{count} clusters and {-(-n // size)} blocks of queries take "
+                f"{floor / limit:.1f} times the work allowed"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            clusters = clusters or _cluster(head, count, size, limit, rng, groups)
+            clusters = replace(clusters, coarse=cost.coarse)
+            blocks = clusters.arrange(head.query, size)
+            reach = clusters.reach(blocks)
+        if reach <= _REACH:
+            return clusters, blocks
+        # smaller blocks serve more heads, but seldom cheaply
+        if size == _FEWEST or math.isfinite(limit):
+            break
+        size = max(size // _FEWER, _FEWEST)
+    # a certificate that samples all rows is true in any case
+    if n <= ROWS:
+        return clusters, blocks
+    raise RefusalError(_too_far(size, reach))
+
+
+def _glance(
+    query: Array, key: Array, transform: Transform, size: int, blocks: int, count: int
+) -> None:
+    """Raise ``RefusalError`` where a sample shows that clusters are of no use."""
+    every = -(-max(len(query), len(key)) // max(_SAMPLE, _A_CLUSTER * count))
+    few = slice(0, None, every)
+    reach = reach_of_sample(query[few], key[few], transform, blocks, count)
+    whole = float(transform.scales @ transform.scales)
+    if not reach <= min(_CLEARLY * _REACH, _USELESS * whole):
+        raise RefusalError(_too_far(size, reach))
+
+
+def _too_far(size: int, reach: float) -> str:
+    return (
+        f"logits within {size} similar queries and a cluster have a mean square of "
+        f"{reach:.2g}, too large: give more clusters, or use Exact()"
+    )
+
+
+def _cluster(
+    head: Head,
+    count: int,
+    size: int,
+    limit: float,
+    rng: np.random.Generator,
+    groups: int,
+) -> Clusters:
+    few = SAMPLE
+    if math.isfinite(limit):
+        # most such heads are refused, which must not take long
+        few = min(SAMPLE, max(_SAMPLE, max(head.sizes[:2]) // _SAMPLED))
+    query, key = sample_rows(head, rng, few)
+    transform = balance(query, key, head.scale, queries=False)
+    if math.isfinite(limit):
+        # spares most hopeless heads the clustering
+        _glance(query, key, transform, size, -(-head.sizes[0] // size), count)
+    groups = min(groups, max(1, count // _CLUSTERS))
+    return Clusters.of(
+        head.key, head.value, transform, head.scale, clusters=count, groups=groups
+    )

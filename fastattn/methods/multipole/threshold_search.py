@@ -1,0 +1,197 @@
+"""The threshold between near and far keys that a tolerance needs.
+
+A few rows of a few blocks are answered exactly and by trial thresholds. The error
+grows like a power of the threshold, so that two or three trials suffice.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastattn._ops.softmax import attend
+from fastattn.certificates.ratio_estimate import FIRST, mixed_odds
+from fastattn.certificates.sampled import sampled_rows
+from fastattn.methods.multipole.clusters import Blocks, Clusters, doubtful
+from sketching._lib.arrays import Array, to_host
+from sketching._lib.certificate import RefusalError
+
+# blocks of a sample, and queries for each: fewer are not worth a larger one
+_BLOCKS = 16
+_QUERIES_A_BLOCK = 1024
+# a threshold and the error that it often makes with so many keys; the threshold of an
+# error falls with the keys, the error of a threshold is a power of it
+_TYPICAL, _KEYS = (2.4e-4, 0.045), 1 << 15
+_THINNER = 0.85
+_SLOPE, _SLOPES = 0.8, (0.4, 1.2)
+# near keys ~ threshold ** -_CROWD
+_CROWD = 0.9
+_TRIES = 4
+# the share of the wanted error that is aimed at
+_AIM = 0.85
+# a trial whose error is within this factor of the aim says enough
+_CLOSE = 1.5
+# thresholds that are tried
+_SMALLEST, _LARGEST = 1e-10, 0.3
+# an error that is as good as none
+_NOTHING = 1e-14
+# predicted work may exceed the limit by this factor before the search is given up
+_HOPE = 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What blocks count on average, each weighted by its rows."""
+
+    near: float
+    middle: float
+    clusters: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A threshold, the certificate that is expected of it, and what it counts."""
+
+    threshold: float
+    error: float
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """Some rows of some blocks with their exact answers.
+
+    Parameters
+    ----------
+    clusters : Clusters
+        The keys.
+    blocks : Blocks
+        The sampled rows; the blocks are described as a whole.
+    truth : array, shape (rows, p)
+        Exact answers, in float64 on the host.
+    share : array, shape (rows,)
+        The share of all rows that each stands for.
+    n : int
+        Number of all rows.
+    """
+
+    clusters: Clusters
+    blocks: Blocks
+    truth: Array
+    share: Array
+    n: int
+
+    @staticmethod
+    def of(clusters: Clusters, blocks: Blocks, rng: np.random.Generator) -> "Trial":
+        """Draw rows and answer them exactly."""
+        n = int(blocks.cuts[-1])
+        sizes = np.diff(blocks.cuts)
+        count = min(len(sizes), max(4, min(_BLOCKS, n // _QUERIES_A_BLOCK)))
+        total = sampled_rows(n)
+        # large blocks more often: each then stands for as many rows
+        some = np.sort(rng.choice(len(sizes), count, replace=False))
+        few = np.minimum(sizes[some], -(-total // count))
+        sample = blocks.few(some, few, rng)
+        truth, _ = attend(
+            sample.query[None, ...],
+            clusters.key[None, ...],
+            clusters.value[None, ...],
+            scale=1.0,
+            visible=None,
+        )
+        share = np.repeat(sizes[some] / few, few) / sizes[some].sum()
+        return Trial(clusters, sample, _double(truth[0, ...]), share, n)
+
+    def run(self, threshold: float) -> tuple[float, Counts]:
+        """The error that a certificate is expected to show, and the counts."""
+        value, _, error, counts = self.clusters.answer(self.blocks, threshold)
+        weight = np.add.reduceat(self.share, self.blocks.cuts[:-1])
+        found = Counts(*(float(x) for x in weight @ counts))
+        limit = doubtful(error, found.near / self.clusters.key.shape[0])
+        with np.errstate(all="ignore"):
+            squares = np.sum((_double(value) - self.truth) ** 2, axis=1)
+            # those rows are going to be computed exactly
+            squares[to_host(error) > limit] = 0
+            size = float(self.share @ np.sum(self.truth**2, axis=1))
+            mean = float(self.share @ squares)
+            # rows of larger errors are going to be drawn more often
+            guess, rows = to_host(error), sampled_rows(self.n)
+            odds = mixed_odds(np.where(guess > limit, 0, guess), rows)
+            often = odds * len(guess)
+            spread = float(self.share @ (squares**2 / often)) - mean**2
+            upper = mean + FIRST.expected(math.sqrt(max(spread, 0.0)), mean, rows)
+        upper = math.sqrt(upper / size) if size else math.inf if upper else 0.0
+        return upper, found
+
+
+def choose(
+    trial: Trial, wanted: float, cost: Callable[[Counts], float], limit: float
+) -> Choice:
+    """Choose the threshold whose certificate is expected to show ``wanted``.
+
+    Raises
+    ------
+    RefusalError
+        As soon as the work is predicted to exceed ``limit``, or if no threshold was
+        found.
+    """
+    aim = _AIM * wanted
+    # where a certificate was infinite nothing is left to aim at
+    if not aim > 0:
+        raise RefusalError(f"no threshold serves an error of {wanted:.1e}: use Exact()")
+    slope, (typical, error) = _SLOPE, _TYPICAL
+    typical *= (_KEYS / trial.clusters.key.shape[0]) ** _THINNER
+    threshold = min(typical * (aim / error) ** (1 / slope), _LARGEST)
+    best, last = None, None
+    for _ in range(_TRIES):
+        error, counts = trial.run(threshold)
+        if not math.isfinite(error):
+            raise RefusalError("sums over clusters are not finite: use Exact()")
+        here = Choice(threshold, error, counts)
+        if last is not None and last.error > _NOTHING < error:
+            change = math.log(threshold / last.threshold)
+            slope = math.log(error / last.error) / change if change else slope
+            slope = min(max(slope, _SLOPES[0]), _SLOPES[1])
+        there = _scaled(here, aim, slope)
+        work = cost(there.counts)
+        if work > limit * _HOPE:
+            raise RefusalError(_too_much(there, work, limit))
+        close = aim / _CLOSE <= error <= aim * _CLOSE
+        if close or (error <= aim and there.threshold == threshold):
+            best = there
+            break
+        if error <= aim and (best is None or threshold > best.threshold):
+            best = here
+        if there.threshold < _SMALLEST:
+            break
+        threshold, last = there.threshold, here
+    if best is None:
+        raise RefusalError(
+            f"no threshold serves an error of {wanted:.1e}: {here.threshold:.1e} makes "
+            f"{error:.1e}, the logits vary too much within blocks of queries"
+        )
+    if cost(best.counts) > limit:
+        raise RefusalError(_too_much(best, cost(best.counts), limit))
+    return best
+
+
+def _scaled(choice: Choice, aim: float, slope: float) -> Choice:
+    """Extrapolate to the threshold at which the error is ``aim``."""
+    factor = (aim / max(choice.error, _NOTHING)) ** (1 / slope)
+    threshold = min(choice.threshold * factor, _LARGEST)
+    factor = threshold / choice.threshold
+    near = choice.counts.near * factor**-_CROWD
+    error = choice.error * factor**slope
+    return Choice(threshold, error, replace(choice.counts, near=near))
+
+
+def _too_much(choice: Choice, work: float, limit: float) -> str:
+    return (
+        f"threshold={choice.threshold:.1e} with {choice.counts.near:.0f} near keys a "
+        f"row takes {work / limit:.1f} times the work allowed"
+    )
+
+
+def _double(x: Array) -> Array:
+    return to_host(x).astype(np.float64)

@@ -1,0 +1,1 @@
+"""The polynomial method: monomials of bounded degree, proven or sampled."""

@@ -1,0 +1,83 @@
+"""Polynomials whose proven bound is of use to a tolerance relative to the answer.
+
+The bound holds for every row before anything runs. A few exact rows say how large the
+answer will be and by how much the polynomial errs. Where the bound meets the tolerance
+it will be the certificate; where it is not much larger than the error, it is the range
+of the squared errors for a bound of their mean that holds for any finite sample.
+"""
+
+import math
+
+import numpy as np
+
+from fastattn.certificates.ratio_estimate import FailureBudget, promises
+from fastattn.certificates.sampled import ROWS
+from fastattn.methods.polynomial.proven import proven_recipe
+from fastattn.methods.polynomial.recipe import Recipe
+from fastattn.problem.head import Head, host_rows
+from sketching._lib.arrays import Array, to_host
+from sketching._lib.certificate import RefusalError
+
+# exact rows that tell the size of the answer; a few may leave this part of it open
+_ROWS, _ROOM = 16, 0.8
+# any bound will do to begin with; an error that large is none that is meant
+_ANY, _MEANT = 1e6, 1.0
+
+
+def apriori_recipe(
+    head: Head, degree: int, tol: float, rng: np.random.Generator
+) -> tuple[Recipe, float] | None:
+    """Make the proven polynomial of a degree, where its bound is of use.
+
+    Parameters
+    ----------
+    head : Head
+        One head whose rows see all keys.
+    degree : int
+        Degree of the polynomial.
+    tol : float
+        Relative Frobenius error that is allowed.
+    rng : Generator
+        Draws the rows that centres and maps are made from, and the exact ones.
+
+    Returns
+    -------
+    recipe, error : Recipe and float, or None
+        The polynomial with its bound, and the relative error that is expected.
+    """
+    if head.visible is not None or head.sizes[1] == 0 or tol > _MEANT:
+        return None
+    try:
+        recipe = proven_recipe(head, _ANY, rng, degree)
+    except RefusalError:
+        return None
+    n, p = head.sizes[0], head.sizes[3]
+    rows = np.sort(rng.choice(n, min(n, _ROWS), replace=False))
+    truth = to_host(head.with_rows(rows).attend()[0]).astype(np.float64)
+    size = float(np.sqrt(np.mean(np.sum(truth**2, axis=1))))
+    if not size > 0:
+        return None
+    error = float(np.linalg.norm(_answers(head, recipe, rows) - truth))
+    expected = error / math.sqrt(len(rows)) / size
+    bound = recipe.bound * math.sqrt(p) / size
+    failure = FailureBudget().next
+    if bound <= _ROOM * tol or promises(bound**2, expected**2, ROWS, failure):
+        return recipe, expected
+    return None
+
+
+def _answers(head: Head, recipe: Recipe, rows: Array) -> Array:
+    """What the polynomial says to the given rows, from all logits."""
+    t = recipe.transform
+    every = np.arange(head.sizes[1])
+    query, key, value = (
+        host_rows(x, some).astype(np.float64)
+        for x, some in ((head.query, rows), (head.key, every), (head.value, every))
+    )
+    key = key - t.key_center
+    logits = ((query - t.query_center) @ t.query_map) @ (key @ t.key_map).T
+    weights = np.polynomial.polynomial.polyval(logits, recipe.coefficients)
+    tilt = key @ t.tilt
+    weights = weights * np.exp(tilt - tilt.max())
+    answer: Array = weights @ value / weights.sum(axis=1, keepdims=True)
+    return answer

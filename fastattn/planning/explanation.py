@@ -1,0 +1,207 @@
+"""A table of what was considered for each head, and of what came out where it ran."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from fastattn.problem.head import Candidate, Head, HeadAnswer, Method, host_rows
+from sketching._lib.arrays import Array, to_host
+from sketching._lib.certificate import RefusalError
+from sketching._lib.threads import single_threaded_blas
+
+# logits that are computed to know the error of a run
+_LOGITS = 1 << 26
+# seconds that a candidate may be predicted to take, and still run
+_LONGEST = 300.0
+
+Solve = Callable[[Any, Any, float, str, np.random.Generator], HeadAnswer]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came out where a candidate ran.
+
+    Parameters
+    ----------
+    seconds : float
+        Of the whole call, its own planning and certificate included: the less of two.
+    certified : float
+        The error of the certificate, in its own norm.
+    error : float
+        The error in that norm; of a large head, on sampled rows; NaN where there is
+        nothing to compare with.
+    failure : str
+        Why there is no answer, and so no number; empty where there is one.
+    """
+
+    seconds: float
+    certified: float
+    error: float
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What was considered for each head.
+
+    Parameters
+    ----------
+    lead : tuple of int
+        The leading dimensions of the batch.
+    heads : tuple of tuple of Candidate
+        For each head, in C order, its candidates in the order of consideration; the
+        first accepted one would run.
+    runs : tuple of tuple of Run or None
+        What came out of each candidate, None where it says nothing that can be run;
+        empty where none was.
+    """
+
+    lead: tuple[int, ...]
+    heads: tuple[tuple[Candidate, ...], ...]
+    runs: tuple[tuple[Run | None, ...], ...] = ()
+
+    def __str__(self) -> str:
+        """Return a table of all candidates."""
+        head = ["head", "", "method", "time", "error", "why"]
+        if self.runs:
+            head[5:5] = ["took", "certified", "measured"]
+        rows = [head, *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        # numbers are set to the right
+        sides = ["<", "<", "<", *">" * (len(head) - 4), "<"]
+        return "\n".join(
+            "  ".join(
+                f"{text:{side}{width}}"
+                for text, side, width in zip(row, sides, widths, strict=True)
+            ).rstrip()
+            for row in rows
+        )
+
+    def _rows(self) -> Iterator[list[str]]:
+        for number, candidates in enumerate(self.heads):
+            place = np.unravel_index(number, self.lead) if self.lead else ()
+            name = ",".join(str(int(i)) for i in place) or "-"
+            taken = next((c for c in candidates if c.accepted), None)
+            for i, candidate in enumerate(candidates):
+                plan, why = candidate.plan, candidate.plan.reason
+                row = [
+                    name,
+                    "->" if candidate is taken else "",
+                    brief(plan.method, _short),
+                ]
+                row += [_seconds(plan.predicted_seconds), _number(plan.predicted_error)]
+                if self.runs:
+                    run = self.runs[number][i] or Run(math.nan, math.nan, math.nan)
+                    row += [_seconds(run.seconds)]
+                    row += [_number(run.certified), _number(run.error)]
+                    why += f"; when run: {run.failure}" if run.failure else ""
+                yield [*row, why]
+
+
+def run_candidates(
+    head: Head,
+    candidates: tuple[Candidate, ...],
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    solve: Solve,
+    compare: bool,
+) -> tuple[Run | None, ...]:
+    """Run every candidate that is concrete, the refused ones too.
+
+    ``solve`` answers a head by a method. Errors are measured where ``compare`` says
+    that the methods answer what exact attention does, and where a row of it is quickly
+    computed.
+    """
+    n, m, _, _ = head.sizes
+    streams = rng.spawn(len(candidates) + 1)
+    count = min(n, _LOGITS // max(m, 1)) if compare else 0
+    rows = np.sort(streams.pop().choice(n, count, replace=False))
+    truth = None
+    if count:
+        truth = to_host(head.with_rows(rows).attend(head.xp.float64)[0])
+    plans = [candidate.plan for candidate in candidates]
+    with single_threaded_blas():
+        return tuple(
+            # what has no predicted time is not concrete: there was nothing to predict
+            None
+            if not plan.predicted_seconds <= _LONGEST
+            else _run(head, plan.method, tol, guarantee, stream, rows, truth, solve)
+            for plan, stream in zip(plans, streams, strict=True)
+        )
+
+
+def _run(
+    head: Head,
+    method: Method,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    rows: Array,
+    truth: Array | None,
+    solve: Solve,
+) -> Run:
+    """Run a method as it would be; if it misses the tolerance, with any."""
+    failure = ""
+    for wanted in (tol, math.inf):
+        try:
+            # twice: the first may compile
+            timed = [
+                _timed(method, head, wanted, guarantee, stream, solve)
+                for stream in rng.spawn(2)
+            ]
+        except RefusalError as error:
+            failure = str(error)
+            continue
+        seconds, answer = min(x for x, _ in timed), timed[-1][1]
+        measured = math.nan if truth is None else _error(answer, rows, truth)
+        return Run(seconds, answer.error, measured)
+    return Run(math.nan, math.nan, math.nan, failure)
+
+
+def _timed(
+    method: Method,
+    head: Head,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    solve: Solve,
+) -> tuple[float, HeadAnswer]:
+    start = time.perf_counter()
+    answer = solve(method, head, tol, guarantee, rng)
+    return time.perf_counter() - start, answer
+
+
+def _error(answer: HeadAnswer, rows: Array, truth: Array) -> float:
+    """Error of an answer on rows, in the norm of its certificate."""
+    difference = host_rows(answer.value, rows).astype(np.float64) - truth
+    if answer.norm == "max":
+        return float(np.abs(difference).max())
+    error, size = (float(np.linalg.norm(x)) for x in (difference, truth))
+    return error / size if size else math.inf if error else 0.0
+
+
+def brief(method: Any, number: Callable[[Any], str] = repr) -> str:
+    """Write a method without the settings that were left as they are."""
+    changed = ", ".join(
+        f"{field.name}={number(getattr(method, field.name))}"
+        for field in fields(method)
+        if getattr(method, field.name) != field.default
+    )
+    return f"{type(method).__name__}({changed})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else repr(value)
+
+
+def _seconds(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value * 1e3:.1f} ms"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1e}"

@@ -1,0 +1,1 @@
+"""Clusters of keys as a prepared structure of one head."""

@@ -1,0 +1,268 @@
+"""Which structure a head gets when it is prepared, and how it is filled."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastattn.certificates.accumulation import PIECES, with_room
+from fastattn.costs.work import exact_work, lowrank_work, polynomial_work, seconds
+from fastattn.methods.exact import Exact
+from fastattn.methods.lowrank.rank_search import Prediction, predict
+from fastattn.methods.lowrank.whitening import Sample
+from fastattn.methods.multipole.method import Multipole
+from fastattn.methods.polynomial.method import Polynomial
+from fastattn.methods.polynomial.recipe import Recipe
+from fastattn.planning.auto import Auto
+from fastattn.prepared.clusters.head import MultipoleHead
+from fastattn.prepared.heads import ExactHead, PreparedHead, SummedHead, refused_share
+from fastattn.prepared.held_out import (
+    FEWEST_QUERIES,
+    MARGIN,
+    MARGINS,
+    PROBES,
+    Probes,
+    Split,
+)
+from fastattn.prepared.kv_buffer import Kept
+from fastattn.prepared.proven import ProvenHead
+from fastattn.prepared.states import LowRankSums, MonomialSums, Sums
+from fastattn.problem.head import Head, Method, Plan
+from sketching._lib.arrays import Array, device_of
+from sketching._lib.certificate import RefusalError
+
+# a structure must be predicted to take at most this share of exact attention's time
+_WORTH = 0.8
+# queries that the search for sizes is made to see, so that keys alone are what counts
+_QUERIES = 1 << 14
+# share of the probes that a method that was asked for may refuse
+_REFUSED = 0.1
+# share of the tolerance that another structure aims at where one missed it
+_LESS = 0.85
+
+Fill = Callable[[PreparedHead], PreparedHead]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What is asked for one head, and a way to fill what is planned.
+
+    Parameters
+    ----------
+    head : Head
+        Queries like those to come; the keys and values, or a sample of them.
+    fill : callable
+        Inserts the keys and values into an empty structure.
+    count : int
+        Number of keys and values.
+    tol : float
+        Error that is allowed.
+    guarantee : str
+        "sampled" or "proven".
+    """
+
+    head: Head
+    fill: Fill
+    count: int
+    tol: float
+    guarantee: str
+
+
+def prepare_head(
+    request: Request, method: Method, rng: np.random.Generator
+) -> PreparedHead:
+    """Plan and fill a structure that keeps the tolerance; refuse, or keep the keys."""
+    if isinstance(method, Exact) or request.count == 0:
+        exact = method if isinstance(method, Exact) else Exact()
+        reason = "asked for" if exact is method else "no key to plan with"
+        return request.fill(_exact(request, exact, reason, rng))
+    if isinstance(method, Auto):
+        return _cheapest(request, rng)
+    if isinstance(method, Polynomial):
+        if request.guarantee == "proven":
+            return request.fill(_proven(request, method, rng))
+        return _polynomial(request, method, rng)
+    if isinstance(method, Multipole):
+        # what is planned is found on the queries that are given
+        attempt = method.attempt(request.head, request.tol, request.guarantee, rng)
+        head, sample = request.head, _sample(request.head, rng)
+        empty = MultipoleHead.of(attempt.plan, head, sample, request.tol, rng)
+        return request.fill(empty)
+    raise TypeError(
+        f"method: {method!r} cannot be prepared: expected Auto(), Exact(), "
+        "Multipole(), Polynomial() or None"
+    )
+
+
+def _sample(head: Head, rng: np.random.Generator) -> Array:
+    """Queries that a structure with its keys is certified on, where nobody asks."""
+    return head.with_rows(np.sort(rng.permutation(head.sizes[0])[:PROBES])).query
+
+
+def _exact(
+    request: Request, method: Exact, reason: str, rng: np.random.Generator
+) -> ExactHead:
+    """Keep the keys; without them yet."""
+    head = request.head
+    _, _, d, p = head.sizes
+    plan = Plan(method, 0.0, seconds(exact_work(1, request.count, d, p)), reason)
+    kept = Kept.none(head.key, head.value)
+    return ExactHead(plan, head.scale, kept, _sample(head, rng))
+
+
+def _proven(
+    request: Request, method: Polynomial, rng: np.random.Generator
+) -> ProvenHead:
+    """The least proven polynomial, with some room for larger queries."""
+    head = replace(request.head, query=with_room(request.head.query))
+    recipe = method.recipe(head, request.tol, "proven", rng, PIECES)
+    return ProvenHead.of(_plan_of(head, recipe, "minimax", "asked for"), recipe, head)
+
+
+def _polynomial(
+    request: Request, method: Polynomial, rng: np.random.Generator
+) -> SummedHead:
+    """The sums that were asked for; refuses where they miss the tolerance."""
+    split = Split.of(request.head, rng)
+    head = replace(request.head, query=split.rest)
+    if request.head.sizes[0] < FEWEST_QUERIES:
+        raise RefusalError(
+            f"queries: {request.head.sizes[0]} are too few to plan with and to certify "
+            f"by: give {FEWEST_QUERIES} or more, or use Exact()"
+        )
+    sums: Sums
+    if method.fits_a_basis:
+        empty = method.structure(head, rng)
+        sums = LowRankSums(empty)
+        plan = _lowrank_plan(head, empty.rank, empty.landmarks, math.nan, "asked for")
+    else:
+        recipe = method.recipe(head, request.tol, "sampled", rng)
+        sums = MonomialSums.of(recipe, head.scale)
+        plan = _plan_of(head, recipe, method.basis, "asked for")
+    found = _filled(request, plan, sums, split, MARGIN)
+    error, refused = found.probes.error(), refused_share(found)
+    if refused > _REFUSED:
+        raise RefusalError(
+            f"{plan.method} refuses {refused:.0%} of the queries, whose logits reach "
+            "beyond what it serves: use Exact() or Auto()"
+        )
+    if error.upper > request.tol:
+        raise RefusalError(
+            f"{plan.method} misses tol={request.tol:g}: {error.upper:.2e} is certified "
+            f"({error.source}); raise tol, degree or rank, or use Auto()"
+        )
+    estimate = plan.predicted_error
+    estimate = error.estimate if math.isnan(estimate) else estimate
+    return replace(found, plan=replace(plan, predicted_error=estimate))
+
+
+def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
+    """The cheapest structure that keeps the tolerance, else the keys themselves."""
+    reason = "nothing cheaper meets the tolerance"
+    if request.guarantee == "proven":
+        try:
+            empty = _proven(request, Polynomial(), rng)
+            share = empty.plan.predicted_seconds / _exact_seconds(request)
+            if share <= _WORTH:
+                return request.fill(empty)
+            reason = f"{empty.plan.method} takes {share:.1f} times as long"
+        except RefusalError as error:
+            reason = str(error)
+        return request.fill(_exact(request, Exact(), reason, rng))
+    split = Split.of(request.head, rng)
+    head, aim = replace(request.head, query=split.rest), request.tol
+    for margin in MARGINS:
+        if request.head.sizes[0] < FEWEST_QUERIES:
+            reason = f"{request.head.sizes[0]} queries are too few to plan with"
+            break
+        found = _predicted(request, head, aim, rng)
+        if found.empty is None or not found.accepted:
+            reason = found.reason
+            break
+        plan = _lowrank_plan(
+            head, found.rank, found.landmarks, found.error,
+            "predicted to meet the tolerance",
+        )  # fmt: skip
+        filled = _filled(request, plan, LowRankSums(found.empty), split, margin)
+        upper, refused = filled.probes.error().upper, refused_share(filled)
+        if upper <= request.tol and not refused:
+            return filled
+        reason = f"{plan.method} certified {upper:.2e} and refused {refused:.0%}"
+        # what another look would certify says how much more to ask for
+        again = replace(filled.probes, margin=MARGINS[-1]).error().upper
+        if refused or not math.isfinite(again):
+            break
+        aim *= _LESS * request.tol / again
+    return request.fill(_exact(request, Exact(), reason, rng))
+
+
+def _predicted(
+    request: Request, head: Head, aim: float, rng: np.random.Generator
+) -> Prediction:
+    """The cheapest low rank, or the one that came nearest and what is against it."""
+    _, _, d, p = head.sizes
+    xp, rows = head.xp, np.arange(_QUERIES) % head.sizes[0]
+    # sizes follow from what a query costs, however few queries are known
+    many = xp.take(head.query, xp.asarray(rows, device=device_of(head.query)), axis=0)
+    try:
+        found = predict(
+            replace(head, query=many),
+            Sample.of(head, rng),
+            aim,
+            rng,
+            lambda rank, landmarks: lowrank_work(1, 0, d, p, rank, landmarks),
+            _WORTH * exact_work(1, request.count, d, p),
+        )
+    except RefusalError as error:
+        return Prediction(1, 0, math.inf, math.inf, str(error), None)
+    return found[0]
+
+
+def _filled(
+    request: Request,
+    plan: Plan,
+    sums: Sums,
+    split: Split,
+    margin: float,
+) -> SummedHead:
+    """Fill sums with all keys and values."""
+    head = request.head
+    p = head.sizes[3]
+    found = request.fill(
+        SummedHead(
+            plan,
+            sums,
+            Kept.none(head.key, head.value),
+            Probes.of(split, p, head.scale, request.tol, margin),
+        )
+    )
+    assert isinstance(found, SummedHead)
+    return found
+
+
+def _exact_seconds(request: Request) -> float:
+    _, _, d, p = request.head.sizes
+    return seconds(exact_work(1, request.count, d, p))
+
+
+def _plan_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Plan:
+    """Describe monomials by the method that they make concrete, with a query's cost."""
+    _, _, d, p = head.sizes
+    rank, degree = len(recipe.index), int(recipe.index.degree.max())
+    method = Polynomial(degree=degree, rank=rank, basis=basis)
+    work = polynomial_work(1, 0, d, p, rank)
+    if recipe.dtype == head.xp.float64 != head.dtype:
+        work *= 2
+    error = math.nan if math.isinf(recipe.bound) else recipe.bound
+    return Plan(method, error, seconds(work), reason)
+
+
+def _lowrank_plan(
+    head: Head, rank: int, landmarks: int, error: float, reason: str
+) -> Plan:
+    """Describe a basis by the method that it makes concrete, with a query's cost."""
+    _, _, d, p = head.sizes
+    method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
+    work = lowrank_work(1, 0, d, p, rank, landmarks)
+    return Plan(method, error, seconds(work), reason)

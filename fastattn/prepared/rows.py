@@ -1,0 +1,92 @@
+"""The keys and values of one head on their way into a structure, a block at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastattn.prepared.heads import PreparedHead
+from fastattn.problem.batch import pick
+from fastattn.problem.head import Head
+from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
+from sketching._lib.threads import run_blocks
+
+# rows that are inserted at once: what is copied of them is freed before the next
+_ROWS = 1 << 18
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Keys, values and the mask of one head; nothing is copied.
+
+    Parameters
+    ----------
+    key, value : array, shapes (m, d), (m, p)
+        Rows of one library.
+    mask : boolean array, shape (m,), or None
+        True for rows that take part.
+    """
+
+    key: Array
+    value: Array
+    mask: Array | None
+
+    @staticmethod
+    def of(
+        key: Array, value: Array, mask: Array | None, place: tuple[int, ...]
+    ) -> "Rows":
+        """Take the head at ``place`` of a batch."""
+        own = None if mask is None else pick(mask, place, 1)
+        return Rows(pick(key, place), pick(value, place), own)
+
+    def insert_into(self, head: PreparedHead, *, fold: bool) -> PreparedHead:
+        """Insert all rows that take part."""
+        for start in range(0, self.key.shape[0], _ROWS):
+            stop = min(start + _ROWS, self.key.shape[0])
+            key, value = self.key[start:stop, :], self.value[start:stop, :]
+            if self.mask is not None:
+                key, value = _taken(key, value, np.flatnonzero(self._host(start, stop)))
+            head = head.insert(key, value, fold=fold)
+        return head
+
+    def head(
+        self, query: Array, scale: float, guarantee: str, rng: np.random.Generator
+    ) -> tuple[Head, int]:
+        """What a planner looks at, and the number of rows that take part.
+
+        Of masked rows it is a sample, because they are copied; a proven bound needs
+        them all.
+        """
+        if self.mask is None:
+            return Head(query, self.key, self.value, scale), self.key.shape[0]
+        rows = np.flatnonzero(self._host(0, self.key.shape[0]))
+        count = len(rows)
+        if guarantee == "sampled" and count > _ROWS:
+            rows = np.sort(rng.choice(rows, _ROWS, replace=False))
+        return Head(query, *_taken(self.key, self.value, rows), scale), count
+
+    def _host(self, start: int, stop: int) -> Array:
+        assert self.mask is not None
+        return to_host(self.mask[start:stop])
+
+
+def _taken(key: Array, value: Array, rows: Array) -> tuple[Array, Array]:
+    """Copy rows of the given numbers."""
+    xp = array_namespace(key)
+    numbers = xp.asarray(rows, device=device_of(key))
+    return xp.take(key, numbers, axis=0), xp.take(value, numbers, axis=0)
+
+
+def side_by_side(like: Array, count: int, work: Callable[[int], _T]) -> list[_T]:
+    """Call ``work`` for every head, side by side on the CPU."""
+    if place_of(like) != "cpu":
+        return [work(i) for i in range(count)]
+    found: list[Any] = [None] * count
+
+    def one(i: int) -> None:
+        found[i] = work(i)
+
+    run_blocks(one, range(count))
+    return found

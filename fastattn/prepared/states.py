@@ -1,0 +1,302 @@
+"""Sums over keys that answer queries without them: what a prepared head may hold.
+
+The polynomial families are here; another family of linear attention joins by a class
+with the same methods, and a name in ``_KINDS``.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from fastattn.methods.lowrank.basis import Basis, Hermite
+from fastattn.methods.lowrank.structure import LowRank
+from fastattn.methods.lowrank.whitening import Frame
+from fastattn.methods.polynomial.expansions import IndexSet
+from fastattn.methods.polynomial.moments import Moments
+from fastattn.methods.polynomial.recipe import Recipe
+from fastattn.problem.transforms import Transform
+from sketching._lib.arrays import Array, array_namespace, mover, to_host
+from sketching._lib.certificate import RefusalError
+
+# arrays and plain values of a structure, by name
+Packed = tuple[dict[str, Array], dict[str, Any]]
+
+
+class Sums(Protocol):
+    """Sums over keys and values, to which keys can be added."""
+
+    @property
+    def count(self) -> int:
+        """Number of keys."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        ...
+
+    def empty(self) -> Self:
+        """Forget the keys."""
+        ...
+
+    def insert(self, key: Array, value: Array) -> Self:
+        """Add keys, at least one; returns the new structure."""
+        ...
+
+    def merge(self, other: Self) -> Self:
+        """Add the keys of another structure of the same plan; returns the new one."""
+        ...
+
+    def query(self, query: Array) -> tuple[Array, Array, Array]:
+        """Values, log-sum-exps, and whether each row can be trusted."""
+        ...
+
+    def pack(self) -> Packed:
+        """Arrays on the host, and plain values."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankSums:
+    """Inner products with a basis of polynomials and landmarks."""
+
+    structure: LowRank
+
+    @property
+    def count(self) -> int:
+        """Number of keys, far ones among them."""
+        return self.structure.count + len(self.structure.far_key)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.structure.nbytes
+
+    def empty(self) -> "LowRankSums":
+        """Forget the keys."""
+        old = self.structure
+        nothing = np.zeros_like(old.sums)
+        return LowRankSums(
+            replace(
+                old,
+                count=0,
+                sums=nothing,
+                bounds=_no_bounds(len(old.middle)),
+                far_key=old.far_key[:0],
+                far_value=old.far_value[:0],
+                weights=nothing,
+            )
+        )
+
+    def insert(self, key: Array, value: Array) -> "LowRankSums":
+        """Add keys, at least one; returns the new structure."""
+        return LowRankSums(self.structure.insert(key, value))
+
+    def merge(self, other: "LowRankSums") -> "LowRankSums":
+        """Add the keys of another structure; returns the new structure."""
+        return LowRankSums(self.structure.merge(other.structure))
+
+    def query(self, query: Array) -> tuple[Array, Array, Array]:
+        """Values, log-sum-exps, and whether each row can be trusted."""
+        return self.structure.query(query)
+
+    def pack(self) -> Packed:
+        """Arrays on the host, and plain values."""
+        held, basis = self.structure, self.structure.basis
+        parts = {"": held, "frame_": basis.frame, "hermite_": basis.hermite}
+        arrays = {
+            prefix + name: getattr(part, name)
+            for (prefix, part), names in zip(parts.items(), _LOWRANK, strict=True)
+            for name in names
+        }
+        arrays["landmarks"] = basis.landmarks
+        values = {name: float(getattr(basis.frame, name)) for name in _FRAME}
+        return arrays, {"count": held.count, **values}
+
+    @staticmethod
+    def unpack(
+        arrays: dict[str, Array],
+        values: dict[str, Any],
+        xp: Any,  # noqa: ARG004
+    ) -> "LowRankSums":
+        """Undo ``pack``."""
+        own, frame, hermite = (
+            {name: arrays[prefix + name] for name in names}
+            for prefix, names in zip(("", "frame_", "hermite_"), _LOWRANK, strict=True)
+        )
+        basis = Basis(
+            Frame(**frame, **{name: float(values[name]) for name in _FRAME}),
+            Hermite(**hermite),
+            arrays["landmarks"],
+        )
+        return LowRankSums(LowRank(basis=basis, count=int(values["count"]), **own))
+
+
+# the arrays of the structure, its frame and its polynomials; the numbers of the frame
+_LOWRANK = (
+    ("middle", "sums", "bounds", "far_key", "far_value", "weights"),
+    ("center", "to_key", "to_query", "origin", "spread"),
+    ("parent", "coordinate", "power", "factorial"),
+)
+_FRAME = ("offset", "limit", "longest", "share", "scale")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MonomialSums:
+    """Sums of monomials, in float64 on the host.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Coordinates, monomials and coefficients.
+    scale : float
+        The factor of the logits.
+    count : int
+        Number of keys.
+    total : array, shape (r, p + 1)
+        Sum over keys of monomial times weight times ``[value - middle, 1]``.
+    bounds : array, shape (2, p)
+        The least and the largest of the values.
+    """
+
+    recipe: Recipe
+    scale: float
+    count: int
+    total: Array
+    bounds: Array
+
+    @staticmethod
+    def of(recipe: Recipe, scale: float) -> "MonomialSums":
+        """Start without keys."""
+        p = len(recipe.middle)
+        total = np.zeros((len(recipe.index), p + 1))
+        return MonomialSums(recipe, scale, 0, total, _no_bounds(p))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(int(x.nbytes) for x in self.pack()[0].values())
+
+    def empty(self) -> "MonomialSums":
+        """Forget the keys."""
+        return MonomialSums.of(self.recipe, self.scale)
+
+    def insert(self, key: Array, value: Array) -> "MonomialSums":
+        """Add keys, at least one; returns the new structure."""
+        xp, recipe = array_namespace(value), self.recipe
+        part = Moments.of(
+            key,
+            value,
+            recipe.transform,
+            recipe.index,
+            recipe.middle,
+            self.scale,
+            recipe.dtype,
+        )
+        low, high = (
+            to_host(end(value, axis=0)).astype(np.float64) for end in (xp.min, xp.max)
+        )
+        total = to_host(part.sums).astype(np.float64)
+        added = replace(
+            self, count=key.shape[0], total=total, bounds=np.stack([low, high])
+        )
+        return self.merge(added)
+
+    def merge(self, other: "MonomialSums") -> "MonomialSums":
+        """Add the keys of another structure; returns the new structure."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = self.total + other.total
+        if not np.isfinite(total).all():
+            raise RefusalError("sums over keys overflow: the inputs are too extreme")
+        low = np.minimum(self.bounds[0], other.bounds[0])
+        high = np.maximum(self.bounds[1], other.bounds[1])
+        return replace(
+            self,
+            count=self.count + other.count,
+            total=total,
+            bounds=np.stack([low, high]),
+        )
+
+    def query(self, query: Array) -> tuple[Array, Array, Array]:
+        """Values, log-sum-exps, and whether each row can be trusted."""
+        recipe, xp = self.recipe, array_namespace(query)
+        move = mover(query, recipe.dtype)
+        moments = Moments(
+            recipe.transform, recipe.index, recipe.middle, self.scale, move(self.total)
+        )
+        value, logarithm, good = moments.query(query, recipe.coefficients)
+        good = xp.logical_and(good, xp.all(xp.isfinite(value), axis=1))
+        # no mean is outside the range of the values
+        low, high = move(self.bounds)[0, :], move(self.bounds)[1, :]
+        return xp.minimum(xp.maximum(value, low), high), logarithm, good
+
+    def pack(self) -> Packed:
+        """Arrays on the host, and plain values."""
+        recipe = self.recipe
+        parts = {"transform_": recipe.transform, "index_": recipe.index}
+        arrays = {
+            prefix + name: getattr(part, name)
+            for (prefix, part), names in zip(parts.items(), _MONOMIAL, strict=True)
+            for name in names
+        }
+        arrays |= {"total": self.total, "bounds": self.bounds}
+        arrays |= {"middle": recipe.middle, "coefficients": recipe.coefficients}
+        dtype = str(recipe.dtype).rpartition(".")[2].strip("'> ")
+        bound = recipe.bound
+        return arrays, {
+            "count": self.count, "scale": self.scale, "dtype": dtype, "bound": bound
+        }  # fmt: skip
+
+    @staticmethod
+    def unpack(
+        arrays: dict[str, Array], values: dict[str, Any], xp: Any
+    ) -> "MonomialSums":
+        """Undo ``pack``; the sums are going to be used with arrays of ``xp``."""
+        transform, index = (
+            {name: arrays[prefix + name] for name in names}
+            for prefix, names in zip(("transform_", "index_"), _MONOMIAL, strict=True)
+        )
+        recipe = Recipe(
+            Transform(**transform),
+            IndexSet(**index),
+            arrays["coefficients"],
+            arrays["middle"],
+            {"float32": xp.float32, "float64": xp.float64}[values["dtype"]],
+            float(values["bound"]),
+        )
+        return MonomialSums(
+            recipe,
+            float(values["scale"]),
+            int(values["count"]),
+            arrays["total"],
+            arrays["bounds"],
+        )
+
+
+_MONOMIAL = (
+    ("query_center", "key_center", "query_map", "key_map", "tilt", "scales"),
+    ("parent", "coordinate", "degree", "multiplicity"),
+)
+
+
+def _no_bounds(p: int) -> Array:
+    """The range of no values at all."""
+    return np.outer([math.inf, -math.inf], np.ones(p))
+
+
+def pack_sums(sums: Sums) -> Packed:
+    """Pack with the name of the kind."""
+    arrays, values = sums.pack()
+    kind = next(name for name, of in _KINDS.items() if isinstance(sums, of))
+    return arrays, {"sums": kind, **values}
+
+
+def unpack_sums(arrays: dict[str, Array], values: dict[str, Any], xp: Any) -> Sums:
+    """Undo ``pack_sums``, for arrays of the namespace ``xp``."""
+    found: Sums = _KINDS[values["sums"]].unpack(arrays, values, xp)
+    return found
+
+
+_KINDS: dict[str, Any] = {"lowrank": LowRankSums, "monomials": MonomialSums}

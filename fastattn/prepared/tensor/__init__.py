@@ -1,0 +1,1 @@
+"""Prepared structures of one head of tensor attention."""

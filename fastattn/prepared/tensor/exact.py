@@ -1,0 +1,123 @@
+"""A head of tensor attention with all keys of its factors, and how factors grow."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastattn.prepared.kv_buffer import Kept, bytes_of
+from fastattn.prepared.rows import Rows
+from fastattn.prepared.states import Packed
+from fastattn.problem.head import HeadAnswer, Plan
+from fastattn.tensor.exact import exact_plan, solve_exact
+from fastattn.tensor.problem import TensorHead
+from sketching._lib.arrays import Array, mover, to_host
+from sketching._lib.certificate import Certificate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorExactHead:
+    """The keys and values of every factor.
+
+    Parameters
+    ----------
+    plan : Plan
+        Says that they are kept, and why.
+    scale : float
+        The factor of the logits.
+    kept : tuple of Kept
+        The keys and values.
+    sample : array, shape (k, d)
+        Queries that ``certificate`` is about.
+    """
+
+    plan: Plan
+    scale: float
+    kept: tuple[Kept, ...]
+    sample: Array
+
+    @property
+    def count(self) -> Any:
+        """Number of keys of each factor."""
+        return tuple(kept.count for kept in self.kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(kept.nbytes for kept in self.kept) + bytes_of(self.sample)
+
+    def empty(self) -> "TensorExactHead":
+        """Forget the keys."""
+        return replace(self, kept=tuple(kept.empty() for kept in self.kept))
+
+    def insert_into(self, factor: int, key: Array, value: Array) -> "TensorExactHead":
+        """Add keys to one factor."""
+        kept = list(self.kept)
+        kept[factor] = kept[factor].append(key, value)
+        return replace(self, kept=tuple(kept))
+
+    def merge(self, other: "TensorExactHead") -> "TensorExactHead":
+        """Add the keys of another structure, factor by factor."""
+        merged = self
+        for s, kept in enumerate(other.kept):
+            merged = merged.insert_into(s, kept.key, kept.value)
+        return merged
+
+    def answer(
+        self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> HeadAnswer:
+        """Answer queries exactly, with the bound of ``Exact()``."""
+        keys, values = (
+            tuple(getattr(kept, name) for kept in self.kept)
+            for name in ("key", "value")
+        )
+        head = TensorHead(query, keys, values, self.scale)
+        plan = exact_plan(head, self.plan.method, self.plan.reason)
+        return solve_exact(head, tol, guarantee, rng, plan)
+
+    def certificate(
+        self, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Certificate:
+        """What is promised of the sample of queries."""
+        return self.answer(self.sample, tol, guarantee, rng).certificate
+
+    def pack(self) -> Packed:
+        """Arrays and plain values."""
+        arrays = {"sample": to_host(self.sample)}
+        for s, kept in enumerate(self.kept):
+            arrays[f"key_{s}"] = to_host(kept.key)
+            arrays[f"value_{s}"] = to_host(kept.value)
+        return arrays, {"scale": self.scale, "factors": len(self.kept)}
+
+    @staticmethod
+    def unpack(
+        plan: Plan, arrays: dict[str, Array], values: dict[str, Any], like: Array
+    ) -> "TensorExactHead":
+        """Undo ``pack``."""
+        move = mover(like, like.dtype)
+        kept = []
+        for s in range(values["factors"]):
+            key, value = move(arrays[f"key_{s}"]), move(arrays[f"value_{s}"])
+            kept.append(Kept(key, value, key.shape[0]))
+        sample = move(arrays["sample"])
+        return TensorExactHead(plan, float(values["scale"]), tuple(kept), sample)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factor:
+    """One factor of a structure, to which keys are added as to a pairwise one."""
+
+    head: Any
+    factor: int
+
+    def insert(self, key: Array, value: Array, *, fold: bool) -> "_Factor":  # noqa: ARG002
+        """Add keys."""
+        return replace(self, head=self.head.insert_into(self.factor, key, value))
+
+
+def insert_factors(head: Any, rows: dict[int, Rows]) -> Any:
+    """Add rows to the factors of the given numbers."""
+    for s, own in rows.items():
+        grown: Any = own.insert_into(_Factor(head, s), fold=False)  # type: ignore[arg-type]
+        head = grown.head
+    return head

@@ -1,0 +1,294 @@
+"""A head of tensor attention as sums over the keys of each factor, with a proven bound.
+
+The tuples that queries see are all products of one key of each factor. So keys are
+added to factors, not to tuples, and sums over the keys of a factor are all that the
+polynomial needs of it: sums over tuples are their Hadamard product.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastattn.certificates.accumulation import count_pieces, pieces
+from fastattn.methods.polynomial.expansions import IndexSet
+from fastattn.prepared.states import Packed
+from fastattn.problem.head import HeadAnswer, Plan
+from fastattn.tensor.logit_bounds import Extent, row_norms
+from fastattn.tensor.polynomial import TensorRecipe
+from fastattn.tensor.problem import TensorHead
+from sketching._lib.arrays import Array, array_namespace, mover, to_host
+from sketching._lib.certificate import Certificate, RefusalError
+
+# norms of the same rows in blocks of another size are rounded apart by less
+_GIVE = 1 + 1e-13
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limits:
+    """How far rows may reach for a bound to hold.
+
+    Parameters
+    ----------
+    low, high : array, shape (c,)
+        The range of each column.
+    norms : array, shape (k,)
+        The weighted norms of order 1, 2, ... of a row, as in ``Extent``; of values,
+        which have none, it is empty.
+    """
+
+    low: Array
+    high: Array
+    norms: Array
+
+    @staticmethod
+    def of(x: Array, weights: tuple[Array, Array] | None = None, count: int = 0) -> Any:
+        """Measure rows, at least one."""
+        xp = array_namespace(x)
+        low, high = (
+            to_host(end(x, axis=0)).astype(np.float64) for end in (xp.min, xp.max)
+        )
+        norms = np.zeros(0) if weights is None else row_norms(x, *weights, count)
+        return Limits(low, high, np.array(norms))
+
+    def check(
+        self, name: str, x: Array, weights: tuple[Array, Array] | None = None
+    ) -> None:
+        """Raise ``RefusalError`` where a row is beyond the limits."""
+        found = Limits.of(x, weights, len(self.norms))
+        outside = (found.low < self.low) | (found.high > self.high)
+        if np.any(outside):
+            column = int(np.flatnonzero(outside)[0])
+            raise RefusalError(
+                f"{name}: column {column} has entries from {found.low[column]:.3g} to "
+                f"{found.high[column]:.3g}, outside {self.low[column]:.3g} to "
+                f"{self.high[column]:.3g}, which the bound was proven for: prepare "
+                "with rows that reach as far, or use method=Exact()"
+            )
+        if np.any(found.norms > self.norms * _GIVE):
+            raise RefusalError(
+                f"{name}: a row is longer than those that the bound was proven for: "
+                "prepare with rows that reach as far, or use method=Exact()"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorSumsHead:
+    """Sums of monomials of every factor, with the limits of a proven bound.
+
+    Parameters
+    ----------
+    plan : Plan
+        What was chosen.
+    recipe : TensorRecipe
+        Coordinates, monomials and coefficients.
+    terms : array, shape (d,)
+        Bound on the absolute term of each coordinate of a logit.
+    largest : array, shape (k, d)
+        The largest sizes of the coordinates of queries and keys.
+    query : Limits
+        Of the queries.
+    keys, values : tuple of Limits
+        Of each factor.
+    totals : tuple of array, shape (r, p + 1)
+        Sums over the keys of each factor of monomial times ``[value, 1]``, in float64
+        on the host.
+    count, pieces : tuple of int
+        Keys of each factor, and the sums that were added up for it.
+    """
+
+    plan: Plan
+    recipe: TensorRecipe
+    terms: Array
+    largest: Array
+    query: Limits
+    keys: tuple[Limits, ...]
+    values: tuple[Limits, ...]
+    totals: tuple[Array, ...]
+    count: Any
+    pieces: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        plan: Plan, recipe: TensorRecipe, head: TensorHead, extent: Extent
+    ) -> "TensorSumsHead":
+        """Start without keys, for rows that reach as far as those of the head."""
+        sides = (head.query, *head.keys)
+        query, *keys = (
+            Limits.of(x, (largest, extent.terms), head.order)
+            for x, largest in zip(sides, extent.largest, strict=True)
+        )
+        totals = np.zeros((len(recipe.index), head.sizes[3] + 1))
+        none = (0,) * len(keys)
+        return TensorSumsHead(
+            plan,
+            recipe,
+            extent.terms,
+            extent.largest,
+            query,
+            tuple(keys),
+            tuple(Limits.of(x) for x in head.values),
+            (totals,) * len(keys),
+            none,
+            none,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(int(x.nbytes) for x in self.pack()[0].values())
+
+    def empty(self) -> "TensorSumsHead":
+        """Forget the keys."""
+        none = (0,) * len(self.keys)
+        totals = tuple(np.zeros_like(x) for x in self.totals)
+        return replace(self, totals=totals, count=none, pieces=none)
+
+    def insert_into(self, factor: int, key: Array, value: Array) -> "TensorSumsHead":
+        """Add keys to one factor that are within the limits."""
+        if not key.shape[0]:
+            return self
+        weights = self.largest[factor + 1], self.terms
+        self.keys[factor].check(f"keys[{factor}]", key, weights)
+        self.values[factor].check(f"values[{factor}]", value)
+        total, cut = self.totals[factor], list(pieces(key.shape[0]))
+        for rows in cut:
+            part = self.recipe.sums(factor, key[rows, :], value[rows, :])
+            total = total + to_host(part).astype(np.float64)
+        return self._added(factor, total, key.shape[0], len(cut))
+
+    def merge(self, other: "TensorSumsHead") -> "TensorSumsHead":
+        """Add the keys of another structure of the same plan, factor by factor."""
+        merged = self
+        pairs = zip(self.totals, other.totals, strict=True)
+        for s, (mine, theirs) in enumerate(pairs):
+            total = mine + theirs
+            merged = merged._added(s, total, other.count[s], other.pieces[s])
+        return merged
+
+    def _added(
+        self, factor: int, total: Array, count: int, more: int
+    ) -> "TensorSumsHead":
+        """Replace the sums of a factor by those of so many more keys."""
+        summed = count_pieces(self.pieces[factor], more, "method=Exact()")
+        if not np.isfinite(total).all():
+            raise RefusalError("sums over keys overflow: the inputs are too extreme")
+
+        def changed(x: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
+            return (*x[:factor], new, *x[factor + 1 :])
+
+        return replace(
+            self,
+            totals=changed(self.totals, total),
+            count=changed(self.count, self.count[factor] + count),
+            pieces=changed(self.pieces, summed),
+        )
+
+    def answer(
+        self,
+        query: Array,
+        tol: float,  # noqa: ARG002
+        guarantee: str,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> HeadAnswer:
+        """Answer queries that are within the limits."""
+        self.query.check("query", query, (self.largest[0], self.terms))
+        # of the factors, only their number and width counts here
+        width = self.totals[0].shape[1] - 1
+        none = (query[:0, :],), (query[:0, :1],)
+        head = TensorHead(query, *none, 1.0)
+        xp, n = head.xp, query.shape[0]
+        move = mover(query, self.recipe.dtype)
+        if all(self.count):
+            factors = zip(self.totals, self.count, strict=True)
+            parts = (move(total / count) for total, count in factors)
+            value, logarithm, good = self.recipe.query(query, parts)
+            if not bool(xp.all(good)):
+                raise RefusalError(
+                    "a sum of weights is not positive and finite although the bound "
+                    "says so: inputs are too extreme for this precision; use Exact()"
+                )
+            logarithm = logarithm + float(np.log(np.array(self.count, float)).sum())
+        else:
+            value = move(np.zeros((n, width)))
+            logarithm = move(np.full(n, -np.inf))
+        return HeadAnswer.under(self._bound, *head.finish(value, logarithm), self.plan)
+
+    def certificate(
+        self,
+        tol: float,  # noqa: ARG002
+        guarantee: str,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> Certificate:
+        """The proven bound, whatever is asked for."""
+        return self._bound
+
+    @property
+    def _bound(self) -> Certificate:
+        return Certificate(
+            self.recipe.bound,
+            0.0,
+            "max",
+            f"minimax polynomial of degree {self.recipe.degree} on the interval of all "
+            "logits within the limits that queries and keys are held to (Alman and "
+            "Song 2023; relative error of weights)",
+        )
+
+    def pack(self) -> Packed:
+        """Arrays and plain values."""
+        recipe, index = self.recipe, self.recipe.index
+        arrays = {
+            "maps": np.array(recipe.maps),
+            "coefficients": recipe.coefficients,
+            "terms": self.terms,
+            "largest": self.largest,
+            **{f"index_{name}": getattr(index, name) for name in _INDEX},
+            **{f"total_{s}": total for s, total in enumerate(self.totals)},
+        }
+        for side, limits in self._limits().items():
+            arrays |= {f"{side}_{name}": getattr(limits, name) for name in _LIMITS}
+        dtype = str(recipe.dtype).rpartition(".")[2].strip("'>")
+        numbers = {name: getattr(recipe, name) for name in _NUMBERS}
+        own = {"dtype": dtype, "count": self.count, "pieces": self.pieces}
+        return arrays, {**numbers, **own}
+
+    def _limits(self) -> dict[str, Limits]:
+        sides = {"query": self.query}
+        for s, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            sides |= {f"key_{s}": key, f"value_{s}": value}
+        return sides
+
+    @staticmethod
+    def unpack(
+        plan: Plan, arrays: dict[str, Array], values: dict[str, Any], like: Array
+    ) -> "TensorSumsHead":
+        """Undo ``pack``."""
+        factors = range(len(values["count"]))
+
+        def limits(side: str) -> Limits:
+            return Limits(*(arrays[f"{side}_{name}"] for name in _LIMITS))
+
+        recipe = TensorRecipe(
+            maps=tuple(arrays["maps"]),
+            index=IndexSet(**{name: arrays[f"index_{name}"] for name in _INDEX}),
+            coefficients=arrays["coefficients"],
+            dtype=getattr(array_namespace(like), values["dtype"]),
+            **{name: float(values[name]) for name in _NUMBERS},
+        )
+        return TensorSumsHead(
+            plan,
+            recipe,
+            arrays["terms"],
+            arrays["largest"],
+            limits("query"),
+            tuple(limits(f"key_{s}") for s in factors),
+            tuple(limits(f"value_{s}") for s in factors),
+            tuple(arrays[f"total_{s}"] for s in factors),
+            tuple(values["count"]),
+            tuple(values["pieces"]),
+        )
+
+
+_INDEX = ("parent", "coordinate", "degree", "multiplicity")
+_LIMITS = ("low", "high", "norms")
+_NUMBERS = ("center", "bound", "low", "high")

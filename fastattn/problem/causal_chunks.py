@@ -1,0 +1,155 @@
+"""Causal attention by parts, each answered by a method that knows no mask.
+
+Row ``i`` sees the first ``visible[i]`` keys. In prefix form the keys are cut into
+chunks: a row is answered by a structure over the chunks before its own, exactly within
+its own, and the two answers are merged by their log-sum-exps. By halving, the rows that
+see all of the first half of the keys meet it in a rectangle without a mask, and both
+halves are cut again.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from fastattn.prepared.held_out import join
+from fastattn.problem.head import Head
+from sketching._lib.arrays import Array, array_namespace, place_of, to_host
+from sketching._lib.threads import run_blocks
+
+# values, log-sum-exps, and whether each row can be trusted
+Answer: TypeAlias = tuple[Array, Array, Array]
+_T = TypeVar("_T")
+_S = TypeVar("_S")
+
+# keys of a chunk; and of the first, a share of all keys up to a most
+_CHUNK = 768
+_FIRST, _MOST_FIRST = 1 / 8, 4096
+
+
+class Prefix(Protocol):
+    """A structure over the first keys of a head."""
+
+    def query(self, query: Array) -> Answer:
+        """Answer rows that see all of these keys."""
+        ...
+
+
+def cuts_of(seen: int, first: int | None = None) -> list[int]:
+    """Cut ``seen`` keys into chunks, from 0 to ``seen``.
+
+    The first is longer: where values average out, its rows are by far the largest, and
+    an error there would count most.
+    """
+    if first is None:
+        first = int(min(max(_FIRST * seen, _CHUNK), _MOST_FIRST, seen))
+    return [0, *range(first, seen, _CHUNK), seen]
+
+
+def chunks_of(visible: Array, first: int | None = None) -> list[tuple[slice, slice]]:
+    """Cut rows and keys alike: rows see all keys before theirs, but none behind them.
+
+    The keys of the last chunk are none.
+    """
+    cuts = cuts_of(int(visible[-1]), first)
+    # chunk k serves the rows that see cuts[k] keys, but not yet cuts[k + 1]
+    rows = [*(int(i) for i in np.searchsorted(visible, cuts)), len(visible)]
+    return [
+        (slice(*some), slice(*keys))
+        for some, keys in zip(pairwise(rows), pairwise([*cuts, cuts[-1]]), strict=True)
+    ]
+
+
+def largest_chunk(seen: int) -> int:
+    """Largest number of keys within which a row is answered exactly."""
+    return max(high - low for low, high in pairwise(cuts_of(seen)))
+
+
+def by_prefixes(
+    head: Head, prefixes: Callable[[list[int]], Iterable[Sequence[Prefix]]]
+) -> Answer:
+    """Answer a head by structures over prefixes of its keys.
+
+    Parameters
+    ----------
+    head : Head
+        A head whose ``visible`` does not decrease.
+    prefixes : callable
+        From numbers of keys, which increase, to structures over so many first keys, a
+        few at a time.
+
+    Returns
+    -------
+    value, log_normalizer, good : array, shapes (n, p), (n,) and (n,)
+    """
+    chunks = chunks_of(to_host(head.visible))
+    parts = [within(head, *chunks[0])]
+    for structures in prefixes([keys.start for _, keys in chunks[1:]]):
+        tasks = [
+            (*chunks[k], structure)
+            for k, structure in enumerate(structures, len(parts))
+        ]
+        parts += each(head, lambda task: _beyond(head, *task), tasks)
+    return joined(head, parts)
+
+
+def each(head: Head, work: Callable[[_T], _S], items: Sequence[_T]) -> list[_S]:
+    """Return ``work`` of every item, done side by side on the CPU."""
+    if place_of(head.query) != "cpu":
+        return [work(item) for item in items]
+    found: list[Any] = [None] * len(items)
+
+    def one(number: int) -> None:
+        found[number] = work(items[number])
+
+    run_blocks(one, range(len(items)))
+    return found
+
+
+def joined(head: Head, parts: list[Answer | None]) -> Answer:
+    """Put the answers to consecutive rows together."""
+    columns = zip(*(part for part in parts if part is not None), strict=True)
+    value, logarithm, good = (head.xp.concat(list(column)) for column in columns)
+    return value, logarithm, good
+
+
+def merged(one: Answer, other: Answer) -> Answer:
+    """Merge answers to the same rows over disjoint sets of keys."""
+    xp = array_namespace(one[0])
+    value, logarithm = join(one[:2], other[:2])
+    return value, logarithm, xp.logical_and(one[2], other[2])
+
+
+def within(head: Head, rows: slice, keys: slice) -> Answer | None:
+    """Answer some rows exactly over those of some keys that they see."""
+    if rows.start == rows.stop:
+        return None
+    value, logarithm = part_of(head, rows, keys).attend()
+    return value, logarithm, head.xp.ones_like(logarithm, dtype=head.xp.bool)
+
+
+def part_of(head: Head, rows: slice, keys: slice) -> Head:
+    """Cut out some rows with those of some keys that they see."""
+    visible = head.visible
+    return replace(
+        head,
+        query=head.query[rows, :],
+        key=head.key[keys, :],
+        value=head.value[keys, :],
+        visible=None if visible is None else visible[rows] - keys.start,
+    )
+
+
+def _beyond(head: Head, rows: slice, keys: slice, before: Prefix) -> Answer | None:
+    """Answer some rows over the keys before some, and over those they see of them."""
+    own = within(head, rows, keys)
+    if own is None:
+        return None
+    value, logarithm, good = before.query(head.query[rows, :])
+    dtype = own[0].dtype
+    xp = head.xp
+    value = xp.astype(value, dtype, copy=False)
+    logarithm = xp.astype(logarithm, dtype, copy=False)
+    return merged((value, logarithm, good), own)

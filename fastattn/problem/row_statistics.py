@@ -1,0 +1,400 @@
+r"""What each row of an answer may err by, known before any row is sampled.
+
+An error sits where a row puts its weight: with weights ``w'`` in place of ``w``,
+:math:`o_i' - o_i = \sum_j (w_{ij}' - w_{ij}) (v_j - o_i)`. Few keys can hold much of
+it: those that are long, in the metric of the keys too, those whose values are far from
+the mean, and those that the most unusual queries see. The logits of all rows with these
+*extreme keys* are exact; with the answer's own log-sum-exp they say which share of a
+row each takes, and which sums of weights are too small to be true.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn._ops.rows import squared_lengths
+from fastattn.problem.head import Head, host_rows
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+
+# queries and keys that statistics of all are judged from; rows of a block
+_KEYS, _QUERIES = 2048, 512
+_BLOCK = 2048
+# rows and keys that the variance of all logits is judged from
+_PAIRS = 256
+# extreme keys of each kind; unusual queries of each kind, and the keys of each
+_EXTREME = 16
+_UNUSUAL, _SEEN = 8, 2
+# added to the variances of keys and queries, in units of their mean or largest
+_RIDGE = 1e-3
+# a sum of weights may be so many times smaller than one of them before that tells no
+# more about the size of the error
+_SHARE = 3.0
+# variance of logits beyond which no polynomial, nor landmarks, tell more or less
+_VARIANCE = 50.0
+# what a row's answer may be off by for the keys that are not extreme, as a share of the
+# deviation of the values: in low ranks, and where all logits are rounded
+_BULK, _ROUNDED_BULK = 0.1, 0.15
+# rows that are computed exactly because their errors may be far larger than others': so
+# many times the median, and most of them by the guessed error, by what they see of an
+# extreme key, and by the spread of their logits
+OUTLYING = 2.0
+_HARD, _HARD_SEEN = 32, 16
+HARD = 64
+# and those of derivatives, whose hard rows nothing else finds
+_HARDEST = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _KeyMetric:
+    """Centre and covariance of a sample of the keys.
+
+    Parameters
+    ----------
+    center : array, shape (d,)
+        Mean key.
+    variances : array, shape (d,)
+        Eigenvalues of the covariance in units of ``peak`` squared.
+    axes : array, shape (d, d)
+        Its eigenvectors, one to a column.
+    peak : float
+        Largest entry of a centred key.
+    """
+
+    center: Array
+    variances: Array
+    axes: Array
+    peak: float
+
+    @staticmethod
+    def of(head: Head, rng: np.random.Generator) -> "_KeyMetric":
+        m = head.sizes[1]
+        some = np.sort(rng.choice(m, min(m, _KEYS), replace=False))
+        keys = host_rows(head.key, some).astype(np.float64)
+        tiny = float(np.finfo(np.float64).tiny)
+        # numbers of any size: neither the mean nor a square overflows
+        unit = max(float(np.abs(keys).max()), tiny)
+        keys /= unit
+        center = keys.mean(axis=0)
+        keys -= center
+        peak = max(float(np.abs(keys).max()), tiny)
+        keys /= peak
+        variances, axes = np.linalg.eigh(keys.T @ keys / len(keys))
+        return _KeyMetric(
+            center * unit, np.maximum(variances, 0.0), axes, max(peak * unit, tiny)
+        )
+
+    @property
+    def root(self) -> Array:
+        """A query times this has the length of the deviation of its logits."""
+        return self.axes * np.sqrt(self.variances)
+
+    @property
+    def whiten(self) -> Array:
+        """A centred key times this has the length that is unusual in the metric.
+
+        Only axes of small variance, the first, tell more than the length of a key.
+        """
+        few = -(-len(self.variances) // 2)
+        least = _RIDGE * max(float(self.variances.mean()), np.finfo(np.float64).tiny)
+        return self.axes[:, :few] / np.sqrt(self.variances[:few] + least)
+
+
+def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
+    """Numbers of the few rows whose logits vary far more than those of the others."""
+    return outlying_rows(logit_spread(head, rng), min(_HARDEST, head.sizes[0] // 4))
+
+
+def outlying_rows(sizes: Array, count: int) -> Array:
+    """Numbers of so many rows, at most, whose size is far above the median."""
+    sizes = _no_nan(np.array(sizes))
+    middle = np.partition(sizes, len(sizes) // 2)[len(sizes) // 2]
+    outlying = np.flatnonzero(sizes > OUTLYING * middle)
+    if len(outlying) > count:
+        outlying = np.sort(outlying[_largest(sizes[outlying], count)])
+    return outlying
+
+
+def _largest(sizes: Array, count: int) -> Array:
+    """Numbers of the largest; what overflowed is large."""
+    sizes = _no_nan(np.array(sizes))
+    count = min(count, len(sizes))
+    return np.argpartition(-sizes, count - 1)[:count] if count else np.zeros(0, int)
+
+
+def logit_spread(head: Head, rng: np.random.Generator) -> Array:
+    """How much the logits of each row vary over the keys, up to a factor.
+
+    It is the variance over a sample of the keys, at ``d * d`` products a row.
+    """
+    return _logit_spread(head, _KeyMetric.of(head, rng))
+
+
+def _logit_spread(head: Head, metric: _KeyMetric) -> Array:
+    (spread,) = _lengths(head.query, _first_mean(head), [metric.root], head.dtype)
+    # a row whose spread overflows is a hard one
+    return _no_nan(spread)
+
+
+def _first_mean(head: Head) -> Array:
+    """Mean of the first queries, on the host."""
+    few = head.query[: min(head.sizes[0], _BLOCK), :]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return to_host(head.xp.mean(head.xp.astype(few, head.dtype), axis=0))
+
+
+def _lengths(
+    x: Array, center: Array, turns: Sequence[Array | None], dtype: Any
+) -> list[Array]:
+    """Squared lengths of the rows of ``(x - center) @ turn``, on the host.
+
+    A turn of one dimension scales the columns; None leaves them as they are.
+    """
+    xp, (n, d) = array_namespace(x), x.shape
+    move = {"dtype": dtype, "device": device_of(x)}
+    zeros, ones, found = xp.zeros(d, **move), xp.ones(d, **move), []
+    # what overflows makes the rows hard ones
+    with np.errstate(over="ignore", invalid="ignore"):
+        middle = xp.asarray(center, **move)
+        for turn in turns:
+            matrix = ones if turn is None else xp.asarray(turn, **move)
+            found.append(np.empty(n))
+            for start in range(0, n, _BLOCK):
+                rows = slice(start, min(start + _BLOCK, n))
+                block, args = xp.astype(x[rows, :], dtype, copy=False), (middle, matrix)
+                if matrix.ndim > 1:
+                    few = matrix.shape[1]
+                    block, args = (block - middle) @ matrix, (zeros[:few], ones[:few])
+                found[-1][rows] = to_host(squared_lengths(block, *args))
+    return found
+
+
+def logit_variance(head: Head, rng: np.random.Generator) -> float:
+    """Variance of the logits over a few rows and keys, but for what keys share."""
+    few = (
+        host_rows(x, rng.choice(x.shape[0], min(x.shape[0], _PAIRS)))
+        for x in (head.query, head.key)
+    )
+    query, key = (x - x.mean(axis=0) for x in few)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.var(head.scale * (query @ key.T)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowStatistics:
+    """Statistics of all rows that do not depend on an answer.
+
+    Parameters
+    ----------
+    variance : array, shape (n,)
+        Variance of the row's logits over the keys.
+    extreme : integer array, shape (e,)
+        Numbers of the extreme keys.
+    distance : array, shape (e,)
+        Distances of their values from the mean value.
+    mean : array, shape (p,)
+        Mean value.
+    deviation : float
+        Root mean square distance of the values from it.
+    """
+
+    variance: Array
+    extreme: Array
+    distance: Array
+    mean: Array
+    deviation: float
+
+
+def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
+    """Measure the rows of one head, at ``d * d`` products a row and a key."""
+    metric = _KeyMetric.of(head, rng)
+    spread, unusual = _lengths(
+        head.query, _first_mean(head), [metric.root, _column_scales(head)], head.dtype
+    )
+    spread = _no_nan(spread)
+    long = _lengths(head.key, metric.center, [None, metric.whiten], head.dtype)
+    distance, mean, deviation = _value_sizes(head)
+    rows = np.union1d(*(_largest(x, _UNUSUAL) for x in (spread, unusual)))
+    far = [_largest(x, _EXTREME) for x in (distance, *long)]
+    extreme = np.union1d(_seen_keys(head, rows), np.concatenate(far))
+    with np.errstate(over="ignore", invalid="ignore"):
+        variance = spread * np.square(head.scale * metric.peak)
+    variance = _no_nan(variance)
+    return RowStatistics(variance, extreme, distance[extreme], mean, deviation)
+
+
+def _column_scales(head: Head) -> Array:
+    """One over the deviation of each column of the queries."""
+    n = head.sizes[0]
+    some = np.unique(np.linspace(0, n - 1, min(n, _QUERIES)).astype(np.intp))
+    sample = host_rows(head.query, some).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sample -= sample.mean(axis=0)
+        width = np.abs(sample).max(axis=0)
+        # squares of what is scaled neither overflow nor underflow
+        width *= np.std(sample / np.where(width > 0, width, 1.0), axis=0)
+    width = np.nan_to_num(width, nan=np.inf)
+    least = max(_RIDGE * float(width.max()), np.finfo(np.float64).tiny)
+    return 1 / np.maximum(width, least)
+
+
+def _value_sizes(head: Head) -> tuple[Array, Array, float]:
+    """Distances of the values from their mean, that, and their root mean square."""
+    xp = head.xp
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = to_host(xp.mean(xp.astype(head.value, head.dtype, copy=False), axis=0))
+        (squares,) = _lengths(head.value, mean, [None], head.dtype)
+        distance = np.sqrt(_no_nan(squares))
+        deviation = float(np.sqrt(np.mean(squares)))
+    return distance, mean.astype(np.float64), deviation
+
+
+def _seen_keys(head: Head, rows: Array) -> Array:
+    """The keys that the given rows see most of."""
+    few = head.with_rows(rows)
+    logits = _logits(few, few.key, np.arange(head.sizes[1]))
+    logits, each = np.ascontiguousarray(to_host(logits).T), np.arange(len(rows))
+    found = []
+    for _ in range(min(_SEEN, logits.shape[1])):
+        found.append(np.argmax(logits, axis=1))
+        logits[each, found[-1]] = -np.inf
+    return np.unique(np.concatenate(found))
+
+
+def _logits(head: Head, key: Array, numbers: Array) -> Array:
+    """Logits of the keys of given numbers, one to a row, minus infinity if not seen."""
+    xp = head.xp
+    query, key = (xp.astype(x, head.dtype, copy=False) for x in (head.query, key))
+    # keys are rows: the largest of a column is found faster than that of a row
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits = xp.matmul(key, xp.matrix_transpose(query * head.scale))
+    if head.visible is None:
+        return logits
+    numbers = xp.asarray(numbers, device=device_of(head.query))
+    hidden = numbers[:, None] >= head.visible[None, :]
+    return xp.where(hidden, xp.full_like(logits, -math.inf), logits)
+
+
+def _no_nan(x: Array) -> Array:
+    """What is not a number may be as large as anything."""
+    x[np.isnan(x)] = np.inf
+    return x
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeenKeys:
+    """What the rows of an answer see of the extreme keys.
+
+    Parameters
+    ----------
+    share : array, shape (n,)
+        Largest weight of an extreme key, over the answer's own sum of weights: above
+        one where that sum is too small.
+    reach : array, shape (n,)
+        Largest weight times the distance of the key's value from the mean value.
+    distance : array, shape (n,)
+        Distance of the row's answer from the mean value.
+    """
+
+    share: Array
+    reach: Array
+    distance: Array
+
+    @staticmethod
+    def of(
+        head: Head, found: RowStatistics, value: Array, normalizer: Array
+    ) -> "SeenKeys":
+        """Compare an answer's sums of weights with the logits of the extreme keys."""
+        xp, n = head.xp, head.sizes[0]
+        move = {"dtype": head.dtype, "device": device_of(head.query)}
+        numbers = xp.asarray(found.extreme, device=move["device"])
+        key = xp.take(head.key, numbers, axis=0)
+        with np.errstate(divide="ignore", over="ignore"):
+            far = xp.asarray(np.log(found.distance)[:, None], **move)
+        share, reach = np.empty((2, n))
+        for start in range(0, n, _BLOCK):
+            rows = slice(start, min(start + _BLOCK, n))
+            # rows that went wrong, or see no key, are settled elsewhere
+            with np.errstate(over="ignore", invalid="ignore"):
+                logits = _logits(head.slice(rows), key, found.extreme)
+                # an exp of the largest, in place of the largest exp
+                share[rows] = to_host(xp.max(logits, axis=0))
+                reach[rows] = to_host(xp.max(logits + far, axis=0))
+        own = to_host(normalizer).astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            share, reach = np.exp(share - own), np.exp(reach - own)
+            distance = np.sqrt(_lengths(value, found.mean, [None], head.dtype)[0])
+        return SeenKeys(*(_no_nan(x) for x in (share, reach, distance)))
+
+
+def series_squares(variance: Array) -> Array:
+    """How the squared errors of a series of exp compare, by the logits' variance."""
+    return np.minimum(np.asarray(variance), _VARIANCE) ** 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowErrors:
+    """Guessed squared errors of the rows of an answer, up to a common factor.
+
+    Those numbered ``hard`` may err far more than the others: they are to be exact.
+    """
+
+    squares: Array
+    hard: Array
+
+
+def guess_errors(
+    found: RowStatistics,
+    seen: SeenKeys,
+    *,
+    rounding: Array | None = None,
+    own: Array | None = None,
+    factor: Array | float = 1.0,
+) -> RowErrors:
+    r"""Guess what the rows err by, from what they see of the extreme keys.
+
+    It is the error of a row's logits, or of its weights where those come from a series,
+    times the distance of the values that it sees from its answer.
+
+    Parameters
+    ----------
+    found, seen : RowStatistics, SeenKeys
+        Of the head, and of the answer.
+    rounding : array, shape (n,), optional
+        Deviation of the error of a row's logits. By default the error is taken to grow
+        with the variance of the logits, as what a series leaves out, and with the share
+        of an extreme key.
+    own : array, shape (n,), optional
+        Squared errors as the method itself estimates them, up to a factor.
+    factor : array, shape (n,), or float
+        Factors of the squares for what is known of the rows beside.
+    """
+    n, bulk, spread = len(found.variance), _ROUNDED_BULK, _HARD_SEEN
+    large = np.maximum(seen.share / _SHARE, 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if rounding is None:
+            bulk, spread = _BULK, HARD
+            rounding = np.minimum(found.variance, _VARIANCE)
+            rounding = rounding + np.minimum(seen.share, _SHARE)
+        rest = seen.distance + bulk * found.deviation
+        full = np.sqrt(factor) * rounding * (seen.reach + rest)
+        squares = factor * (rounding * (seen.reach / large + rest)) ** 2
+        if own is not None:
+            full, squares = np.sqrt(own), _joined(own, squares)
+    most = min(_HARD, n // 8), min(_HARD_SEEN, n // 16)
+    hard = [
+        outlying_rows(full, most[0]),
+        outlying_rows(rounding * seen.reach, most[1]),
+        outlying_rows(found.variance, min(spread, n // 4)),
+    ]
+    return RowErrors(_no_nan(squares), np.unique(np.concatenate(hard)))
+
+
+def _joined(own: Array, squares: Array) -> Array:
+    """Add two guesses in units of their medians."""
+    units = [float(np.median(x[np.isfinite(x)])) for x in (own, squares)]
+    if min(units) > 0:
+        return own / units[0] + squares / units[1]
+    return own if units[0] > 0 else squares

@@ -1,0 +1,201 @@
+"""Attention of one head whose keys and values are larger than memory.
+
+Sums over a basis are planned on a sample of the rows, and filled with all keys, piece
+by piece. Probes say what they are worth; where that misses the tolerance, the keys
+stream past once more, or several times, for exact attention.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastattn.certificates.ratio_estimate import FAILURE
+from fastattn.costs.work import exact_work, lowrank_work, polynomial_work, seconds
+from fastattn.methods.exact import Exact
+from fastattn.methods.polynomial.method import Polynomial
+from fastattn.planning.auto import Auto
+from fastattn.planning.explanation import Explanation
+from fastattn.prepared.heads import PreparedHead, SummedHead
+from fastattn.prepared.held_out import PROBES
+from fastattn.prepared.planning import Request, prepare_head
+from fastattn.problem.head import Candidate, Head, Method, Plan
+from fastattn.streaming.exact import rounded, solve_exactly, stream_exactly
+from fastattn.streaming.rows import FileHead, Put, Step
+from sketching._lib.arrays import compute_dtype
+from sketching._lib.certificate import Certificate, RefusalError
+from sketching._lib.threads import single_threaded_blas
+
+# rows that sums are planned on
+_KEYS, _QUERIES = 1 << 16, 1 << 13
+# sums must be predicted to take at most this share of exact attention's time
+_WORTH = 0.8
+# far keys are kept beside the sums, up to one in so many bytes of the memory
+_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Streamed:
+    """What is known of answers that were put elsewhere."""
+
+    certificate: Certificate
+    plan: Plan
+
+
+def attend_streamed(
+    head: FileHead,
+    tol: float,
+    method: Method,
+    guarantee: str,
+    rng: np.random.Generator,
+    put: Put,
+    step: Step,
+) -> Streamed:
+    """Answer all queries of a head in a file; ``put`` gets the answers in blocks."""
+    # before the keys, which take long
+    for _ in head.each_block():
+        pass
+    exact = method if isinstance(method, Exact) else Exact()
+    reason = "asked for"
+    # what several threads of BLAS compute may differ in the last place
+    with single_threaded_blas():
+        if exact is not method:
+            planned = _plan(head, tol, method, guarantee, rng)
+            if isinstance(planned, SummedHead):
+                # the other half is for exact attention, if it comes to that
+                step = _half(step)
+                try:
+                    found = _sum(head, planned, tol, put, step)
+                    step(1.0)
+                    return found
+                except RefusalError as error:
+                    if not isinstance(method, Auto):
+                        raise
+                    reason = str(error)
+            else:
+                reason = planned
+        certified = solve_exactly(head, exact, tol, guarantee, rng, reason, put, step)
+        return Streamed(*certified)
+
+
+def _half(step: Step) -> Step:
+    return lambda share: step(share / 2)
+
+
+def explain_streamed(
+    head: FileHead,
+    tol: float,
+    method: Method,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Explanation:
+    """Say what would be run: what is planned on the sample, then exact attention."""
+    considered = []
+    reason = "asked for"
+    with single_threaded_blas():
+        if not isinstance(method, Exact):
+            planned = _plan(head, tol, method, guarantee, rng)
+            reason = "where the sums over all keys miss the tolerance"
+            if isinstance(planned, SummedHead):
+                considered.append(Candidate(planned.plan, accepted=True))
+            else:
+                reason = planned
+    if isinstance(method, (Exact, Auto)):
+        exact = method if isinstance(method, Exact) else Exact()
+        plan = Plan(exact, 0.0, seconds(exact_work(*head.sizes)), reason)
+        considered.append(Candidate(plan, accepted=True))
+    return Explanation((), (tuple(considered),))
+
+
+def _plan(
+    head: FileHead, tol: float, method: Method, guarantee: str, rng: np.random.Generator
+) -> SummedHead | str:
+    """Plan sums on a sample of the rows: empty ones, or why there are none."""
+    if not isinstance(method, (Auto, Polynomial)):
+        raise RefusalError(
+            f"{type(method).__name__} needs the keys of a head in memory, of which "
+            f"{head.memory} bytes may be used: allow more, or use Auto() or Exact()"
+        )
+    if guarantee == "proven":
+        reason = "proven sums need the keys of a head in memory: these stream"
+        if isinstance(method, Auto):
+            return reason
+        raise RefusalError(f"{reason}; allow more memory, or use Exact()")
+    sample = _sample(head, rng)
+
+    def fill(empty: PreparedHead) -> PreparedHead:
+        return empty.insert(sample.key, sample.value, fold=True)
+
+    request = Request(sample, fill, head.sizes[1], tol, guarantee)
+    found = prepare_head(request, method, rng)
+    if not isinstance(found, SummedHead):
+        return found.plan.reason
+    work = _work(head, found.plan.method)
+    share = work / exact_work(*head.sizes)
+    if isinstance(method, Auto) and share > _WORTH:
+        return f"{found.plan.method} would take {share:.1f} times as long"
+    reason = f"planned on a sample of {len(sample.key)} keys: {found.plan.reason}"
+    plan = replace(found.plan, predicted_seconds=seconds(work), reason=reason)
+    return replace(found.empty(), plan=plan)
+
+
+def _sample(head: FileHead, rng: np.random.Generator) -> Head:
+    """Copy some rows of each kind."""
+    n, m, _, _ = head.sizes
+    keys = np.sort(rng.choice(m, min(m, _KEYS), replace=False))
+    queries = np.sort(rng.choice(n, min(n, _QUERIES), replace=False))
+    query = head.query.take(queries)
+    return Head(query, head.key.take(keys), head.value.take(keys), head.scale)
+
+
+def _work(head: FileHead, method: Polynomial) -> float:
+    """Work of filling sums, with their probes, and of asking them."""
+    n, m, d, p = head.sizes
+    probes = exact_work(PROBES, m, d, p)
+    rank = method.rank or 1
+    if method.fits_a_basis:
+        return probes + lowrank_work(n, m, d, p, rank, method.landmarks)
+    return probes + polynomial_work(n, m, d, p, rank)
+
+
+def _sum(
+    head: FileHead, sums: SummedHead, tol: float, put: Put, step: Step
+) -> Streamed:
+    """Fill the sums, see what they are worth, and answer by them."""
+    most = sums.nbytes + head.memory // _SHARE
+    for key, value in head.each_piece():
+        sums = sums.insert(key, value, fold=True)
+        if sums.nbytes > most:
+            raise RefusalError(
+                f"{sums.plan.method} keeps too many far keys: {sums.nbytes} bytes"
+            )
+        step(1 / head.pieces)
+    error = sums.probes.error()
+    if not error.upper <= tol:
+        raise RefusalError(
+            f"{sums.plan.method}, planned on a sample, misses tol={tol:g} over all "
+            f"keys: {error.upper:.2e} is certified ({error.source})"
+        )
+    refused = []
+    for start, query in head.each_block():
+        value, logarithm, good = sums.sums.query(query)
+        bad = np.flatnonzero(~good)
+        # these are put again
+        value[bad], logarithm[bad] = 0, 0
+        put(start, *rounded(head, value, logarithm))
+        refused.append(start + bad)
+    count = _answer_exactly(head, np.concatenate(refused), put)
+    reason = sums.plan.reason + (f"; {count} rows computed exactly" if count else "")
+    certificate = Certificate(error.upper, FAILURE, "relative-frobenius", error.source)
+    return Streamed(certificate, replace(sums.plan, reason=reason))
+
+
+def _answer_exactly(head: FileHead, rows: np.ndarray, put: Put) -> int:
+    """Answer the queries that sums refuse from the keys; returns how many."""
+    dtype = compute_dtype(np, head.query.dtype)
+    for start in range(0, len(rows), head.block):
+        some = rows[start : start + head.block]
+        found = stream_exactly(head, head.query.take(some), dtype)
+        value, logarithm = rounded(head, *found)
+        for i, row in enumerate(some):
+            put(int(row), value[i : i + 1], logarithm[i : i + 1])
+    return len(rows)

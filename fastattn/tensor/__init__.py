@@ -1,0 +1,1 @@
+"""Tensor attention, over tuples of keys: heads, bounds, methods, and their choice."""

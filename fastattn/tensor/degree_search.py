@@ -1,0 +1,216 @@
+"""The least polynomial that meets a tolerance on a sample of one tensor head."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from fastattn.certificates.sampled import FLOAT64_BELOW, scaled_frobenius
+from fastattn.costs.work import seconds
+from fastattn.methods.polynomial.expansions import (
+    LARGEST_BOUND,
+    LARGEST_DEGREE,
+    least_degree,
+    rank_of,
+)
+from fastattn.methods.polynomial.method import Polynomial
+from fastattn.methods.polynomial.recipe import LARGEST_RANK, check_rank, coefficients_of
+from fastattn.tensor.logit_bounds import Extent, furthest_rows
+from fastattn.tensor.polynomial import (
+    NARROWEST,
+    TensorRecipe,
+    bounded_recipe,
+    index_set,
+    shifted,
+)
+from fastattn.tensor.problem import TensorHead
+from fastattn.tensor.sampled import certify_tuples, row_work
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.certificate import RefusalError
+
+# queries of the sample, at random and those that reach furthest; tuples of keys
+_QUERIES, _FURTHEST, _TUPLES = 64, 16, 1 << 15
+# sampled logits may be passed by so much of the width of their interval
+_MARGIN = 0.1
+# an interval of all logits that is wider by less is taken instead: it can be proven
+_ALMOST = 1.3
+# the share of a tolerance that a bound is to meet, next to a coarse norm
+_SURE = 0.9
+# what is aimed at, as a share of the tolerance
+_AIM = 0.6
+# the same where tuples are to confirm it; how many degrees more, and monomials, that
+# may take
+_CONFIRMED, _EXTRA, _LARGEST_EXTRA = 0.8, 4, 4096
+# groups of tuples that are tried before, and the work of rows that is less
+_FEW_GROUPS, _QUICK = 4, 4e9
+
+
+def apriori_recipe(head: TensorHead, tol: float) -> TensorRecipe | None:
+    """Find the least polynomial whose proven bound meets a relative tolerance.
+
+    None where it is no cheaper than the rows that a sample would compute exactly. What
+    the bound is relative to, the answer's norm, is taken from a coarse answer.
+    """
+    extent = Extent.of(head)
+    bound, d = max(extent.bound, NARROWEST), head.sizes[2]
+    if not (bound <= LARGEST_BOUND and 0 < extent.half < math.inf):
+        return None
+    coarse = bounded_recipe(head, extent, 1, None, head.dtype)
+    value, _, good = coarse.answer(head)
+    peak, norm = scaled_frobenius(value)
+    if not (bool(head.xp.all(good)) and 0 < peak < math.inf):
+        return None
+    wanted = _SURE * tol / (1 + tol) * norm * peak / math.sqrt(math.prod(value.shape))
+    first = least_degree(bound, wanted / (extent.half + wanted))
+    if first is None:
+        return None
+    for degree in range(first, min(first + 2, LARGEST_DEGREE) + 1):
+        if rank_of(d, degree) > LARGEST_RANK:
+            return None
+        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
+            recipe = bounded_recipe(head, extent, degree, None, dtype)
+            if recipe.plan(head, "").predicted_seconds > seconds(row_work(head)):
+                return None
+            if recipe.bound <= wanted:
+                return recipe
+    return None
+
+
+def sampled_recipe(
+    head: TensorHead, method: Polynomial, tol: float, rng: np.random.Generator
+) -> TensorRecipe:
+    """Choose what the method leaves open by the error on a sample.
+
+    Raises
+    ------
+    RefusalError
+        If sampled logits spread too far, or the monomials would be too many to sum.
+    """
+    extent = whole = Extent.of(head)
+    if not math.isfinite(extent.reach):
+        raise RefusalError("logits may overflow: scale the inputs down")
+    rows, keys = _sample(head, extent, rng)
+    some = _part(head, rows, keys)
+    extent = _narrowed(extent, some)
+    if not extent.bound <= LARGEST_BOUND:
+        raise RefusalError(
+            f"sampled logits lie between {extent.low:.3g} and {extent.high:.3g}, wider "
+            f"than +-{LARGEST_BOUND:g}: scale the inputs down, or use Exact()"
+        )
+    dtype = head.xp.float64 if tol < FLOAT64_BELOW else head.dtype
+
+    def make(degree: int) -> TensorRecipe:
+        check_rank(head.sizes[2], degree, method.rank)
+        recipe = _recipe(head, extent, degree, method, dtype)
+        return replace(recipe, low=whole.low, high=whole.high)
+
+    if method.degree is not None:
+        return make(method.degree)
+    if method.rank is None:
+        return _least(head, some, tol, make, rng)
+    degree = 2
+    while rank_of(head.sizes[2], degree) < method.rank and degree < LARGEST_DEGREE:
+        degree += 1
+    return make(degree)
+
+
+def _least(
+    head: TensorHead,
+    some: TensorHead,
+    tol: float,
+    make: Callable[[int], TensorRecipe],
+    rng: np.random.Generator,
+) -> TensorRecipe:
+    """The least degree that meets the tolerance and that sampled tuples can confirm.
+
+    They scatter with the error of the polynomial, so that a larger degree may spare
+    rows computed exactly. Where none is enough, the least that meets the tolerance.
+    """
+    truth = to_host(some.attend(head.xp.float64)[0])[:_QUERIES]
+    # squares of extreme values would leave the range of float64
+    peak = float(np.abs(truth).max()) or 1.0
+    truth = truth / peak
+    # no tuples are sampled for causal rows, see ``certify_tuples``
+    few_rows_are_quick = head.visible is not None or row_work(head) <= _QUICK
+    first, degree = None, 0
+    while True:
+        degree += 1
+        if first is not None and (
+            degree > first.degree + _EXTRA
+            or rank_of(head.sizes[2], degree) > _LARGEST_EXTRA
+        ):
+            return first
+        recipe = make(degree)
+        for dtype in dict.fromkeys([recipe.dtype, head.xp.float64]):
+            recipe = replace(recipe, dtype=dtype)
+            answer, normalizer, good = recipe.answer(some)
+            off = to_host(answer)[:_QUERIES].astype(np.float64) / peak - truth
+            error = float(np.linalg.norm(off) / (np.linalg.norm(truth) or 1.0))
+            if bool(head.xp.all(good)) and error <= _AIM * tol:
+                recipe = replace(recipe, predicted=error)
+                break
+        else:
+            continue
+        if few_rows_are_quick:
+            return recipe
+        found = certify_tuples(some, recipe, answer, normalizer, rng, _FEW_GROUPS)
+        if found.upper <= _CONFIRMED * tol:
+            return recipe
+        first = recipe if first is None else first
+
+
+def _recipe(
+    head: TensorHead, extent: Extent, degree: int, method: Polynomial, dtype: object
+) -> TensorRecipe:
+    """One recipe; with a bound where the interval holds every logit."""
+    if method.basis == "minimax" and math.isfinite(extent.reach):
+        return bounded_recipe(head, extent, degree, method.rank, dtype)
+    bound = min(max(extent.bound, NARROWEST), LARGEST_BOUND)
+    coefficients = shifted(coefficients_of(method.basis, degree, bound), extent.center)
+    index = index_set(extent, coefficients, method.rank)
+    return TensorRecipe.over(extent, index, coefficients, dtype, math.inf)
+
+
+def _narrowed(extent: Extent, some: TensorHead) -> Extent:
+    """The interval that sampled logits suggest, unless all reach hardly further.
+
+    An infinite ``reach`` says that not every logit is known to lie within.
+    """
+    keys = [to_host(x).astype(np.float64) for x in some.keys]
+    whole = keys[0]
+    for key in keys[1:]:
+        whole = (whole[:, None, :] * key).reshape(-1, key.shape[1])
+    logits = some.scale * (to_host(some.query).astype(np.float64) @ whole.T)
+    low, high = float(logits.min()), float(logits.max())
+    slack = _MARGIN * (high - low)
+    if extent.bound <= min(_ALMOST * ((high - low) / 2 + slack), LARGEST_BOUND):
+        return extent
+    low, high = max(low - slack, extent.low), min(high + slack, extent.high)
+    return replace(extent, low=low, high=high, reach=math.inf)
+
+
+def _sample(
+    head: TensorHead, extent: Extent, rng: np.random.Generator
+) -> tuple[Array, list[Array]]:
+    """Numbers of queries, those at random first, and of keys of each factor."""
+    n = head.sizes[0]
+    rows = rng.choice(n, min(n, _QUERIES), replace=False)
+    size = max(2, int(_TUPLES ** (1 / len(head.keys))))
+    keys = [rng.choice(m, min(m, size), replace=False) for m in head.lengths]
+    return np.append(rows, furthest_rows(head, extent.maps[0], _FURTHEST)), keys
+
+
+def _part(head: TensorHead, rows: Array, keys: list[Array]) -> TensorHead:
+    """The head of some queries and keys."""
+
+    def some(x: Array, numbers: Array) -> Array:
+        xp = array_namespace(x)
+        return xp.take(x, xp.asarray(numbers, device=device_of(x)), axis=0)
+
+    return TensorHead(
+        some(head.query, rows),
+        tuple(some(x, at) for x, at in zip(head.keys, keys, strict=True)),
+        tuple(some(x, at) for x, at in zip(head.values, keys, strict=True)),
+        head.scale,
+    )

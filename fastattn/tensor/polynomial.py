@@ -1,0 +1,366 @@
+r"""The polynomial method for tensor attention, with worst-case bounds.
+
+With :math:`p` near exp on the logits, :math:`p(\sum_l q_l k_l k'_l) = \sum_\alpha
+c_{|\alpha|} \frac{|\alpha|!}{\alpha!} q^\alpha k^\alpha k'^\alpha`: the sum over all
+tuples of keys of one monomial times ``v o v'`` is the Hadamard product of sums over the
+keys of each factor.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from fastattn._ops.cpu.blocks import ROWS
+from fastattn._ops.monomials import means, moments
+from fastattn._ops.tensor_prefixes import prefix_means
+from fastattn.certificates.accumulation import PIECE
+from fastattn.certificates.rounding import (
+    deviation,
+    gamma,
+    largest_number,
+    smallest_number,
+    unit_roundoff,
+)
+from fastattn.costs.work import polynomial_work, seconds
+from fastattn.methods.polynomial.expansions import (
+    LARGEST_BOUND,
+    LARGEST_DEGREE,
+    IndexSet,
+    by_energy,
+    least_degree,
+    rank_of,
+    relative_minimax,
+    total_degree,
+)
+from fastattn.methods.polynomial.method import Polynomial
+from fastattn.methods.polynomial.recipe import check_rank
+from fastattn.problem.head import Plan
+from fastattn.tensor.exact import stored
+from fastattn.tensor.logit_bounds import Extent
+from fastattn.tensor.problem import TensorHead
+from sketching._lib.arrays import Array, array_namespace, mover, place_of
+from sketching._lib.certificate import RefusalError
+
+# the least half width of an interval of logits
+NARROWEST = 1e-3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorRecipe:
+    """Coordinates, monomials and coefficients of a polynomial tensor softmax.
+
+    Parameters
+    ----------
+    maps : tuple of array, shape (d,)
+        What query and keys are multiplied by.
+    index : IndexSet
+        The monomials.
+    coefficients : array, shape (g + 1,)
+        Of the polynomial that stands for ``exp(logit - center)``, lowest first.
+    center : float
+        What the log-sum-exps need added.
+    dtype : dtype
+        Precision of the sums.
+    bound : float
+        Proven bound on the largest absolute error; infinite where none is claimed.
+    low, high : float
+        Every logit lies between them, which may be further than the polynomial serves.
+    predicted : float
+        Relative error on a sample; NaN where none was looked at.
+    """
+
+    maps: tuple[Array, ...]
+    index: IndexSet
+    coefficients: Array
+    center: float
+    dtype: Any
+    bound: float
+    low: float
+    high: float
+    predicted: float = math.nan
+
+    @staticmethod
+    def over(
+        extent: Extent, index: IndexSet, coefficients: Array, dtype: Any, bound: float
+    ) -> "TensorRecipe":
+        """Describe a polynomial on the interval and in the coordinates of an extent."""
+        interval = extent.low, extent.high
+        return TensorRecipe(
+            extent.maps, index, coefficients, extent.center, dtype, bound, *interval
+        )
+
+    @property
+    def degree(self) -> int:
+        """The largest degree of a monomial."""
+        return int(self.index.degree.max())
+
+    def plan(self, head: TensorHead, reason: str) -> Plan:
+        """Describe the recipe by the method that it makes concrete."""
+        n, _, d, p = head.sizes
+        rank = len(self.index)
+        method = Polynomial(degree=self.degree, rank=rank)
+        work = polynomial_work(n, sum(head.lengths), d, p, rank)
+        if self.dtype == head.xp.float64 != head.dtype:
+            work *= 2
+        if head.visible is not None:
+            # prefixes are summed without BLAS
+            work *= 2 * head.order
+        # of a sample where there is one: the bound is a worst case, in another norm
+        error = self.bound if math.isnan(self.predicted) else self.predicted
+        error = error if math.isfinite(error) else math.nan
+        return Plan(method, error, seconds(work), reason)
+
+    def answer(self, head: TensorHead) -> tuple[Array, Array, Array]:
+        """Values, log-sum-exps, and whether each row's sum of weights is positive."""
+        if head.visible is not None:
+            return self._causal_answer(head, head.visible)
+        factors = zip(head.keys, head.values, strict=True)
+        parts = (
+            self.sums(s, key, value) / key.shape[0]
+            for s, (key, value) in enumerate(factors)
+        )
+        value, logarithm, good = self.query(head.query, parts)
+        return value, logarithm + math.log(head.sizes[1]), good
+
+    def sums(self, factor: int, key: Array, value: Array) -> Array:
+        """Sum monomials times values over keys of one factor: ``(r, p + 1)``."""
+        move = mover(key, self.dtype)
+        origin, middle = (move(np.zeros(x.shape[1])) for x in (key, value))
+        diagonal = move(np.diag(self.maps[factor + 1]))
+        options = {"parent": self.index.parent, "coordinate": self.index.coordinate}
+        return moments(key, value, origin, diagonal, origin, middle, **options)
+
+    def query(self, query: Array, parts: Iterable[Array]) -> tuple[Array, Array, Array]:
+        """Answer from the factors' mean monomials times values.
+
+        The log-sum-exps are those of mean weights. Means, because a product of many
+        sums might overflow.
+        """
+        xp, move = array_namespace(query), mover(query, self.dtype)
+        whole = move(self.index.weights(self.coefficients))[:, None]
+        for part in parts:
+            whole = whole * part
+        value, total = means(
+            query,
+            move(np.zeros(query.shape[1])),
+            move(np.diag(self.maps[0])),
+            whole,
+            move(np.zeros(whole.shape[1] - 1)),
+            parent=self.index.parent,
+            coordinate=self.index.coordinate,
+        )
+        good = xp.logical_and(total > 0, xp.isfinite(total))
+        logarithm = xp.log(xp.where(good, total, xp.ones_like(total))) + self.center
+        return value, xp.where(good, logarithm, xp.full_like(total, xp.nan)), good
+
+    def _causal_answer(
+        self, head: TensorHead, visible: tuple[Array, ...]
+    ) -> tuple[Array, Array, Array]:
+        """Answer rows that see a prefix of each factor: zeros where one is empty."""
+        xp, cast = head.xp, head.xp.astype
+        move = mover(head.query, self.dtype)
+        value, total = prefix_means(
+            cast(head.query, self.dtype, copy=False),
+            tuple(cast(x, self.dtype, copy=False) for x in head.keys),
+            tuple(cast(x, self.dtype, copy=False) for x in head.values),
+            tuple(move(x) for x in self.maps),
+            mover(head.query, xp.float64)(self.index.weights(self.coefficients)),
+            visible,
+            parent=self.index.parent,
+            coordinate=self.index.coordinate,
+        )
+        blind = visible[0] == 0
+        for seen in visible[1:]:
+            blind = xp.logical_or(blind, seen == 0)
+        positive = xp.logical_and(total > 0, xp.isfinite(total))
+        logarithm = xp.log(xp.where(positive, total, xp.ones_like(total))) + self.center
+        logarithm = xp.where(positive, logarithm, xp.full_like(total, xp.nan))
+        logarithm = xp.where(blind, xp.full_like(total, -xp.inf), logarithm)
+        return value, logarithm, xp.logical_or(positive, blind)
+
+
+def check_basis(method: Polynomial, guarantee: str) -> None:
+    """Raise ``RefusalError`` where the method's basis is none for tensor attention."""
+    if method.basis == "hermite" or method.landmarks:
+        raise RefusalError(
+            "tensor attention has no basis fitted to queries and no landmarks: use "
+            "basis='minimax' without landmarks"
+        )
+    if guarantee == "proven" and method.basis != "minimax":
+        raise RefusalError(f"basis={method.basis!r} has no proven bound: use 'minimax'")
+
+
+def proven_recipe(
+    head: TensorHead,
+    extent: Extent,
+    tol: float,
+    degree: int | None = None,
+    rank: int | None = None,
+    pieces: int | None = None,
+) -> TensorRecipe:
+    """Find the least degree and precision whose proven bound meets ``tol``.
+
+    With ``pieces`` it holds for other keys that reach no further, too: for as many sums
+    over ``PIECE`` keys of each factor, added up in float64.
+
+    Raises
+    ------
+    RefusalError
+        With the bound of the logits and the degree and rank that would be needed.
+    """
+    bound = max(extent.bound, NARROWEST)
+    where = f"logits between {extent.low:.3g} and {extent.high:.3g}"
+    if not bound <= LARGEST_BOUND:
+        raise RefusalError(
+            f"{where} are wider than +-{LARGEST_BOUND:g}: no degree up to "
+            f"{LARGEST_DEGREE} serves them; scale the inputs down, or use Exact()"
+        )
+    first = least_degree(bound, tol / (1 + tol)) if degree is None else degree
+    if first is None:
+        raise RefusalError(
+            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for {where}: raise "
+            "tol, scale the inputs down, or use Exact()"
+        )
+    last = min(first + 2, LARGEST_DEGREE) if degree is None else degree
+    best = math.inf
+    for g in range(first, last + 1):
+        check_rank(head.sizes[2], g, rank)
+        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
+            recipe = bounded_recipe(head, extent, g, rank, dtype, pieces)
+            constant = extent.half == 0 and math.isfinite(recipe.bound)
+            if recipe.bound <= tol * extent.half or constant:
+                return recipe
+            best = min(best, recipe.bound)
+    raise RefusalError(
+        f"tol={tol:g} cannot be proven: {where}, degree {last}, rank "
+        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where the "
+        f"half range of the products of values is {extent.half:.1e}; raise tol, degree "
+        "or rank, or use Exact()"
+    )
+
+
+def bounded_recipe(
+    head: TensorHead,
+    extent: Extent,
+    degree: int,
+    rank: int | None,
+    dtype: Any,
+    pieces: int | None = None,
+) -> TensorRecipe:
+    """Make the recipe of one degree and precision and bound its error."""
+    bound, d = max(extent.bound, NARROWEST), head.sizes[2]
+    coefficients, delta = relative_minimax(degree, bound)
+    coefficients = shifted(coefficients, extent.center)
+    index = index_set(extent, coefficients, rank)
+    if len(index) < rank_of(d, degree):
+        delta += _dropped(extent, index, coefficients)
+    lengths = head.lengths if pieces is None else (PIECE,) * len(head.keys)
+    terms = sum(lengths)
+    if place_of(head.query) == "cpu":
+        # the fast body adds its blocks in float64
+        terms = sum(min(m, ROWS) + 2 for m in lengths)
+    if pieces is not None:
+        # each is rounded once, they are added up in float64, and that is rounded
+        own = unit_roundoff(np, np.float64) / unit_roundoff(head.xp, dtype)
+        terms += (2 + math.ceil(pieces * own)) * len(lengths)
+    error = math.inf
+    absolute = _absolute(extent, coefficients)
+    if _fits(head, extent, max(lengths) * absolute, degree, dtype):
+        terms += (degree + 2) * head.order * 2 + len(index) + 8
+        error = _error(head, extent, absolute, delta, terms, dtype)
+    return TensorRecipe.over(extent, index, coefficients, dtype, error)
+
+
+def index_set(extent: Extent, coefficients: Array, rank: int | None) -> IndexSet:
+    """All monomials, or the ``rank`` that carry most where every side is alike."""
+    d, degree = len(extent.terms), len(coefficients) - 1
+    if rank is None or rank >= rank_of(d, degree):
+        return total_degree(d, degree)
+    return by_energy(extent.terms, np.abs(coefficients), rank)
+
+
+def shifted(coefficients: Array, center: float) -> Array:
+    """Coefficients of ``p(x - center)`` in powers of x."""
+    # exact until the end: large terms cancel where the centre is far from 0
+    found = [Fraction(float(c)) for c in coefficients]
+    for start in range(len(found) - 1):
+        for i in reversed(range(start, len(found) - 1)):
+            found[i] -= Fraction(center) * found[i + 1]
+    try:
+        return np.array([float(c) for c in found])
+    except OverflowError:
+        # so far from 0 that nothing is served
+        return np.full(len(found), np.inf)
+
+
+def _dropped(extent: Extent, index: IndexSet, coefficients: Array) -> float:
+    """Relative error of leaving monomials out: all of them less the kept ones.
+
+    The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l terms_l^alpha_l``.
+    """
+    size = np.abs(coefficients)
+    everything = float(np.polynomial.polynomial.polyval(extent.terms.sum(), size))
+    term = np.ones(len(index))
+    for j in range(1, len(index)):
+        term[j] = term[index.parent[j]] * extent.terms[index.coordinate[j]]
+    kept = float(np.sum(term * index.weights(size)))
+    return max(everything - kept, 0.0) * math.exp(extent.bound)
+
+
+def _absolute(extent: Extent, coefficients: Array) -> float:
+    """Bound the sum of the absolute terms of a weight: ``sum_g |c_g| reach^g``."""
+    size = np.abs(coefficients)
+    return float(np.polynomial.polynomial.polyval(extent.reach, size))
+
+
+def _error(
+    head: TensorHead,
+    extent: Extent,
+    absolute: float,
+    delta: float,
+    terms: int,
+    dtype: Any,
+) -> float:
+    """Bound the largest error of a row: of the weights, and of the sums.
+
+    Every computed term is within ``gamma`` of its absolute value, the absolute terms
+    of a weight add up to ``absolute``, and the weight is at least
+    ``(1 - delta) exp(-bound)``.
+    """
+    if extent.peak == 0:
+        return 0.0
+    u = unit_roundoff(head.xp, dtype)
+    sums = gamma(terms, u) * absolute * math.exp(extent.bound)
+    off = delta + sums
+    if not off < 1:
+        return math.inf
+    error = deviation(delta, extent.half)
+    error += (2 * sums / (1 - off) + 2 * u) * extent.peak
+    return stored(head, extent.peak, error)
+
+
+def _fits(
+    head: TensorHead, extent: Extent, absolute: float, degree: int, dtype: Any
+) -> bool:
+    """Whether no sum of monomials times values leaves the range of ``dtype``.
+
+    ``absolute`` bounds the sum of the absolute terms of all weights of a factor.
+    Values far below one underflow in sums with small monomials: they are not served.
+    """
+    xp = head.xp
+    least = smallest_number(xp, dtype) * 1e20
+    most = largest_number(xp, dtype) / 16
+    tops = [float(xp.max(xp.abs(value))) for value in head.values]
+    if any(0 < top < least for top in (extent.half, *tops)):
+        return False
+    # balanced sides reach the same, but for powers of two
+    side = max(1.0, float(extent.terms.max())) * 2.0 ** (head.order - 1)
+    size = absolute * math.prod(max(1.0, top) for top in tops) * side**degree
+    maps = np.abs(np.concatenate(extent.maps))
+    if any(maps[maps > 0] < least):
+        return False
+    return bool(max(size, maps.max()) < most)

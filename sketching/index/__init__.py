@@ -1,0 +1,4 @@
+"""MahalanobisIndex: points under a metric that changes, and distances to them.
+
+Its state, the modes that answer queries, and its files.
+"""

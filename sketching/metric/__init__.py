@@ -1,0 +1,1 @@
+"""Mahalanobis metrics: factors, covariances, and how rounding changes distances."""

@@ -1,0 +1,1 @@
+"""Random projections that keep lengths, or inner products of powers."""

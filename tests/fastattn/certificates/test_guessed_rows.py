@@ -1,0 +1,68 @@
+"""Certificates whose rows are drawn by how a low rank is guessed to err."""
+
+import numpy as np
+import pytest
+
+from fastattn import Polynomial, load_sample
+from fastattn.certificates.certify import repaired
+from fastattn.certificates.sampled import ROWS, Looks, certify_rows
+from fastattn.problem.batch import Batch
+from tests import oracles
+from tests.chance import assert_fails_rarely
+
+METHODS = [
+    Polynomial(rank=60, basis="hermite"),
+    Polynomial(rank=1, landmarks=96, basis="hermite"),
+    Polynomial(degree=2, basis="taylor"),
+]
+
+
+def certified(inputs, method):
+    """True error of one answer, and a certificate of it for each source."""
+    truth, _ = oracles.attention(*inputs)
+    (head,) = Batch.of(*inputs, None, False, None).heads()
+    rng = np.random.default_rng(0)
+    attempt = method.attempt(head, 1e9, "sampled", rng)
+    found = repaired(head, attempt, 1e9, Looks(), rng)
+
+    def draw(rng, guess=found.squares, tol=1e-9):
+        return certify_rows(
+            head,
+            found.value,
+            tol,
+            rng,
+            settled=found.settled,
+            guess=guess,
+            first=ROWS,
+        )
+
+    return oracles.frobenius_error(found.value, truth), draw
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("head", [0, 1])
+def test_guessed_certificate_holds_at_its_rate(head, second, method):
+    inputs = [x[head, :2048] for x in load_sample("minilm-diffuse")]
+    error, draw = certified(inputs, method)
+    # where the estimate meets the tolerance and the margin does not, more are drawn
+    tol = 1.05 * error if second else 1e-9
+
+    def trial(rng):
+        return error <= draw(rng, tol=tol).upper
+
+    assert_fails_rarely(trial, failure=0.05, trials=200, false_alarm=1e-6)
+
+
+def test_guess_tightens_the_certificate_of_a_few_coordinates():
+    rng = np.random.default_rng(0)
+    query, key = 0.8 * rng.standard_normal((2, 2048, 8))
+    inputs = query, key, rng.standard_normal((2048, 8))
+    error, draw = certified(inputs, Polynomial(rank=165, basis="hermite"))
+    plain, guessed = (
+        [draw(np.random.default_rng(i), **options).upper for i in range(60)]
+        for options in ({"guess": None}, {})
+    )
+    assert np.mean(guessed) < np.mean(plain)
+    assert np.std(guessed) < 0.7 * np.std(plain)
+    assert error < np.mean(guessed) < 1.4 * error
