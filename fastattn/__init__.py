@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from fastattn._attention import explain as explain
     from fastattn._tensor_attention import tensor_attention as tensor_attention
     from fastattn.gradients.vjp import attention_vjp as attention_vjp
-    from fastattn.gradients.vjp import loss_gradient as loss_gradient
     from fastattn.linear.attention import linear_attention as linear_attention
     from fastattn.linear.attention import linear_attention_vjp as linear_attention_vjp
     from fastattn.linear.feature_maps import Cosformer as Cosformer
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from fastattn.prepared.prepare import load as load
     from fastattn.prepared.prepare import prepare as prepare
     from fastattn.prepared.structure import Prepared as Prepared
+    from fastattn.regression.attention_loss import loss_gradient as loss_gradient
     from fastattn.samples import load_sample as load_sample
     from fastattn.samples import sample_names as sample_names
     from fastattn.tensor.mechanisms import PathAttention as PathAttention
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "fastattn._attention": ("approximate", "attention", "explain"),
     "fastattn._tensor_attention": ("tensor_attention",),
-    "fastattn.gradients.vjp": ("attention_vjp", "loss_gradient"),
+    "fastattn.gradients.vjp": ("attention_vjp",),
     "fastattn.linear.attention": ("linear_attention", "linear_attention_vjp"),
     "fastattn.linear.feature_maps": (
         "Cosformer",
@@ -67,6 +67,7 @@ _HOMES = {
     "fastattn.planning.explanation": ("Explanation",),
     "fastattn.prepared.prepare": ("load", "prepare"),
     "fastattn.prepared.structure": ("Prepared",),
+    "fastattn.regression.attention_loss": ("loss_gradient",),
     "fastattn.samples": ("load_sample", "sample_names"),
     "fastattn.tensor.mechanisms": (
         "PathAttention",

@@ -9,15 +9,15 @@ import numpy as np
 from fastattn.methods.exact import Exact, may_overflow
 from fastattn.planning.auto import Auto
 from fastattn.planning.explanation import Explanation, run_candidates
+from fastattn.planning.options import check_options
 from fastattn.problem.batch import Batch
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Method
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Candidate, HeadAnswer, Method
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import Approximation
-from sketching._lib.random import RandomSource, as_generator
+from sketching._lib.random import RandomSource
 from sketching._lib.threads import run_blocks
-from sketching._lib.validation import check_choice, check_number
 
-GUARANTEES = ("sampled", "proven")
 _T = TypeVar("_T")
 
 
@@ -311,18 +311,3 @@ def _why_exact(method: Method, head: Head) -> str:
     if isinstance(method, Auto) and may_overflow(head):
         return f"logits may overflow {head.dtype}"
     return ""
-
-
-def check_options(
-    tol: Any, method: Any, guarantee: Any, rng: RandomSource
-) -> tuple[float, Method, np.random.Generator]:
-    """Check what is common to all calls."""
-    tol = check_number("tol", tol, above=0)
-    check_choice("guarantee", guarantee, GUARANTEES)
-    method = Auto() if method is None else method
-    if isinstance(method, type) or not hasattr(method, "solve"):
-        raise TypeError(
-            "method: expected a method object such as Auto(), Exact() or "
-            f"Polynomial(), got {method!r}"
-        )
-    return tol, method, as_generator(rng)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastattn._attention import approximate
-from fastattn.problem.head import Method
+from fastattn.problem.plan import Method
 from sketching._lib.arrays import Array
 from sketching._lib.random import RandomSource
 

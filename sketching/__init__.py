@@ -31,13 +31,9 @@ if TYPE_CHECKING:
     from sketching.learning.learners import Lego as Lego
     from sketching.learning.learners import Pola as Pola
     from sketching.metric.mahalanobis import MahalanobisMetric as MahalanobisMetric
-    from sketching.projections.tensor_sketch import (
-        GaussianProjection as GaussianProjection,
-    )
-    from sketching.projections.tensor_sketch import (
-        HadamardProjection as HadamardProjection,
-    )
-    from sketching.projections.tensor_sketch import SparseProjection as SparseProjection
+    from sketching.projections.linear import GaussianProjection as GaussianProjection
+    from sketching.projections.linear import HadamardProjection as HadamardProjection
+    from sketching.projections.linear import SparseProjection as SparseProjection
     from sketching.projections.tensor_sketch import TensorSketch as TensorSketch
 
 # where each public name lives; a module is imported when one of its names is first used
@@ -57,12 +53,12 @@ _HOMES = {
     "sketching.index.neighbors": ("Neighbors",),
     "sketching.learning.learners": ("HingeGradient", "Itml", "Lego", "Pola"),
     "sketching.metric.mahalanobis": ("MahalanobisMetric",),
-    "sketching.projections.tensor_sketch": (
+    "sketching.projections.linear": (
         "GaussianProjection",
         "HadamardProjection",
         "SparseProjection",
-        "TensorSketch",
     ),
+    "sketching.projections.tensor_sketch": ("TensorSketch",),
 }
 
 __all__, __getattr__, __dir__ = _exports(__name__, _HOMES)

@@ -17,10 +17,11 @@ from fastattn.certificates.sampled import (
     sampled_rows,
     scaled_frobenius,
 )
-from fastattn.methods.lowrank.prefixes import prefix_doubt
-from fastattn.methods.polynomial.recipe import SAMPLE, Attempt, mend
-from fastattn.problem.head import Head, HeadAnswer
+from fastattn.problem.causal_chunks import prefix_doubt
+from fastattn.problem.head import Head, host_rows
+from fastattn.problem.plan import Attempt, HeadAnswer
 from fastattn.problem.row_statistics import RowErrors, SeenKeys, guess_errors
+from fastattn.problem.rows import SAMPLE
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
@@ -127,6 +128,52 @@ def certified(
         plan,
         attempt.log_errors and attempt.log_errors(head, found.log_normalizer),
     )
+
+
+def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
+    """Answer all queries by the attempt alone: for a bound that covers every row."""
+    value, normalizer, good, *_ = attempt.run(head)
+    if not bool(head.xp.all(good)):
+        raise RefusalError(
+            "a sum of weights is not positive although the bound says so: the inputs "
+            "are too extreme for this precision; use Exact()"
+        )
+    return head.finish(value, normalizer)
+
+
+def mend(
+    head: Head, value: Array, normalizer: Array, rows: Array, dtype: Any = None
+) -> tuple[Array, Array]:
+    """Replace the rows of the given numbers by exact ones, computed in ``dtype``."""
+    xp, n = head.xp, head.sizes[0]
+    # special tokens come as many equal rows
+    first, copies = _distinct(head, rows)
+    exact, logarithm = head.with_rows(first).attend(dtype)
+    copies = xp.asarray(copies, device=device_of(value))
+    exact, logarithm = (xp.take(x, copies, axis=0) for x in (exact, logarithm))
+    exact = xp.astype(exact, value.dtype, copy=False)
+    logarithm = xp.astype(logarithm, normalizer.dtype, copy=False)
+    if head.has_fast_body:
+        value[rows], normalizer[rows] = exact, logarithm
+        return value, normalizer
+    # array libraries agree on take, not on writing: gather from old rows and new ones
+    source = np.arange(n)
+    source[rows] = n + np.arange(len(rows))
+    take = xp.asarray(source, device=device_of(value))
+    return (
+        xp.take(xp.concat([value, exact]), take, axis=0),
+        xp.take(xp.concat([normalizer, logarithm]), take, axis=0),
+    )
+
+
+def _distinct(head: Head, rows: Array) -> tuple[Array, Array]:
+    """Numbers of rows that differ, and for each of ``rows`` which of them it equals."""
+    if head.visible is not None:
+        return rows, np.arange(len(rows))
+    _, first, copies = np.unique(
+        host_rows(head.query, rows), axis=0, return_index=True, return_inverse=True
+    )
+    return rows[first], copies.reshape(-1)
 
 
 def _known(

@@ -15,7 +15,9 @@ from fastattn._ops.gradient import attend_vjp
 from fastattn.certificates.ratio_estimate import Margin, RatioEstimate, mixed_odds
 from fastattn.certificates.sampled import ROWS, sampled_rows
 from fastattn.costs.rates import rates
+from fastattn.problem.derivatives import Slopes
 from fastattn.problem.head import Head
+from fastattn.problem.rows import marked, spread, take
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # derivatives may err by this many times the tolerance of the answer
@@ -29,8 +31,6 @@ _ROUNDING = 8.0
 FIRST, SECOND = Margin(3.5, 0.0), Margin(4.65, 0.0)
 # rows of a second look, in times of what one look takes
 _SECOND = 2
-# derivatives by query, key and value
-Slopes = tuple[Array, Array, Array]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -249,30 +249,3 @@ def _squares(x: Array) -> Array:
         return np.zeros(len(x))
     squares = np.sum((x / unit) ** 2, axis=1, dtype=np.float64)
     return squares / squares.sum()
-
-
-def marked(rows: Array, x: Array) -> Array:
-    """Boolean array, true at the numbers of some of the rows of ``x``."""
-    mask = np.zeros(x.shape[0], dtype=bool)
-    mask[rows] = True
-    return array_namespace(x).asarray(mask, device=device_of(x))
-
-
-def spread(part: Array, rows: Array, n: int) -> Array:
-    """Put the rows of a matrix at the numbers ``rows`` of ``n``, zeros elsewhere."""
-    xp, (count, width) = array_namespace(part), part.shape
-    # array libraries agree on take, not on writing
-    source = np.full(n, count)
-    source[rows] = np.arange(count)
-    device = device_of(part)
-    zero = xp.zeros((1, width), dtype=part.dtype, device=device)
-    take = xp.asarray(source, device=device)
-    return xp.take(xp.concat([part, zero]), take, axis=0)
-
-
-def take(x: Array, rows: Array | None) -> Array:
-    """Rows of an array; None means all."""
-    if rows is None:
-        return x
-    xp = array_namespace(x)
-    return xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)

@@ -8,7 +8,8 @@ a low rank are.
 import numpy as np
 
 from fastattn._ops.gradient import attend_vjp, multiplies_coarsely
-from fastattn.gradients.backward import SLACK, Backward, Slopes, exact_vjp_work
+from fastattn.gradients.backward import SLACK, Backward, exact_vjp_work
+from fastattn.problem.derivatives import Slopes
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError

@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 
 from fastattn._ops.gradient import softmax
-from fastattn.gradients.backward import marked, take
 from fastattn.gradients.exact import exact_slopes
 from fastattn.gradients.lowrank_passes import whole_slopes
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.causal_chunks import cuts_of
 from fastattn.problem.head import Head
+from fastattn.problem.rows import marked, take
 from sketching._lib.arrays import Array, device_of, to_host
 
 # first chunks that are looked at: so many parts of all keys

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from fastattn.costs.work import exact_work
-from fastattn.gradients.backward import SLACK, WORTH, Slopes, exact_vjp_work, marked
+from fastattn.gradients.backward import SLACK, WORTH, exact_vjp_work
 from fastattn.gradients.exact import ENOUGH, vjp_work
 from fastattn.gradients.first_chunk import first_chunk
 from fastattn.gradients.lowrank_causal import causal_slopes
@@ -25,8 +25,10 @@ from fastattn.methods.lowrank.rank_search import LARGEST_VARIANCE, predict
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.methods.lowrank.whitening import Frame, Sample
 from fastattn.methods.polynomial.expansions import rank_of
+from fastattn.problem.derivatives import Slopes
 from fastattn.problem.head import Head
 from fastattn.problem.row_statistics import hardest_rows
+from fastattn.problem.rows import marked
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 

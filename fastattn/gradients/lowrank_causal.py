@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.gradient import attend_vjp
-from fastattn.gradients.backward import Backward, Slopes, spread, take
+from fastattn.gradients.backward import Backward
 from fastattn.gradients.lowrank_passes import key_slopes, query_slopes
 from fastattn.methods.lowrank.prefixes import LowRankPrefix, lowrank_prefixes
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.prepared.held_out import join
 from fastattn.problem.causal_chunks import chunks_of, each, part_of
+from fastattn.problem.derivatives import Slopes
 from fastattn.problem.head import Head
+from fastattn.problem.partial_softmax import join
+from fastattn.problem.rows import spread, take
 from sketching._lib.arrays import Array, device_of, to_host
 
 

@@ -7,9 +7,11 @@ import numpy as np
 
 from fastattn._ops.lowrank import LEAST
 from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
-from fastattn.gradients.backward import Backward, Slopes, spread, take
+from fastattn.gradients.backward import Backward
 from fastattn.methods.lowrank.structure import LowRank
+from fastattn.problem.derivatives import Slopes
 from fastattn.problem.head import Head
+from fastattn.problem.rows import spread, take
 from sketching._lib.arrays import (
     Array,
     array_namespace,

@@ -14,19 +14,14 @@ import numpy as np
 
 from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.multipole_gradient import multipole_vjp
-from fastattn.gradients.backward import (
-    SLACK,
-    WORTH,
-    Backward,
-    Slopes,
-    exact_vjp_work,
-    take,
-)
+from fastattn.gradients.backward import SLACK, WORTH, Backward, exact_vjp_work
 from fastattn.methods.multipole.clusters import Blocks, Clusters, doubtful
 from fastattn.methods.multipole.method import Cost, Multipole, arrange, clusters_for
 from fastattn.methods.multipole.threshold_search import Trial, choose
+from fastattn.problem.derivatives import Slopes
 from fastattn.problem.head import Head
 from fastattn.problem.row_statistics import hardest_rows
+from fastattn.problem.rows import take
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host
 from sketching._lib.certificate import RefusalError
 

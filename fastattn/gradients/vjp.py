@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._attention import attention, check_options
-from fastattn.gradients.backward import SLACK, Slopes, spread
+from fastattn.gradients.backward import SLACK
 from fastattn.gradients.exact import coarse_slopes, exact_slopes
 from fastattn.gradients.lowrank import (
     least_share,
@@ -27,15 +26,15 @@ from fastattn.methods.exact import Exact
 from fastattn.methods.multipole.method import Multipole
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
-from fastattn.problem.batch import Batch, own_place, pick
-from fastattn.problem.head import Head, Method
-from sketching._lib.arrays import Array, array_namespace, plain, to_host
+from fastattn.planning.options import check_options
+from fastattn.problem.batch import Batch, own_place
+from fastattn.problem.derivatives import Slopes, assembled, check_grad, unmasked
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Method
+from fastattn.problem.rows import spread
+from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
-from sketching._lib.random import RandomSource, as_generator
-from sketching._lib.validation import (
-    check_finite,
-    check_float_array,
-)
+from sketching._lib.random import RandomSource
 
 
 def attention_vjp(
@@ -150,111 +149,6 @@ def attention_vjp(
     return first, second, third
 
 
-def loss_gradient(
-    a1: Array,
-    a2: Array,
-    a3: Array,
-    x: Array,
-    y: Array,
-    target: Array,
-    *,
-    tol: float = 1e-2,
-    scale: float | None = None,
-    method: Method | None = None,
-    rng: RandomSource = None,
-) -> Array:
-    r"""Differentiate the training loss of one attention layer by its query-key matrix.
-
-    The loss is :math:`L(X) = \frac12 \| D^{-1} \exp(s\,A_1 X A_2^\top) A_3 Y - E
-    \|_F^2`, where :math:`D` makes rows sum to one. With :math:`f` the softmax matrix,
-    :math:`q = (f A_3 Y - E)(A_3 Y)^\top` and :math:`r_i = \langle f_i, q_i\rangle`,
-    :math:`dL/dX = s\,A_1^\top (f \circ q - \mathrm{diag}(r) f) A_2`. It is near-linear
-    wherever :func:`attention` and :func:`attention_vjp` are.
-
-    Parameters
-    ----------
-    a1, a2, a3 : array, shapes (..., n, d), (..., m, e), (..., m, c)
-        What queries, keys and values are made from.
-    x : array, shape (..., d, e)
-        Product of the query and key matrices.
-    y : array, shape (..., c, p)
-        The value matrix.
-    target : array, shape (..., n, p)
-        The output that is wanted, :math:`E`.
-    tol : float, default 1e-2
-        As in :func:`attention` and :func:`attention_vjp`.
-    scale : float, optional
-        The factor :math:`s`, by default ``e ** -0.5``; the paper has ``1 / d``.
-    method : AttentionMethod, optional
-        As in :func:`attention_vjp`.
-    rng : int or Generator, optional
-        Source of the samples.
-
-    Returns
-    -------
-    array, shape (..., d, e)
-        The derivative of the loss by ``x``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from fastattn import loss_gradient
-    >>> rng = np.random.default_rng(0)
-    >>> a1, a2, a3, target = rng.standard_normal((4, 20, 3))
-    >>> x, y = rng.standard_normal((2, 3, 3))
-    >>> loss_gradient(a1, a2, a3, x, y, target).shape
-    (3, 3)
-
-    References
-    ----------
-    Alman and Song, The Fine-Grained Complexity of Gradient Computation for Training
-    Large Language Models, arXiv 2402.04497.
-    """
-    names = {"a1": a1, "a2": a2, "a3": a3, "x": x, "y": y, "target": target}
-    xp = array_namespace(*names.values())
-    for name, array in names.items():
-        check_float_array(name, array, least_ndim=2)
-    for left, right in (("a1", "x"), ("a3", "y")):
-        if names[left].shape[-1] != names[right].shape[-2]:
-            raise ValueError(
-                f"{left} has {names[left].shape[-1]} columns and {right} has "
-                f"{names[right].shape[-2]} rows"
-            )
-    query, value = xp.matmul(a1, x), xp.matmul(a3, y)
-    forward, backward = as_generator(rng).spawn(2)
-    options: dict[str, Any] = {"tol": tol, "scale": scale, "method": method}
-    output = attention(query, a2, value, rng=forward, **options)
-    if target.shape != output.shape:
-        raise ValueError(
-            f"target: expected shape {output.shape}, as the output, got {target.shape}"
-        )
-    slope, _, _ = attention_vjp(
-        query, a2, value, output - target, rng=backward, **options
-    )
-    return xp.matmul(xp.matrix_transpose(a1), slope)
-
-
-def check_grad(batch: Batch, grad: Array) -> Array:
-    """Return ``grad_output`` checked against what it is the derivative by."""
-    try:
-        array_namespace(batch.query, grad)
-    except TypeError as error:
-        raise TypeError(f"grad_output: {error}") from error
-    grad = plain(grad)
-    if grad.dtype != batch.query.dtype:
-        raise TypeError(
-            f"grad_output: expected {batch.query.dtype}, as the query, got {grad.dtype}"
-        )
-    wanted = (*batch.lead, batch.query.shape[-2], batch.value.shape[-1])
-    if tuple(grad.shape) != wanted:
-        raise ValueError(
-            f"grad_output: expected shape {wanted}, as the output of attention, got "
-            f"{tuple(grad.shape)}"
-        )
-    check_finite("grad_output", grad)
-    return grad
-
-
 def _check_method(method: Any, guarantee: str) -> None:
     """Raise unless the method has a derivative, under this guarantee."""
     if isinstance(method, Auto | Exact):
@@ -346,27 +240,3 @@ def _untrimmed(head: Head, seen: Head, slopes: Slopes) -> Slopes:
     if len(some) == m:
         return slopes
     return slopes[0], spread(slopes[1], some, m), spread(slopes[2], some, m)
-
-
-def unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:
-    """Give masked keys, which the head was not told of, derivatives of zero."""
-    if batch.key_mask is None:
-        return slopes
-    m = batch.key.shape[-2]
-    kept = np.flatnonzero(to_host(pick(batch.key_mask, place, 1)))
-    return slopes[0], spread(slopes[1], kept, m), spread(slopes[2], kept, m)
-
-
-def assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:
-    """Put the derivatives of heads into the shape and dtype of an argument."""
-    xp = array_namespace(x)
-    parts = [sums[place] for place in np.ndindex(*x.shape[:-2])]
-    whole = parts[0] if len(parts) == 1 else xp.stack(parts)
-    with np.errstate(over="ignore"):
-        whole = xp.astype(xp.reshape(whole, x.shape), x.dtype, copy=False)
-    if not bool(xp.all(xp.isfinite(whole))):
-        raise RefusalError(
-            f"the derivative by {name} overflows {x.dtype}: scale grad_output down or "
-            "pass arrays of a wider dtype"
-        )
-    return whole

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.gradients.vjp import assembled, check_grad, unmasked
 from fastattn.linear.head_vjp import slopes_of
 from fastattn.linear.heads import Answer, LinearHead
 from fastattn.linear.protocol import FeatureMap, Reader
 from fastattn.problem.batch import Batch, own_place, pick
+from fastattn.problem.derivatives import assembled, check_grad, unmasked
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import run_blocks

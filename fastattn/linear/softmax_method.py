@@ -10,8 +10,8 @@ from fastattn.certificates.certify import certified
 from fastattn.costs.work import seconds
 from fastattn.linear.heads import LinearHead, least_total
 from fastattn.linear.protocol import FeatureMap, Reader
-from fastattn.methods.polynomial.recipe import Attempt, candidate_of
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 

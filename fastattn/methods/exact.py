@@ -24,7 +24,8 @@ from fastattn.certificates.rounding import (
 )
 from fastattn.certificates.sampled import SampledError, certify_rows, scaled_frobenius
 from fastattn.costs.work import exact_work, seconds
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.problem.row_statistics import SeenKeys, guess_errors, row_statistics
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError

@@ -17,8 +17,8 @@ from fastattn.certificates.certify import certified
 from fastattn.certificates.log_errors import log_errors
 from fastattn.certificates.rounding import gamma, largest_row, row_norms, unit_roundoff
 from fastattn.costs.work import quantized_work, seconds
-from fastattn.methods.polynomial.recipe import Attempt, candidate_of
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan, host_rows
+from fastattn.problem.head import Head, host_rows
+from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice

@@ -22,9 +22,9 @@ from fastattn.methods.polynomial.method import (
     lowrank_attempt,
 )
 from fastattn.methods.polynomial.proven import proven_recipe
-from fastattn.methods.polynomial.recipe import Attempt
 from fastattn.methods.quantized import Quantized, quantized_attempt, why_not
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan
 from fastattn.problem.row_statistics import logit_variance
 from sketching._lib.certificate import RefusalError
 

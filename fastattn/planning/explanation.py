@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Method, host_rows
+from fastattn.problem.head import Head, host_rows
+from fastattn.problem.plan import Candidate, HeadAnswer, Method
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import single_threaded_blas

@@ -13,18 +13,15 @@ from fastattn.methods import exact
 from fastattn.methods.multipole import method as multipole
 from fastattn.methods.polynomial import method as polynomial
 from fastattn.prepared.clusters.head import MultipoleHead, unpack_multipole
-from fastattn.prepared.heads import (
-    ExactHead,
-    PreparedHead,
-    SummedHead,
-    unpack_probes,
-)
+from fastattn.prepared.heads import ExactHead, SummedHead
+from fastattn.prepared.held_out import unpack_probes
 from fastattn.prepared.kv_buffer import Kept
+from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.proven import ProvenHead, unpack_proven
 from fastattn.prepared.states import MonomialSums, unpack_sums
 from fastattn.prepared.tensor.exact import TensorExactHead
 from fastattn.prepared.tensor.states import TensorSumsHead
-from fastattn.problem.head import Plan
+from fastattn.problem.plan import Plan
 from sketching._lib.archives import (
     check_total,
     members_of,

@@ -1,68 +1,24 @@
 """What is prepared for one head: its keys, or sums and a short tail of recent keys."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 
 from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.methods.exact import Exact
-from fastattn.prepared.held_out import Probes, join
+from fastattn.prepared.held_out import Probes, pack_probes
 from fastattn.prepared.kv_buffer import Kept, bytes_of
+from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.states import Packed, Sums, pack_sums
-from fastattn.problem.head import Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.partial_softmax import join
+from fastattn.problem.plan import HeadAnswer, Plan
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import Certificate, RefusalError
 
 # keys of a tail: a projection onto a basis costs too much for one key at a time
 TAIL = 256
-
-
-class PreparedHead(Protocol):
-    """A structure over the keys and values of one head; changes give new ones."""
-
-    @property
-    def plan(self) -> Plan:
-        """What was chosen."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """Number of keys."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        ...
-
-    def empty(self) -> Self:
-        """Forget the keys."""
-        ...
-
-    def insert(self, key: Array, value: Array, *, fold: bool = False) -> Self:
-        """Add keys; ``fold`` asks for a structure without a tail."""
-        ...
-
-    def merge(self, other: Self) -> Self:
-        """Add the keys of another structure of the same plan."""
-        ...
-
-    def answer(
-        self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> HeadAnswer:
-        """Answer queries within ``tol``; raise ``RefusalError`` if that cannot be."""
-        ...
-
-    def certificate(
-        self, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Certificate:
-        """What would be promised now."""
-        ...
-
-    def pack(self) -> Packed:
-        """Arrays and plain values."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,9 +199,6 @@ class SummedHead:
         return arrays, {**values, **more}
 
 
-_ANSWERS = ("truth", "answer", "tail")
-
-
 def _check_near(good: Array, method: Any) -> None:
     """Raise ``RefusalError`` where a row cannot be trusted: its keys are gone."""
     far = np.flatnonzero(~to_host(good).astype(bool))
@@ -262,41 +215,6 @@ def _check_near(good: Array, method: Any) -> None:
 def refused_share(head: SummedHead) -> float:
     """Share of the probes that are refused."""
     return 1 - float(head.probes.good.mean())
-
-
-def pack_probes(probes: Probes) -> Packed:
-    """Arrays and plain values of probes."""
-    arrays = {
-        "probe_query": to_host(probes.query),
-        "probe_good": probes.good,
-        "probe_weight": probes.weight,
-    }
-    for name in _ANSWERS:
-        value, logarithm = getattr(probes, name)
-        arrays |= {f"probe_{name}": value, f"probe_{name}_log": logarithm}
-    values = {"probe_scale": probes.scale, "tol": probes.tol, "margin": probes.margin}
-    return arrays, {**values, "probe_mass": probes.mass}
-
-
-def unpack_probes(
-    arrays: dict[str, Array], values: dict[str, Any], move: Any
-) -> Probes:
-    """Undo ``pack_probes``."""
-    truth, answer, tail = (
-        (arrays[f"probe_{name}"], arrays[f"probe_{name}_log"]) for name in _ANSWERS
-    )
-    return Probes(
-        move(arrays["probe_query"]),
-        arrays["probe_weight"],
-        float(values["probe_scale"]),
-        float(values["tol"]),
-        float(values["margin"]),
-        truth,
-        answer,
-        tail,
-        arrays["probe_good"].astype(bool),
-        float(values["probe_mass"]),
-    )
 
 
 def same_plan(one: PreparedHead, other: PreparedHead) -> bool:

@@ -18,9 +18,14 @@ from fastattn.certificates.ratio_estimate import Margin, RatioEstimate
 from fastattn.certificates.rounding import cut_weights
 from fastattn.certificates.sampled import FLOAT64_BELOW, TRUTH, SampledError
 from fastattn.prepared.kv_buffer import bytes_of
+from fastattn.prepared.states import Packed
 from fastattn.problem.head import Head
+from fastattn.problem.partial_softmax import Answer, join, nothing
 from fastattn.problem.row_statistics import logit_spread
 from sketching._lib.arrays import Array, array_namespace, compute_dtype, to_host
+
+# pairs of values and log-sum-exps that a file keeps of probes
+_ANSWERS = ("truth", "answer", "tail")
 
 # probes of a structure, the fewest of them that must be answered, and the fewest
 # queries that some of which say enough about the others
@@ -37,27 +42,6 @@ _TAIL = 8.0
 # are tried in turn: twice the normal quantiles of .04, and of .03, .01 and .01, which
 # make up the chance of failure. No guess of the errors steers this sample
 MARGIN, MARGINS = 3.5, (3.76, 4.65, 4.65)
-
-Answer = tuple[Array, Array]
-
-
-def join(one: Answer, other: Answer) -> Answer:
-    """Merge answers ``(n, p)`` and log-sum-exps ``(n,)`` over disjoint keys."""
-    xp = array_namespace(one[0])
-    left, right = one[1], other[1]
-    peak = xp.where(left > right, left, right)
-    # where neither has seen a key
-    base = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
-    left, right = xp.exp(left - base), xp.exp(right - base)
-    total = left + right
-    safe = xp.where(total > 0, total, xp.ones_like(total))
-    value = (left / safe)[:, None] * one[0] + (right / safe)[:, None] * other[0]
-    return value, xp.where(total > 0, xp.log(safe) + base, peak)
-
-
-def nothing(n: int, p: int) -> Answer:
-    """What queries are told by no keys, on the host."""
-    return np.zeros((n, p)), np.full(n, -np.inf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,3 +243,38 @@ class Probes:
         lost = cut_weights(xp, compute_dtype(xp, self.query.dtype), 1) * self.mass
         root = math.sqrt(self.truth[0].shape[1])
         return root * lost / size if size > 0 else math.inf
+
+
+def pack_probes(probes: Probes) -> Packed:
+    """Arrays and plain values of probes."""
+    arrays = {
+        "probe_query": to_host(probes.query),
+        "probe_good": probes.good,
+        "probe_weight": probes.weight,
+    }
+    for name in _ANSWERS:
+        value, logarithm = getattr(probes, name)
+        arrays |= {f"probe_{name}": value, f"probe_{name}_log": logarithm}
+    values = {"probe_scale": probes.scale, "tol": probes.tol, "margin": probes.margin}
+    return arrays, {**values, "probe_mass": probes.mass}
+
+
+def unpack_probes(
+    arrays: dict[str, Array], values: dict[str, Any], move: Any
+) -> Probes:
+    """Undo ``pack_probes``."""
+    truth, answer, tail = (
+        (arrays[f"probe_{name}"], arrays[f"probe_{name}_log"]) for name in _ANSWERS
+    )
+    return Probes(
+        move(arrays["probe_query"]),
+        arrays["probe_weight"],
+        float(values["probe_scale"]),
+        float(values["tol"]),
+        float(values["margin"]),
+        truth,
+        answer,
+        tail,
+        arrays["probe_good"].astype(bool),
+        float(values["probe_mass"]),
+    )

@@ -16,7 +16,7 @@ from fastattn.methods.polynomial.method import Polynomial
 from fastattn.methods.polynomial.recipe import Recipe
 from fastattn.planning.auto import Auto
 from fastattn.prepared.clusters.head import MultipoleHead
-from fastattn.prepared.heads import ExactHead, PreparedHead, SummedHead, refused_share
+from fastattn.prepared.heads import ExactHead, SummedHead, refused_share
 from fastattn.prepared.held_out import (
     FEWEST_QUERIES,
     MARGIN,
@@ -26,9 +26,11 @@ from fastattn.prepared.held_out import (
     Split,
 )
 from fastattn.prepared.kv_buffer import Kept
+from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.proven import ProvenHead
 from fastattn.prepared.states import LowRankSums, MonomialSums, Sums
-from fastattn.problem.head import Head, Method, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Method, Plan
 from sketching._lib.arrays import Array, device_of
 from sketching._lib.certificate import RefusalError
 

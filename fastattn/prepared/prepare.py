@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._attention import check_options
 from fastattn.files.formats import PathLike
+from fastattn.planning.options import check_options
 from fastattn.prepared.files import read_header, read_heads
 from fastattn.prepared.planning import Request, prepare_head
 from fastattn.prepared.rows import Rows, side_by_side
 from fastattn.prepared.structure import Prepared
 from fastattn.prepared.tensor.planning import prepare_tensor_head
 from fastattn.problem.batch import Batch, pick
-from fastattn.problem.head import Method
+from fastattn.problem.plan import Method
 from fastattn.tensor.problem import TensorBatch
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.random import RandomSource

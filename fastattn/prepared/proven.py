@@ -10,7 +10,8 @@ from fastattn.certificates.accumulation import count_pieces, pieces
 from fastattn.certificates.rounding import largest_entries, largest_norm
 from fastattn.methods.polynomial.recipe import Recipe
 from fastattn.prepared.states import MonomialSums, Packed, pack_sums
-from fastattn.problem.head import Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import HeadAnswer, Plan
 from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import Array, array_namespace, to_host
 from sketching._lib.certificate import Certificate, RefusalError

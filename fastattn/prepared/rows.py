@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastattn.prepared.heads import PreparedHead
+from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.batch import pick
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host

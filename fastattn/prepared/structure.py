@@ -7,7 +7,8 @@ import numpy as np
 
 from fastattn.files.formats import PathLike
 from fastattn.prepared.files import write_prepared
-from fastattn.prepared.heads import PreparedHead, same_plan
+from fastattn.prepared.heads import same_plan
+from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.rows import Rows, side_by_side
 from fastattn.prepared.tensor.exact import insert_factors
 from fastattn.problem.batch import (

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.problem.head import Head, HeadAnswer
+from fastattn.problem.head import Head
+from fastattn.problem.plan import HeadAnswer
 from sketching._lib.arrays import (
     Array,
     array_namespace,

@@ -7,17 +7,20 @@ see all of the first half of the keys meet it in a rectangle without a mask, and
 halves are cut again.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fastattn.prepared.held_out import join
 from fastattn.problem.head import Head
+from fastattn.problem.partial_softmax import join
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.threads import run_blocks
+
+# sums over chunks that exist at once stay below this many bytes
+_LARGEST_PANEL = 1 << 25
 
 # values, log-sum-exps, and whether each row can be trusted
 Answer: TypeAlias = tuple[Array, Array, Array]
@@ -140,6 +143,24 @@ def part_of(head: Head, rows: slice, keys: slice) -> Head:
         value=head.value[keys, :],
         visible=None if visible is None else visible[rows] - keys.start,
     )
+
+
+def prefix_doubt(head: Head) -> Array:
+    """How the squared errors of rows compare that see different numbers of keys."""
+    if head.visible is None:
+        return np.ones(head.sizes[0])
+    visible = to_host(head.visible)
+    # the first chunk is exact; beyond it, errors average out with the keys
+    first = cuts_of(int(visible[-1]))[1]
+    return np.where(visible < first, 0.0, 1 / np.maximum(visible, 1))
+
+
+def panels(counts: list[int], nbytes: int) -> Iterator[list[slice]]:
+    """Yield the keys between the counts, a few chunks at a time."""
+    size = max(1, _LARGEST_PANEL // max(nbytes, 1))
+    chunks = [slice(*pair) for pair in pairwise([0, *counts])]
+    for start in range(0, len(chunks), size):
+        yield chunks[start : start + size]
 
 
 def _beyond(head: Head, rows: slice, keys: slice, before: Prefix) -> Answer | None:

@@ -1,8 +1,7 @@
-"""One head of attention, the plans for it, and the answer to it."""
+"""One head of attention."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,6 @@ from sketching._lib.arrays import (
     place_of,
     to_host,
 )
-from sketching._lib.certificate import Certificate
 from sketching._lib.lazy import lazy
 
 # rows whose squared norms are computed at once
@@ -185,81 +183,3 @@ def host_rows(x: Array, rows: Array) -> Array:
     xp = array_namespace(x)
     taken = xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)
     return to_host(xp.astype(taken, compute_dtype(xp, x.dtype), copy=False))
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is run for one head, and what was expected of it.
-
-    Parameters
-    ----------
-    method : object
-        The method with every choice made, for example ``Polynomial(degree=2)``.
-    predicted_error : float
-        Relative Frobenius error, or the proven bound; 0 for exact attention.
-    predicted_seconds : float
-        From the cost model of this machine.
-    reason : str
-        Why this method was taken, in a few words.
-    """
-
-    method: Any
-    predicted_error: float
-    predicted_seconds: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One method that was considered for a head: taken or refused, and why."""
-
-    plan: Plan
-    accepted: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HeadAnswer:
-    """The answer of one head with what it promises.
-
-    ``log_error``, on the host, bounds the error of each row's log-sum-exp; None where
-    nothing is known of it.
-    """
-
-    value: Array
-    log_normalizer: Array
-    error: float
-    failure: float
-    norm: str
-    source: str
-    plan: Plan
-    log_error: Array | None = None
-
-    @staticmethod
-    def under(
-        certificate: Certificate, value: Array, log_normalizer: Array, plan: Plan
-    ) -> "HeadAnswer":
-        """Join an answer with a promise that was made before it."""
-        c = certificate
-        promise = c.error, c.failure, c.norm, c.source
-        return HeadAnswer(value, log_normalizer, *promise, plan)
-
-    @property
-    def certificate(self) -> Certificate:
-        """What is promised."""
-        return Certificate(self.error, self.failure, self.norm, self.source)
-
-
-class Method(Protocol):
-    """A recipe for attention."""
-
-    def solve(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> HeadAnswer:
-        """Answer the head within ``tol``; raise ``RefusalError`` if that cannot be."""
-        ...
-
-    def candidates(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Iterator[Candidate]:
-        """Say what would be tried for the head, without running it."""
-        ...

@@ -15,10 +15,12 @@ from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
 from fastattn.planning.explanation import Explanation
-from fastattn.prepared.heads import PreparedHead, SummedHead
+from fastattn.prepared.heads import SummedHead
 from fastattn.prepared.held_out import PROBES
 from fastattn.prepared.planning import Request, prepare_head
-from fastattn.problem.head import Candidate, Head, Method, Plan
+from fastattn.prepared.protocol import PreparedHead
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Candidate, Method, Plan
 from fastattn.streaming.exact import rounded, solve_exactly, stream_exactly
 from fastattn.streaming.rows import FileHead, Put, Step
 from sketching._lib.arrays import compute_dtype

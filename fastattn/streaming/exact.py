@@ -28,8 +28,9 @@ from fastattn.certificates.rounding import (
 from fastattn.certificates.sampled import TRUTH, lost_norm, scaled_frobenius, statement
 from fastattn.costs.work import exact_work, seconds
 from fastattn.methods.exact import Exact, sums_error, weights_error
-from fastattn.prepared.held_out import join, nothing
-from fastattn.problem.head import Head, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.partial_softmax import join, nothing
+from fastattn.problem.plan import Plan
 from fastattn.streaming.rows import FileHead, Put, Step
 from sketching._lib.arrays import Array, compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError

@@ -20,7 +20,8 @@ from fastattn.certificates.rounding import (
 )
 from fastattn.certificates.sampled import certify_rows, scaled_frobenius
 from fastattn.costs.work import exact_work, seconds
-from fastattn.problem.head import Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import HeadAnswer, Plan
 from fastattn.tensor.logit_bounds import Extent, in_range, size_of
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array

@@ -14,7 +14,8 @@ from fastattn._ops.tensor_mechanisms import (
     attend_windows,
 )
 from fastattn.costs.work import exact_work, seconds
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.exact import rounding, solve_bounded, solve_exact
 from fastattn.tensor.logit_bounds import Extent
 from fastattn.tensor.problem import TensorHead

@@ -13,7 +13,7 @@ from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
-from fastattn.problem.head import Candidate, HeadAnswer, Plan
+from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.degree_search import apriori_recipe, sampled_recipe
 from fastattn.tensor.exact import exact_plan, relative_bound, solve_exact
 from fastattn.tensor.logit_bounds import Extent, balanced, in_range

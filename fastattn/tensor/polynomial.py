@@ -38,7 +38,7 @@ from fastattn.methods.polynomial.expansions import (
 )
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.methods.polynomial.recipe import check_rank
-from fastattn.problem.head import Plan
+from fastattn.problem.plan import Plan
 from fastattn.tensor.exact import stored
 from fastattn.tensor.logit_bounds import Extent
 from fastattn.tensor.problem import TensorHead

@@ -9,7 +9,8 @@ import numpy as np
 
 from fastattn._ops.tensor import attend_tuples
 from fastattn.problem.batch import Batch, check_rows, pick, read_mask
-from fastattn.problem.head import HeadAnswer, rounded_answer
+from fastattn.problem.head import rounded_answer
+from fastattn.problem.plan import HeadAnswer
 from sketching._lib.arrays import (
     Array,
     array_namespace,

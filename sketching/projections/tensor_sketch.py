@@ -1,4 +1,4 @@
-"""Random projections: short rows whose products are, on average, those of long ones."""
+"""TensorSketch: short rows whose products are, on average, powers of long ones'."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,6 @@ import numpy as np
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.random import RandomSource, as_generator
 from sketching._lib.validation import check_integer
-from sketching.projections.linear import (
-    GaussianProjection,
-    HadamardProjection,
-    SparseProjection,
-)
-
-__all__ = [
-    "GaussianProjection",
-    "HadamardProjection",
-    "SparseProjection",
-    "TensorSketch",
-]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,22 +1,24 @@
 """Low-rank structures over every prefix of the keys, from sums over chunks."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
 from fastattn._ops.lowrank import LEAST
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.polynomial.moments import Moments
-from fastattn.problem.causal_chunks import Answer, Prefix, by_prefixes, cuts_of, each
+from fastattn.problem.causal_chunks import (
+    Answer,
+    by_prefixes,
+    each,
+    panels,
+)
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import RefusalError
 
-# sums over chunks that exist at once stay below this many bytes
-_LARGEST_PANEL = 1 << 25
 # a sum of weights may be so much smaller than all keys let expect
 _SLACK = 20.0
 
@@ -60,18 +62,6 @@ class LowRankPrefix:
         return value, logarithm, xp.logical_and(good, logarithm > least)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _MomentsPrefix:
-    """Moments with the coefficients of their polynomial; log-sum-exps are centred."""
-
-    moments: Moments
-    coefficients: Array
-
-    def query(self, query: Array) -> Answer:
-        """Answer queries."""
-        return self.moments.query(query, self.coefficients, centred=True)
-
-
 def lowrank_by_prefixes(head: Head, empty: LowRank) -> Answer:
     """Answer a causal head by a low-rank structure, given without keys."""
     return by_prefixes(head, lambda counts: lowrank_prefixes(head, empty, counts))
@@ -88,67 +78,13 @@ def lowrank_prefixes(
         return *empty.part(key, value), head.scale * total
 
     before, total = empty, np.zeros(head.sizes[2])
-    for panel in _panels(counts, empty.sums.nbytes):
+    for panel in panels(counts, empty.sums.nbytes):
         parts, far, sums = zip(*each(head, part, panel), strict=True)
         structures = _accumulated(before, list(parts))
         totals = total + np.cumsum(sums, axis=0)
         means = [x / keys.stop for x, keys in zip(totals, panel, strict=True)]
         yield [LowRankPrefix(*x) for x in zip(structures, means, far, strict=True)]
         before, total = structures[-1], totals[-1]
-
-
-def moments_by_prefixes(
-    head: Head, moments: Callable[[Head], Moments], coefficients: Array
-) -> Answer:
-    """Answer a causal head by sums of monomials and a polynomial of them.
-
-    Keys are centred within the chunks too, so that no logit of the centre, which may be
-    large, is rounded before the answers are merged.
-    """
-    xp = head.xp
-
-    def part(keys: slice) -> Moments:
-        return moments(replace(head, key=head.key[keys, :], value=head.value[keys, :]))
-
-    def prefixes(counts: list[int]) -> Iterator[list[Prefix]]:
-        total = None
-        for panel in _panels(counts, 8 * len(first.index) * (head.sizes[3] + 1)):
-            some: list[Prefix] = []
-            for one in each(head, part, panel):
-                sums = xp.astype(one.sums, xp.float64)
-                total = sums if total is None else total + sums
-                whole = replace(one, sums=xp.astype(total, one.sums.dtype))
-                some.append(_MomentsPrefix(whole, coefficients))
-            yield some
-
-    first = part(slice(0, 1))
-    dtype = first.sums.dtype
-    center = mover(head.key, dtype)(first.transform.key_center)
-    centred = replace(
-        head,
-        query=xp.astype(head.query, dtype, copy=False),
-        key=xp.astype(head.key, dtype, copy=False) - center,
-    )
-    value, logarithm, good = by_prefixes(centred, prefixes)
-    return value, logarithm + first.center_logits(head.query), good
-
-
-def prefix_doubt(head: Head) -> Array:
-    """How the squared errors of rows compare that see different numbers of keys."""
-    if head.visible is None:
-        return np.ones(head.sizes[0])
-    visible = to_host(head.visible)
-    # the first chunk is exact; beyond it, errors average out with the keys
-    first = cuts_of(int(visible[-1]))[1]
-    return np.where(visible < first, 0.0, 1 / np.maximum(visible, 1))
-
-
-def _panels(counts: list[int], nbytes: int) -> Iterator[list[slice]]:
-    """Yield the keys between the counts, a few chunks at a time."""
-    size = max(1, _LARGEST_PANEL // max(nbytes, 1))
-    chunks = [slice(*pair) for pair in pairwise([0, *counts])]
-    for start in range(0, len(chunks), size):
-        yield chunks[start : start + size]
 
 
 def _accumulated(before: LowRank, parts: list[LowRank]) -> list[LowRank]:

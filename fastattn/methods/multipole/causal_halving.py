@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 
 from fastattn.costs.work import exact_work, seconds
-from fastattn.methods.polynomial.recipe import Attempt
 from fastattn.problem.causal_chunks import Answer, joined, merged, within
 from fastattn.problem.head import Head
+from fastattn.problem.plan import Attempt
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 

@@ -13,13 +13,9 @@ from fastattn.costs.work import multipole_work, seconds
 from fastattn.methods.multipole.causal_halving import halves_attempt
 from fastattn.methods.multipole.clusters import Blocks, Clusters, reach_of_sample
 from fastattn.methods.multipole.threshold_search import Choice, Counts, Trial, choose
-from fastattn.methods.polynomial.recipe import (
-    SAMPLE,
-    Attempt,
-    candidate_of,
-    sample_rows,
-)
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
+from fastattn.problem.rows import SAMPLE, sample_rows
 from fastattn.problem.transforms import Transform, balance
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError

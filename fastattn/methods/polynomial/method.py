@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn.certificates.certify import certified
+from fastattn.certificates.certify import certified, run_proven
 from fastattn.certificates.sampled import Looks
 from fastattn.costs.work import polynomial_work, seconds
 from fastattn.methods.lowrank.causal_cost import chunk_work, lowrank_cost
@@ -23,16 +23,10 @@ from fastattn.methods.polynomial.expansions import (
     total_degree,
 )
 from fastattn.methods.polynomial.proven import proven_recipe
-from fastattn.methods.polynomial.recipe import (
-    Attempt,
-    Recipe,
-    candidate_of,
-    check_rank,
-    coefficients_of,
-    run_proven,
-    sample_rows,
-)
-from fastattn.problem.head import Candidate, Head, HeadAnswer, Plan
+from fastattn.methods.polynomial.recipe import Recipe, check_rank, coefficients_of
+from fastattn.problem.head import Head
+from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
+from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import balance
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError

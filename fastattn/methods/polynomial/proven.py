@@ -42,9 +42,10 @@ from fastattn.methods.polynomial.expansions import (
     relative_minimax,
     total_degree,
 )
-from fastattn.methods.polynomial.recipe import Recipe, check_rank, sample_rows
+from fastattn.methods.polynomial.recipe import Recipe, check_rank
 from fastattn.problem.causal_chunks import largest_chunk
 from fastattn.problem.head import Head
+from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import Transform, balance, center, identity
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import RefusalError

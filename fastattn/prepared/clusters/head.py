@@ -12,13 +12,14 @@ from fastattn.certificates.certify import certified
 from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.methods.exact import Exact
 from fastattn.methods.multipole.clusters import Clusters
-from fastattn.methods.polynomial.recipe import Attempt, sample_rows
 from fastattn.prepared.clusters.tree import RowField, Tree
-from fastattn.prepared.heads import pack_probes, unpack_probes
-from fastattn.prepared.held_out import join
+from fastattn.prepared.held_out import pack_probes, unpack_probes
 from fastattn.prepared.kv_buffer import Kept, bytes_of
 from fastattn.prepared.states import Packed
-from fastattn.problem.head import Head, HeadAnswer, Plan
+from fastattn.problem.head import Head
+from fastattn.problem.partial_softmax import join
+from fastattn.problem.plan import Attempt, HeadAnswer, Plan
+from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import Transform, balance
 from sketching._lib.arrays import (
     Array,

@@ -13,14 +13,15 @@ import numpy as np
 
 from fastattn._ops.clusters import partition
 from fastattn._ops.multipole_rows import multipole_rows, summarise
+from fastattn.certificates.certify import mend
 from fastattn.certificates.ratio_estimate import Margin, RatioEstimate
 from fastattn.certificates.sampled import SampledError
 from fastattn.costs.rates import rates
 from fastattn.costs.work import exact_work
-from fastattn.methods.polynomial.recipe import mend
-from fastattn.prepared.held_out import FEWEST_QUERIES, MARGINS, Probes, Split, join
+from fastattn.prepared.held_out import FEWEST_QUERIES, MARGINS, Probes, Split
 from fastattn.prepared.kv_buffer import Kept, bytes_of
 from fastattn.problem.head import Head
+from fastattn.problem.partial_softmax import join
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # keys of a leaf, and of a cluster of recent keys

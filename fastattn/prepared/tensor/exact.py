@@ -8,7 +8,7 @@ import numpy as np
 from fastattn.prepared.kv_buffer import Kept, bytes_of
 from fastattn.prepared.rows import Rows
 from fastattn.prepared.states import Packed
-from fastattn.problem.head import HeadAnswer, Plan
+from fastattn.problem.plan import HeadAnswer, Plan
 from fastattn.tensor.exact import exact_plan, solve_exact
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, mover, to_host

@@ -13,7 +13,7 @@ from fastattn.planning.auto import Auto
 from fastattn.prepared.kv_buffer import Kept
 from fastattn.prepared.tensor.exact import TensorExactHead
 from fastattn.prepared.tensor.states import TensorSumsHead
-from fastattn.problem.head import Method, Plan
+from fastattn.problem.plan import Method, Plan
 from fastattn.tensor.logit_bounds import Extent
 from fastattn.tensor.polynomial import TensorRecipe, check_basis, proven_recipe
 from fastattn.tensor.problem import TensorHead

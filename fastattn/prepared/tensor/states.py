@@ -13,7 +13,7 @@ import numpy as np
 from fastattn.certificates.accumulation import count_pieces, pieces
 from fastattn.methods.polynomial.expansions import IndexSet
 from fastattn.prepared.states import Packed
-from fastattn.problem.head import HeadAnswer, Plan
+from fastattn.problem.plan import HeadAnswer, Plan
 from fastattn.tensor.logit_bounds import Extent, row_norms
 from fastattn.tensor.polynomial import TensorRecipe
 from fastattn.tensor.problem import TensorHead

@@ -4,7 +4,7 @@ import numpy as np
 
 from fastattn import Polynomial, approximate
 from fastattn.certificates import certify
-from fastattn.methods.polynomial.recipe import mend
+from fastattn.certificates.certify import mend
 from fastattn.problem.batch import Batch
 from tests import oracles
 

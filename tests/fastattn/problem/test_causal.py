@@ -12,10 +12,11 @@ from fastattn.certificates.certify import repaired
 from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.certificates.sampled import Looks, certify_rows
 from fastattn.methods.lowrank.causal_cost import leniency
-from fastattn.methods.lowrank.prefixes import lowrank_by_prefixes, moments_by_prefixes
+from fastattn.methods.lowrank.prefixes import lowrank_by_prefixes
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.methods.lowrank.whitening import Sample
 from fastattn.methods.multipole.method import multipole_attempt
+from fastattn.methods.polynomial.prefixes import moments_by_prefixes
 from fastattn.planning import auto
 from fastattn.problem import causal_chunks
 from fastattn.problem.batch import Batch
@@ -193,7 +194,7 @@ def test_sums_may_come_in_several_panels(monkeypatch):
     head = head_of(*problem(300))
     empty = lowrank_of(head, landmarks=20)
     together = lowrank_by_prefixes(head, empty)
-    monkeypatch.setattr("fastattn.methods.lowrank.prefixes._LARGEST_PANEL", 1)
+    monkeypatch.setattr("fastattn.problem.causal_chunks._LARGEST_PANEL", 1)
     for one, two in zip(lowrank_by_prefixes(head, empty), together, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-9)
 

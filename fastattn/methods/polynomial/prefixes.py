@@ -1,0 +1,57 @@
+"""Sums of monomials over every prefix of the keys, from sums over chunks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from fastattn.methods.polynomial.moments import Moments
+from fastattn.problem.causal_chunks import Answer, Prefix, by_prefixes, each, panels
+from fastattn.problem.head import Head
+from sketching._lib.arrays import Array, mover
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _MomentsPrefix:
+    """Moments with the coefficients of their polynomial; log-sum-exps are centred."""
+
+    moments: Moments
+    coefficients: Array
+
+    def query(self, query: Array) -> Answer:
+        """Answer queries."""
+        return self.moments.query(query, self.coefficients, centred=True)
+
+
+def moments_by_prefixes(
+    head: Head, moments: Callable[[Head], Moments], coefficients: Array
+) -> Answer:
+    """Answer a causal head by sums of monomials and a polynomial of them.
+
+    Keys are centred within the chunks too, so that no logit of the centre, which may be
+    large, is rounded before the answers are merged.
+    """
+    xp = head.xp
+
+    def part(keys: slice) -> Moments:
+        return moments(replace(head, key=head.key[keys, :], value=head.value[keys, :]))
+
+    def prefixes(counts: list[int]) -> Iterator[list[Prefix]]:
+        total = None
+        for panel in panels(counts, 8 * len(first.index) * (head.sizes[3] + 1)):
+            some: list[Prefix] = []
+            for one in each(head, part, panel):
+                sums = xp.astype(one.sums, xp.float64)
+                total = sums if total is None else total + sums
+                whole = replace(one, sums=xp.astype(total, one.sums.dtype))
+                some.append(_MomentsPrefix(whole, coefficients))
+            yield some
+
+    first = part(slice(0, 1))
+    dtype = first.sums.dtype
+    center = mover(head.key, dtype)(first.transform.key_center)
+    centred = replace(
+        head,
+        query=xp.astype(head.query, dtype, copy=False),
+        key=xp.astype(head.key, dtype, copy=False) - center,
+    )
+    value, logarithm, good = by_prefixes(centred, prefixes)
+    return value, logarithm + first.center_logits(head.query), good

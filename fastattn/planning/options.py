@@ -1,0 +1,27 @@
+"""Checks of the options that are common to all calls."""
+
+from typing import Any
+
+import numpy as np
+
+from fastattn.planning.auto import Auto
+from fastattn.problem.plan import Method
+from sketching._lib.random import RandomSource, as_generator
+from sketching._lib.validation import check_choice, check_number
+
+GUARANTEES = ("sampled", "proven")
+
+
+def check_options(
+    tol: Any, method: Any, guarantee: Any, rng: RandomSource
+) -> tuple[float, Method, np.random.Generator]:
+    """Check what is common to all calls."""
+    tol = check_number("tol", tol, above=0)
+    check_choice("guarantee", guarantee, GUARANTEES)
+    method = Auto() if method is None else method
+    if isinstance(method, type) or not hasattr(method, "solve"):
+        raise TypeError(
+            "method: expected a method object such as Auto(), Exact() or "
+            f"Polynomial(), got {method!r}"
+        )
+    return tol, method, as_generator(rng)

@@ -1,0 +1,57 @@
+"""Derivatives of all heads: checked on the way in, assembled on the way out."""
+
+import numpy as np
+
+from fastattn.problem.batch import Batch, pick
+from fastattn.problem.rows import spread
+from sketching._lib.arrays import Array, array_namespace, plain, to_host
+from sketching._lib.certificate import RefusalError
+from sketching._lib.validation import check_finite
+
+# derivatives by query, key and value
+Slopes = tuple[Array, Array, Array]
+
+
+def check_grad(batch: Batch, grad: Array) -> Array:
+    """Return ``grad_output`` checked against what it is the derivative by."""
+    try:
+        array_namespace(batch.query, grad)
+    except TypeError as error:
+        raise TypeError(f"grad_output: {error}") from error
+    grad = plain(grad)
+    if grad.dtype != batch.query.dtype:
+        raise TypeError(
+            f"grad_output: expected {batch.query.dtype}, as the query, got {grad.dtype}"
+        )
+    wanted = (*batch.lead, batch.query.shape[-2], batch.value.shape[-1])
+    if tuple(grad.shape) != wanted:
+        raise ValueError(
+            f"grad_output: expected shape {wanted}, as the output of attention, got "
+            f"{tuple(grad.shape)}"
+        )
+    check_finite("grad_output", grad)
+    return grad
+
+
+def unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:
+    """Give masked keys, which the head was not told of, derivatives of zero."""
+    if batch.key_mask is None:
+        return slopes
+    m = batch.key.shape[-2]
+    kept = np.flatnonzero(to_host(pick(batch.key_mask, place, 1)))
+    return slopes[0], spread(slopes[1], kept, m), spread(slopes[2], kept, m)
+
+
+def assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:
+    """Put the derivatives of heads into the shape and dtype of an argument."""
+    xp = array_namespace(x)
+    parts = [sums[place] for place in np.ndindex(*x.shape[:-2])]
+    whole = parts[0] if len(parts) == 1 else xp.stack(parts)
+    with np.errstate(over="ignore"):
+        whole = xp.astype(xp.reshape(whole, x.shape), x.dtype, copy=False)
+    if not bool(xp.all(xp.isfinite(whole))):
+        raise RefusalError(
+            f"the derivative by {name} overflows {x.dtype}: scale grad_output down or "
+            "pass arrays of a wider dtype"
+        )
+    return whole
