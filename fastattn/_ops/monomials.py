@@ -10,6 +10,9 @@ from typing import Any
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
+# keys that the CPU kernels sum in the dtype of computation before the totals in
+# float64 take them over: bounds on rounding count on it
+SUMMED_ROWS = 384
 _BLOCK = 4096
 
 

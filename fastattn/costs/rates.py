@@ -24,6 +24,7 @@ import numpy as np
 
 from sketching._lib.arrays import Array
 from sketching._lib.threads import single_threaded_blas
+from sketching._ops.processor import compiles_for
 
 # of the file; another layout gets another number
 _FORMAT = 3
@@ -224,9 +225,8 @@ def processor() -> str:
     Some names, as "AMD EPYC", stand for processors of several generations.
     """
     # numba is imported no earlier than a file of rates is read
-    from sketching._ops.cpu.features import has
-
-    return " ".join([_name(), *(name for name in _INSTRUCTIONS if has(name))])
+    known = [name for name in _INSTRUCTIONS if compiles_for(name)]
+    return " ".join([_name(), *known])
 
 
 def _name() -> str:

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._ops.cpu.blocks import ROWS
-from fastattn._ops.monomials import means, moments
+from fastattn._ops.monomials import SUMMED_ROWS, means, moments
 from fastattn._ops.tensor_prefixes import prefix_means
 from fastattn.certificates.accumulation import PIECE
 from fastattn.certificates.rounding import (
@@ -262,7 +261,7 @@ def bounded_recipe(
     terms = sum(lengths)
     if place_of(head.query) == "cpu":
         # the fast body adds its blocks in float64
-        terms = sum(min(m, ROWS) + 2 for m in lengths)
+        terms = sum(min(m, SUMMED_ROWS) + 2 for m in lengths)
     if pieces is not None:
         # each is rounded once, they are added up in float64, and that is rounded
         own = unit_roundoff(np, np.float64) / unit_roundoff(head.xp, dtype)

@@ -1,7 +1,9 @@
 """How the passes over keys and queries are cut: into blocks, and blocks into tasks."""
 
+from fastattn._ops.monomials import SUMMED_ROWS
+
 # rows whose functions exist at once, on each thread: they stay in cache
-ROWS = 384
+ROWS = SUMMED_ROWS
 # tasks: a number that does not depend on the threads, so that the answer does not
 _TASKS = 16
 # all partial sums of the tasks together stay below this many bytes

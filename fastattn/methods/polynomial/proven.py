@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._ops.cpu.blocks import ROWS
+from fastattn._ops.monomials import SUMMED_ROWS
 from fastattn.certificates.accumulation import PIECE
 from fastattn.certificates.rounding import (
     EXP,
@@ -196,7 +196,7 @@ def _recipe(
     exponent = _exponent_rounding(head, reach, u, smallest_number(head.xp, dtype))
     # other bodies may sum all keys in working precision
     m = head.sizes[1] if pieces is None else PIECE
-    summed = min(m, ROWS) + 2 if place_of(head.query) == "cpu" else m
+    summed = min(m, SUMMED_ROWS) + 2 if place_of(head.query) == "cpu" else m
     if pieces is not None:
         # each is rounded once, they are added up in float64, and that is rounded
         summed += 2 + math.ceil(pieces * unit_roundoff(np, np.float64) / u)
