@@ -71,8 +71,9 @@ def _compiles() -> bool:
     """Whether numba may compile: NUMBA_DISABLE_JIT=1 leaves the references."""
     # it has no such attribute yet while another thread imports it
     config = getattr(sys.modules.get("numba"), "config", None)
-    if hasattr(config, "DISABLE_JIT"):
-        return not config.DISABLE_JIT
+    is_off = getattr(config, "DISABLE_JIT", None)
+    if is_off is not None:
+        return not is_off
     try:
         return not int(os.environ.get("NUMBA_DISABLE_JIT", "0"))
     except ValueError:
