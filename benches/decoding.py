@@ -114,7 +114,7 @@ def _single(head, tol, quick):
         for i in range(_SINGLE):
             attend(
                 asked[None, i : i + 1], head.key[None], head.value[None],
-                scale=head.scale, visible=None,
+                scale=head.scale, prefix_lengths=None,
             )  # fmt: skip
 
     answers = [prepared.query(asked[i : i + 1]) for i in range(_CHECKED)]

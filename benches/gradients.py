@@ -141,8 +141,8 @@ def _backward(query, key, value, grad, *, scale, is_causal=False):
     grad = torch.from_numpy(grad)[None, None]
 
     def call():
-        slopes = torch.autograd.grad(output, leaves, grad, retain_graph=True)
-        return [x[0, 0].numpy() for x in slopes]
+        derivatives = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+        return [x[0, 0].numpy() for x in derivatives]
 
     return call
 

@@ -39,10 +39,10 @@ myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 # rows from which heads are planned at all, with a causal mask, and with clusters, and
 # from which int8/bfloat16 matmul is tried
 myst_substitutions = {
-    "planned": math.isqrt(auto._SMALL),
-    "planned_causal": math.isqrt(2 * auto._SMALL),
+    "planned": math.isqrt(auto._FEW_LOGITS),
+    "planned_causal": math.isqrt(2 * auto._FEW_LOGITS),
     "clustered": math.isqrt(auto._LARGE),
-    "rounded": math.isqrt(auto._TINY),
+    "rounded": math.isqrt(auto._FEWEST_LOGITS),
 }
 myst_heading_anchors = 2
 # options and quotes in tables stay as they are typed

@@ -45,8 +45,8 @@ class Attention(torch.autograd.Function):
         """Return the gradients of query, key and value."""
         tensors = (*ctx.saved_tensors, grad_output)
         arrays = (x.detach().numpy() for x in tensors)
-        slopes = fastattn.attention_vjp(*arrays, **ctx.options)
-        return (*(torch.from_numpy(x) for x in slopes), None)
+        gradients = fastattn.attention_vjp(*arrays, **ctx.options)
+        return (*(torch.from_numpy(x) for x in gradients), None)
 
 
 def attend(

@@ -310,10 +310,10 @@ def _bound(
     rounding = 2 * unit_roundoff(xp, value.dtype)
     rounding += _ROUNDINGS * len(parts) * unit_roundoff(xp, xp.float64)
     # parts may be larger than their mean, where they cancel
-    reach = peak + float(xp.max(spread))
+    largest_logit = peak + float(xp.max(spread))
     # a weight that underflows loses the smallest number of float64
     rounding += len(parts) * smallest_number(xp, xp.float64)
-    rounded = rounding * reach + smallest_number(xp, value.dtype)
+    rounded = rounding * largest_logit + smallest_number(xp, value.dtype)
     if largest:
         own = max(x.largest for x in parts)
         return own + float(xp.max(moved)) + rounded

@@ -45,7 +45,7 @@ class Factors:
         for start in range(0, len(first), step):
             yield logits_of(query, (first[start : start + step], *rest))
 
-    def extent(self) -> tuple[float, float]:
+    def logit_range(self) -> tuple[float, float]:
         """The least and the largest logit."""
         ends = [(float(x.min()), float(x.max())) for x in self.blocks()]
         return min(low for low, _ in ends), max(high for _, high in ends)
@@ -89,13 +89,13 @@ def degree_errors(
     exponent: float,
     degree: int,
     rows: int,
-    extent: tuple[float, float],
+    logit_range: tuple[float, float],
 ) -> Array:
     """Largest error of the polynomials of each degree, over so many queries.
 
-    ``extent`` is that of all logits, before the factor ``exponent``.
+    ``logit_range`` is that of all logits, before the factor ``exponent``.
     """
-    low, high = exponent * extent[0], exponent * extent[1]
+    low, high = exponent * logit_range[0], exponent * logit_range[1]
     worth, error = products_of(factors.values), np.zeros(degree + 1)
     step = max(1, _BLOCK // factors.tuples)
     for start in range(0, min(rows, len(factors.query)), step):

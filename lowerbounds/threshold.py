@@ -161,7 +161,7 @@ def threshold_sweep(
             sweep = _Sweep(
                 family=name,
                 factors=factors,
-                extent=factors.extent(),
+                logit_range=factors.logit_range(),
                 errors=errors,
                 queries=queries,
                 largest_spectrum=largest_spectrum,
@@ -218,7 +218,7 @@ class _Sweep:
 
     family: str
     factors: Factors
-    extent: tuple[float, float]
+    logit_range: tuple[float, float]
     errors: tuple[float, ...]
     queries: int
     largest_spectrum: int
@@ -229,7 +229,7 @@ class _Sweep:
         (n, d), order = self.factors.query.shape, len(self.factors.keys) + 1
         exponent = ratio**order * math.log(n)
         realised = degree_errors(
-            self.factors, exponent, LARGEST_DEGREE, self.queries, self.extent
+            self.factors, exponent, LARGEST_DEGREE, self.queries, self.logit_range
         )
         predicted = predicted_errors(exponent, LARGEST_DEGREE)
         ranks = self.numerical_ranks(exponent)

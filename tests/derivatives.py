@@ -21,7 +21,7 @@ def softmax_vjp(query, key, value, grad, *, scale=None, is_causal=False, key_mas
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = scale * query @ np.swapaxes(key, -1, -2)
     rows, m = np.arange(query.shape[-2]), key.shape[-2]
-    seen = oracles.visible(rows, m, is_causal, key_mask)
+    seen = oracles.prefix_lengths(rows, m, is_causal, key_mask)
     logits = np.where(seen, logits, -np.inf)
     weights, _ = oracles.softmax_mean(logits, np.eye(m))
     change = grad @ np.swapaxes(value, -1, -2)

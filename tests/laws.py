@@ -102,18 +102,18 @@ class OpLaws:
         want = fetch(self.op.reference(*arrays, **options))
         poison(*(part.shape for part in _parts(want)), dtype=arrays[0].dtype)
         moved = [bring(place, x) for x in arrays]
-        got = fetch(self.op.body(place)(*moved, **options))
+        got = fetch(self.op.kernel(place)(*moved, **options))
         for one, other in zip(_parts(got), _parts(want), strict=True):
             assert one.dtype == other.dtype
             assert one.shape == other.shape
             slack = self.slack(arrays, options)
             np.testing.assert_allclose(one, other, rtol=slack, atol=slack)
 
-    def test_fast_body_agrees_with_reference_around_blocks(self, place, dtype, n):
+    def test_fast_kernel_agrees_with_reference_around_blocks(self, place, dtype, n):
         arrays, options = self.inputs(np.random.default_rng(n), dtype, n, 300)
         self.agree(place, arrays, options)
 
-    def test_fast_body_agrees_with_reference_for_any_keys(self, place, dtype, m):
+    def test_fast_kernel_agrees_with_reference_for_any_keys(self, place, dtype, m):
         arrays, options = self.inputs(np.random.default_rng(m), dtype, 70, m)
         self.agree(place, arrays, options)
 
@@ -123,7 +123,7 @@ class OpLaws:
         seed=st.integers(0, 2**32 - 1),
         dtype=st.sampled_from(DTYPES),
     )
-    def test_fast_body_agrees_with_reference_on_small_problems(
+    def test_fast_kernel_agrees_with_reference_on_small_problems(
         self, place, n, m, seed, dtype
     ):
         arrays, options = self.inputs(np.random.default_rng(seed), dtype, n, m)
@@ -141,7 +141,7 @@ class OpLaws:
         before = [x.copy() for x in arrays]
         for x in arrays:
             x.flags.writeable = False
-        self.op.body(place)(*[bring(place, x) for x in arrays], **options)
+        self.op.kernel(place)(*[bring(place, x) for x in arrays], **options)
         for x, old in zip(arrays, before, strict=True):
             np.testing.assert_array_equal(x, old)
 

@@ -23,7 +23,7 @@ def linear_attention(
     query, key, value = (np.asarray(x).astype(float) for x in (query, key, value))
     n, m = query.shape[-2], key.shape[-2]
     weights = kernel(query, key)
-    seen = oracles.visible(np.arange(n), m, is_causal, key_mask)
+    seen = oracles.prefix_lengths(np.arange(n), m, is_causal, key_mask)
     weights = np.where(seen, weights, 0.0)
     if decay is not None:
         gap = np.maximum(np.arange(n)[:, None] - np.arange(m), 0)

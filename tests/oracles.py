@@ -26,13 +26,13 @@ def attention(
     for start in range(0, n, _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, n))
         logits = dtype(scale) * (query[..., rows, :] @ np.swapaxes(key, -1, -2))
-        seen = visible(rows, m, is_causal, key_mask)
+        seen = prefix_lengths(rows, m, is_causal, key_mask)
         logits = np.where(seen, logits, -np.inf)
         out[..., rows, :], normalizer[..., rows] = softmax_mean(logits, value)
     return out, normalizer
 
 
-def visible(rows, m, is_causal=False, key_mask=None):
+def prefix_lengths(rows, m, is_causal=False, key_mask=None):
     """Which keys the given rows see: boolean, ``(..., len(rows), m)``."""
     seen = np.ones((len(rows), m), bool)
     if is_causal:
@@ -114,7 +114,7 @@ def tensor_attention(
     seen = np.ones((n, 1), bool)
     for s, (key, m) in enumerate(zip(keys, lengths, strict=True)):
         mask = None if key_mask is None else key_mask[s]
-        own = visible(np.arange(n), m, is_causal, mask)
+        own = prefix_lengths(np.arange(n), m, is_causal, mask)
         if window is not None:
             own = own & (np.arange(m) > np.arange(n)[:, None] - window[s])
         product = (product[:, None] * key).reshape(-1, d)

@@ -28,7 +28,7 @@ def may_overflow(query: float, key: float, d: int, dtype_max: float) -> bool:
 # what is beyond float64 is infinite, or nothing
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def attend_scaled(
-    query: Array, key: Array, value: Array, scale: float, visible: Array | None
+    query: Array, key: Array, value: Array, scale: float, prefix_lengths: Array | None
 ) -> tuple[Array, Array]:
     """Answer queries ``(..., n, d)`` in float64, whatever the size of the logits.
 
@@ -43,9 +43,9 @@ def attend_scaled(
     mantissa, power = math.frexp(scale)
     query, key = _raised(query * mantissa, -query_power), _raised(key, -key_power)
     logits = xp.matmul(query, xp.matrix_transpose(key))
-    if visible is not None:
+    if prefix_lengths is not None:
         number = xp.arange(key.shape[-2], device=device_of(query))
-        hidden = number[None, :] >= visible[:, None]
+        hidden = number[None, :] >= prefix_lengths[:, None]
         logits = xp.where(hidden, xp.full_like(logits, -xp.inf), logits)
     peak = xp.max(logits, axis=-1, keepdims=True)
     empty = peak == -xp.inf

@@ -18,24 +18,24 @@ def attend_vjp(
     grad: Array,
     *,
     scale: float,
-    visible: Array | None,
+    prefix_lengths: Array | None,
     log_normalizer: Array | None = None,
-    drift: Array | None = None,
+    delta: Array | None = None,
     beside: Callable[[slice, Array, Array], tuple[Array, Array]] | None = None,
-    coarse: bool = False,  # noqa: ARG001
+    low_precision: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array]:
     r"""Derivatives of ``sum(grad * attention)`` by query, key and value of one head.
 
     With the weights :math:`P`, ``dV = P^T grad``, ``dP = grad V^T``, ``dS = P * (dP -
     drift)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``; the drift of a row is
     ``sum(P * dP)``. ``query`` is ``(n, d)``, ``key`` ``(m, d)``, ``value`` ``(m, p)``,
-    ``grad`` ``(n, p)``. Row ``i`` sees the first ``visible[i]`` keys, all where it is
-    None; a row that sees none adds nothing. Where ``log_normalizer`` and ``drift``,
-    ``(n,)``, are given the keys are some of those that made them, and ``P`` is
-    ``exp(logits - log_normalizer)``. Where those are not known yet, ``beside`` is asked
-    for them: with a slice of rows, their log-sum-exps and their drifts over these keys.
-    Computed in the dtype of ``query``; where it may be ``coarse``, a fast body rounds
-    what it multiplies to bfloat16, if no normalizers are given.
+    ``grad`` ``(n, p)``. Row ``i`` sees the first ``prefix_lengths[i]`` keys, all where
+    it is None; a row that sees none adds nothing. Where ``log_normalizer`` and
+    ``delta``, ``(n,)``, are given the keys are some of those that made them, and ``P``
+    is ``exp(logits - log_normalizer)``. Where those are not known yet, ``beside`` is
+    asked for them: with a slice of rows, their log-sum-exps and their drifts over these
+    keys. Computed in the dtype of ``query``; where it may be ``low_precision``, a fast
+    body rounds what it multiplies to bfloat16, if no normalizers are given.
     """
     xp = array_namespace(query, key, value, grad)
     dtype, n, m = query.dtype, query.shape[0], key.shape[0]
@@ -47,16 +47,16 @@ def attend_vjp(
         # in float64: a scale, and a query, of extreme size may only meet halfway
         scaled = xp.astype(xp.astype(query[block, :], xp.float64) * scale, dtype)
         logits, change = _products(scaled, key), _products(grad[block, :], value)
-        if visible is not None:
-            hidden = number[None, :] >= visible[block, None]
+        if prefix_lengths is not None:
+            hidden = number[None, :] >= prefix_lengths[block, None]
             logits = xp.where(hidden, xp.full_like(logits, -xp.inf), logits)
-        if log_normalizer is None or drift is None:
+        if log_normalizer is None or delta is None:
             weights, known = softmax(logits)
             mean = xp.sum(weights * change, axis=1)
             if beside is not None:
                 known, mean = beside(block, known, mean)
         else:
-            known, mean = log_normalizer[block], drift[block]
+            known, mean = log_normalizer[block], delta[block]
         if log_normalizer is not None or beside is not None:
             # hidden keys have no weight, whatever is known
             less = xp.where(logits == -xp.inf, logits, logits - known[:, None])
@@ -69,7 +69,9 @@ def attend_vjp(
     return xp.concat(query_parts, axis=0), key_sum, value_sum
 
 
-def multiplies_coarsely(query: Array, key: Array, value: Array, grad: Array) -> bool:
+def multiplies_in_low_precision(
+    query: Array, key: Array, value: Array, grad: Array
+) -> bool:
     """Whether products of arrays like these are faster where they may be coarse."""
     if not multiplies_quantized(query):
         return False

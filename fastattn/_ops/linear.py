@@ -104,7 +104,7 @@ def prefix_products(
     value: Array,
     state: Array,
     *,
-    visible: Any,
+    prefix_lengths: Any,
     decay: float | None = None,
     row: Any = None,
     column: Any = None,
@@ -114,11 +114,11 @@ def prefix_products(
 
     ``left`` is ``(n, r)``, ``right`` ``(m, r)``, ``value`` ``(m, p)`` and ``state``,
     the sum of ``right_j value_j^T`` over earlier keys, ``(r, p)``. Row ``i`` sees the
-    first ``visible[i]`` keys, a number that does not fall. A key loses the factor
-    ``decay`` for every position that the row is ahead of it: rows are at ``row``, which
-    does not fall, keys at ``column``, and ``state`` is as seen from ``origin``. These
-    are NumPy integer arrays. Returns the sums, ``(n, p)``, and the state of the keys
-    that the last row sees, as seen from it.
+    first ``prefix_lengths[i]`` keys, a number that does not fall. A key loses the
+    factor ``decay`` for every position that the row is ahead of it: rows are at
+    ``row``, which does not fall, keys at ``column``, and ``state`` is as seen from
+    ``origin``. These are NumPy integer arrays. Returns the sums, ``(n, p)``, and the
+    state of the keys that the last row sees, as seen from it.
     """
     xp = array_namespace(left, right, value, state)
     move = mover(left, left.dtype)
@@ -126,7 +126,7 @@ def prefix_products(
     n, out, done, seen = left.shape[0], [], 0, origin
     for start in range(0, n, CHUNK):
         end = min(start + CHUNK, n)
-        early, last = int(visible[start]), int(visible[end - 1])
+        early, last = int(prefix_lengths[start]), int(prefix_lengths[end - 1])
         # a few keys that all rows of the chunk see are done with its own
         if early - done > CHUNK:
             keys = slice(done, early)
@@ -135,7 +135,7 @@ def prefix_products(
             done, seen = early, fading.place(start)
         some, keys = left[start:end, :], slice(done, last)
         near = xp.matmul(some, xp.matrix_transpose(right[keys, :]))
-        near = near * move(fading.weights(visible, start, end, keys))
+        near = near * move(fading.weights(prefix_lengths, start, end, keys))
         far = (
             xp.matmul(some, state) * move(fading.row(slice(start, end), seen))[:, None]
         )
@@ -168,9 +168,9 @@ class _Fading:
             return np.ones((keys.stop - keys.start, 1))
         return self.decay ** (self.rows[number] - self.columns[keys, None])
 
-    def weights(self, visible: Any, start: int, end: int, keys: slice) -> Any:
+    def weights(self, prefix_lengths: Any, start: int, end: int, keys: slice) -> Any:
         """Factors of some keys for each row, zero where it does not see them."""
-        seen = np.arange(keys.start, keys.stop) < visible[start:end, None]
+        seen = np.arange(keys.start, keys.stop) < prefix_lengths[start:end, None]
         if self.rows is None:
             return seen
         gap = self.rows[start:end, None] - self.columns[keys]

@@ -29,35 +29,39 @@ def key_sums(
     center: Array,
     projection: Array,
     landmarks: Array,
-    middle: Array,
+    value_center: Array,
     *,
     offset: float,
     longest: float,
     parent: Any,
     coordinate: Any,
     power: Any,
-    coarse: bool = False,  # noqa: ARG001
+    low_precision: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array]:
-    r"""Sum over keys of every function times weight times ``[value - middle, 1]``.
+    r"""Sum over keys of function times weight times ``[value - value_center, 1]``.
 
     With ``[y, t] = (key - center) @ projection``, the weight of a key is
     ``a = exp(t + |y|^2 / 2 + offset)``, the functions are
     ``y^alpha / sqrt(alpha!)`` and ``exp(y . p)`` at the rows ``p`` of ``landmarks``.
     Keys with ``|key - center|^2 > longest``, or with exponents beyond ``LARGEST``,
     are far and left out. ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``projection``
-    ``(d, t + 1)``, ``landmarks`` ``(c, t)``. With ``coarse`` a body may round functions
-    and values to eight bits, but not for the sums of weights.
+    ``(d, t + 1)``, ``landmarks`` ``(c, t)``. With ``low_precision`` a body may round
+    functions and values to eight bits, but not for the sums of weights.
 
     Returns the sums in float64, ``(r + c, p + 1)``, the least and the largest of
-    ``value - middle``, ``(2, p)``, and which keys are far, boolean ``(m,)``.
+    ``value - value_center``, ``(2, p)``, and which keys are far, boolean ``(m,)``.
     """
-    xp = array_namespace(key, value, center, projection, landmarks, middle)
+    xp = array_namespace(key, value, center, projection, landmarks, value_center)
     dtype, total, ranges, far = projection.dtype, None, [], []
-    reach = xp.sqrt(xp.max(xp.sum(landmarks**2, axis=1))) if landmarks.shape[0] else 0.0
+    landmark_norm = (
+        xp.sqrt(xp.max(xp.sum(landmarks**2, axis=1))) if landmarks.shape[0] else 0.0
+    )
     for start in range(0, key.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, key.shape[0]))
         centred = xp.astype(key[rows, :], dtype) - center
-        y, log_weight, largest = _weigh(xp.matmul(centred, projection), offset, reach)
+        y, log_weight, largest = _weigh(
+            xp.matmul(centred, projection), offset, landmark_norm
+        )
         short = xp.sum(centred**2, axis=1) <= longest
         near = xp.logical_and(short, largest <= LARGEST)
         y = xp.where(near[:, None], y, xp.zeros_like(y))
@@ -69,7 +73,7 @@ def key_sums(
             ],
             axis=1,
         )
-        shifted = xp.astype(value[rows, :], dtype) - middle
+        shifted = xp.astype(value[rows, :], dtype) - value_center
         ranges += [xp.min(shifted, axis=0), xp.max(shifted, axis=0)]
         shifted = xp.concat([shifted, xp.ones_like(shifted[:, :1])], axis=1)
         part = xp.astype(xp.matmul(xp.matrix_transpose(features), shifted), xp.float64)
@@ -94,7 +98,7 @@ def query_means(
     far_key: Array,
     far_value: Array,
     bounds: Array,
-    middle: Array,
+    value_center: Array,
     *,
     parent: Any,
     coordinate: Any,
@@ -106,13 +110,13 @@ def query_means(
     polynomials ``He_alpha(x)`` and ``exp(x . p - |p|^2 / 2)`` at the rows ``p`` of
     ``landmarks``. Their product with ``weights``, ``(r + c, p + 1)``, plus
     ``exp(query @ far_key^T) @ far_value`` holds weighted sums and, last, the sum of the
-    weights; the mean is their quotient, cut to ``bounds``, ``(2, p)``, plus ``middle``,
-    and the logarithm has ``s`` added. A row is good if its sum of weights is above
-    ``LEAST``, ``sum(spread x^2) <= 1`` and no exponent of a far key is beyond
-    ``LARGEST``: the others get ``middle`` and NaN. The answers are ``(n, p)`` and
-    ``(n,)``, in the dtype of ``projection``.
+    weights; the mean is their quotient, cut to ``bounds``, ``(2, p)``, plus
+    ``value_center``, and the logarithm has ``s`` added. A row is good if its sum of
+    weights is above ``LEAST``, ``sum(spread x^2) <= 1`` and no exponent of a far key is
+    beyond ``LARGEST``: the others get ``value_center`` and NaN. The answers are
+    ``(n, p)`` and ``(n,)``, in the dtype of ``projection``.
     """
-    xp = array_namespace(query, projection, weights, far_key, far_value, middle)
+    xp = array_namespace(query, projection, weights, far_key, far_value, value_center)
     dtype, values, logarithms = projection.dtype, [], []
     half = xp.sum(landmarks**2, axis=1) / 2
     for start in range(0, query.shape[0], _BLOCK):
@@ -120,8 +124,8 @@ def query_means(
         block = xp.astype(query[rows, :], dtype)
         both = xp.matmul(block, projection) - origin
         x, shift = both[:, :-1], both[:, -1]
-        good = xp.sum(spread * x**2, axis=1) <= 1
-        x = xp.where(good[:, None], x, xp.zeros_like(x))
+        reliable = xp.sum(spread * x**2, axis=1) <= 1
+        x = xp.where(reliable[:, None], x, xp.zeros_like(x))
         exponents = _products(x, landmarks) - half
         most = xp.full_like(exponents, CLAMP)
         exponents = xp.where(exponents < most, exponents, most)
@@ -131,28 +135,32 @@ def query_means(
         sums = xp.matmul(features, weights)
         if far_key.shape[0]:
             logits = _products(block, far_key)
-            good = xp.logical_and(good, xp.all(logits <= LARGEST, axis=1))
-            logits = xp.where(good[:, None], logits, xp.zeros_like(logits))
+            reliable = xp.logical_and(reliable, xp.all(logits <= LARGEST, axis=1))
+            logits = xp.where(reliable[:, None], logits, xp.zeros_like(logits))
             sums = sums + xp.matmul(xp.exp(logits), far_value)
         total = sums[:, -1]
-        good = xp.logical_and(good, xp.logical_and(total > LEAST, xp.isfinite(total)))
-        total = xp.where(good, total, xp.ones_like(total))
+        reliable = xp.logical_and(
+            reliable, xp.logical_and(total > LEAST, xp.isfinite(total))
+        )
+        total = xp.where(reliable, total, xp.ones_like(total))
         mean = _cut(sums[:, :-1] / total[:, None], bounds)
-        mean = xp.where(good[:, None], mean, xp.zeros_like(mean))
-        values.append(mean + middle)
+        mean = xp.where(reliable[:, None], mean, xp.zeros_like(mean))
+        values.append(mean + value_center)
         nothing = xp.full_like(total, xp.nan)
-        logarithms.append(xp.where(good, xp.log(total) + shift, nothing))
+        logarithms.append(xp.where(reliable, xp.log(total) + shift, nothing))
     return xp.concat(values, axis=0), xp.concat(logarithms)
 
 
-def _weigh(both: Array, offset: float, reach: Any) -> tuple[Array, Array, Array]:
+def _weigh(
+    both: Array, offset: float, landmark_norm: Any
+) -> tuple[Array, Array, Array]:
     """Coordinates and log weights of keys, and the largest exponent of any function."""
     xp = array_namespace(both)
     y, tilt = both[:, :-1], both[:, -1]
     square = xp.sum(y**2, axis=1)
     log_weight = tilt + offset + square / 2
     length = xp.sqrt(square)
-    half, other = length / 2, xp.zeros_like(length) + reach
+    half, other = length / 2, xp.zeros_like(length) + landmark_norm
     return y, log_weight, log_weight + length * xp.where(half > other, half, other)
 
 

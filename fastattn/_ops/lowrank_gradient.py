@@ -34,7 +34,7 @@ def query_vjp(
     parent: Any,
     coordinate: Any,
     power: Any,
-    coarse: bool = False,  # noqa: ARG001
+    low_precision: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array, Array]:
     r"""Derivatives by the queries, and the sums over queries that keys need.
 
@@ -51,8 +51,8 @@ def query_vjp(
     ``f(x) e^T``, ``(r + c, p + 1)`` in float64, where ``e = exp(s - logarithm) [grad,
     -drift]``; the log-sum-exp of all keys, infinite where a row is not good; and the
     drift, which is the product of the answer and ``grad``, ``(n,)`` each. With
-    ``coarse`` a body may round to eight bits what it multiplies, but not for the sums
-    of weights.
+    ``low_precision`` a body may round to eight bits what it multiplies, but not for the
+    sums of weights.
     """
     xp, found = array_namespace(query, grad, projection, weights), []
     shared = projection, origin, landmarks, spread, weights
@@ -60,24 +60,24 @@ def query_vjp(
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
         some = [x[rows, ...] for x in (query, grad, elsewhere, partial, least)]
         found.append(_block_vjp(some, shared, (parent, coordinate, power)))
-    slope, sums, logarithm, drift = zip(*found, strict=True)
+    slope, sums, logarithm, delta = zip(*found, strict=True)
     total = reduce(add, sums)
-    return xp.concat(slope, axis=0), total, xp.concat(logarithm), xp.concat(drift)
+    return xp.concat(slope, axis=0), total, xp.concat(logarithm), xp.concat(delta)
 
 
 def _block_vjp(
-    rows: Sequence[Array], shared: Sequence[Array], recipe: tuple[Any, Any, Any]
+    rows: Sequence[Array], shared: Sequence[Array], indices: tuple[Any, Any, Any]
 ) -> tuple[Array, Array, Array, Array]:
     """Do as ``query_vjp`` for a block of rows; ``shared`` is what all blocks see."""
     query, grad, elsewhere, partial, least = rows
     projection, origin, landmarks, spread, weights = shared
     xp, dtype = array_namespace(query, projection), projection.dtype
     both = xp.matmul(xp.astype(query, dtype), projection) - origin
-    good = xp.sum(spread * both[:, :-1] ** 2, axis=1) <= 1
-    both = xp.where(good[:, None], both, xp.zeros_like(both))
+    reliable = xp.sum(spread * both[:, :-1] ** 2, axis=1) <= 1
+    both = xp.where(reliable[:, None], both, xp.zeros_like(both))
     x, shift = both[:, :-1], both[:, -1]
     one = xp.ones_like(shift)
-    columns = _polynomials(x, one, *recipe, True)
+    columns = _polynomials(x, one, *indices, True)
     exponents = xp.matmul(x, landmarks.T) - xp.sum(landmarks**2, axis=1) / 2
     most = xp.full_like(exponents, CLAMP)
     marks = xp.exp(xp.where(exponents < most, exponents, most))
@@ -85,23 +85,28 @@ def _block_vjp(
     slope = xp.matmul(grad, xp.matrix_transpose(weights[:, :-1]))
     mean, mass = xp.sum(features * slope, axis=1), xp.matmul(features, weights[:, -1])
     near = xp.log(xp.where(mass > 0, mass, one)) + shift
-    good = xp.logical_and(good, xp.logical_and(mass > 0, xp.isfinite(mass)))
-    good = xp.logical_and(good, near > least)
-    good = xp.logical_and(good, elsewhere < xp.inf)
-    mass = xp.where(good, mass, one)
-    own = xp.where(good, near, one), mean / mass
-    logarithm, drift = _joined(own, (xp.where(good, elsewhere, one), partial))
-    logarithm = xp.where(good, logarithm, xp.full_like(logarithm, xp.inf))
-    drift = xp.where(good, drift, xp.zeros_like(drift))
+    reliable = xp.logical_and(reliable, xp.logical_and(mass > 0, xp.isfinite(mass)))
+    reliable = xp.logical_and(reliable, near > least)
+    reliable = xp.logical_and(reliable, elsewhere < xp.inf)
+    mass = xp.where(reliable, mass, one)
+    own = xp.where(reliable, near, one), mean / mass
+    logarithm, delta = _joined(own, (xp.where(reliable, elsewhere, one), partial))
+    logarithm = xp.where(reliable, logarithm, xp.full_like(logarithm, xp.inf))
+    delta = xp.where(reliable, delta, xp.zeros_like(delta))
     factor = xp.exp(shift - logarithm)
-    right = xp.concat([grad, -drift[:, None]], axis=1) * factor[:, None]
+    right = xp.concat([grad, -delta[:, None]], axis=1) * factor[:, None]
     total = xp.astype(xp.matmul(features.T, right), xp.float64)
-    slope = (slope - drift[:, None] * weights[:, -1]) * factor[:, None]
-    back = _pulled_back(x, columns, slope, *recipe, True)
+    slope = (slope - delta[:, None] * weights[:, -1]) * factor[:, None]
+    back = _pulled_back(x, columns, slope, *indices, True)
     back = back + xp.matmul(slope[:, len(columns) :] * marks, landmarks)
-    tilt = (factor * (mean - drift * mass))[:, None]
+    tilt = (factor * (mean - delta * mass))[:, None]
     slope = xp.matmul(xp.concat([back, tilt], axis=1), projection.T)
-    return xp.where(good[:, None], slope, xp.zeros_like(slope)), total, logarithm, drift
+    return (
+        xp.where(reliable[:, None], slope, xp.zeros_like(slope)),
+        total,
+        logarithm,
+        delta,
+    )
 
 
 def _joined(
@@ -124,23 +129,23 @@ def key_vjp(
     center: Array,
     projection: Array,
     landmarks: Array,
-    middle: Array,
+    value_center: Array,
     weights: Array,
     *,
     offset: float,
     parent: Any,
     coordinate: Any,
     power: Any,
-    coarse: bool = False,  # noqa: ARG001
+    low_precision: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array]:
-    r"""Derivatives by keys and values of ``f(key) @ weights @ [value - middle, 1]``.
+    r"""Derivatives of ``f(key) @ weights @ [value - value_center, 1]``.
 
     With ``[y, t] = (key - center) @ projection`` and ``a = exp(t + |y|^2 / 2 +
     offset)`` the functions are ``a y^alpha / sqrt(alpha!)`` and ``a exp(y . p)`` at
     the rows ``p`` of ``landmarks``; keys that are ``far``, boolean ``(m,)``, have none.
     ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``weights`` ``(r + c, p + 1)``; the
-    answers are ``(m, d)`` and ``(m, p)``. With ``coarse`` a body may round to eight
-    bits what it multiplies.
+    answers are ``(m, d)`` and ``(m, p)``. With ``low_precision`` a body may round to
+    eight bits what it multiplies.
     """
     xp = array_namespace(key, value, projection, weights)
     dtype, keys, values = projection.dtype, [], []
@@ -157,7 +162,7 @@ def key_vjp(
         marks = xp.exp(xp.matmul(y, landmarks.T) + log_weight[:, None])
         features = xp.concat([xp.stack(columns, axis=1), marks], axis=1)
         values.append(xp.matmul(features, weights[:, :-1]))
-        shifted = xp.astype(value[rows, :], dtype) - middle
+        shifted = xp.astype(value[rows, :], dtype) - value_center
         right = xp.concat([shifted, xp.ones_like(shifted[:, :1])], axis=1)
         slope = xp.matmul(right, weights.T)
         back = _pulled_back(y, columns, slope, parent, coordinate, power, False)

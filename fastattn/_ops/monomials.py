@@ -33,19 +33,19 @@ def moments(
     center: Array,
     projection: Array,
     tilt: Array,
-    middle: Array,
+    value_center: Array,
     *,
     parent: Any,
     coordinate: Any,
 ) -> Array:
-    """Sum over the keys of every monomial times weight times ``[value - middle, 1]``.
+    """Sum over keys of monomial times weight times ``[value - value_center, 1]``.
 
     The coordinates of a key are ``(key - center) @ projection`` and its weight is
     ``exp((key - center) @ tilt)``. ``key`` is ``(m, d)``, ``value`` ``(m, p)``,
-    ``projection`` ``(d, c)``, ``middle`` ``(p,)``; the answer is ``(r, p + 1)``, in
-    the dtype of ``projection``.
+    ``projection`` ``(d, c)``, ``value_center`` ``(p,)``; the answer is ``(r, p + 1)``,
+    in the dtype of ``projection``.
     """
-    xp = array_namespace(key, value, center, projection, tilt, middle)
+    xp = array_namespace(key, value, center, projection, tilt, value_center)
     dtype, total = projection.dtype, None
     for start in range(0, key.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, key.shape[0]))
@@ -54,7 +54,7 @@ def moments(
         features = monomials.reference(
             xp.matmul(centred, projection), parent=parent, coordinate=coordinate
         )
-        values = (xp.astype(value[rows, :], dtype) - middle) * weight
+        values = (xp.astype(value[rows, :], dtype) - value_center) * weight
         values = xp.concat([values, weight], axis=1)
         part = xp.matmul(xp.matrix_transpose(features), values)
         total = part if total is None else total + part
@@ -67,7 +67,7 @@ def means(
     center: Array,
     projection: Array,
     readout: Array,
-    middle: Array,
+    value_center: Array,
     *,
     parent: Any,
     coordinate: Any,
@@ -76,11 +76,11 @@ def means(
 
     The coordinates of a query are ``(query - center) @ projection``. The columns of
     ``readout``, ``(r, p + 1)``, are the coefficients of ``p`` weighted sums and, last,
-    of the sum of the weights: the mean is their quotient plus ``middle``, and
-    ``middle`` alone where the sum is not positive and finite. ``query`` is ``(n, d)``;
-    the answers are ``(n, p)`` and ``(n,)``, in the dtype of ``projection``.
+    of the sum of the weights: the mean is their quotient plus ``value_center``, and
+    ``value_center`` alone where the sum is not positive and finite. ``query`` is
+    ``(n, d)``; the answers are ``(n, p)`` and ``(n,)``, in the dtype of ``projection``.
     """
-    xp = array_namespace(query, center, projection, readout, middle)
+    xp = array_namespace(query, center, projection, readout, value_center)
     dtype, values, totals = projection.dtype, [], []
     for start in range(0, query.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
@@ -90,9 +90,11 @@ def means(
         )
         sums = xp.matmul(features, readout)
         total = sums[:, -1]
-        good = xp.logical_and(total > 0, xp.isfinite(total))[:, None]
-        safe = xp.where(good, total[:, None], xp.ones_like(total[:, None]))
+        reliable = xp.logical_and(total > 0, xp.isfinite(total))[:, None]
+        safe = xp.where(reliable, total[:, None], xp.ones_like(total[:, None]))
         shifted = sums[:, :-1] / safe
-        values.append(xp.where(good, shifted, xp.zeros_like(shifted)) + middle)
+        values.append(
+            xp.where(reliable, shifted, xp.zeros_like(shifted)) + value_center
+        )
         totals.append(total)
     return xp.concat(values, axis=0), xp.concat(totals, axis=0)

@@ -19,7 +19,7 @@ from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
 # share of the threshold beyond which a key has its first moment counted
-MIDDLE = 0.03
+FIRST_ORDER = 0.03
 # E[(exp(x) - 1 - x)^2] of a normal x with variance z is about 3/4 (z exp(BEND z))^2, to
 # a tenth up to z = 3; larger z are cut off
 BEND, LARGEST = 0.7, 20.0
@@ -61,7 +61,7 @@ def multipole(
     start: Any,
     group: Any,
     threshold: float,
-    coarse: str = "",  # noqa: ARG001
+    low_precision: str = "",  # noqa: ARG001
 ) -> tuple[Array, Array, Array, Any]:
     """Softmax-weighted means of ``value`` and the log-sum-exp of ``query @ key^T``.
 
@@ -73,9 +73,9 @@ def multipole(
     from the mean. Returns the means, ``(n, p)``, the logarithms, ``(n,)``, an estimate
     of how the squares of the rows' errors compare, ``(n,)``, and on the host how many
     near keys, middle keys and clusters each block counted, ``(R, 3)``. Where it is
-    ``coarse``, "int8" or "bfloat16", a body may round to eight bits what it multiplies
-    for near keys: values and weights to bfloat16, logits' factors to that or to
-    integers, but for those of the mean of a block.
+    ``low_precision``, "int8" or "bfloat16", a body may round to eight bits what it
+    multiplies for near keys: values and weights to bfloat16, logits' factors to that or
+    to integers, but for those of the mean of a block.
     """
     xp = array_namespace(query, mean, square, probe, key, value, metric)
     keys = _Keys(key, value, start, group)
@@ -124,7 +124,7 @@ class _Field:
         probe: Array,
         metric: Array,
         threshold: float,
-        middle: float | None = MIDDLE,
+        first_order: float | None = FIRST_ORDER,
     ) -> None:
         xp = array_namespace(mean)
         self.keys, member = keys, keys.member
@@ -146,10 +146,10 @@ class _Field:
         self.near = remainder > threshold
         nothing = xp.zeros_like(weight)
         self.weight = xp.where(self.near, nothing, weight)
-        self.middle = ~self.near
-        if middle is not None:
-            counted = remainder > middle * threshold
-            self.middle = xp.logical_and(counted, self.middle)
+        self.first_order = ~self.near
+        if first_order is not None:
+            counted = remainder > first_order * threshold
+            self.first_order = xp.logical_and(counted, self.first_order)
         self.total = xp.matmul(member, self.weight)
         total = xp.where(self.total > 0, self.total, xp.ones_like(self.total))
         # squares of the remainders of clusters
@@ -162,7 +162,7 @@ class _Field:
     def counts(self) -> list[int]:
         """Numbers of near keys, of middle keys and of clusters."""
         xp = array_namespace(self.near)
-        kinds = (self.near, self.middle, self.total > 0)
+        kinds = (self.near, self.first_order, self.total > 0)
         return [int(xp.count_nonzero(x)) for x in kinds]
 
     def answer(self, query: Array, step: Array) -> tuple[Array, Array, Array]:
@@ -196,14 +196,16 @@ class _Field:
         square = square - self.shift**2
         self.variance = xp.where(square > 0, square, xp.zeros_like(square))
         self.mean = xp.matmul(keys.member, weight * keys.value) / total[:, None]
-        middle = xp.where(self.middle, self.weight, xp.zeros_like(self.weight))
-        own = xp.matmul(keys.member, middle)
+        first_order = xp.where(
+            self.first_order, self.weight, xp.zeros_like(self.weight)
+        )
+        own = xp.matmul(keys.member, first_order)
         # within a group, relative to one key
         common = xp.exp(self.top - xp.max(self.top))
         whole = xp.matmul(keys.group, own * common)  # (G,)
         whole = xp.where(whole > 0, whole, xp.ones_like(whole))
         self.factor = own / total / xp.matmul(xp.matrix_transpose(keys.group), whole)
-        step = (middle * keys.spread(common))[:, None]
+        step = (first_order * keys.spread(common))[:, None]
         step = step * (keys.local - keys.spread(self.shift))
         value = keys.value - keys.spread(self.mean)
         inside = xp.matmul(keys.group, keys.member)  # (G, m)

@@ -14,7 +14,7 @@ brackets above adds what middle keys get from their group.
 from itertools import pairwise
 from typing import Any
 
-from fastattn._ops.multipole import MIDDLE, _Field, _Keys
+from fastattn._ops.multipole import FIRST_ORDER, _Field, _Keys
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
@@ -35,12 +35,12 @@ def multipole_vjp(
     start: Any,
     group: Any,
     threshold: float,
-    all_middle: bool = False,
+    all_first_order: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Derivatives of ``sum(grad * answer)`` by query, key and value.
 
     All but ``grad``, ``(n, p)``, and ``limit``, ``(n,)``, is as in ``multipole``; with
-    ``all_middle`` the first moments of all far keys are counted. A row
+    ``all_first_order`` the first moments of all far keys are counted. A row
     whose estimated error exceeds its limit, or whose sums are not finite, adds nothing.
     Returns the derivatives, ``(n, d)``, ``(m, d)`` and ``(m, p)``, and of every row the
     log-sum-exp of its logits, infinite where it added nothing, and the product of its
@@ -50,17 +50,17 @@ def multipole_vjp(
     keys = _Keys(key, value, start, group)
     by_row = []
     by_key: list[Array] | None = None
-    middle = None if all_middle else MIDDLE
+    first_order = None if all_first_order else FIRST_ORDER
     for r, (lo, hi) in enumerate(pairwise(cuts)):
         described = mean[r, :], square[r, :], probe[r, :, :]
-        field = _Field(keys, *described, metric, threshold, middle)
+        field = _Field(keys, *described, metric, threshold, first_order)
         rows = query[lo:hi, :], grad[lo:hi, :], limit[lo:hi]
         found, sums = _Block(field, mean[r, :], *rows).slopes()
         by_row.append(found)
         by_key = sums if by_key is None else [by_key[i] + sums[i] for i in range(2)]
-    slope, norm, drift = (xp.concat(x) for x in zip(*by_row, strict=True))
+    slope, norm, delta = (xp.concat(x) for x in zip(*by_row, strict=True))
     assert by_key is not None
-    return slope, by_key[0], by_key[1], norm, drift
+    return slope, by_key[0], by_key[1], norm, delta
 
 
 class _Block:
@@ -84,13 +84,13 @@ class _Block:
         error = xp.matmul(far**2, field.error)
         error = error * xp.matmul(step**2, field.distance) ** 2
         norm = (peak + xp.log(total))[:, 0]
-        self.good = xp.logical_and(xp.isfinite(norm), error <= limit)
-        self.norm = xp.where(self.good, norm, xp.full_like(norm, xp.inf))
+        self.reliable = xp.logical_and(xp.isfinite(norm), error <= limit)
+        self.norm = xp.where(self.reliable, norm, xp.full_like(norm, xp.inf))
         self.far, self.near = self._taken(far), self._taken(near)
 
     def _taken(self, x: Array) -> Array:
         xp = array_namespace(x)
-        return xp.where(self.good[:, None], x, xp.zeros_like(x))
+        return xp.where(self.reliable[:, None], x, xp.zeros_like(x))
 
     def slopes(self) -> tuple[list[Array], list[Array]]:
         """What the rows get, with what is known of them, and what the keys get."""
@@ -104,9 +104,9 @@ class _Block:
         far = xp.matmul(self.grad, flip(field.mean)) + xp.matmul(flip(tilt), factor)
         near = xp.matmul(self.grad, flip(keys.value))
         far, near = self._taken(far), self._taken(near)
-        drift = xp.sum(self.far * far, axis=1) + xp.sum(self.near * near, axis=1)
-        far = self.far * (far - drift[:, None])
-        near = self.near * (near - drift[:, None])
+        delta = xp.sum(self.far * far, axis=1) + xp.sum(self.near * near, axis=1)
+        far = self.far * (far - delta[:, None])
+        near = self.near * (near - delta[:, None])
         growth = xp.matmul(self.far, flip(factor))  # (b, G)
         slope = xp.matmul(near, keys.key) + xp.matmul(far, keys.centre + field.shift)
         slope = slope + self.step * xp.matmul(far, field.variance)
@@ -114,7 +114,7 @@ class _Block:
         by_key, by_value = self._shared(far, growth)
         by_key = by_key + xp.matmul(flip(near), self.query)
         by_value = by_value + xp.matmul(flip(self.near), self.grad)
-        return [slope, self.norm, drift], [by_key, by_value]
+        return [slope, self.norm, delta], [by_key, by_value]
 
     def _shared(self, far: Array, growth: Array) -> tuple[Array, Array]:
         """Give every far key its share of what clusters and groups get."""
@@ -131,7 +131,7 @@ class _Block:
         local = keys.local - keys.spread(field.shift)
         common = xp.exp(field.top - xp.max(field.top))
         weight = field.weight * keys.spread(common)
-        weight = xp.where(field.middle, weight, xp.zeros_like(weight))
+        weight = xp.where(field.first_order, weight, xp.zeros_like(weight))
         inside = xp.matmul(keys.group, keys.member)  # (G, m)
         for g in range(inside.shape[0]):
             own = (weight * inside[g, :])[:, None]

@@ -28,15 +28,16 @@ EXPONENT = 80.0
 
 
 @op("cpu", "gpu")
-def summarise(key: Array, value: Array, middle: Array, *, start: Any) -> Array:
+def summarise(key: Array, value: Array, value_center: Array, *, start: Any) -> Array:
     """What a query needs to know of parts of the keys, ``(C, 3 d + p + 3)``.
 
     Part ``c`` is ``start[c]`` to ``start[c + 1]``. The columns are the mean of its
     keys, a direction in which they deviate most, as long as their deviation, the
     variances without it, the mean of its values, the root mean square distance of these
-    from it, its distance from ``middle``, and the logarithm of the number of keys.
+    from it, its distance from ``value_center``, and the logarithm of the number of
+    keys.
     """
-    xp = array_namespace(key, value, middle)
+    xp = array_namespace(key, value, value_center)
     rows = []
     for lo, hi in pairwise(start):
         keys, values = key[lo:hi, :], value[lo:hi, :]
@@ -44,7 +45,7 @@ def summarise(key: Array, value: Array, middle: Array, *, start: Any) -> Array:
         spread = xp.sqrt(xp.sum((values - mean) ** 2) / int(hi - lo))
         count = xp.full((1,), float(hi - lo), dtype=key.dtype, device=device_of(key))
         lead, rest = _deviations(keys - centre)
-        apart = xp.sqrt(xp.sum((mean - middle) ** 2))
+        apart = xp.sqrt(xp.sum((mean - value_center) ** 2))
         sizes = xp.stack([spread, apart])
         rows.append(xp.concat([centre, lead, rest, mean, sizes, xp.log(count)]))
     return xp.stack(rows)

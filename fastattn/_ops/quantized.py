@@ -23,20 +23,20 @@ def attend_quantized(
     value: Array,
     *,
     scale: float,
-    visible: Array | None,
+    prefix_lengths: Array | None,
     integers: bool,
 ) -> tuple[Array, Array]:
     """Softmax-weighted means of ``value`` and the log-sum-exp, by rounded factors.
 
     ``query`` is ``(n, d)``, ``key`` ``(m, d)``, ``value`` ``(m, p)``; row ``i`` sees
-    the first ``visible[i]`` keys, all where it is None, and one that sees none gets
-    zeros and minus infinity. All are centred in float32 and then rounded to bfloat16,
-    and so are the weights; the logits of the mean query are not. Where ``integers``
-    are wanted the other logits are products of those up to ``STEPS``: a key's in units
-    of the largest of its column, a query's in units of its own largest. Sums are in
-    float32. Weights are relative to the largest logit of a few keys that the row sees.
-    The logarithm of a row whose weights overflow is NaN. No mean leaves the range of
-    the values.
+    the first ``prefix_lengths[i]`` keys, all where it is None, and one that sees none
+    gets zeros and minus infinity. All are centred in float32 and then rounded to
+    bfloat16, and so are the weights; the logits of the mean query are not. Where
+    ``integers`` are wanted the other logits are products of those up to ``STEPS``: a
+    key's in units of the largest of its column, a query's in units of its own largest.
+    Sums are in float32. Weights are relative to the largest logit of a few keys that
+    the row sees. The logarithm of a row whose weights overflow is NaN. No mean leaves
+    the range of the values.
     """
     xp = array_namespace(query, key, value)
     query, key, value = (xp.astype(x, xp.float32) for x in (query, key, value))
@@ -54,22 +54,22 @@ def attend_quantized(
     for start in range(0, query.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
         probed = xp.matmul(query[rows, :], probes)
-        if visible is not None:
+        if prefix_lengths is not None:
             # row by row; the first key stands in where none is seen
-            unseen = xp.logical_and(number > 0, number >= visible[rows, None])
+            unseen = xp.logical_and(number > 0, number >= prefix_lengths[rows, None])
             probed = _or(~unseen[:, ::step], probed, -math.inf)
         shift = xp.max(probed, axis=1, keepdims=True)
         logits = xp.matmul(left[rows, :], xp.matrix_transpose(right))
         weights = rounded(xp.exp(logits + tilt - shift))
         empty: Any = xp.zeros_like(shift) > 0
-        if visible is not None:
-            hidden = number[None, :] >= visible[rows, None]
+        if prefix_lengths is not None:
+            hidden = number[None, :] >= prefix_lengths[rows, None]
             weights = xp.where(hidden, xp.zeros_like(weights), weights)
-            empty = (visible[rows] == 0)[:, None]
+            empty = (prefix_lengths[rows] == 0)[:, None]
         total = xp.sum(weights, axis=1, keepdims=True)
         sums = xp.matmul(weights, value) / _or(total > 0, total, math.inf)
-        good = xp.logical_and(total > 0, xp.isfinite(total))
-        norm = xp.log(_or(good, total, math.nan)) + shift
+        reliable = xp.logical_and(total > 0, xp.isfinite(total))
+        norm = xp.log(_or(reliable, total, math.nan)) + shift
         norm = norm + xp.matmul(query[rows, :], key_mean)[:, None]
         mean = xp.minimum(xp.maximum(sums + value_mean, low), high)
         values.append(_or(~empty, mean, 0.0))

@@ -15,16 +15,16 @@ def attend(
     value: Array,
     *,
     scale: float,
-    visible: Array | None,
+    prefix_lengths: Array | None,
     rows: int | None = None,
 ) -> tuple[Array, Array]:
     """Softmax-weighted means of ``value`` and the log-sum-exp of the logits.
 
     ``query`` is ``(h, n, d)``, ``key`` ``(h, m, d)``, ``value`` ``(h, m, p)``. Row
-    ``i`` sees the first ``visible[i]`` keys, all where it is None; a row that sees
-    none gets zeros and minus infinity. ``rows`` queries make a block. Computed in the
-    dtype of ``query``, or in float64 where logits might overflow in it; the answers are
-    ``(h, n, p)`` and ``(h, n)``.
+    ``i`` sees the first ``prefix_lengths[i]`` keys, all where it is None; a row that
+    sees none gets zeros and minus infinity. ``rows`` queries make a block. Computed in
+    the dtype of ``query``, or in float64 where logits might overflow in it; the answers
+    are ``(h, n, p)`` and ``(h, n)``.
     """
     xp = array_namespace(query, key, value)
     dtype, n, m = query.dtype, query.shape[1], key.shape[1]
@@ -39,15 +39,15 @@ def attend(
         # in float64: a scale, and a query, of extreme size may only meet halfway
         scaled = xp.astype(query[:, block, :], xp.float64) * scale
         if may_overflow(float(xp.max(xp.abs(scaled))), largest, query.shape[2], most):
-            seen = None if visible is None else visible[block]
+            seen = None if prefix_lengths is None else prefix_lengths[block]
             rows_of = query[:, block, :]
             found = attend_scaled(rows_of, xp.matrix_transpose(key), value, scale, seen)
             values.append(found[0])
             normalizers.append(found[1])
             continue
         logits = xp.matmul(xp.astype(scaled, dtype), key)
-        if visible is not None:
-            hidden = number[None, :] >= visible[block, None]
+        if prefix_lengths is not None:
+            hidden = number[None, :] >= prefix_lengths[block, None]
             nothing = xp.full_like(logits, -xp.inf)
             logits = xp.where(hidden[None, :, :], nothing, logits)
         peak = xp.max(logits, axis=2, keepdims=True)

@@ -24,15 +24,15 @@ def attend_tuples(
     values: tuple[Array, ...],
     *,
     scale: float,
-    visible: tuple[Array, ...] | None = None,
+    prefix_lengths: tuple[Array, ...] | None = None,
 ) -> tuple[Array, Array]:
     """Softmax-weighted means of products of values, and the log-sum-exps of logits.
 
     ``query`` is ``(n, d)``, each of ``keys`` ``(m, d)``, each of ``values`` ``(m, p)``.
-    Row ``i`` sees the first ``visible[s][i]`` keys of factor ``s``, all where
-    ``visible`` is None; a row that sees none gets zeros and minus infinity. Computed in
-    the dtype of ``query``; the answers are ``(n, p)`` and ``(n,)``. Least work is done
-    where the last factor is the longest.
+    Row ``i`` sees the first ``prefix_lengths[s][i]`` keys of factor ``s``, all where
+    ``prefix_lengths`` is None; a row that sees none gets zeros and minus infinity.
+    Computed in the dtype of ``query``; the answers are ``(n, p)`` and ``(n,)``. Least
+    work is done where the last factor is the longest.
     """
     if len(keys) == 1:
         out, normalizer = attend(
@@ -40,7 +40,7 @@ def attend_tuples(
             keys[0][None, ...],
             values[0][None, ...],
             scale=scale,
-            visible=None if visible is None else visible[0],
+            prefix_lengths=None if prefix_lengths is None else prefix_lengths[0],
         )
         return out[0, ...], normalizer[0, ...]
     xp, n = array_namespace(query), query.shape[0]
@@ -50,7 +50,9 @@ def attend_tuples(
     size = max(1, _ROWS // key.shape[0])
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
-        seen = None if visible is None else tuple(x[rows] for x in visible)
+        seen = (
+            None if prefix_lengths is None else tuple(x[rows] for x in prefix_lengths)
+        )
         # (b, m, d): one query for each pair
         joined = query[rows, None, :] * key[None, :, :]
         out, logarithm = attend_tuples(
@@ -58,7 +60,9 @@ def attend_tuples(
             keys[1:],
             values[1:],
             scale=scale,
-            visible=None if seen is None else _repeated(xp, seen[1:], key.shape[0]),
+            prefix_lengths=None
+            if seen is None
+            else _repeated(xp, seen[1:], key.shape[0]),
         )
         shape = joined.shape[:2]
         logarithm = xp.reshape(logarithm, shape)

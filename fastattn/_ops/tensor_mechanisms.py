@@ -199,7 +199,7 @@ def attend_path(
             xp.concat([keys[s], bias[:, None]], axis=1)[None, ...],
             value[None, ...],
             scale=1.0,
-            visible=None,
+            prefix_lengths=None,
         )
         if s > 0:
             value, bias = values[s - 1] * mean[0, ...], logarithm[0, ...]

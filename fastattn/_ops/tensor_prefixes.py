@@ -20,7 +20,7 @@ def prefix_means(
     values: tuple[Array, ...],
     maps: tuple[Array, ...],
     weights: Array,
-    visible: tuple[Array, ...],
+    prefix_lengths: tuple[Array, ...],
     *,
     parent: Any,
     coordinate: Any,
@@ -29,9 +29,9 @@ def prefix_means(
 
     The weight of a tuple for a row is the sum over monomials of ``weights`` times the
     monomials of the query and of all keys, whose coordinates are multiplied by
-    ``maps``. Row ``i`` sees the first ``visible[s][i]`` keys of factor ``s``, which do
-    not decrease with ``i``. The mean is 0 where the sum is not positive and finite. The
-    answers are ``(n, p)`` and ``(n,)``, in float64.
+    ``maps``. Row ``i`` sees the first ``prefix_lengths[s][i]`` keys of factor ``s``,
+    which do not decrease with ``i``. The mean is 0 where the sum is not positive and
+    finite. The answers are ``(n, p)`` and ``(n,)``, in float64.
     """
     xp, n, p = array_namespace(query), query.shape[0], values[0].shape[1]
     index = {"parent": parent, "coordinate": coordinate}
@@ -45,7 +45,7 @@ def prefix_means(
         # one number for each row, monomial and column of values
         product = (xp.astype(features, xp.float64) * weights)[:, :, None]
         for s, (key, value) in enumerate(zip(keys, values, strict=True)):
-            seen = visible[s][rows]
+            seen = prefix_lengths[s][rows]
             fresh = slice(read[s], int(seen[-1]))
             features = monomials.reference(key[fresh, :] * maps[s + 1], **index)
             ones = xp.ones(
@@ -60,9 +60,9 @@ def prefix_means(
             states[s], read[s] = sums[-1, ...], fresh.stop
         both = xp.sum(product, axis=1)
         total = both[:, -1]
-        good = xp.logical_and(total > 0, xp.isfinite(total))
-        safe = xp.where(good, total, xp.ones_like(total))[:, None]
+        reliable = xp.logical_and(total > 0, xp.isfinite(total))
+        safe = xp.where(reliable, total, xp.ones_like(total))[:, None]
         mean = both[:, :-1] / safe
-        means.append(xp.where(good[:, None], mean, xp.zeros_like(mean)))
+        means.append(xp.where(reliable[:, None], mean, xp.zeros_like(mean)))
         totals.append(total)
     return xp.concat(means), xp.concat(totals)

@@ -6,24 +6,24 @@ from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.certificate import RefusalError
 
 # keys of a sum that is made at once, where several are added up
-PIECE = 4096
+ACCUMULATION_BLOCK = 4096
 # sums that may be added up: the bound allows for their rounding
-PIECES = 1 << 20
+MAX_BLOCKS = 1 << 20
 # proven bounds leave room for queries that are so many times as large
 _ROOM = 1.1
 
 
-def pieces(m: int) -> Iterator[slice]:
+def accumulation_blocks(m: int) -> Iterator[slice]:
     """Cut ``m`` rows into pieces."""
-    for start in range(0, m, PIECE):
-        yield slice(start, min(start + PIECE, m))
+    for start in range(0, m, ACCUMULATION_BLOCK):
+        yield slice(start, min(start + ACCUMULATION_BLOCK, m))
 
 
-def count_pieces(before: int, more: int, otherwise: str) -> int:
+def count_blocks(before: int, more: int, otherwise: str) -> int:
     """Add numbers of pieces; raise ``RefusalError`` where they are too many."""
-    if before + more > PIECES:
+    if before + more > MAX_BLOCKS:
         raise RefusalError(
-            f"more than {PIECES} inserts: the bound allows for no more roundings; "
+            f"more than {MAX_BLOCKS} inserts: the bound allows for no more roundings; "
             f"insert more keys at once, or use {otherwise}"
         )
     return before + more

@@ -11,22 +11,22 @@ from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.certificates.sampled import (
     FLOAT64_BELOW,
     ROWS,
-    Looks,
+    SharedSampling,
     certify_rows,
     rounded_rows,
     sampled_rows,
     scaled_frobenius,
 )
-from fastattn.problem.causal_chunks import prefix_doubt
+from fastattn.problem.causal_chunks import causal_error_profile
 from fastattn.problem.head import Head, host_rows
-from fastattn.problem.plan import Attempt, HeadAnswer
-from fastattn.problem.row_statistics import RowErrors, SeenKeys, guess_errors
+from fastattn.problem.plan import ConfiguredMethod, HeadAnswer
+from fastattn.problem.row_statistics import RowErrors, SeenKeys, profile_errors
 from fastattn.problem.rows import SAMPLE
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
 # share of rows that may be computed exactly because they went wrong
-_MENDED = 0.02
+_MOST_RECOMPUTED = 0.02
 # rows that are compared as one
 _FOLD = 16
 
@@ -39,7 +39,7 @@ class Repaired:
     ----------
     value, log_normalizer : array, shapes (n, p) and (n,)
         In the dtype of the query, and in that of computation.
-    settled : integer array
+    exact_rows : integer array
         Numbers of the rows that are exact.
     squares : array, shape (n,)
         How the squared errors of the rows are guessed to compare.
@@ -49,13 +49,17 @@ class Repaired:
 
     value: Array
     log_normalizer: Array
-    settled: Array
+    exact_rows: Array
     squares: Array
     has_own: bool
 
 
 def repaired(
-    head: Head, attempt: Attempt, tol: float, looks: Looks, rng: np.random.Generator
+    head: Head,
+    configured: ConfiguredMethod,
+    tol: float,
+    shared: SharedSampling,
+    rng: np.random.Generator,
 ) -> Repaired:
     """Run an attempt; rows that are hard or went wrong are computed exactly.
 
@@ -67,53 +71,53 @@ def repaired(
     RefusalError
         If more than two per cent of the rows went wrong.
     """
-    return _repaired(head, attempt, attempt.run(head), tol, looks, rng)
+    return _repaired(head, configured, configured.run(head), tol, shared, rng)
 
 
 def _repaired(
     head: Head,
-    attempt: Attempt,
+    configured: ConfiguredMethod,
     answer: tuple[Array, ...],
     tol: float,
-    looks: Looks,
+    shared: SharedSampling,
     rng: np.random.Generator,
 ) -> Repaired:
-    guessed = _guessed(head, attempt, answer, looks, rng)
+    profiled = _profiled(head, configured, answer, shared, rng)
     # hard rows are not sampled: they must be as good as what the others are compared
     # with
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
-    mended = _mended(head, attempt, answer, guessed.hard, dtype)
-    return Repaired(*mended, guessed.squares, len(answer) > 3)
+    recomputed = _recomputed(head, configured, answer, profiled.outlier_rows, dtype)
+    return Repaired(*recomputed, profiled.squares, len(answer) > 3)
 
 
 def certified(
     head: Head,
-    attempt: Attempt,
+    configured: ConfiguredMethod,
     tol: float,
     rng: np.random.Generator,
-    looks: Looks | None = None,
+    shared: SharedSampling | None = None,
 ) -> HeadAnswer:
     """Run an attempt that has no proven bound; its error is that of sampled rows.
 
-    Attempts at one head share its ``looks``.
+    Attempts at one head share its ``shared``.
     """
-    looks = Looks() if looks is None else looks
-    plan, answer = attempt.plan, attempt.run(head)
-    if math.isfinite(attempt.limit):
-        known = _known(head, attempt, answer, tol)
+    shared = SharedSampling() if shared is None else shared
+    plan, answer = configured.plan, configured.run(head)
+    if math.isfinite(configured.limit):
+        known = _known(head, configured, answer, tol)
         if known is not None:
             return known
-    found = _repaired(head, attempt, answer, tol, looks, rng)
+    found = _repaired(head, configured, answer, tol, shared, rng)
     sampled = certify_rows(
         head,
         found.value,
         tol,
         rng,
-        settled=found.settled,
-        guess=found.squares,
-        first=_first_rows(head.sizes[0], attempt, found.has_own),
-        budget=looks.budget,
-        limit=attempt.limit * math.sqrt(head.sizes[3]),
+        exact_rows=found.exact_rows,
+        error_profile=found.squares,
+        first=_first_rows(head.sizes[0], configured, found.has_own),
+        budget=shared.budget,
+        limit=configured.limit * math.sqrt(head.sizes[3]),
         expected=plan.predicted_error,
     )
     if math.isnan(plan.predicted_error):
@@ -126,14 +130,14 @@ def certified(
         "relative-frobenius",
         sampled.source,
         plan,
-        attempt.log_errors and attempt.log_errors(head, found.log_normalizer),
+        configured.log_errors and configured.log_errors(head, found.log_normalizer),
     )
 
 
-def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
+def run_proven(head: Head, configured: ConfiguredMethod) -> tuple[Array, Array]:
     """Answer all queries by the attempt alone: for a bound that covers every row."""
-    value, normalizer, good, *_ = attempt.run(head)
-    if not bool(head.xp.all(good)):
+    value, normalizer, reliable, *_ = configured.run(head)
+    if not bool(head.xp.all(reliable)):
         raise RefusalError(
             "a sum of weights is not positive although the bound says so: the inputs "
             "are too extreme for this precision; use Exact()"
@@ -141,7 +145,7 @@ def run_proven(head: Head, attempt: Attempt) -> tuple[Array, Array]:
     return head.finish(value, normalizer)
 
 
-def mend(
+def recompute_rows(
     head: Head, value: Array, normalizer: Array, rows: Array, dtype: Any = None
 ) -> tuple[Array, Array]:
     """Replace the rows of the given numbers by exact ones, computed in ``dtype``."""
@@ -153,7 +157,7 @@ def mend(
     exact, logarithm = (xp.take(x, copies, axis=0) for x in (exact, logarithm))
     exact = xp.astype(exact, value.dtype, copy=False)
     logarithm = xp.astype(logarithm, normalizer.dtype, copy=False)
-    if head.has_fast_body:
+    if head.has_fast_kernel:
         value[rows], normalizer[rows] = exact, logarithm
         return value, normalizer
     # array libraries agree on take, not on writing: gather from old rows and new ones
@@ -168,7 +172,7 @@ def mend(
 
 def _distinct(head: Head, rows: Array) -> tuple[Array, Array]:
     """Numbers of rows that differ, and for each of ``rows`` which of them it equals."""
-    if head.visible is not None:
+    if head.prefix_lengths is not None:
         return rows, np.arange(len(rows))
     _, first, copies = np.unique(
         host_rows(head.query, rows), axis=0, return_index=True, return_inverse=True
@@ -177,82 +181,88 @@ def _distinct(head: Head, rows: Array) -> tuple[Array, Array]:
 
 
 def _known(
-    head: Head, attempt: Attempt, answer: tuple[Array, ...], tol: float
+    head: Head, configured: ConfiguredMethod, answer: tuple[Array, ...], tol: float
 ) -> HeadAnswer | None:
     """Answer by a proven bound that meets the tolerance: no row is computed exactly."""
-    value, normalizer, good, *_ = answer
-    if not bool(head.xp.all(good)):
+    value, normalizer, reliable, *_ = answer
+    if not bool(head.xp.all(reliable)):
         return None
     value, normalizer = head.finish(value, normalizer)
     n, _, _, p = head.sizes
-    source = f"remainder of {attempt.plan.method} on the interval of all logits"
+    source = f"remainder of {configured.plan.method} on the interval of all logits"
     size = scaled_frobenius(value)
-    found = apriori_certificate(attempt.limit, size, n * p, tol, source)
+    found = apriori_certificate(configured.limit, size, n * p, tol, source)
     if found is None:
         return None
-    errors = attempt.log_errors and attempt.log_errors(head, normalizer)
-    certain = HeadAnswer.under(found, value, normalizer, attempt.plan)
+    errors = configured.log_errors and configured.log_errors(head, normalizer)
+    certain = HeadAnswer.under(found, value, normalizer, configured.plan)
     return replace(certain, log_error=errors)
 
 
-def _first_rows(n: int, attempt: Attempt, has_own: bool) -> int:
+def _first_rows(n: int, configured: ConfiguredMethod, has_own: bool) -> int:
     """Rows of a first sample: more where a row costs little beside the answer."""
-    if attempt.rounding is not None:
+    if configured.rounding is not None:
         return rounded_rows(n)
     return sampled_rows(n) if has_own else ROWS
 
 
-def _guessed(
+def _profiled(
     head: Head,
-    attempt: Attempt,
+    configured: ConfiguredMethod,
     answer: tuple[Array, ...],
-    looks: Looks,
+    shared: SharedSampling,
     rng: np.random.Generator,
 ) -> RowErrors:
     """Guess the errors of the rows of an answer."""
-    found = looks.statistics(head, rng)
+    found = shared.statistics(head, rng)
     seen = SeenKeys.of(head, found, *answer[:2])
-    if attempt.rounding is None:
+    if configured.rounding is None:
         own = to_host(answer[3]) if len(answer) > 3 else None
-        return guess_errors(found, seen, own=own, factor=prefix_doubt(head))
+        return profile_errors(found, seen, own=own, factor=causal_error_profile(head))
     # errors of single weights average out over the keys that a row sees
-    keys = 1.0 if head.visible is None else np.maximum(to_host(head.visible), 1)
-    return guess_errors(found, seen, rounding=attempt.rounding(head), factor=1 / keys)
+    keys = (
+        1.0
+        if head.prefix_lengths is None
+        else np.maximum(to_host(head.prefix_lengths), 1)
+    )
+    return profile_errors(
+        found, seen, rounding=configured.rounding(head), factor=1 / keys
+    )
 
 
-def _mended(
+def _recomputed(
     head: Head,
-    attempt: Attempt,
+    configured: ConfiguredMethod,
     answer: tuple[Array, ...],
-    hard: Array,
+    outlier_rows: Array,
     dtype: Any = None,
 ) -> tuple[Array, Array, Array]:
     xp, n = head.xp, head.sizes[0]
-    value, normalizer, good, *_ = answer
+    value, normalizer, reliable, *_ = answer
     inside = _in_range(head, value)
-    if head.visible is not None:
+    if head.prefix_lengths is not None:
         # zeros, where a row sees no key
-        inside = xp.logical_or(inside, head.visible == 0)
-    good = xp.logical_and(good, inside)
-    wrong = np.flatnonzero(~to_host(good))
-    if len(wrong) > _MENDED * n + len(hard):
+        inside = xp.logical_or(inside, head.prefix_lengths == 0)
+    reliable = xp.logical_and(reliable, inside)
+    wrong = np.flatnonzero(~to_host(reliable))
+    if len(wrong) > _MOST_RECOMPUTED * n + len(outlier_rows):
         raise RefusalError(
-            f"{attempt.plan.method} fails in {len(wrong)} of {n} rows, where its sum "
-            "of weights is not positive or its answer outside the range of the values: "
-            "the logits reach beyond what it serves"
+            f"{configured.plan.method} fails in {len(wrong)} of {n} rows, where its "
+            "sum of weights is not positive or its answer outside the range of the "
+            "values: the logits reach beyond what it serves"
         )
-    settled = np.union1d(wrong, hard)
-    if len(settled):
-        value, normalizer = mend(head, value, normalizer, settled, dtype)
-    return *head.finish(value, normalizer), settled
+    exact_rows = np.union1d(wrong, outlier_rows)
+    if len(exact_rows):
+        value, normalizer = recompute_rows(head, value, normalizer, exact_rows, dtype)
+    return *head.finish(value, normalizer), exact_rows
 
 
 def _in_range(head: Head, value: Array) -> Array:
     """Whether each row of an answer is finite and within the range of the values."""
     xp = head.xp
-    low, high = (xp.astype(x, value.dtype) for x in _ends(head.value))
+    low, high = (xp.astype(x, value.dtype) for x in _column_min_max(head.value))
     slack = 16 * xp.finfo(value.dtype).eps * xp.max(xp.abs(xp.concat([low, high])))
-    least, largest = _ends(value)
+    least, largest = _column_min_max(value)
     if bool(xp.all(least >= low - slack) and xp.all(largest <= high + slack)):
         return xp.ones(value.shape[0], dtype=xp.bool, device=device_of(value))
     inside = []
@@ -263,7 +273,7 @@ def _in_range(head: Head, value: Array) -> Array:
     return xp.concat(inside)
 
 
-def _ends(x: Array) -> tuple[Array, Array]:
+def _column_min_max(x: Array) -> tuple[Array, Array]:
     """The least and the largest of every column; NaN where there is one."""
     xp, (n, p) = array_namespace(x), x.shape
     # long rows are compared faster than many short ones

@@ -33,7 +33,7 @@ _TYPICAL = 4.0
 # a finite-sample bound is taken where it promises at most so many times the margin's
 _PROMISE = 1.1
 # a mixture keeps this share of the draws uniform, so that a wrong guess does little
-UNIFORM = 0.5
+UNIFORM_SHARE = 0.5
 # draws of one row that are expected at most, and rounds that see to it
 _DRAWS, _LEVELS = 4.0, 16
 
@@ -201,7 +201,7 @@ class RatioEstimate:
             return 1.0
         share = float(failure ** (1 / len(self.squares)))
         # rows are drawn at least so many times as often as with equal odds
-        return share if self.weights is None else 1 - (1 - share) / UNIFORM
+        return share if self.weights is None else 1 - (1 - share) / UNIFORM_SHARE
 
 
 def _two_phase(left: Array, weights: Array, certain: Array) -> float:
@@ -230,8 +230,10 @@ def bernstein(terms: Array, limit: float, failure: float) -> float:
 
 
 def _bernstein(spread: float, limit: float, count: int, failure: float) -> float:
-    odds = math.log(2 / failure)
-    return spread * math.sqrt(2 * odds / count) + 7 * limit * odds / (3 * (count - 1))
+    exponent = math.log(2 / failure)
+    return spread * math.sqrt(2 * exponent / count) + 7 * limit * exponent / (
+        3 * (count - 1)
+    )
 
 
 def promises(limit: float, expected: float, count: int, failure: float) -> bool:
@@ -247,7 +249,7 @@ def promises(limit: float, expected: float, count: int, failure: float) -> bool:
     return proven <= _PROMISE**2 * margin
 
 
-def mixed_odds(sizes: Array, count: int) -> Array:
+def importance_probabilities(sizes: Array, count: int) -> Array:
     """Probabilities of rows: half uniform, half in proportion to guessed squares.
 
     No row is to be drawn more than a few times among ``count`` draws.
@@ -263,8 +265,10 @@ def mixed_odds(sizes: Array, count: int) -> Array:
         if sizes.max() <= most:
             break
         sizes = np.minimum(sizes, most)
-    odds = UNIFORM / len(sizes) + (1 - UNIFORM) * sizes / sizes.sum()
-    return odds / odds.sum()
+    probabilities = (
+        UNIFORM_SHARE / len(sizes) + (1 - UNIFORM_SHARE) * sizes / sizes.sum()
+    )
+    return probabilities / probabilities.sum()
 
 
 def relative(error_norm: float, answer_norm: float) -> float:

@@ -122,11 +122,11 @@ def _projected(
     """Yield ``(x - center) @ projection`` in float64, a block of rows at a time."""
     xp = array_namespace(x)
     where = {"dtype": xp.float64, "device": device_of(x)}
-    middle = xp.asarray(center, **where)
+    shift = xp.asarray(center, **where)
     matrix = None if projection is None else xp.asarray(projection, **where)
     for start in range(0, x.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, x.shape[0]))
-        block = xp.astype(x[rows, :], xp.float64) - middle
+        block = xp.astype(x[rows, :], xp.float64) - shift
         yield xp, block if matrix is None else xp.matmul(block, matrix)
 
 
@@ -153,13 +153,13 @@ class ValueRange:
         Half of the largest range of a column.
     peak : float
         The largest absolute value.
-    middle : array, shape (p,)
+    value_center : array, shape (p,)
         Mid-range of each column, on the host in float64.
     """
 
     half: float
     peak: float
-    middle: Array
+    value_center: Array
 
 
 def value_range(head: Head) -> ValueRange:

@@ -23,7 +23,7 @@ from fastattn.certificates.ratio_estimate import (
     Margin,
     RatioEstimate,
     bernstein,
-    mixed_odds,
+    importance_probabilities,
     promises,
     relative,
 )
@@ -67,7 +67,7 @@ class SampledError:
     source: str
 
 
-class Looks:
+class SharedSampling:
     """What all looks at one head share: its statistics and one chance of failure."""
 
     def __init__(self) -> None:
@@ -103,9 +103,9 @@ def certify_rows(
     tol: float,
     rng: np.random.Generator,
     *,
-    settled: Array | None = None,
+    exact_rows: Array | None = None,
     size: tuple[float, float] | None = None,
-    guess: Array | None = None,
+    error_profile: Array | None = None,
     limit: float = math.inf,
     first: int | None = None,
     budget: FailureBudget | None = None,
@@ -121,13 +121,13 @@ def certify_rows(
         Relative Frobenius error that is hoped for.
     rng : Generator
         Draws the rows.
-    settled : integer array, optional
+    exact_rows : integer array, optional
         Rows that are known to be exact. Where it is None, all are up to rounding: they
         are compared with float64, on few rows, because the same arithmetic again would
         show no error at all.
     size : pair of float, optional
         What ``scaled_frobenius`` says of ``value``, where that is known.
-    guess : array, shape (n,), optional
+    error_profile : array, shape (n,), optional
         How the squares of the rows' errors are guessed to compare.
     limit : float
         Proven bound on the norm of the error of any row.
@@ -138,27 +138,33 @@ def certify_rows(
     expected : float
         Relative error that is expected; decides whether ``limit`` is of use.
     """
-    sample = _Sample.of(head, value, tol, settled, size)
+    sample = _Sample.of(head, value, tol, exact_rows, size)
     budget = FailureBudget() if budget is None else budget
     n, others = head.sizes[0], sample.others
     if first is None:
-        first = _EXACT_ROWS if settled is None else sampled_rows(n)
-    second = 0 if settled is None else second_rows(n)
+        first = _EXACT_ROWS if exact_rows is None else sampled_rows(n)
+    second = 0 if exact_rows is None else second_rows(n)
     if len(others) <= 2 * first:
         # nothing is left to chance at twice the price
         first, second = len(others), 0
     whole = first == len(others)
-    odds = None if guess is None or whole else mixed_odds(guess[others], first)
+    probabilities = (
+        None
+        if error_profile is None or whole
+        else importance_probabilities(error_profile[others], first)
+    )
     most = (limit / (sample.peak or 1.0)) ** 2
     mean = (expected * sample.norm) ** 2 / len(others)
     if whole or not promises(most, mean, first, budget.next):
         most = math.inf
     else:
         # bounds of all rows are alike, and so are the chances
-        odds = np.full(len(others), 1 / len(others))
+        probabilities = np.full(len(others), 1 / len(others))
     second = min(second, len(others) - first)
-    rows = rng.choice(len(others), first + second, replace=odds is not None, p=odds)
-    weights = None if odds is None else 1 / (odds[rows] * len(others))
+    rows = rng.choice(
+        len(others), first + second, replace=probabilities is not None, p=probabilities
+    )
+    weights = None if probabilities is None else 1 / (probabilities[rows] * len(others))
     squares, found = np.zeros(0), SampledError(math.inf, math.inf, "no row was drawn")
     for look in (slice(0, first), slice(first, first + second)):
         if look.start and not (second and found.estimate <= tol < found.upper):
@@ -169,7 +175,7 @@ def certify_rows(
         squares = np.append(squares, more)
         part = None if weights is None else weights[: len(squares)]
         estimate = RatioEstimate(squares, len(others), part)
-        found = sample.judge(estimate, budget.spend(), most)
+        found = sample.state_error(estimate, budget.spend(), most)
     return found
 
 
@@ -193,18 +199,18 @@ class _Sample:
         head: Head,
         value: Array,
         tol: float,
-        settled: Array | None,
+        exact_rows: Array | None,
         size: tuple[float, float] | None,
     ) -> "_Sample":
         xp, others = head.xp, np.arange(head.sizes[0])
-        if settled is not None and len(settled) < len(others):
+        if exact_rows is not None and len(exact_rows) < len(others):
             # where every row is settled, they are compared among themselves
-            others = np.delete(others, settled)
+            others = np.delete(others, exact_rows)
         peak, norm = scaled_frobenius(value) if size is None else size
-        dtype = xp.float64 if settled is None or tol < FLOAT64_BELOW else head.dtype
+        dtype = xp.float64 if exact_rows is None or tol < FLOAT64_BELOW else head.dtype
         # an exact answer is off by its own rounding, which few rows may not show;
         # settled rows are not sampled, but they too were rounded to the query's dtype
-        eps = float(xp.finfo(head.dtype if settled is None else dtype).eps)
+        eps = float(xp.finfo(head.dtype if exact_rows is None else dtype).eps)
         own = float(xp.finfo(head.query.dtype).eps) / 2
         # weights that underflow are missed here as they are in the answer
         lost = lost_norm(
@@ -227,7 +233,7 @@ class _Sample:
             return None
         return squares
 
-    def judge(
+    def state_error(
         self, found: RatioEstimate, failure: float, limit: float = math.inf
     ) -> SampledError:
         """Turn squared errors of sampled rows into the statement about all rows.

@@ -161,8 +161,8 @@ def _spread(measurements: Sequence[Measurement]) -> tuple[Array, float]:
     distinct = np.unique(np.log(tols))
     width = 0.35 * (np.diff(distinct).min() if len(distinct) > 1 else 1.0)
     number = np.array([heads.index((m.sample, m.head)) for m in measurements])
-    middle = (len(heads) - 1) / 2
-    offset = (number - middle) / max(middle, 1) * 0.9
+    midpoint = (len(heads) - 1) / 2
+    offset = (number - midpoint) / max(midpoint, 1) * 0.9
     return tols * np.exp(width * offset), float(np.exp(width))
 
 

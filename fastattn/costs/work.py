@@ -21,13 +21,13 @@ def quantized_work(
     return (n * m if logits is None else logits) * each + (n + m) * rates().row
 
 
-def _pair_work(d: int, p: int, coarse: str = "") -> float:
+def _pair_work(d: int, p: int, low_precision: str = "") -> float:
     """Work of one query and one key."""
     rate = rates()
-    if not coarse:
+    if not low_precision:
         return d + p + rate.softmax
     # four bytes are multiplied where two bfloat16 numbers are
-    return ((d / 2 if coarse == "int8" else d) + p) * rate.coarse + rate.weight
+    return ((d / 2 if low_precision == "int8" else d) + p) * rate.coarse + rate.weight
 
 
 def polynomial_work(n: int, m: int, d: int, p: int, rank: int) -> float:
@@ -51,13 +51,15 @@ def multipole_work(
     blocks: int,
     clusters: float,
     near: float,
-    middle: float,
-    coarse: str = "",
+    first_order: float,
+    low_precision: str = "",
 ) -> float:
     """Work of near keys and clusters for blocks of queries; counts are a row's."""
     rate = rates()
-    keys = 4 * m * d + (near + middle) * (d + p) * rate.gathered + middle * d * p
-    rows = near * _pair_work(d, p, coarse)
+    keys = (
+        4 * m * d + (near + first_order) * (d + p) * rate.gathered + first_order * d * p
+    )
+    rows = near * _pair_work(d, p, low_precision)
     rows += clusters * (2 * d + p + rate.softmax) * rate.cluster
     return (n + m) * rate.parted + blocks * keys + n * rows
 

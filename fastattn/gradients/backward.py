@@ -12,18 +12,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn._ops.gradient import attend_vjp
-from fastattn.certificates.ratio_estimate import Margin, RatioEstimate, mixed_odds
+from fastattn.certificates.ratio_estimate import (
+    Margin,
+    RatioEstimate,
+    importance_probabilities,
+)
 from fastattn.certificates.sampled import ROWS, sampled_rows
 from fastattn.costs.rates import rates
-from fastattn.problem.derivatives import Slopes
+from fastattn.problem.derivatives import Gradients
 from fastattn.problem.head import Head
-from fastattn.problem.rows import marked, spread, take
+from fastattn.problem.rows import gather_rows, row_mask, scatter_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # derivatives may err by this many times the tolerance of the answer
 SLACK = 3.0
 # a method must be predicted to take at most this share of the exact time
-WORTH = 0.8
+TIME_SHARE = 0.8
 # rounding of a sum, in units of eps times the root of the sum of squares
 _ROUNDING = 8.0
 # standard errors that a first and a second look add: twice the normal quantiles of .04
@@ -42,7 +46,7 @@ class Backward:
     head : Head
     grad : array, shape (n, p)
         Derivative by the answer.
-    normalizer, drift : array, shape (n,)
+    normalizer, delta : array, shape (n,)
         Log-sum-exp of each row's logits, infinite where the row is to add nothing,
         and the product of its answer and ``grad``.
     """
@@ -50,7 +54,7 @@ class Backward:
     head: Head
     grad: Array
     normalizer: Array
-    drift: Array
+    delta: Array
 
     def with_exact(self, rows: Array) -> "Backward":
         """Give rows their exact log-sum-exps and drifts."""
@@ -59,69 +63,74 @@ class Backward:
         xp, n, dtype = self.head.xp, self.head.sizes[0], self.grad.dtype
         value, normalizer = self.head.with_rows(rows).attend()
         value = xp.astype(value, dtype, copy=False)
-        drift = xp.sum(take(self.grad, rows) * value, axis=1)
-        mask = marked(rows, self.head.query)
+        delta = xp.sum(gather_rows(self.grad, rows) * value, axis=1)
+        mask = row_mask(rows, self.head.query)
         found = [
-            xp.where(mask, spread(x[:, None], rows, n)[:, 0], old)
-            for x, old in ((normalizer, self.normalizer), (drift, self.drift))
+            xp.where(mask, scatter_rows(x[:, None], rows, n)[:, 0], old)
+            for x, old in ((normalizer, self.normalizer), (delta, self.delta))
         ]
-        return replace(self, normalizer=found[0], drift=found[1])
+        return replace(self, normalizer=found[0], delta=found[1])
 
-    def exact(self, rows: Array | None, keys: Array | None) -> Slopes:
+    def exact(self, rows: Array | None, keys: Array | None) -> Gradients:
         """Differentiate what the given rows make of the given keys; None means all.
 
         The numbers of the keys must not decrease.
         """
         head, dtype = self.head, self.grad.dtype
-        query, grad, normalizer, drift = (
-            take(x, rows) for x in (head.query, self.grad, self.normalizer, self.drift)
+        query, grad, normalizer, delta = (
+            gather_rows(x, rows)
+            for x in (head.query, self.grad, self.normalizer, self.delta)
         )
-        xp, visible = head.xp, head.visible
-        if visible is not None:
-            visible = _visible(take(visible, rows), keys)
+        xp, prefix_lengths = head.xp, head.prefix_lengths
+        if prefix_lengths is not None:
+            prefix_lengths = _prefix_lengths(gather_rows(prefix_lengths, rows), keys)
             # of rows that see no key: any number does
             blind = normalizer == -xp.inf
             normalizer = xp.where(blind, xp.zeros_like(normalizer), normalizer)
-        slopes: Slopes = attend_vjp(
+        gradients: Gradients = attend_vjp(
             xp.astype(query, dtype, copy=False),
-            take(head.key, keys),
-            take(head.value, keys),
+            gather_rows(head.key, keys),
+            gather_rows(head.value, keys),
             grad,
             scale=head.scale,
-            visible=visible,
+            prefix_lengths=prefix_lengths,
             log_normalizer=normalizer,
-            drift=drift,
+            delta=delta,
         )
-        return slopes
+        return gradients
 
-    def rows(self, rows: Array) -> Slopes:
+    def rows(self, rows: Array) -> Gradients:
         """Differentiate the given rows from their own exact weights."""
         some = self.head.with_rows(rows)
-        slopes: Slopes = attend_vjp(
+        gradients: Gradients = attend_vjp(
             some.xp.astype(some.query, self.grad.dtype, copy=False),
             some.key,
             some.value,
-            take(self.grad, rows),
+            gather_rows(self.grad, rows),
             scale=some.scale,
-            visible=some.visible,
+            prefix_lengths=some.prefix_lengths,
         )
-        return slopes
+        return gradients
 
-    def mended(self, slopes: Slopes, rows: Array) -> Slopes:
+    def with_recomputed(self, gradients: Gradients, rows: Array) -> Gradients:
         """Add the exact derivatives of rows that added nothing."""
         if not len(rows):
-            return slopes
+            return gradients
         query, key, value = self.rows(rows)
         n = self.head.sizes[0]
-        return slopes[0] + spread(query, rows, n), slopes[1] + key, slopes[2] + value
+        return (
+            gradients[0] + scatter_rows(query, rows, n),
+            gradients[1] + key,
+            gradients[2] + value,
+        )
 
     def error(
         self,
-        slopes: Slopes,
-        settled: Array,
+        gradients: Gradients,
+        exact_rows: Array,
         rng: np.random.Generator,
         enough: float = 0.0,
-        doubt: Slopes | None = None,
+        error_profile: Gradients | None = None,
         few: int = ROWS,
     ) -> float:
         """Largest relative error on random queries, and on random keys.
@@ -129,26 +138,29 @@ class Backward:
         A query is differentiated from its own exact weights; a key needs the
         normalizers and drifts of all queries, which are taken as they are. A ``few``
         rows are looked at first, which may show an error that is small ``enough``. What
-        of the derivatives is in ``doubt``, all by default, says where to look more.
+        of the derivatives is in ``error_profile``, all by default, says where to look
+        more.
         """
-        query, key, value = (_squares(x) for x in (slopes if doubt is None else doubt))
+        query, key, value = (
+            _squares(x) for x in (gradients if error_profile is None else error_profile)
+        )
         # settled rows are exact
-        query[settled] = 0
+        query[exact_rows] = 0
         sizes = [query, key + value]
-        numbers = [np.delete(np.arange(len(query)), settled), np.arange(len(key))]
+        numbers = [np.delete(np.arange(len(query)), exact_rows), np.arange(len(key))]
         counts = [sampled_rows(len(x)) for x in numbers]
         if not (enough and max(counts) > few):
-            return self._look(slopes, numbers, sizes, counts, FIRST, rng)
-        found = self._look(slopes, numbers, sizes, [few, few], FIRST, rng)
+            return self._estimate_error(gradients, numbers, sizes, counts, FIRST, rng)
+        found = self._estimate_error(gradients, numbers, sizes, [few, few], FIRST, rng)
         if found <= enough:
             return found
         # two looks share the chance of failure: the second takes more rows for that
         counts = [_SECOND * x for x in counts]
-        return self._look(slopes, numbers, sizes, counts, SECOND, rng)
+        return self._estimate_error(gradients, numbers, sizes, counts, SECOND, rng)
 
-    def _look(
+    def _estimate_error(
         self,
-        slopes: Slopes,
+        gradients: Gradients,
         numbers: list[Array],
         sizes: list[Array],
         counts: list[int],
@@ -163,9 +175,9 @@ class Backward:
         _, key, value = self.exact(None, keys.rows)
         pairs = (rows, query), (keys, key), (keys, value)
         return max(
-            sample.error(slope, truth, floor, margin)
-            for slope, (sample, truth), floor in zip(
-                slopes, pairs, self._roundings(), strict=True
+            sample.error(gradient, truth, floor, margin)
+            for gradient, (sample, truth), floor in zip(
+                gradients, pairs, self._roundings(), strict=True
             )
         )
 
@@ -198,17 +210,19 @@ class _Sample:
         """Draw so many of the others, those of a large size more often."""
         if len(others) <= count:
             return _Sample(others, None, len(others))
-        odds = mixed_odds(sizes[others], count)
-        drawn = np.sort(rng.choice(len(others), count, p=odds))
-        weights = 1 / (len(others) * odds[drawn])
+        probabilities = importance_probabilities(sizes[others], count)
+        drawn = np.sort(rng.choice(len(others), count, p=probabilities))
+        weights = 1 / (len(others) * probabilities[drawn])
         return _Sample(others[drawn], weights, len(others))
 
-    def error(self, slope: Array, truth: Array, floor: float, margin: Margin) -> float:
+    def error(
+        self, gradient: Array, truth: Array, floor: float, margin: Margin
+    ) -> float:
         """Upper estimate of the relative Frobenius error of all rows.
 
         An error whose norm is no more than the floor is rounding, and none.
         """
-        part = take(slope, self.rows)
+        part = gather_rows(gradient, self.rows)
         part, truth = (to_host(x).astype(np.float64) for x in (part, truth))
         unit = float(np.abs(truth).max(initial=0.0)) or 1.0
         with np.errstate(over="ignore", invalid="ignore"):
@@ -216,7 +230,7 @@ class _Sample:
             # the size of what was found is known: only the difference is estimated
             more = np.sum((truth / unit) ** 2, axis=1)
             more = more - np.sum((part / unit) ** 2, axis=1)
-            whole = to_host(slope).astype(np.float64) / unit
+            whole = to_host(gradient).astype(np.float64) / unit
             known = float(np.sum(whole**2)) / self.n
             found = RatioEstimate(squares, self.n, self.weights, more, known)
             if self.n * found.mean <= (floor / unit) ** 2:
@@ -226,13 +240,13 @@ class _Sample:
         return math.sqrt(ratio) if math.isfinite(ratio) else math.inf
 
 
-def _visible(visible: Array, keys: Array | None) -> Array:
+def _prefix_lengths(prefix_lengths: Array, keys: Array | None) -> Array:
     """How many of the keys rows see that see so many first ones."""
     if keys is None:
-        return visible
-    few = np.searchsorted(keys, to_host(visible))
-    xp = array_namespace(visible)
-    return xp.asarray(few, dtype=visible.dtype, device=device_of(visible))
+        return prefix_lengths
+    few = np.searchsorted(keys, to_host(prefix_lengths))
+    xp = array_namespace(prefix_lengths)
+    return xp.asarray(few, dtype=prefix_lengths.dtype, device=device_of(prefix_lengths))
 
 
 def exact_vjp_work(head: Head) -> float:

@@ -7,9 +7,9 @@ a low rank are.
 
 import numpy as np
 
-from fastattn._ops.gradient import attend_vjp, multiplies_coarsely
+from fastattn._ops.gradient import attend_vjp, multiplies_in_low_precision
 from fastattn.gradients.backward import SLACK, Backward, exact_vjp_work
-from fastattn.problem.derivatives import Slopes
+from fastattn.problem.derivatives import Gradients
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
@@ -17,42 +17,42 @@ from sketching._lib.certificate import RefusalError
 # rounding made derivatives of real heads err by up to 0.016: a half of three times this
 ENOUGH = 0.01
 # heads with fewer logits than this are differentiated exactly: the check costs as much
-_SMALL = 1 << 23
+_FEW_LOGITS = 1 << 23
 # rounding errs alike in all rows: few of them tell where it is far from what is allowed
 _FEW, _SURE = 48, 0.5
 # time of rounded products and their check, in times of exact ones by BLAS
 _COARSE = 0.5
 
 
-def coarse_slopes(
+def low_precision_vjp(
     head: Head, grad: Array, tol: float, rng: np.random.Generator
-) -> Slopes | None:
+) -> Gradients | None:
     """Differentiate in products of rounded numbers, if these meet ``3 * tol``."""
     if not _may_round(head, tol):
         return None
     xp, found = head.xp, {}
 
-    def beside(rows: slice, normalizer: Array, drift: Array) -> tuple[Array, Array]:
-        found[rows.start] = normalizer, drift
-        return normalizer, drift
+    def beside(rows: slice, normalizer: Array, delta: Array) -> tuple[Array, Array]:
+        found[rows.start] = normalizer, delta
+        return normalizer, delta
 
     # of numbers that overflow the check is not content with what comes
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        slopes: Slopes = attend_vjp(
+        gradients: Gradients = attend_vjp(
             head.query,
             head.key,
             head.value,
             grad,
             scale=head.scale,
-            visible=head.visible,
+            prefix_lengths=head.prefix_lengths,
             beside=beside,
-            coarse=True,
+            low_precision=True,
         )
         known = zip(*(found[start] for start in sorted(found)), strict=True)
         state = Backward(head, grad, *(xp.concat(list(x)) for x in known))
         enough = _SURE * SLACK * tol
-        error = state.error(slopes, np.arange(0), rng, enough, few=_FEW)
-    return slopes if error <= SLACK * tol else None
+        error = state.error(gradients, np.arange(0), rng, enough, few=_FEW)
+    return gradients if error <= SLACK * tol else None
 
 
 def vjp_work(head: Head, tol: float) -> float:
@@ -64,13 +64,13 @@ def _may_round(head: Head, tol: float) -> bool:
     """Whether rounded products are tried."""
     return (
         tol >= ENOUGH
-        and head.logits >= _SMALL
+        and head.logits >= _FEW_LOGITS
         # derivatives by the answer have the width and the dtype of values
-        and multiplies_coarsely(head.query, head.key, head.value, head.value)
+        and multiplies_in_low_precision(head.query, head.key, head.value, head.value)
     )
 
 
-def exact_slopes(head: Head, grad: Array) -> Slopes:
+def exact_vjp(head: Head, grad: Array) -> Gradients:
     """Differentiate one head exactly, in a precision where nothing overflows."""
     xp, (_, m, d, p) = head.xp, head.sizes
     if m == 0:
@@ -80,15 +80,15 @@ def exact_slopes(head: Head, grad: Array) -> Slopes:
     largest = max(d * abs(head.scale) * peaks[0] * peaks[1], p * peaks[2] * peaks[3])
     for dtype in dict.fromkeys([head.dtype, xp.float64]):
         if largest <= float(xp.finfo(dtype).max) / 16:
-            slopes: Slopes = attend_vjp(
+            gradients: Gradients = attend_vjp(
                 xp.astype(head.query, dtype, copy=False),
                 head.key,
                 head.value,
                 grad,
                 scale=head.scale,
-                visible=head.visible,
+                prefix_lengths=head.prefix_lengths,
             )
-            return slopes
+            return gradients
     raise RefusalError(
         f"products of up to {largest:.1e} overflow float64: scale query, key, value or "
         "grad_output down"

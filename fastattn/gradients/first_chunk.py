@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 
 from fastattn._ops.gradient import softmax
-from fastattn.gradients.exact import exact_slopes
-from fastattn.gradients.lowrank_passes import whole_slopes
+from fastattn.gradients.exact import exact_vjp
+from fastattn.gradients.lowrank_passes import whole_vjp
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.causal_chunks import cuts_of
 from fastattn.problem.head import Head
-from fastattn.problem.rows import marked, take
+from fastattn.problem.rows import gather_rows, row_mask
 from sketching._lib.arrays import Array, device_of, to_host
 
 # first chunks that are looked at: so many parts of all keys
@@ -37,11 +37,11 @@ def first_chunk(
 
     Derivatives are predicted to have a relative error of at most ``wanted``.
     """
-    visible = to_host(head.visible)
-    seen = int(visible[-1])
+    prefix_lengths = to_host(head.prefix_lengths)
+    seen = int(prefix_lengths[-1])
     parts = [cuts_of(seen)[1], *(int(part * seen) for part in _PARTS)]
     firsts = sorted({x for x in parts if x < seen})
-    starts = np.searchsorted(visible, firsts)
+    starts = np.searchsorted(prefix_lengths, firsts)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         shares = _shares(head, grad, starts, rng)
         lacking = _lacking(head, grad, empty, rng)
@@ -64,15 +64,15 @@ def _lacking(
     )
     few = replace(
         head.with_rows(rows),
-        key=take(head.key, keys),
-        value=take(head.value, keys),
-        visible=None,
+        key=gather_rows(head.key, keys),
+        value=gather_rows(head.value, keys),
+        prefix_lengths=None,
     )
-    some, no_row = take(grad, rows), marked(rows[:0], few.query)
-    found, state = whole_slopes(few, some, empty, no_row)
-    settled = np.flatnonzero(to_host(state.normalizer) == math.inf)
-    found = state.with_exact(settled).mended(found, settled)
-    truth = exact_slopes(few, some)
+    some, no_row = gather_rows(grad, rows), row_mask(rows[:0], few.query)
+    found, state = whole_vjp(few, some, empty, no_row)
+    exact_rows = np.flatnonzero(to_host(state.normalizer) == math.inf)
+    found = state.with_exact(exact_rows).with_recomputed(found, exact_rows)
+    truth = exact_vjp(few, some)
     errors = [
         float(np.linalg.norm(to_host(x) - to_host(y)) / np.linalg.norm(to_host(y)))
         for x, y in zip(found, truth, strict=True)
@@ -100,13 +100,15 @@ def _mean_square(
     head: Head, grad: Array, lo: int, hi: int, rng: np.random.Generator
 ) -> float:
     """Mean square of what a row between two makes the keys' derivatives."""
-    xp, visible = head.xp, to_host(head.visible)
-    each = max(1, min(_EACH, _LARGEST // max(int(visible[hi - 1]), 1)))
+    xp, prefix_lengths = head.xp, to_host(head.prefix_lengths)
+    each = max(1, min(_EACH, _LARGEST // max(int(prefix_lengths[hi - 1]), 1)))
     rows = np.sort(rng.integers(lo, hi, each))
-    seen = max(int(visible[rows[-1]]), 1)
-    query, grad = (xp.astype(take(x, rows), grad.dtype) for x in (head.query, grad))
+    seen = max(int(prefix_lengths[rows[-1]]), 1)
+    query, grad = (
+        xp.astype(gather_rows(x, rows), grad.dtype) for x in (head.query, grad)
+    )
     key, value = (xp.astype(x[:seen, :], grad.dtype) for x in (head.key, head.value))
-    counts = xp.asarray(visible[rows], device=device_of(query))
+    counts = xp.asarray(prefix_lengths[rows], device=device_of(query))
     number = xp.arange(seen, device=device_of(query))
     logits = head.scale * xp.matmul(query, xp.matrix_transpose(key))
     logits = xp.where(number[None, :] < counts[:, None], logits, -xp.inf)

@@ -15,25 +15,29 @@ from functools import partial
 import numpy as np
 
 from fastattn.costs.work import exact_work
-from fastattn.gradients.backward import SLACK, WORTH, exact_vjp_work
+from fastattn.gradients.backward import SLACK, TIME_SHARE, exact_vjp_work
 from fastattn.gradients.exact import ENOUGH, vjp_work
 from fastattn.gradients.first_chunk import first_chunk
-from fastattn.gradients.lowrank_causal import causal_slopes
-from fastattn.gradients.lowrank_passes import whole_slopes
-from fastattn.methods.lowrank.causal_cost import chunk_work, leniency, lowrank_cost
-from fastattn.methods.lowrank.rank_search import LARGEST_VARIANCE, predict
+from fastattn.gradients.lowrank_causal import causal_vjp
+from fastattn.gradients.lowrank_passes import whole_vjp
+from fastattn.methods.lowrank.causal_cost import (
+    causal_tolerance_factor,
+    chunk_work,
+    lowrank_cost,
+)
+from fastattn.methods.lowrank.rank_search import LARGEST_VARIANCE, search_ranks
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Frame, Sample
+from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.methods.polynomial.expansions import rank_of
-from fastattn.problem.derivatives import Slopes
+from fastattn.problem.derivatives import Gradients
 from fastattn.problem.head import Head
-from fastattn.problem.row_statistics import hardest_rows
-from fastattn.problem.rows import marked
+from fastattn.problem.row_statistics import high_variance_rows
+from fastattn.problem.rows import row_mask
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
 # heads with fewer logits than this are differentiated exactly: planning costs as much
-_SMALL = 1 << 24
+_FEW_LOGITS = 1 << 24
 # time of the passes of a derivative and its answer, in times of the answer alone
 _PASSES = 3.1
 # error of the answer over that of its derivatives, in standard deviations of a logit:
@@ -42,7 +46,7 @@ _LOST = 3.0**-0.5
 # the share of what that allows which is aimed at: pilots show the answer's error only
 _AIM = 0.7
 # share of the rows that may be done exactly because they are out of reach
-_MENDED = 0.02
+_MOST_RECOMPUTED = 0.02
 # landmarks behind a long first chunk, and the fewest logits for which they are tried
 _MARKS, _LARGE = 448, 1 << 28
 # the share of the aim that a pilot must meet there: a few keys may hold the most
@@ -55,7 +59,7 @@ _HOPELESS, _TIGHTER = 1.6, 0.7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Attempt:
+class VjpCandidate:
     """A structure to differentiate by, without keys.
 
     Of a causal head the ``first`` keys are one chunk; None where that is as usual.
@@ -74,21 +78,21 @@ def _cost(
 ) -> Callable[[int, int], float]:
     """Work from the numbers of polynomials and landmarks."""
     cost, more = lowrank_cost(head, first), 0.0
-    if head.visible is not None:
+    if head.prefix_lengths is not None:
         exact = chunk_work(head, first)[1]
         slower = vjp_work(head, tol) / exact_work(*head.sizes, logits=head.logits)
         more = (slower - _PASSES) * exact + _AGAIN
     return lambda rank, landmarks: _PASSES * cost(rank, landmarks) + more
 
 
-def lowrank_slopes(
+def lowrank_vjp(
     head: Head,
     grad: Array,
     empty: LowRank,
     rng: np.random.Generator,
     enough: float = 0.0,
     first: int | None = None,
-) -> tuple[Slopes, float]:
+) -> tuple[Gradients, float]:
     """Differentiate a head over the basis of an empty structure, and check.
 
     The check is content with few rows where they show an error below ``enough``. Of a
@@ -96,7 +100,7 @@ def lowrank_slopes(
 
     Returns
     -------
-    slopes : tuple of array
+    gradients : tuple of array
         Derivatives by query, key and value.
     error : float
         The largest of their relative Frobenius errors on sampled rows.
@@ -106,55 +110,55 @@ def lowrank_slopes(
     RefusalError
         If the low rank fails in too many rows, or sums overflow.
     """
-    n, hard = head.sizes[0], hardest_rows(head, rng)
-    skip = marked(hard, head.query)
-    if head.visible is None:
-        slopes, state = whole_slopes(head, grad, empty, skip)
-        doubt = slopes
+    n, outlier_rows = head.sizes[0], high_variance_rows(head, rng)
+    skip = row_mask(outlier_rows, head.query)
+    if head.prefix_lengths is None:
+        gradients, state = whole_vjp(head, grad, empty, skip)
+        error_profile = gradients
     else:
-        slopes, state, doubt = causal_slopes(head, grad, empty, skip, first)
-    settled = np.flatnonzero(to_host(state.normalizer) == math.inf)
-    if len(settled) > _MENDED * n + len(hard):
+        gradients, state, error_profile = causal_vjp(head, grad, empty, skip, first)
+    exact_rows = np.flatnonzero(to_host(state.normalizer) == math.inf)
+    if len(exact_rows) > _MOST_RECOMPUTED * n + len(outlier_rows):
         raise RefusalError(
             f"Polynomial(rank={empty.rank}, landmarks={empty.landmarks}) fails in "
-            f"{len(settled)} of {n} rows, where its sum of weights is too small to be "
-            "true: the logits reach beyond what it serves"
+            f"{len(exact_rows)} of {n} rows, where its sum of weights is too small to "
+            "be true: the logits reach beyond what it serves"
         )
-    state = state.with_exact(settled)
-    slopes = state.mended(slopes, settled)
-    return slopes, state.error(slopes, settled, rng, enough, doubt)
+    state = state.with_exact(exact_rows)
+    gradients = state.with_recomputed(gradients, exact_rows)
+    return gradients, state.error(gradients, exact_rows, rng, enough, error_profile)
 
 
-def slopes_if_they_pay(
+def lowrank_vjp_if_faster(
     head: Head,
     grad: Array,
     tol: float,
     rng: np.random.Generator,
-    first: list[Attempt],
-) -> Slopes | None:
+    first: list[VjpCandidate],
+) -> Gradients | None:
     """Differentiate by a low rank that pays and meets ``3 * tol``, if there is one.
 
     The ``first`` to be tried are what ``worth_a_try`` lists.
     """
-    aim, attempts = _AIM, first
+    aim, candidates = _AIM, first
     for _ in range(_TRIES):
         least = math.inf
-        for attempt in attempts:
+        for candidate in candidates:
             try:
-                some = replace(attempt.empty, coarse=tol >= ENOUGH)
-                slopes, error = lowrank_slopes(
-                    head, grad, some, rng, SLACK * tol, attempt.first
+                some = replace(candidate.empty, low_precision=tol >= ENOUGH)
+                gradients, error = lowrank_vjp(
+                    head, grad, some, rng, SLACK * tol, candidate.first
                 )
             except RefusalError:
                 return None
             if error <= SLACK * tol:
-                return slopes
+                return gradients
             least = min(least, error)
         if not least <= _HOPELESS * SLACK * tol:
             return None
         # what the derivatives lacked says how much more to ask for
         aim *= _TIGHTER * SLACK * tol / least
-        attempts = worth_a_try(head, grad, tol, rng, aim)
+        candidates = worth_a_try(head, grad, tol, rng, aim)
     return None
 
 
@@ -164,34 +168,36 @@ def worth_a_try(
     tol: float,
     rng: np.random.Generator,
     aim: float = _AIM,
-) -> list[Attempt]:
+) -> list[VjpCandidate]:
     """List low ranks whose derivatives may meet ``3 * tol`` and should pay.
 
     Landmarks hardly ever do but behind a long first chunk: they are fitted to queries,
     and derivatives by keys err about as much however many there are.
     """
-    if head.logits < _SMALL:
+    if head.logits < _FEW_LOGITS:
         return []
-    limit, cost = WORTH * vjp_work(head, tol), _cost(head, tol)
+    limit, cost = TIME_SHARE * vjp_work(head, tol), _cost(head, tol)
 
     try:
         whole = head.unmasked()
-        sample = Sample.of(whole, rng)
-        frame = Frame.of(sample)
-        variance = float(frame.spread.sum())
+        sample = PlanningSample.of(whole, rng)
+        whitening = Whitening.fit(sample)
+        variance = float(whitening.spread.sum())
         if not variance <= LARGEST_VARIANCE:
             return []
-        search = partial(predict, frame=frame, landmarks=False)
+        search = partial(search_ranks, whitening=whitening, landmarks=False)
         # pilots see all keys; rows that see some may err by so many times more
-        factor = 1.0 if head.visible is None else leniency(head, rng)
+        factor = (
+            1.0 if head.prefix_lengths is None else causal_tolerance_factor(head, rng)
+        )
         wanted = aim * tol * min(1.0, SLACK * _LOST * math.sqrt(variance))
         (found,) = search(whole, sample, factor * wanted, rng, cost, limit)
         if found.accepted and found.empty is not None:
-            return [Attempt(found.empty)]
-        if head.visible is not None and head.logits >= _LARGE:
+            return [VjpCandidate(found.empty)]
+        if head.prefix_lengths is not None and head.logits >= _LARGE:
             marks = LowRank.plan(sample, rank=1, landmarks=_MARKS, rng=rng)
             careful = _CAREFUL * aim * SLACK * tol
-            longer = Attempt(marks, first_chunk(head, grad, marks, careful, rng))
+            longer = VjpCandidate(marks, first_chunk(head, grad, marks, careful, rng))
             if longer.first is not None and longer.work(head, tol) <= limit:
                 return [longer]
         # a degree that the answer has in part may be what the derivatives lack
@@ -199,14 +205,14 @@ def worth_a_try(
         rank = _whole_degree(head.sizes[2], found.rank)
         if not found.accepted or cost(rank, 0) > limit:
             return []
-        return [Attempt(LowRank.plan(sample, rank=rank, landmarks=0, rng=rng))]
+        return [VjpCandidate(LowRank.plan(sample, rank=rank, landmarks=0, rng=rng))]
     except RefusalError:
         return []
 
 
-def least_share(head: Head, tol: float, attempts: list[Attempt]) -> float:
+def least_share(head: Head, tol: float, candidates: list[VjpCandidate]) -> float:
     """The least share of the exact time that a low rank, or rounding, takes."""
-    work = [vjp_work(head, tol), *(x.work(head, tol) for x in attempts)]
+    work = [vjp_work(head, tol), *(x.work(head, tol) for x in candidates)]
     return min(work) / exact_vjp_work(head)
 
 

@@ -15,48 +15,52 @@ import numpy as np
 
 from fastattn._ops.gradient import attend_vjp
 from fastattn.gradients.backward import Backward
-from fastattn.gradients.lowrank_passes import key_slopes, query_slopes
+from fastattn.gradients.lowrank_passes import key_pass, query_pass
 from fastattn.methods.lowrank.prefixes import LowRankPrefix, lowrank_prefixes
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.problem.causal_chunks import chunks_of, each, part_of
-from fastattn.problem.derivatives import Slopes
+from fastattn.problem.causal_chunks import chunks_of, parallel_map, part_of
+from fastattn.problem.derivatives import Gradients
 from fastattn.problem.head import Head
-from fastattn.problem.partial_softmax import join
-from fastattn.problem.rows import spread, take
+from fastattn.problem.partial_softmax import merge_partials
+from fastattn.problem.rows import gather_rows, scatter_rows
 from sketching._lib.arrays import Array, device_of, to_host
 
 
-def causal_slopes(
-    head: Head, grad: Array, empty: LowRank, hard: Array, first: int | None = None
-) -> tuple[Slopes, Backward, Slopes]:
+def causal_vjp(
+    head: Head,
+    grad: Array,
+    empty: LowRank,
+    outlier_mask: Array,
+    first: int | None = None,
+) -> tuple[Gradients, Backward, Gradients]:
     """Differentiate a causal head, whose last row sees all keys, over a basis.
 
-    The ``first`` keys are one chunk. Rows that are ``hard``, boolean ``(n,)``, and rows
-    out of reach add nothing, and have infinite normalizers in the second answer. The
-    third is what part of the derivatives is by the basis, and not exact.
+    The ``first`` keys are one chunk. Rows that are ``outlier_mask``, boolean ``(n,)``,
+    and rows out of reach add nothing, and have infinite normalizers in the second
+    answer. The third is what part of the derivatives is by the basis, and not exact.
     """
-    chunks = chunks_of(to_host(head.visible), first)
+    chunks = chunks_of(to_host(head.prefix_lengths), first)
     counts = [keys.start for _, keys in chunks[1:]]
     prefixes = [x for some in lowrank_prefixes(head, empty, counts) for x in some]
-    causal = _Causal(head, grad, hard, chunks, prefixes, _far_keys(prefixes))
+    causal = _Causal(head, grad, outlier_mask, chunks, prefixes, _far_keys(prefixes))
     found = causal.by_rows()
     xp, columns = head.xp, zip(*found, strict=True)
-    query, key, value, far_query, normalizer, drift, sums = columns
-    state = Backward(head, grad, xp.concat(list(normalizer)), xp.concat(list(drift)))
+    query, key, value, far_query, normalizer, delta, sums = columns
+    state = Backward(head, grad, xp.concat(list(normalizer)), xp.concat(list(delta)))
     # no row is behind the keys of the last chunk, which are none
     behind = list(accumulate(sums[:0:-1]))[::-1]
     more = causal.by_keys(behind)
-    far: Slopes = (
+    far: Gradients = (
         xp.concat(list(far_query)),
         xp.concat([x for x, _ in more]),
         xp.concat([x for _, x in more]),
     )
-    slopes = (
+    gradients = (
         xp.concat(list(query)) + far[0],
         xp.concat(list(key)) + far[1],
         xp.concat(list(value)) + far[2],
     )
-    return causal.with_far_keys(slopes, state), state, far
+    return causal.with_far_keys(gradients, state), state, far
 
 
 def _far_keys(prefixes: list[LowRankPrefix]) -> Array:
@@ -69,8 +73,8 @@ class _Causal:
 
     Parameters
     ----------
-    head, grad, hard : Head, array, boolean array
-        As in ``causal_slopes``.
+    head, grad, outlier_mask : Head, array, boolean array
+        As in ``causal_vjp``.
     chunks : list of pairs of slices
         Rows and keys.
     prefixes : list of LowRankPrefix
@@ -81,14 +85,14 @@ class _Causal:
 
     head: Head
     grad: Array
-    hard: Array
+    outlier_mask: Array
     chunks: list[tuple[slice, slice]]
     prefixes: list[LowRankPrefix]
     far: Array
 
     def by_rows(self) -> list[tuple[Array, ...]]:
         """Differentiate every chunk; also say what is known of rows, and their sums."""
-        return each(self.head, self._rows, range(len(self.chunks)))
+        return parallel_map(self.head, self._rows, range(len(self.chunks)))
 
     def by_keys(self, behind: list[Array]) -> list[tuple[Array, Array]]:
         """What keys and values of every chunk get from the sums of those behind."""
@@ -96,24 +100,24 @@ class _Causal:
         def work(k: int) -> tuple[Array, Array]:
             keys, prefix = self.chunks[k][1], self.prefixes[k]
             key, value = self.head.key[keys, :], self.head.value[keys, :]
-            return key_slopes(key, value, prefix.far, prefix.structure, behind[k])
+            return key_pass(key, value, prefix.far, prefix.structure, behind[k])
 
-        return each(self.head, work, range(len(behind)))
+        return parallel_map(self.head, work, range(len(behind)))
 
-    def with_far_keys(self, slopes: Slopes, state: Backward) -> Slopes:
+    def with_far_keys(self, gradients: Gradients, state: Backward) -> Gradients:
         """Add what rows make of the far keys of the chunks before their own."""
         if not len(self.far):
-            return slopes
+            return gradients
         seen = [np.full(x.stop - x.start, keys.start) for x, keys in self.chunks]
-        visible = self.head.xp.asarray(
+        prefix_lengths = self.head.xp.asarray(
             np.concatenate(seen), device=device_of(self.head.query)
         )
-        state = replace(state, head=replace(self.head, visible=visible))
+        state = replace(state, head=replace(self.head, prefix_lengths=prefix_lengths))
         more, m = state.exact(None, self.far), self.head.sizes[1]
         return (
-            slopes[0] + more[0],
-            slopes[1] + spread(more[1], self.far, m),
-            slopes[2] + spread(more[2], self.far, m),
+            gradients[0] + more[0],
+            gradients[1] + scatter_rows(more[1], self.far, m),
+            gradients[2] + scatter_rows(more[2], self.far, m),
         )
 
     def _rows(self, k: int) -> tuple[Array, ...]:
@@ -121,16 +125,16 @@ class _Causal:
         part, grad = part_of(self.head, rows, keys), self.grad[rows, :]
         if rows.start == rows.stop:
             sums = np.zeros((len(self.prefixes[0].structure.sums), grad.shape[1] + 1))
-            slopes = (
+            gradients = (
                 xp.zeros_like(x, dtype=grad.dtype)
                 for x in (part.query, part.key, part.value, part.query)
             )
-            return *slopes, grad[:, 0], grad[:, 0], sums
+            return *gradients, grad[:, 0], grad[:, 0], sums
         found = {}
 
-        def beside(some: slice, normalizer: Array, drift: Array) -> tuple[Array, Array]:
+        def beside(some: slice, normalizer: Array, delta: Array) -> tuple[Array, Array]:
             some = slice(rows.start + some.start, rows.start + some.stop)
-            found[some.start] = self._before(k, some, normalizer, drift)
+            found[some.start] = self._before(k, some, normalizer, delta)
             return found[some.start][:2]
 
         query, key, value = attend_vjp(
@@ -139,18 +143,18 @@ class _Causal:
             part.value,
             grad,
             scale=part.scale,
-            visible=part.visible,
+            prefix_lengths=part.prefix_lengths,
             beside=beside,
-            coarse=self.prefixes[0].structure.coarse,
+            low_precision=self.prefixes[0].structure.low_precision,
         )
-        normalizer, drift, slope, more = zip(
+        normalizer, delta, gradient, more = zip(
             *(found[start] for start in sorted(found)), strict=True
         )
-        known = (xp.concat(list(x)) for x in (slope, normalizer, drift))
+        known = (xp.concat(list(x)) for x in (gradient, normalizer, delta))
         return query, key, value, *known, reduce(add, more)
 
     def _before(
-        self, k: int, rows: slice, normalizer: Array, drift: Array
+        self, k: int, rows: slice, normalizer: Array, delta: Array
     ) -> tuple[Any, ...]:
         """Add the keys before a chunk to what some of its rows know of those in it.
 
@@ -158,21 +162,21 @@ class _Causal:
         those that are not far, and what the keys need to know of them.
         """
         head, grad, start = self.head, self.grad[rows, :], self.chunks[k][1].start
-        xp, few = head.xp, replace(head, query=head.query[rows, :], visible=None)
+        xp, few = head.xp, replace(head, query=head.query[rows, :], prefix_lengths=None)
         far = self.far[: np.searchsorted(self.far, start)]
         if len(far):
-            key, value = (take(x, far) for x in (head.key, head.value))
+            key, value = (gather_rows(x, far) for x in (head.key, head.value))
             answer, more = replace(few, key=key, value=value).attend()
             moved = xp.sum(grad * answer, axis=1)
-            both, normalizer = join(
-                (drift[:, None], normalizer), (moved[:, None], more)
+            both, normalizer = merge_partials(
+                (delta[:, None], normalizer), (moved[:, None], more)
             )
-            drift = both[:, 0]
-        normalizer = xp.where(self.hard[rows], xp.inf, normalizer)
+            delta = both[:, 0]
+        normalizer = xp.where(self.outlier_mask[rows], xp.inf, normalizer)
         if k == 0:
-            return normalizer, drift, xp.zeros_like(few.query, dtype=grad.dtype), 0.0
+            return normalizer, delta, xp.zeros_like(few.query, dtype=grad.dtype), 0.0
         prefix = self.prefixes[k - 1]
-        slope, sums, normalizer, drift = query_slopes(
-            few, grad, prefix.structure, normalizer, drift, prefix.near_mean
+        gradient, sums, normalizer, delta = query_pass(
+            few, grad, prefix.structure, normalizer, delta, prefix.near_mean
         )
-        return normalizer, drift, slope, sums
+        return normalizer, delta, gradient, sums

@@ -14,14 +14,14 @@ import numpy as np
 
 from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.multipole_gradient import multipole_vjp
-from fastattn.gradients.backward import SLACK, WORTH, Backward, exact_vjp_work
-from fastattn.methods.multipole.clusters import Blocks, Clusters, doubtful
+from fastattn.gradients.backward import SLACK, TIME_SHARE, Backward, exact_vjp_work
+from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_error
 from fastattn.methods.multipole.method import Cost, Multipole, arrange, clusters_for
 from fastattn.methods.multipole.threshold_search import Trial, choose
-from fastattn.problem.derivatives import Slopes
+from fastattn.problem.derivatives import Gradients
 from fastattn.problem.head import Head
-from fastattn.problem.row_statistics import hardest_rows
-from fastattn.problem.rows import take
+from fastattn.problem.row_statistics import high_variance_rows
+from fastattn.problem.rows import gather_rows
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host
 from sketching._lib.certificate import RefusalError
 
@@ -47,10 +47,10 @@ _FEW, _STEP, _SMALLEST = 0.01, 3.0, 1e-10
 # a pilot tells no more than this: thresholds change by factors of no more
 _FURTHEST = 100.0
 # more rows than this share out of reach leave nothing worth having
-_MENDED = 0.05
+_MOST_RECOMPUTED = 0.05
 
 
-def multipole_slopes(
+def cluster_vjp(
     head: Head,
     grad: Array,
     tol: float,
@@ -58,12 +58,12 @@ def multipole_slopes(
     *,
     method: Multipole | None = None,
     limit: float = math.inf,
-) -> tuple[Slopes, float]:
+) -> tuple[Gradients, float]:
     """Differentiate a head by clusters of its keys, and check.
 
     Returns
     -------
-    slopes : tuple of array
+    gradients : tuple of array
         Derivatives by query, key and value.
     error : float
         The largest of their relative Frobenius errors on sampled rows.
@@ -81,23 +81,25 @@ def multipole_slopes(
     clusters, blocks = arrange(head, count, cost, limit / _PASSES, rng)
     # a threshold that is given is all that may make an error
     given = method.threshold
-    all_middle = given is not None
-    pieces = _Pieces.of(head, grad, clusters, blocks, rng, all_middle=all_middle)
+    all_first_order = given is not None
+    vjp = _ClusterVjp.of(
+        head, grad, clusters, blocks, rng, all_first_order=all_first_order
+    )
     if given is not None:
-        return pieces.slopes(given, rng)
+        return vjp.differentiate(given, rng)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
-    threshold = pieces.threshold(tol, cost, limit / _PASSES, rng)
+    threshold = vjp.threshold(tol, cost, limit / _PASSES, rng)
     for number in range(_TRIES):
         if number == _TRIES // 2 or threshold <= _SMALLEST:
             # keys that are alike, near by no threshold, may have other values
-            pieces = replace(pieces, all_middle=True)
-            threshold = pieces.threshold(tol, cost, limit / _PASSES, rng)
-        slopes, error = pieces.slopes(threshold, rng)
+            vjp = replace(vjp, all_first_order=True)
+            threshold = vjp.threshold(tol, cost, limit / _PASSES, rng)
+        gradients, error = vjp.differentiate(threshold, rng)
         if error <= SLACK * tol:
             break
         # what the derivatives lacked says how much more to ask for; more each time
         threshold *= _factor(_LESS * SLACK * tol, error) ** (number + 1)
-    return slopes, error
+    return gradients, error
 
 
 def _factor(wanted: float, error: float) -> float:
@@ -121,28 +123,28 @@ def _next(tried: list[tuple[float, float]], aim: float) -> float:
     return threshold * _factor(aim, error) ** (number if error > _CLOSE * aim else 1)
 
 
-def clusters_if_they_pay(
+def cluster_vjp_if_faster(
     head: Head, grad: Array, tol: float, rng: np.random.Generator, share: float
-) -> Slopes | None:
+) -> Gradients | None:
     """Differentiate by clusters that pay and meet ``3 * tol``, if there are any.
 
     What else there is takes ``share`` of the exact time.
     """
-    if head.visible is not None or head.logits < _LARGE:
+    if head.prefix_lengths is not None or head.logits < _LARGE:
         return None
     # the reference spells out who belongs to which cluster, which never pays
-    if multipole_vjp.body(place_of(head.query)) is multipole_vjp.reference:
+    if multipole_vjp.kernel(place_of(head.query)) is multipole_vjp.reference:
         return None
-    limit = WORTH * share * exact_vjp_work(head)
+    limit = TIME_SHARE * share * exact_vjp_work(head)
     try:
-        slopes, error = multipole_slopes(head, grad, tol, rng, limit=limit)
+        gradients, error = cluster_vjp(head, grad, tol, rng, limit=limit)
     except RefusalError:
         return None
-    return slopes if error <= SLACK * tol else None
+    return gradients if error <= SLACK * tol else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Pieces:
+class _ClusterVjp:
     """A head in blocks and clusters, a few rows of a few blocks, and hard rows."""
 
     head: Head
@@ -150,11 +152,11 @@ class _Pieces:
     clusters: Clusters
     blocks: Blocks
     sample: Blocks
-    hard: Array
+    outlier_rows: Array
     # good rows of the sample, and what they hand on exactly
     known: list[Any]
     # whether first moments of all far keys are counted
-    all_middle: bool
+    all_first_order: bool
 
     @staticmethod
     def of(
@@ -164,16 +166,18 @@ class _Pieces:
         blocks: Blocks,
         rng: np.random.Generator,
         *,
-        all_middle: bool,
-    ) -> "_Pieces":
+        all_first_order: bool,
+    ) -> "_ClusterVjp":
         """Draw the few rows, and find the hard ones."""
         sizes = np.diff(blocks.cuts)
         count = min(len(sizes), _BLOCKS)
         some = np.sort(rng.choice(len(sizes), count, replace=False))
         few = np.minimum(sizes[some], _ROWS)
-        sample = blocks.few(some, few, rng)
-        hard = hardest_rows(head, rng)
-        return _Pieces(head, grad, clusters, blocks, sample, hard, [], all_middle)
+        sample = blocks.subsample(some, few, rng)
+        outlier_rows = high_variance_rows(head, rng)
+        return _ClusterVjp(
+            head, grad, clusters, blocks, sample, outlier_rows, [], all_first_order
+        )
 
     def threshold(
         self, tol: float, cost: Cost, limit: float, rng: np.random.Generator
@@ -185,18 +189,18 @@ class _Pieces:
         tried: list[tuple[float, float]] = []
         last = 0.0
         while len(tried) < _PILOTS:
-            reach, near = self._look(threshold)
+            row_limit, near = self._row_limit(threshold)
             if cost(replace(found.counts, near=near)) > limit:
                 raise RefusalError(
                     f"{near:.0f} near keys a row take more than the work allowed"
                 )
             few = near <= last + _FEW * self.head.sizes[1]
-            lacking = tried[-1][1] > aim if tried else not self.all_middle
+            lacking = tried[-1][1] > aim if tried else not self.all_first_order
             if few and lacking and threshold > _SMALLEST:
                 # as good as no key has become near: the error is hardly another
                 threshold /= _STEP if near else _STEP**2
                 continue
-            error, last = self._pilot(threshold, reach), near
+            error, last = self._pilot(threshold, row_limit), near
             tried.append((threshold, error))
             threshold = _next(tried, aim)
             if len(tried) > 1 and (error > aim) != (tried[-2][1] > aim):
@@ -206,75 +210,75 @@ class _Pieces:
                 break
         return threshold
 
-    def slopes(
+    def differentiate(
         self, threshold: float, rng: np.random.Generator
-    ) -> tuple[Slopes, float]:
+    ) -> tuple[Gradients, float]:
         """Differentiate by a threshold, mend rows out of reach, and check."""
         head, clusters, blocks = self.head, self.clusters, self.blocks
         xp, n = head.xp, head.sizes[0]
-        limit = np.full(n, self._look(threshold)[0])
-        limit[self.hard] = -1.0
+        limit = np.full(n, self._row_limit(threshold)[0])
+        limit[self.outlier_rows] = -1.0
         (query, key, value), *of_rows = self._sums(blocks, limit, threshold)
         back = xp.argsort(blocks.order)
-        query, normalizer, drift = (xp.take(x, back, axis=0) for x in (query, *of_rows))
+        query, normalizer, delta = (xp.take(x, back, axis=0) for x in (query, *of_rows))
         # centring is undone
         rows = xp.astype(head.query, normalizer.dtype, copy=False)
         normalizer = normalizer + xp.matmul(rows, clusters.offset)
         back = xp.argsort(clusters.order)
-        slopes = query, xp.take(key, back, axis=0), xp.take(value, back, axis=0)
-        settled = np.flatnonzero(~np.isfinite(to_host(normalizer)))
-        if len(settled) > _MENDED * n + len(self.hard):
+        gradients = query, xp.take(key, back, axis=0), xp.take(value, back, axis=0)
+        exact_rows = np.flatnonzero(~np.isfinite(to_host(normalizer)))
+        if len(exact_rows) > _MOST_RECOMPUTED * n + len(self.outlier_rows):
             raise RefusalError(
-                f"Multipole(threshold={threshold:.1e}) fails in {len(settled)} of {n} "
-                "rows: the logits reach beyond what it serves"
+                f"Multipole(threshold={threshold:.1e}) fails in {len(exact_rows)} of "
+                f"{n} rows: the logits reach beyond what it serves"
             )
-        state = Backward(head, self.grad, normalizer, drift).with_exact(settled)
-        slopes = state.mended(slopes, settled)
-        return slopes, state.error(slopes, settled, rng)
+        state = Backward(head, self.grad, normalizer, delta).with_exact(exact_rows)
+        gradients = state.with_recomputed(gradients, exact_rows)
+        return gradients, state.error(gradients, exact_rows, rng)
 
-    def _pilot(self, threshold: float, reach: float) -> float:
+    def _pilot(self, threshold: float, row_limit: float) -> float:
         """The largest relative error of what the few rows hand on."""
         sample = self.sample
-        limit = np.full(self.head.sizes[0], reach)
+        limit = np.full(self.head.sizes[0], row_limit)
         found, normalizer, _ = self._sums(sample, limit, threshold)
         # rows out of reach are going to be computed exactly
-        good = np.isfinite(to_host(normalizer))
+        reliable = np.isfinite(to_host(normalizer))
         error = 0.0
-        for x, y in zip(found, self._truth(good), strict=True):
+        for x, y in zip(found, self._truth(reliable), strict=True):
             part, truth = (to_host(z).astype(np.float64) for z in (x, y))
             size = float(np.linalg.norm(truth))
             error = max(error, float(np.linalg.norm(part - truth)) / (size or 1.0))
         return error
 
-    def _truth(self, good: Array) -> Slopes:
+    def _truth(self, reliable: Array) -> Gradients:
         """What the few rows hand on exactly, but for those that are not good."""
-        if self.known and np.array_equal(self.known[0], good):
-            found: Slopes = self.known[1]
+        if self.known and np.array_equal(self.known[0], reliable):
+            found: Gradients = self.known[1]
             return found
         sample, clusters = self.sample, self.clusters
-        mask = mover(self.grad, self.grad.dtype)(good.astype(float))[:, None]
+        mask = mover(self.grad, self.grad.dtype)(reliable.astype(float))[:, None]
         query, key, value = attend_vjp(
             sample.query,
             clusters.key,
             clusters.value,
-            take(self.grad, sample.order) * mask,
+            gather_rows(self.grad, sample.order) * mask,
             scale=1.0,
-            visible=None,
+            prefix_lengths=None,
         )
         found = (*self._turned(query, key), value)
-        self.known[:] = good, found
+        self.known[:] = reliable, found
         return found
 
     def _sums(
         self, blocks: Blocks, limit: Array, threshold: float
-    ) -> tuple[Slopes, Array, Array]:
+    ) -> tuple[Gradients, Array, Array]:
         """Differentiate blocks: in their order, and keys by cluster.
 
         Rows whose errors are estimated beyond the limit have infinite normalizers.
         """
         clusters = self.clusters
         move = mover(clusters.key, clusters.key.dtype)
-        query, key, value, normalizer, drift = multipole_vjp(
+        query, key, value, normalizer, delta = multipole_vjp(
             blocks.query,
             blocks.mean,
             blocks.square,
@@ -282,15 +286,15 @@ class _Pieces:
             clusters.key,
             clusters.value,
             clusters.metric,
-            take(self.grad, blocks.order),
+            gather_rows(self.grad, blocks.order),
             move(limit[to_host(blocks.order)]),
             cuts=blocks.cuts,
             start=clusters.start,
             group=clusters.group,
             threshold=threshold,
-            all_middle=self.all_middle,
+            all_first_order=self.all_first_order,
         )
-        return (*self._turned(query, key), value), normalizer, drift
+        return (*self._turned(query, key), value), normalizer, delta
 
     def _turned(self, query: Array, key: Array) -> tuple[Array, Array]:
         """Derivatives by queries and keys that are not in balanced coordinates."""
@@ -300,8 +304,8 @@ class _Pieces:
         move = mover(query, query.dtype)
         return xp.matmul(query, xp.matrix_transpose(turn)), xp.matmul(key, move(back))
 
-    def _look(self, threshold: float) -> tuple[float, float]:
+    def _row_limit(self, threshold: float) -> tuple[float, float]:
         """How large the estimated error of a row may be, and near keys, by few rows."""
         _, _, error, counts = self.clusters.answer(self.sample, threshold)
         near = float(np.average(counts[:, 0], weights=np.diff(self.sample.cuts)))
-        return doubtful(error, near / self.head.sizes[1]), near
+        return largest_row_error(error, near / self.head.sizes[1]), near

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from fastattn.gradients.backward import SLACK
-from fastattn.gradients.exact import coarse_slopes, exact_slopes
+from fastattn.gradients.exact import exact_vjp, low_precision_vjp
 from fastattn.gradients.lowrank import (
     least_share,
-    lowrank_slopes,
-    slopes_if_they_pay,
+    lowrank_vjp,
+    lowrank_vjp_if_faster,
     worth_a_try,
 )
 from fastattn.gradients.multipole import (
     QUICK,
-    clusters_if_they_pay,
-    multipole_slopes,
+    cluster_vjp,
+    cluster_vjp_if_faster,
 )
 from fastattn.methods.exact import Exact
 from fastattn.methods.multipole.method import Multipole
@@ -28,10 +28,10 @@ from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
 from fastattn.planning.options import check_options
 from fastattn.problem.batch import Batch, own_place
-from fastattn.problem.derivatives import Slopes, assembled, check_grad, unmasked
+from fastattn.problem.derivatives import Gradients, assembled, check_grad, unmasked
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Method
-from fastattn.problem.rows import spread
+from fastattn.problem.rows import scatter_rows
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.random import RandomSource
@@ -137,11 +137,11 @@ def attention_vjp(
     ):
         grad = head.xp.astype(grad_output[(*place, ...)], head.dtype, copy=False)
         seen = head.trimmed()
-        slopes = _slopes(seen, grad, tol, method, guarantee, child)
-        slopes = unmasked(batch, place, _untrimmed(head, seen, slopes))
-        for sums, x, slope in zip(total, inputs, slopes, strict=True):
+        gradients = _vjp(seen, grad, tol, method, guarantee, child)
+        gradients = unmasked(batch, place, _untrimmed(head, seen, gradients))
+        for sums, x, gradient in zip(total, inputs, gradients, strict=True):
             own = own_place(x, place)
-            sums[own] = sums[own] + slope if own in sums else slope
+            sums[own] = sums[own] + gradient if own in sums else gradient
     names = "query", "key", "value"
     first, second, third = (
         assembled(*each) for each in zip(names, inputs, total, strict=True)
@@ -170,23 +170,23 @@ def _check_method(method: Any, guarantee: str) -> None:
         raise RefusalError(f"derivatives of {method} are not proven: use Exact()")
 
 
-def _slopes(
+def _vjp(
     head: Head,
     grad: Array,
     tol: float,
     method: Method,
     guarantee: str,
     rng: np.random.Generator,
-) -> Slopes:
+) -> Gradients:
     """Differentiate one head by the method, by a low rank that pays, or exactly."""
     if isinstance(method, Polynomial | Multipole) and head.sizes[1]:
         return _asked_for(head, grad, tol, method, rng)
     if isinstance(method, Auto) and guarantee == "sampled" and head.logits:
         found = _near_linear(head, grad, tol, rng)
-        found = coarse_slopes(head, grad, tol, rng) if found is None else found
+        found = low_precision_vjp(head, grad, tol, rng) if found is None else found
         if found is not None:
             return found
-    return exact_slopes(head, grad)
+    return exact_vjp(head, grad)
 
 
 def _asked_for(
@@ -195,19 +195,19 @@ def _asked_for(
     tol: float,
     method: Polynomial | Multipole,
     rng: np.random.Generator,
-) -> Slopes:
+) -> Gradients:
     """Differentiate by the given method, or refuse."""
     if isinstance(method, Multipole):
-        if head.visible is not None:
+        if head.prefix_lengths is not None:
             raise RefusalError(
                 "derivatives of Multipole() do not take is_causal=True: use "
                 "Polynomial(basis='hermite'), Exact() or Auto()"
             )
-        slopes, error = multipole_slopes(head, grad, tol, rng, method=method)
+        gradients, error = cluster_vjp(head, grad, tol, rng, method=method)
         more = "lower threshold"
     else:
         empty = method.structure(head, rng)
-        slopes, error = lowrank_slopes(head, grad, empty, rng, SLACK * tol)
+        gradients, error = lowrank_vjp(head, grad, empty, rng, SLACK * tol)
         method = replace(method, rank=empty.rank, landmarks=empty.landmarks)
         more = "rank"
     if not error <= SLACK * tol:
@@ -215,28 +215,32 @@ def _asked_for(
             f"derivatives of {method} miss 3 * tol with tol={tol:g}: {error:.2e} "
             f"on sampled rows; raise tol or {more}, or use Auto()"
         )
-    return slopes
+    return gradients
 
 
 def _near_linear(
     head: Head, grad: Array, tol: float, rng: np.random.Generator
-) -> Slopes | None:
+) -> Gradients | None:
     """Differentiate by clusters or a low rank, if one pays and meets ``3 * tol``."""
     lowranks = worth_a_try(head, grad, tol, rng)
     share = least_share(head, tol, lowranks)
     if share > QUICK:
-        found = clusters_if_they_pay(head, grad, tol, rng, share)
+        found = cluster_vjp_if_faster(head, grad, tol, rng, share)
         if found is not None:
             return found
-    found = slopes_if_they_pay(head, grad, tol, rng, lowranks)
+    found = lowrank_vjp_if_faster(head, grad, tol, rng, lowranks)
     if found is None and share <= QUICK:
-        found = clusters_if_they_pay(head, grad, tol, rng, 1.0)
+        found = cluster_vjp_if_faster(head, grad, tol, rng, 1.0)
     return found
 
 
-def _untrimmed(head: Head, seen: Head, slopes: Slopes) -> Slopes:
+def _untrimmed(head: Head, seen: Head, gradients: Gradients) -> Gradients:
     """Give the last keys, which no row sees, derivatives of zero."""
     m, some = head.sizes[1], np.arange(seen.sizes[1])
     if len(some) == m:
-        return slopes
-    return slopes[0], spread(slopes[1], some, m), spread(slopes[2], some, m)
+        return gradients
+    return (
+        gradients[0],
+        scatter_rows(gradients[1], some, m),
+        scatter_rows(gradients[2], some, m),
+    )

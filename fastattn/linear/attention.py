@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.linear.head_vjp import slopes_of
+from fastattn.linear.head_vjp import vjp_of
 from fastattn.linear.heads import Answer, LinearHead
 from fastattn.linear.protocol import FeatureMap, Reader
 from fastattn.problem.batch import Batch, own_place, pick
@@ -180,10 +180,10 @@ def linear_attention_vjp(
         grad = grad_output[(*place, ...)]
         grad = part.head.xp.astype(grad, part.features.dtype, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):
-            slopes = unmasked(batch, place, slopes_of(part, grad))
-        for sums, x, slope in zip(total, inputs, slopes, strict=True):
+            gradients = unmasked(batch, place, vjp_of(part, grad))
+        for sums, x, gradient in zip(total, inputs, gradients, strict=True):
             own = own_place(x, place)
-            sums[own] = sums[own] + slope if own in sums else slope
+            sums[own] = sums[own] + gradient if own in sums else gradient
     names = "query", "key", "value"
     first, second, third = (
         assembled(*each) for each in zip(names, inputs, total, strict=True)
@@ -278,9 +278,9 @@ def _answers(batch: Batch, parts: list[LinearHead]) -> list[Array]:
     def work(group: int) -> None:
         first = parts[members[group][0]]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            sums = None if first.is_sequential else first.sums()
+            state = None if first.is_sequential else first.state()
             for number in members[group]:
-                answers[number] = _checked(parts[number], parts[number].answer(sums))
+                answers[number] = _checked(parts[number], parts[number].answer(state))
 
     if place_of(batch.query) == "cpu":
         run_blocks(work, range(len(members)))

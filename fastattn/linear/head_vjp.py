@@ -13,10 +13,10 @@ from fastattn._ops.linear import prefix_products, reciprocal
 from fastattn.linear.heads import LinearHead, extend
 from sketching._lib.arrays import Array, array_namespace, mover
 
-Slopes = tuple[Array, Array, Array]
+Gradients = tuple[Array, Array, Array]
 
 
-def slopes_of(part: LinearHead, grad: Array) -> Slopes:
+def vjp_of(part: LinearHead, grad: Array) -> Gradients:
     """Differentiate ``sum(grad * answer)`` of one head by query, key and value."""
     head, dtype = part.head, part.features.dtype
     if head.sizes[1] == 0:
@@ -30,46 +30,46 @@ def slopes_of(part: LinearHead, grad: Array) -> Slopes:
     return _whole(part, grad)
 
 
-def _whole(part: LinearHead, grad: Array) -> Slopes:
+def _whole(part: LinearHead, grad: Array) -> Gradients:
     """Differentiate where all rows see all keys, block by block."""
-    xp, size, sums = part.head.xp, part.rows, part.sums()
+    xp, size, state = part.head.xp, part.rows, part.state()
     (n, m, _, p), flip = part.head.sizes, xp.matrix_transpose
     query_parts, key_parts, value_parts, total = [], [], [], None
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         features, log = part.query(rows)
-        mixed = xp.matmul(features, sums.total)
-        change = _change(part, rows, mixed, (log, sums.log), grad[rows, :])
+        mixed = xp.matmul(features, state.total)
+        change = _change(part, rows, mixed, (log, state.log), grad[rows, :])
         own = xp.matmul(flip(features), change)
         total = own if total is None else total + own
-        query_parts.append(_by_query(part, rows, xp.matmul(change, flip(sums.total))))
+        query_parts.append(_by_query(part, rows, xp.matmul(change, flip(state.total))))
     for start in range(0, m, size):
         keys = slice(start, min(start + size, m))
         features, log, value = part.key(keys)
-        extended, _ = extend(value, log, sums.log)
-        value_parts.append(_by_value(xp.matmul(features, total), log, sums.log, p))
+        extended, _ = extend(value, log, state.log)
+        value_parts.append(_by_value(xp.matmul(features, total), log, state.log, p))
         key_parts.append(_by_key(part, keys, xp.matmul(extended, flip(total))))
     return xp.concat(query_parts), xp.concat(key_parts), xp.concat(value_parts)
 
 
-def _causal(part: LinearHead, grad: Array) -> Slopes:
+def _causal(part: LinearHead, grad: Array) -> Gradients:
     """Differentiate where rows see the first keys only: three products by chunks.
 
     All features are kept: what comes back runs from the last row to the first.
     """
     xp, (n, m, _, p) = part.head.xp, part.head.sizes
     rows, keys = slice(0, n), slice(0, m)
-    visible, place = part.visible, part.place
+    prefix_lengths, place = part.prefix_lengths, part.place
     left, row_log = part.query(rows)
     right, key_log, value = part.key(keys)
     extended, top = extend(value, key_log)
-    forward = {"visible": visible, **part.fading(keys, rows, place)}
+    forward = {"prefix_lengths": prefix_lengths, **part.fading(keys, rows, place)}
     mixed = _products(left, right, extended, forward)
     change = _change(part, rows, mixed, (row_log, top), grad)
     by_left = _products(change, extended, right, forward)
     # key j is seen by the rows from the first that sees more than j keys
-    first = np.searchsorted(visible, np.arange(m), side="right")
-    backward: dict[str, Any] = {"visible": (n - first)[::-1]}
+    first = np.searchsorted(prefix_lengths, np.arange(m), side="right")
+    backward: dict[str, Any] = {"prefix_lengths": (n - first)[::-1]}
     if part.decay is not None:
         end = max(int(place[-1]), int(part.column[-1]))
         backward |= {
@@ -112,8 +112,8 @@ def _change(
         if row_log is not None:
             grad = grad * xp.exp(log)[:, None]
         return xp.concat([grad, xp.zeros_like(grad[:, :1])], axis=1)
-    drift = -xp.sum(grad * value, axis=1, keepdims=True)
-    return xp.concat([grad, drift], axis=1) * reciprocal(total)[:, None]
+    minus_delta = -xp.sum(grad * value, axis=1, keepdims=True)
+    return xp.concat([grad, minus_delta], axis=1) * reciprocal(total)[:, None]
 
 
 def _by_query(part: LinearHead, rows: slice, slope: Array) -> Array:

@@ -28,7 +28,7 @@ _TASKS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sums:
+class FeatureState:
     """Sums over keys of features times ``[value, 1]``.
 
     Parameters
@@ -43,11 +43,11 @@ class Sums:
     log: Array | None
 
     @staticmethod
-    def of(features: Array, value: Array, log: Array | None) -> "Sums":
+    def of(features: Array, value: Array, log: Array | None) -> "FeatureState":
         """Sum over keys whose factors have the logarithms ``log``, (..., m, 1)."""
         xp = array_namespace(features)
         extended, top = extend(value, log)
-        return Sums(xp.matmul(xp.matrix_transpose(features), extended), top)
+        return FeatureState(xp.matmul(xp.matrix_transpose(features), extended), top)
 
     def relative_to(self, log: Array | None) -> Array:
         """Return the sums relative to another factor."""
@@ -58,13 +58,13 @@ class Sums:
         gap = xp.where(xp.isfinite(self.log), self.log - log, xp.zeros_like(log))
         return self.total * xp.exp(gap)
 
-    def plus(self, other: "Sums") -> "Sums":
+    def plus(self, other: "FeatureState") -> "FeatureState":
         """Add the sums over other keys."""
         top = None
         if self.log is not None and other.log is not None:
             xp = array_namespace(self.log, other.log)
             top = xp.where(self.log > other.log, self.log, other.log)
-        return Sums(self.relative_to(top) + other.relative_to(top), top)
+        return FeatureState(self.relative_to(top) + other.relative_to(top), top)
 
 
 def extend(
@@ -183,9 +183,9 @@ class LinearHead:
     check: Callable[[], None] | None = None
 
     @property
-    def visible(self) -> Array:
+    def prefix_lengths(self) -> Array:
         """How many keys each row of a sequential head sees, on the host."""
-        return to_host(self.head.visible).astype(np.int64)
+        return to_host(self.head.prefix_lengths).astype(np.int64)
 
     @property
     def rows(self) -> int:
@@ -196,12 +196,12 @@ class LinearHead:
     @property
     def is_sequential(self) -> bool:
         """Whether the answer is found row by row, so that there is no one sum."""
-        return self.head.visible is not None or self.head.sizes[1] == 0
+        return self.head.prefix_lengths is not None or self.head.sizes[1] == 0
 
-    def answer(self, sums: Sums | None = None) -> Answer:
+    def answer(self, state: FeatureState | None = None) -> Answer:
         """Answer all queries; a row whose weights add up to zero gets zeros.
 
-        ``sums`` is what ``sums()`` returns, where that is known.
+        ``state`` is what ``state()`` returns, where that is known.
         """
         n, m, _, p = self.head.sizes
         if m == 0:
@@ -210,9 +210,9 @@ class LinearHead:
             return Answer(zeros[:, :p], zeros[:, p], zeros[:, p + 1])
         if self.is_sequential:
             return self._causal(self.rows)
-        return self._whole(self.sums() if sums is None else sums, self.rows)
+        return self._whole(self.state() if state is None else state, self.rows)
 
-    def sums(self) -> Sums:
+    def state(self) -> FeatureState:
         """Sum over all keys: a task adds up its own blocks."""
         m, size = self.head.sizes[1], self.rows
         span = size * -(-m // (size * _TASKS))
@@ -223,14 +223,14 @@ class LinearHead:
             for start in range(task * span, min((task + 1) * span, m), size):
                 features, log, value = self.key(slice(start, min(start + size, m)))
                 if log is None:
-                    sums = Sums(key_sums(features, value), None)
+                    state = FeatureState(key_sums(features, value), None)
                 else:
-                    sums = Sums.of(features, value, log)
-                total = sums if total is None else total.plus(sums)
+                    state = FeatureState.of(features, value, log)
+                total = state if total is None else total.plus(state)
             found[task] = total
 
         run_tasks(work, range(len(found)), self.head.query)
-        whole: Sums = functools.reduce(Sums.plus, found)
+        whole: FeatureState = functools.reduce(FeatureState.plus, found)
         return whole
 
     def key(self, rows: slice) -> tuple[Array, Array | None, Array]:
@@ -260,30 +260,34 @@ class LinearHead:
 
     def check_weights(self, total: Array, rows: slice) -> None:
         """Refuse rows whose weights, which should be those of softmax, all vanish."""
-        visible = self.head.visible
-        sees = None if visible is None else visible[rows] > 0
+        prefix_lengths = self.head.prefix_lengths
+        sees = None if prefix_lengths is None else prefix_lengths[rows] > 0
         # weights that faded away are right to vanish
         if self.head.sizes[1] and (self.normalize or self.decay is None):
             check_weights(self.features.map, total, sees)
 
-    def _whole(self, sums: Sums, size: int) -> Answer:
+    def _whole(self, state: FeatureState, size: int) -> Answer:
         n, _, _, p = self.head.sizes
         options = {"offset": self.features.map.offset, "normalize": self.normalize}
 
         def work(rows: slice, out: Any) -> tuple[Array, Array, Array]:
             features, log = self.query(rows)
-            value, total = row_means(features, sums.total, **options, out=out)
-            return with_logs(value, total, log, sums.log, self.normalize)
+            value, total = row_means(features, state.total, **options, out=out)
+            return with_logs(value, total, log, state.log, self.normalize)
 
-        return Answer(*each_block(work, n, size, p, like=sums.total))
+        return Answer(*each_block(work, n, size, p, like=state.total))
 
     def _causal(self, size: int) -> Answer:
-        (n, _, _, p), visible, place = self.head.sizes, self.visible, self.place
+        (n, _, _, p), prefix_lengths, place = (
+            self.head.sizes,
+            self.prefix_lengths,
+            self.place,
+        )
         state, done = _empty(*self.query(slice(0, 1)), p), 0
 
         def work(rows: slice, out: Any) -> tuple[Array, Array, Array]:
             nonlocal state, done
-            last = int(visible[rows][-1])
+            last = int(prefix_lengths[rows][-1])
             left, row_log = self.query(rows)
             right, log, value = self.key(slice(done, last))
             extended, top = extend(value, log, state.log)
@@ -292,10 +296,10 @@ class LinearHead:
                 right,
                 extended,
                 state.relative_to(top),
-                visible=visible[rows] - done,
+                prefix_lengths=prefix_lengths[rows] - done,
                 **self.fading(slice(done, last), rows, place),
             )
-            state, done = Sums(total, top), last
+            state, done = FeatureState(total, top), last
             return self.finish(found, row_log, top, out)
 
         return Answer(*each_block(work, n, size, p, like=state.total, in_turn=True))
@@ -309,8 +313,10 @@ class LinearHead:
         """
         if self.decay is None or not self.normalize or self.features.map.offset:
             return np.arange(self.head.sizes[0])
-        visible = self.visible
-        return np.where(visible > 0, self.column[np.maximum(visible, 1) - 1], 0)
+        prefix_lengths = self.prefix_lengths
+        return np.where(
+            prefix_lengths > 0, self.column[np.maximum(prefix_lengths, 1) - 1], 0
+        )
 
     def fading(self, keys: slice, rows: slice, place: Array) -> dict[str, Any]:
         """Return the options of ``prefix_products`` that say how keys fade."""
@@ -370,8 +376,10 @@ def run_tasks(work: Callable[[int], None], numbers: range, like: Array) -> None:
         work(number)
 
 
-def _empty(left: Array, log: Array | None, p: int) -> Sums:
+def _empty(left: Array, log: Array | None, p: int) -> FeatureState:
     """Sums over no keys."""
     xp = array_namespace(left)
     total = xp.broadcast_to(xp.zeros_like(left[0, :])[:, None], (left.shape[1], p + 1))
-    return Sums(total, None if log is None else xp.full_like(left[:1, :1], -xp.inf))
+    return FeatureState(
+        total, None if log is None else xp.full_like(left[:1, :1], -xp.inf)
+    )

@@ -11,7 +11,13 @@ from fastattn.costs.work import seconds
 from fastattn.linear.heads import LinearHead, least_total
 from fastattn.linear.protocol import FeatureMap, Reader
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
+from fastattn.problem.plan import (
+    Candidate,
+    ConfiguredMethod,
+    HeadAnswer,
+    Plan,
+    candidate_of,
+)
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
@@ -31,13 +37,13 @@ class SoftmaxFeatures(FeatureMap, Protocol):
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Iterator[Candidate]:
         """Say what would run, or why it would be refused."""
-        yield candidate_of(self, lambda: _attempt(self, head, guarantee).plan)
+        yield candidate_of(self, lambda: _configured(self, head, guarantee).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the method and certify the answer, or refuse."""
-        answer = certified(head, _attempt(self, head, guarantee), tol, rng)
+        answer = certified(head, _configured(self, head, guarantee), tol, rng)
         if not answer.error <= tol:
             raise RefusalError(
                 f"{self} misses tol={tol:g}: {answer.error:.2e} on sampled rows; raise "
@@ -46,7 +52,9 @@ class SoftmaxFeatures(FeatureMap, Protocol):
         return answer
 
 
-def _attempt(feature_map: FeatureMap, head: Head, guarantee: str) -> Attempt:
+def _configured(
+    feature_map: FeatureMap, head: Head, guarantee: str
+) -> ConfiguredMethod:
     if guarantee == "proven":
         raise RefusalError(
             f"{feature_map} has no proven bound: use guarantee='sampled', "
@@ -62,10 +70,10 @@ def _attempt(feature_map: FeatureMap, head: Head, guarantee: str) -> Attempt:
         xp = head.xp
         answer = LinearHead(head, features, np.arange(head.sizes[1])).answer()
         total = answer.total
-        good = total > least_total(xp, total.dtype)
-        good = xp.logical_and(good, xp.isfinite(total))
-        logarithm = xp.log(xp.where(good, total, xp.ones_like(total))) + answer.log
+        reliable = total > least_total(xp, total.dtype)
+        reliable = xp.logical_and(reliable, xp.isfinite(total))
+        logarithm = xp.log(xp.where(reliable, total, xp.ones_like(total))) + answer.log
         nothing = xp.full_like(total, xp.nan)
-        return answer.value, xp.where(good, logarithm, nothing), good
+        return answer.value, xp.where(reliable, logarithm, nothing), reliable
 
-    return Attempt(plan, run, math.inf)
+    return ConfiguredMethod(plan, run, math.inf)

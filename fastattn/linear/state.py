@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.linear.attention import check_decay, check_map
-from fastattn.linear.heads import Sums, check_weights, finish
+from fastattn.linear.heads import FeatureState, check_weights, finish
 from fastattn.linear.protocol import FeatureMap, Reader
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.cell import Cell
@@ -25,7 +25,7 @@ class _Held(NamedTuple):
     inserted: int = 0
     features: Reader | None = None
     kind: _Kind | None = None
-    sums: Sums | None = None
+    state: FeatureState | None = None
 
 
 class LinearState:
@@ -114,10 +114,10 @@ class LinearState:
     @property
     def nbytes(self) -> int:
         """Bytes of the sums."""
-        sums = self._cell.value.sums
-        if sums is None:
+        state = self._cell.value.state
+        if state is None:
             return 0
-        total = sums.total
+        total = state.total
         bits = int(array_namespace(total).finfo(total.dtype).bits)
         return int(math.prod(total.shape)) * bits // 8
 
@@ -141,7 +141,7 @@ class LinearState:
     def _inserted(self, held: _Held, key: Array, value: Array) -> _Held:
         kind = self._checked_kind(held.kind, key, value)
         features = held.features or self._features_for(key)
-        sums, count = held.sums, held.inserted
+        state, count = held.state, held.inserted
         width = features.key(key[..., :1, :], np.zeros(1))[0].shape[-1]
         rows = max(1, _BLOCK // (width * math.prod(key.shape[:-2])))
         for start in range(0, key.shape[-2], rows):
@@ -152,11 +152,11 @@ class LinearState:
                 some = self._sum(
                     features, key[..., block, :], value[..., block, :], count
                 )
-                if sums is not None:
-                    some = self._faded(features, sums, size).plus(some)
-                sums = some
+                if state is not None:
+                    some = self._faded(features, state, size).plus(some)
+                state = some
             count += size
-        return _Held(count, features, kind, sums)
+        return _Held(count, features, kind, state)
 
     def query(self, query: Array) -> Array:
         """Answer queries from the keys inserted so far.
@@ -171,8 +171,8 @@ class LinearState:
         array, shape (..., n, p)
         """
         (query,) = _checked(query=query)
-        count, features, kind, sums = self._cell.value
-        if features is None or sums is None or kind is None:
+        count, features, kind, state = self._cell.value
+        if features is None or state is None or kind is None:
             raise ValueError("nothing was inserted yet: there is no key to see")
         _, d, _, dtype = kind
         if query.shape[-1] != d:
@@ -181,14 +181,14 @@ class LinearState:
             )
         if query.dtype != dtype:
             raise TypeError(f"query: expected {dtype}, as the keys, got {query.dtype}")
-        xp = array_namespace(query, sums.total)
+        xp = array_namespace(query, state.total)
         # all queries stand where the last key does
         position = np.full(query.shape[-2], count - 1)
         found, row_log = features.query(query, position)
         with np.errstate(over="ignore", invalid="ignore"):
-            mixed = xp.matmul(found, sums.total)
+            mixed = xp.matmul(found, state.total)
             value, total, _ = finish(
-                mixed, row_log, sums.log, self.feature_map.offset, self.normalize
+                mixed, row_log, state.log, self.feature_map.offset, self.normalize
             )
             value = xp.astype(value, query.dtype, copy=False)
         if self.normalize or self.decay is None:
@@ -226,18 +226,18 @@ class LinearState:
         return self
 
     def _merged(self, held: _Held, added: _Held) -> _Held:
-        if added.sums is None:
+        if added.state is None:
             return held
-        if held.sums is None or held.features is None:
+        if held.state is None or held.features is None:
             return added
-        if held.sums.total.shape != added.sums.total.shape:
+        if held.state.total.shape != added.state.total.shape:
             raise ValueError(
-                f"other: expected sums of shape {held.sums.total.shape}, got "
-                f"{added.sums.total.shape}"
+                f"other: expected sums of shape {held.state.total.shape}, got "
+                f"{added.state.total.shape}"
             )
-        faded = self._faded(held.features, held.sums, added.inserted)
+        faded = self._faded(held.features, held.state, added.inserted)
         return held._replace(
-            inserted=held.inserted + added.inserted, sums=faded.plus(added.sums)
+            inserted=held.inserted + added.inserted, state=faded.plus(added.state)
         )
 
     def _options(self) -> tuple[Any, ...]:
@@ -276,7 +276,9 @@ class LinearState:
         scale = self.feature_map.default_scale(d) if self.scale is None else self.scale
         return Reader.of(self.feature_map, key, scale)
 
-    def _sum(self, reader: Reader, key: Array, value: Array, count: int) -> Sums:
+    def _sum(
+        self, reader: Reader, key: Array, value: Array, count: int
+    ) -> FeatureState:
         """Sum over some keys, as seen from the last of them."""
         xp, m = array_namespace(key, value), key.shape[-2]
         features, log = reader.key(key, count + np.arange(m))
@@ -284,13 +286,15 @@ class LinearState:
         if self.decay is not None:
             gap = np.arange(m)[::-1, None]
             features = features * self._power(reader, key, gap)
-        return Sums.of(features, value, log)
+        return FeatureState.of(features, value, log)
 
-    def _faded(self, reader: Reader, sums: Sums, steps: int) -> Sums:
+    def _faded(self, reader: Reader, state: FeatureState, steps: int) -> FeatureState:
         """Return the sums as seen from some positions later."""
         if self.decay is None:
-            return sums
-        return Sums(sums.total * self._power(reader, sums.total, steps), sums.log)
+            return state
+        return FeatureState(
+            state.total * self._power(reader, state.total, steps), state.log
+        )
 
     def _power(self, reader: Reader, like: Array, gap: Any) -> Array:
         xp = array_namespace(like)

@@ -26,7 +26,7 @@ from fastattn.certificates.sampled import SampledError, certify_rows, scaled_fro
 from fastattn.costs.work import exact_work, seconds
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
-from fastattn.problem.row_statistics import SeenKeys, guess_errors, row_statistics
+from fastattn.problem.row_statistics import SeenKeys, profile_errors, row_statistics
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
@@ -181,9 +181,17 @@ def _sampled(
         norms = abs(head.scale) * row_norms(head.query, head.query_squares)
         rounding = 1 + norms * _norms(head)[1]
     seen = SeenKeys.of(head, found, value, normalizer)
-    guess = guess_errors(found, seen, rounding=np.nan_to_num(rounding, nan=np.inf))
+    error_profile = profile_errors(
+        found, seen, rounding=np.nan_to_num(rounding, nan=np.inf)
+    )
     return certify_rows(
-        head, value, tol, rng, size=size, guess=guess.squares, first=_ROWS
+        head,
+        value,
+        tol,
+        rng,
+        size=size,
+        error_profile=error_profile.squares,
+        first=_ROWS,
     )
 
 
@@ -222,16 +230,19 @@ def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     if m == 0:
         return 0.0
     u, tiny = unit_roundoff(xp, dtype), smallest_number(xp, dtype)
-    extent = value_range(head)
-    sums = sums_error(m, u, is_fast=head.has_fast_body)
-    if sums * extent.peak > most:
+    value_bounds = value_range(head)
+    sums = sums_error(m, u, is_fast=head.has_fast_kernel)
+    if sums * value_bounds.peak > most:
         return math.inf
-    if m * extent.peak > largest_number(xp, dtype) / 4:
+    if m * value_bounds.peak > largest_number(xp, dtype) / 4:
         return math.inf
     weights = _weights_bound(head, dtype)
     cut = cut_weights(xp, dtype, m)
-    error = mean_deviation(weights + cut, extent.half) + (sums + cut) * extent.peak
-    return once_stored(xp, head.query.dtype, extent.peak, error + 2 * m * tiny)
+    error = (
+        mean_deviation(weights + cut, value_bounds.half)
+        + (sums + cut) * value_bounds.peak
+    )
+    return once_stored(xp, head.query.dtype, value_bounds.peak, error + 2 * m * tiny)
 
 
 def may_overflow(head: Head) -> bool:
@@ -259,7 +270,7 @@ def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
     are, and the sum of those.
     """
     xp, (n, m, d, _) = head.xp, head.sizes
-    dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_body
+    dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_kernel
     if m == 0:
         return np.zeros(n)
     query = abs(head.scale) * row_norms(head.query, head.query_squares)
@@ -268,18 +279,18 @@ def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
     sums = sums_error(m, unit_roundoff(xp, dtype), is_fast=is_fast)
     sums += cut_weights(xp, dtype, m)
     with np.errstate(over="ignore", invalid="ignore"):
-        reach = query * key
-        error = _exponent_error(m, d, reach, key, xp, dtype, is_fast=is_fast)
+        logit_bound = query * key
+        error = _exponent_error(m, d, logit_bound, key, xp, dtype, is_fast=is_fast)
         error -= math.log1p(-sums) if sums < 1 else -math.inf
         # NaN is no bound, nor what overflowed on the way
-        error = np.where((reach < most) & (query < most), error, np.inf)
+        error = np.where((logit_bound < most) & (query < most), error, np.inf)
     return log_errors(head, logarithm, error, dtype)
 
 
 def _weights_bound(head: Head, dtype: Any) -> float:
     """Bound the relative error of all weights of a head in ``dtype``."""
     _, m, d, _ = head.sizes
-    norms, is_fast = _norms(head), head.has_fast_body
+    norms, is_fast = _norms(head), head.has_fast_kernel
     return weights_error(m, d, *norms, head.xp, dtype, is_fast=is_fast)
 
 
@@ -305,19 +316,26 @@ def weights_error(
     is_fast: bool,
 ) -> float:
     """Bound the relative error of weights; ``query_norm`` is that times the scale."""
-    reach = query_norm * key_norm
+    logit_bound = query_norm * key_norm
     if not _is_held(query_norm, key_norm, xp, dtype):
         return math.inf
-    exponent = _exponent_error(m, d, reach, key_norm, xp, dtype, is_fast=is_fast)
+    exponent = _exponent_error(m, d, logit_bound, key_norm, xp, dtype, is_fast=is_fast)
     return math.expm1(exponent) if exponent < 1 else math.inf
 
 
 def _exponent_error(
-    m: int, d: int, reach: Any, key_norm: float, xp: Any, dtype: Any, *, is_fast: bool
+    m: int,
+    d: int,
+    logit_bound: Any,
+    key_norm: float,
+    xp: Any,
+    dtype: Any,
+    *,
+    is_fast: bool,
 ) -> Any:
-    """Bound what logits up to ``reach`` are off by, and the exps of them."""
+    """Bound what logits up to ``logit_bound`` are off by, and the exps of them."""
     u = unit_roundoff(xp, dtype)
     # the query is scaled, the product summed, the peak subtracted
-    exponent = (gamma(d + 2, u) + 4 * u) * reach
+    exponent = (gamma(d + 2, u) + 4 * u) * logit_bound
     exponent += EXP * (_blocks(m, is_fast) + 1) * u
     return exponent + d * smallest_number(xp, dtype) * (1 + key_norm)

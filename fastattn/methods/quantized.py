@@ -18,7 +18,13 @@ from fastattn.certificates.log_errors import log_errors
 from fastattn.certificates.rounding import gamma, largest_row, row_norms, unit_roundoff
 from fastattn.costs.work import quantized_work, seconds
 from fastattn.problem.head import Head, host_rows
-from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
+from fastattn.problem.plan import (
+    Candidate,
+    ConfiguredMethod,
+    HeadAnswer,
+    Plan,
+    candidate_of,
+)
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice
@@ -93,24 +99,24 @@ class Quantized:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Say what would run, or why it would be refused."""
-        yield candidate_of(self, lambda: self.attempt(head, tol, guarantee, rng).plan)
+        yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the method and certify the answer, or refuse."""
-        attempt = self.attempt(head, tol, guarantee, rng)
-        answer = certified(head, attempt, tol, rng)
+        configured = self.configure(head, tol, guarantee, rng)
+        answer = certified(head, configured, tol, rng)
         if not answer.error <= tol:
             raise RefusalError(
-                f"{attempt.plan.method} misses tol={tol:g}: {answer.error:.2e} on "
+                f"{configured.plan.method} misses tol={tol:g}: {answer.error:.2e} on "
                 "sampled rows; raise tol, or use Exact() or Auto()"
             )
         return answer
 
-    def attempt(
+    def configure(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Attempt:
+    ) -> ConfiguredMethod:
         """Choose what is coarse enough for one head."""
         if guarantee == "proven":
             raise RefusalError(
@@ -120,8 +126,8 @@ class Quantized:
         if reason:
             raise RefusalError(reason)
         if self.logits is not None:
-            return _attempt(self, head, math.nan, "asked for")
-        return quantized_attempt(head, tol, rng, "asked for")
+            return _configured(self, head, math.nan, "asked for")
+        return configured_quantized(head, tol, rng, "asked for")
 
 
 def why_not(head: Head) -> str:
@@ -138,9 +144,9 @@ def why_not(head: Head) -> str:
     return ""
 
 
-def quantized_attempt(
+def configured_quantized(
     head: Head, tol: float, rng: np.random.Generator, reason: str
-) -> Attempt:
+) -> ConfiguredMethod:
     """Choose the coarsest products that a few logits, or rows, say meet a tolerance.
 
     Parameters
@@ -170,7 +176,7 @@ def quantized_attempt(
             truth = few.attend()[0] if truth is None else truth
             error, most = _relative(_run(few, logits=logits)[0], truth), _SURE
         if error <= most * tol:
-            return _attempt(Quantized(logits), head, error, reason)
+            return _configured(Quantized(logits), head, error, reason)
     raise RefusalError(f"products of eight bits err by {error:.1e} in a few rows")
 
 
@@ -190,11 +196,13 @@ def _logit_errors(head: Head, rng: np.random.Generator) -> list[float]:
     return errors
 
 
-def _attempt(method: Quantized, head: Head, error: float, reason: str) -> Attempt:
+def _configured(
+    method: Quantized, head: Head, error: float, reason: str
+) -> ConfiguredMethod:
     logits = method.logits or _LOGITS[-1]
     work = quantized_work(*head.sizes, integers=logits == "int8", logits=head.logits)
     plan = Plan(method, error, seconds(work), reason)
-    return Attempt(
+    return ConfiguredMethod(
         plan,
         partial(_run, logits=logits),
         math.inf,
@@ -232,7 +240,7 @@ def _log_errors(head: Head, logarithm: Array, *, logits: str) -> Array:
     _, m, d, _ = head.sizes
     query, key = (to_host(x).astype(np.float32) for x in (head.query, head.key))
     u, norms = unit_roundoff(np, np.float32), row_norms(query)
-    reach = gamma(d + 12, u) * abs(head.scale) * norms * (2 * largest_row(key))
+    logit_rounding = gamma(d + 12, u) * abs(head.scale) * norms * (2 * largest_row(key))
     with np.errstate(over="ignore", invalid="ignore"):
         query = np.abs(head.scale * (query - query.mean(axis=0)))
         key = np.abs(key - key.mean(axis=0))
@@ -246,7 +254,7 @@ def _log_errors(head: Head, logarithm: Array, *, logits: str) -> Array:
             steps = float(np.max(key @ (1 / column))) + d / 2
             off = (query.sum(axis=1) + query.max(axis=1) / STEPS * steps) / 2
     # what float32 rounded here is much less than this
-    weights = off * (1 + 2.0**-10) + reach + _WEIGHT + 2 * gamma(m, u)
+    weights = off * (1 + 2.0**-10) + logit_rounding + _WEIGHT + 2 * gamma(m, u)
     return log_errors(head, logarithm, weights, np.float32)
 
 
@@ -256,7 +264,7 @@ def _run(head: Head, *, logits: str) -> tuple[Array, Array, Array]:
         head.key,
         head.value,
         scale=head.scale,
-        visible=head.visible,
+        prefix_lengths=head.prefix_lengths,
         integers=logits == "int8",
     )
     return value, normalizer, head.xp.logical_not(head.xp.isnan(normalizer))

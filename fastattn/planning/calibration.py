@@ -23,8 +23,8 @@ from fastattn.costs.rates import (
 )
 from fastattn.costs.work import exact_work, lowrank_work, quantized_work
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Sample
-from fastattn.methods.multipole.method import Multipole, multipole_attempt
+from fastattn.methods.lowrank.whitening import PlanningSample
+from fastattn.methods.multipole.method import Multipole, configured_multipole
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 
@@ -104,7 +104,7 @@ def _pieces(rng: np.random.Generator) -> list[Piece]:
     heads = [_head(_FLAT // 2, d, 1.0, rng) for d in (32, 64)]
     pieces = [Piece(head.attend, _exact(head)) for head in heads]
     flat = _head(_FLAT, 32, 0.5, rng)
-    sample = Sample.of(flat, rng)
+    sample = PlanningSample.of(flat, rng)
     for rank, landmarks in _LOW_RANKS:
         empty = LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
         pieces.append(_low_rank(flat, empty))
@@ -121,7 +121,7 @@ def _exact(head: Head) -> Callable[[], float]:
 
 def _quantized(head: Head, integers: bool) -> Piece:
     arrays = head.query, head.key, head.value
-    options = {"scale": head.scale, "visible": None, "integers": integers}
+    options = {"scale": head.scale, "prefix_lengths": None, "integers": integers}
     return Piece(
         lambda: attend_quantized(*arrays, **options),
         lambda: quantized_work(*head.sizes, integers=integers),
@@ -138,14 +138,16 @@ def _low_rank(head: Head, empty: LowRank) -> Piece:
 def _sharp(head: Head, error: float, method: Multipole) -> Piece:
     """Clustering, trials and the answer of a head by the multipole method."""
 
-    def attempt() -> Any:
+    def configured() -> Any:
         # without a limit no choice depends on the rates
-        return multipole_attempt(head, error, np.random.default_rng(0), method=method)
+        return configured_multipole(
+            head, error, np.random.default_rng(0), method=method
+        )
 
     def work() -> float:
-        return float(attempt().plan.predicted_seconds / seconds_a_product())
+        return float(configured().plan.predicted_seconds / seconds_a_product())
 
-    return Piece(lambda: attempt().run(head), work)
+    return Piece(lambda: configured().run(head), work)
 
 
 def _head(n: int, d: int, spread: float, rng: np.random.Generator) -> Head:

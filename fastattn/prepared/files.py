@@ -13,14 +13,14 @@ from fastattn.methods import exact
 from fastattn.methods.multipole import method as multipole
 from fastattn.methods.polynomial import method as polynomial
 from fastattn.prepared.clusters.head import MultipoleHead, unpack_multipole
-from fastattn.prepared.heads import ExactHead, SummedHead
-from fastattn.prepared.held_out import unpack_probes
-from fastattn.prepared.kv_buffer import Kept
+from fastattn.prepared.heads import ExactHead, StateHead
+from fastattn.prepared.held_out import unpack_held_out
+from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.proven import ProvenHead, unpack_proven
-from fastattn.prepared.states import MonomialSums, unpack_sums
+from fastattn.prepared.states import MonomialState, unpack_state
 from fastattn.prepared.tensor.exact import TensorExactHead
-from fastattn.prepared.tensor.states import TensorSumsHead
+from fastattn.prepared.tensor.states import TensorStateHead
 from fastattn.problem.plan import Plan
 from sketching._lib.archives import (
     check_total,
@@ -45,9 +45,9 @@ _KINDS: dict[str, Any] = {
     "exact": ExactHead,
     "multipole": MultipoleHead,
     "proven": ProvenHead,
-    "summed": SummedHead,
+    "summed": StateHead,
     "tensor-exact": TensorExactHead,
-    "tensor-sums": TensorSumsHead,
+    "tensor-sums": TensorStateHead,
 }
 
 
@@ -171,23 +171,23 @@ def _unpack(
     """Make a head again."""
     move, plan = mover(like, like.dtype), _unpack_plan(values["plan"])
     if values["kind"] == "exact":
-        kept = _kept(move(arrays["key"]), move(arrays["value"]))
-        return ExactHead(plan, float(values["scale"]), kept, move(arrays["sample"]))
+        buffer = _buffer(move(arrays["key"]), move(arrays["value"]))
+        return ExactHead(plan, float(values["scale"]), buffer, move(arrays["sample"]))
     if values["kind"].startswith("tensor"):
         found: PreparedHead = _KINDS[values["kind"]].unpack(plan, arrays, values, like)
         return found
     if values["kind"] == "multipole":
         return unpack_multipole(plan, arrays, values, like)
-    sums = unpack_sums(arrays, values, array_namespace(like))
+    state = unpack_state(arrays, values, array_namespace(like))
     if values["kind"] == "proven":
-        assert isinstance(sums, MonomialSums)
-        return unpack_proven(plan, sums, arrays, values)
-    tail = _kept(move(arrays["tail_key"]), move(arrays["tail_value"]))
-    return SummedHead(plan, sums, tail, unpack_probes(arrays, values, move))
+        assert isinstance(state, MonomialState)
+        return unpack_proven(plan, state, arrays, values)
+    tail = _buffer(move(arrays["tail_key"]), move(arrays["tail_value"]))
+    return StateHead(plan, state, tail, unpack_held_out(arrays, values, move))
 
 
-def _kept(key: Array, value: Array) -> Kept:
-    return Kept(key, value, key.shape[0])
+def _buffer(key: Array, value: Array) -> KVBuffer:
+    return KVBuffer(key, value, key.shape[0])
 
 
 def _pack_plan(plan: Plan) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import numpy as np
 
 from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.methods.exact import Exact
-from fastattn.prepared.held_out import Probes, pack_probes
-from fastattn.prepared.kv_buffer import Kept, bytes_of
+from fastattn.prepared.held_out import HeldOutQueries, pack_held_out
+from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
 from fastattn.prepared.protocol import PreparedHead
-from fastattn.prepared.states import Packed, Sums, pack_sums
+from fastattn.prepared.states import KeyValueState, Packed, pack_state
 from fastattn.problem.head import Head
-from fastattn.problem.partial_softmax import join
+from fastattn.problem.partial_softmax import merge_partials
 from fastattn.problem.plan import HeadAnswer, Plan
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import Certificate, RefusalError
@@ -31,7 +31,7 @@ class ExactHead:
         Says that they are kept, and why.
     scale : float
         The factor of the logits.
-    kept : Kept
+    buffer : KVBuffer
         The keys and values.
     sample : array, shape (k, d)
         Queries that ``certificate`` is about.
@@ -39,22 +39,22 @@ class ExactHead:
 
     plan: Plan
     scale: float
-    kept: Kept
+    buffer: KVBuffer
     sample: Array
 
     @property
     def count(self) -> int:
         """Number of keys."""
-        return self.kept.count
+        return self.buffer.count
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return self.kept.nbytes + bytes_of(self.sample)
+        return self.buffer.nbytes + bytes_of(self.sample)
 
     def empty(self) -> "ExactHead":
         """Forget the keys."""
-        return replace(self, kept=self.kept.empty())
+        return replace(self, buffer=self.buffer.empty())
 
     def insert(
         self,
@@ -64,17 +64,17 @@ class ExactHead:
         fold: bool = False,  # noqa: ARG002
     ) -> "ExactHead":
         """Add keys."""
-        return replace(self, kept=self.kept.append(key, value))
+        return replace(self, buffer=self.buffer.append(key, value))
 
     def merge(self, other: "ExactHead") -> "ExactHead":
         """Add the keys of another structure."""
-        return self.insert(other.kept.key, other.kept.value)
+        return self.insert(other.buffer.key, other.buffer.value)
 
     def answer(
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Answer queries exactly, with the bound of ``Exact()``."""
-        head = Head(query, self.kept.key, self.kept.value, self.scale)
+        head = Head(query, self.buffer.key, self.buffer.value, self.scale)
         method: Exact = self.plan.method
         return method.solve(head, tol, guarantee, rng, self.plan.reason)
 
@@ -86,78 +86,84 @@ class ExactHead:
 
     def pack(self) -> Packed:
         """Arrays and plain values."""
-        arrays = {"key": self.kept.key, "value": self.kept.value, "sample": self.sample}
+        arrays = {
+            "key": self.buffer.key,
+            "value": self.buffer.value,
+            "sample": self.sample,
+        }
         return {name: to_host(x) for name, x in arrays.items()}, {"scale": self.scale}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SummedHead:
+class StateHead:
     """Sums over the keys, a tail of recent ones that is answered exactly, and probes.
 
     Parameters
     ----------
     plan : Plan
         What was chosen.
-    sums : Sums
+    state : KeyValueState
         Over all keys but those of the tail.
-    tail : Kept
+    tail : KVBuffer
         Fewer than ``TAIL`` keys.
-    probes : Probes
+    held_out : HeldOutQueries
         What the certificate rests on.
     """
 
     plan: Plan
-    sums: Sums
-    tail: Kept
-    probes: Probes
+    state: KeyValueState
+    tail: KVBuffer
+    held_out: HeldOutQueries
 
     @property
     def count(self) -> int:
         """Number of keys."""
-        return self.sums.count + self.tail.count
+        return self.state.count + self.tail.count
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return self.sums.nbytes + self.tail.nbytes + self.probes.nbytes
+        return self.state.nbytes + self.tail.nbytes + self.held_out.nbytes
 
-    def empty(self) -> "SummedHead":
+    def empty(self) -> "StateHead":
         """Forget the keys."""
-        tail, probes = self.tail.empty(), self.probes.empty()
-        return SummedHead(self.plan, self.sums.empty(), tail, probes)
+        tail, held_out = self.tail.empty(), self.held_out.empty()
+        return StateHead(self.plan, self.state.empty(), tail, held_out)
 
-    def insert(self, key: Array, value: Array, *, fold: bool = False) -> "SummedHead":
+    def insert(self, key: Array, value: Array, *, fold: bool = False) -> "StateHead":
         """Add keys: to the tail while it is short, else to the sums."""
         if not fold and self.tail.count + key.shape[0] < TAIL:
             tail = self.tail.append(key, value)
-            return replace(self, tail=tail, probes=self.probes.with_kept(key, value))
+            return replace(
+                self, tail=tail, held_out=self.held_out.with_buffered(key, value)
+            )
         folded = self._folded()
         if key.shape[0]:
-            sums = folded.sums.insert(key, value)
-            probes = folded.probes.with_summed(key, value)
-            folded = replace(folded, sums=sums, probes=probes)
-        return folded._asked()
+            state = folded.state.insert(key, value)
+            held_out = folded.held_out.with_summed(key, value)
+            folded = replace(folded, state=state, held_out=held_out)
+        return folded._predict_held_out()
 
-    def merge(self, other: "SummedHead") -> "SummedHead":
+    def merge(self, other: "StateHead") -> "StateHead":
         """Add the keys of another structure; the tails go into the sums."""
         mine, theirs = self._folded(), other._folded()
-        sums = mine.sums.merge(theirs.sums)
-        probes = mine.probes.merge(theirs.probes)
-        return replace(mine, sums=sums, probes=probes)._asked()
+        state = mine.state.merge(theirs.state)
+        held_out = mine.held_out.merge(theirs.held_out)
+        return replace(mine, state=state, held_out=held_out)._predict_held_out()
 
-    def _folded(self) -> "SummedHead":
+    def _folded(self) -> "StateHead":
         """Move the tail into the sums; the probes are still to be asked."""
         if not self.tail.count:
             return self
-        sums = self.sums.insert(self.tail.key, self.tail.value)
-        return SummedHead(self.plan, sums, self.tail.empty(), self.probes.fold())
+        state = self.state.insert(self.tail.key, self.tail.value)
+        return StateHead(self.plan, state, self.tail.empty(), self.held_out.fold())
 
-    def _asked(self) -> "SummedHead":
+    def _predict_held_out(self) -> "StateHead":
         """Ask the sums for their answers to the probes."""
-        if not self.sums.count:
+        if not self.state.count:
             return self
-        told = self.sums.query(self.probes.query)
-        return replace(self, probes=self.probes.told(*told))
+        predicted = self.state.query(self.held_out.query)
+        return replace(self, held_out=self.held_out.update_predictions(*predicted))
 
     def answer(
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
@@ -171,13 +177,13 @@ class SummedHead:
                 "with queries and keys like those to come, more functions, a larger "
                 "tol, or method=Exact()"
             )
-        head = Head(query, self.tail.key, self.tail.value, self.probes.scale)
+        head = Head(query, self.tail.key, self.tail.value, self.held_out.scale)
         found = head.attend()
-        if self.sums.count:
-            value, logarithm, good = self.sums.query(query)
-            _check_near(good, self.plan.method)
+        if self.state.count:
+            value, logarithm, reliable = self.state.query(query)
+            _check_near(reliable, self.plan.method)
             summed = value, logarithm
-            found = join(summed, found) if self.tail.count else summed
+            found = merge_partials(summed, found) if self.tail.count else summed
         return HeadAnswer.under(promise, *head.finish(*found), self.plan)
 
     def certificate(
@@ -187,34 +193,34 @@ class SummedHead:
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Certificate:
         """What the probes say now, whether or not it meets ``tol``."""
-        found = self.probes.error()
+        found = self.held_out.error()
         return Certificate(found.upper, FAILURE, "relative-frobenius", found.source)
 
     def pack(self) -> Packed:
         """Arrays and plain values."""
-        arrays, values = pack_sums(self.sums)
-        probes, more = pack_probes(self.probes)
+        arrays, values = pack_state(self.state)
+        held_out, more = pack_held_out(self.held_out)
         tail = {"key": self.tail.key, "value": self.tail.value}
-        arrays |= {f"tail_{name}": to_host(x) for name, x in tail.items()} | probes
+        arrays |= {f"tail_{name}": to_host(x) for name, x in tail.items()} | held_out
         return arrays, {**values, **more}
 
 
-def _check_near(good: Array, method: Any) -> None:
+def _check_near(reliable: Array, method: Any) -> None:
     """Raise ``RefusalError`` where a row cannot be trusted: its keys are gone."""
-    far = np.flatnonzero(~to_host(good).astype(bool))
+    far = np.flatnonzero(~to_host(reliable).astype(bool))
     if len(far):
         shown = ", ".join(map(str, far[:5])) + (", ..." if len(far) > 5 else "")
         raise RefusalError(
-            f"{len(far)} of {len(good)} queries (rows {shown}) are too far from those "
-            f"that {method} was prepared for, or its keys have changed too much, and "
-            "without the keys they cannot be computed exactly: leave them out, prepare "
-            "with queries like them, or use method=Exact()"
+            f"{len(far)} of {len(reliable)} queries (rows {shown}) are too far from "
+            f"those that {method} was prepared for, or its keys have changed too much, "
+            "and without the keys they cannot be computed exactly: leave them out, "
+            "prepare with queries like them, or use method=Exact()"
         )
 
 
-def refused_share(head: SummedHead) -> float:
+def refused_share(head: StateHead) -> float:
     """Share of the probes that are refused."""
-    return 1 - float(head.probes.good.mean())
+    return 1 - float(head.held_out.reliable.mean())
 
 
 def same_plan(one: PreparedHead, other: PreparedHead) -> bool:

@@ -20,7 +20,7 @@ from fastattn.certificates.sampled import FLOAT64_BELOW, TRUTH, SampledError
 from fastattn.prepared.kv_buffer import bytes_of
 from fastattn.prepared.states import Packed
 from fastattn.problem.head import Head
-from fastattn.problem.partial_softmax import Answer, join, nothing
+from fastattn.problem.partial_softmax import Answer, empty_partial, merge_partials
 from fastattn.problem.row_statistics import logit_spread
 from sketching._lib.arrays import Array, array_namespace, compute_dtype, to_host
 
@@ -29,13 +29,13 @@ _ANSWERS = ("truth", "answer", "tail")
 
 # probes of a structure, the fewest of them that must be answered, and the fewest
 # queries that some of which say enough about the others
-PROBES = 128
+HELD_OUT = 128
 _ANSWERED = 32
 FEWEST_QUERIES = 256
 
 # queries that are held out, of which the probes are the hardest and some others
 _HELD = 2048
-_HARDEST = 64
+_MOST_OUTLIERS = 64
 # a sample hides the tail beyond its largest: so many times its share is added
 _TAIL = 8.0
 # standard errors that are added for a structure that was asked for, and for those that
@@ -45,41 +45,43 @@ MARGIN, MARGINS = 3.5, (3.76, 4.65, 4.65)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Split:
+class QuerySplit:
     """Queries that become probes, and those that are left to plan with.
 
     Parameters
     ----------
-    probes, rest : array, shapes (k, d), (r, d)
+    held_out, rest : array, shapes (k, d), (r, d)
         In the library of the queries.
     weight : array, shape (k,)
         How many of the queries that were held out each probe stands for.
     """
 
-    probes: Array
+    held_out: Array
     rest: Array
     weight: Array
 
     @staticmethod
-    def of(head: Head, rng: np.random.Generator) -> "Split":
+    def of(head: Head, rng: np.random.Generator) -> "QuerySplit":
         """Hold out some queries of a head; take the hardest of them, and others."""
         n = head.sizes[0]
         order = rng.permutation(n)
         size = min(_HELD, (n + 1) // 2)
         held, rest = np.sort(order[:size]), np.sort(order[size:])
-        hard = min(_HARDEST if size > PROBES else size, size)
-        if hard < size:
+        n_outliers = min(_MOST_OUTLIERS if size > HELD_OUT else size, size)
+        if n_outliers < size:
             spread = logit_spread(head.with_rows(held), rng)
             held = held[np.argsort(-spread, kind="stable")]
-        others = rng.permutation(held[hard:])[: PROBES - hard]
-        weight = np.ones(hard + len(others))
-        weight[hard:] = (size - hard) / max(len(others), 1)
-        chosen = np.concatenate([held[:hard], others])
-        return Split(head.with_rows(chosen).query, head.with_rows(rest).query, weight)
+        others = rng.permutation(held[n_outliers:])[: HELD_OUT - n_outliers]
+        weight = np.ones(n_outliers + len(others))
+        weight[n_outliers:] = (size - n_outliers) / max(len(others), 1)
+        chosen = np.concatenate([held[:n_outliers], others])
+        return QuerySplit(
+            head.with_rows(chosen).query, head.with_rows(rest).query, weight
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Probes:
+class HeldOutQueries:
     """Queries with what they should be told, and what they are told.
 
     Parameters
@@ -99,7 +101,7 @@ class Probes:
         host in float64, like the next.
     tail : answers
         Exact ones over the keys that are still kept.
-    good : boolean array, shape (k,)
+    reliable : boolean array, shape (k,)
         The other probes are refused by the structure.
     mass : float
         Number of keys times their largest absolute value, summed over what came in.
@@ -113,59 +115,71 @@ class Probes:
     truth: Answer
     answer: Answer
     tail: Answer
-    good: Array
+    reliable: Array
     mass: float
 
     @staticmethod
-    def of(split: Split, p: int, scale: float, tol: float, margin: float) -> "Probes":
+    def of(
+        split: QuerySplit, p: int, scale: float, tol: float, margin: float
+    ) -> "HeldOutQueries":
         """Start without keys."""
-        query, weight = split.probes, split.weight
-        none, good = nothing(len(weight), p), np.ones(len(weight), bool)
-        return Probes(query, weight, scale, tol, margin, none, none, none, good, 0.0)
+        query, weight = split.held_out, split.weight
+        none, reliable = empty_partial(len(weight), p), np.ones(len(weight), bool)
+        return HeldOutQueries(
+            query, weight, scale, tol, margin, none, none, none, reliable, 0.0
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        answers = (*self.truth, *self.answer, *self.tail, self.good, self.weight)
+        answers = (*self.truth, *self.answer, *self.tail, self.reliable, self.weight)
         return bytes_of(self.query) + sum(int(x.nbytes) for x in answers)
 
-    def empty(self) -> "Probes":
+    def empty(self) -> "HeldOutQueries":
         """Forget the keys."""
-        none = nothing(*self.truth[0].shape)
-        good = np.ones(len(self.good), bool)
-        return replace(self, truth=none, answer=none, tail=none, good=good, mass=0.0)
+        none = empty_partial(*self.truth[0].shape)
+        reliable = np.ones(len(self.reliable), bool)
+        return replace(
+            self, truth=none, answer=none, tail=none, reliable=reliable, mass=0.0
+        )
 
-    def with_kept(self, key: Array, value: Array) -> "Probes":
+    def with_buffered(self, key: Array, value: Array) -> "HeldOutQueries":
         """Take note of keys that are kept."""
         tail, mass = self._exact(key, value)
-        return replace(self, tail=join(self.tail, tail), mass=self.mass + mass)
+        return replace(
+            self, tail=merge_partials(self.tail, tail), mass=self.mass + mass
+        )
 
-    def with_summed(self, key: Array, value: Array) -> "Probes":
-        """Take note of keys that were summed; ``told`` has to follow."""
+    def with_summed(self, key: Array, value: Array) -> "HeldOutQueries":
+        """Take note of keys that were summed; ``update_predictions`` has to follow."""
         truth, mass = self._exact(key, value)
-        return replace(self, truth=join(self.truth, truth), mass=self.mass + mass)
+        return replace(
+            self, truth=merge_partials(self.truth, truth), mass=self.mass + mass
+        )
 
-    def fold(self) -> "Probes":
-        """Take note that what was kept was summed; ``told`` has to follow."""
-        none = nothing(*self.tail[0].shape)
-        return replace(self, truth=join(self.truth, self.tail), tail=none)
+    def fold(self) -> "HeldOutQueries":
+        """Move the tail to the sums; ``update_predictions`` has to follow."""
+        none = empty_partial(*self.tail[0].shape)
+        return replace(self, truth=merge_partials(self.truth, self.tail), tail=none)
 
-    def merge(self, other: "Probes") -> "Probes":
-        """Add the keys of another structure; ``told`` has to follow."""
+    def merge(self, other: "HeldOutQueries") -> "HeldOutQueries":
+        """Add the keys of another structure; ``update_predictions`` has to follow."""
         return replace(
             self,
-            truth=join(self.truth, other.truth),
-            tail=join(self.tail, other.tail),
+            truth=merge_partials(self.truth, other.truth),
+            tail=merge_partials(self.tail, other.tail),
             mass=self.mass + other.mass,
         )
 
-    def told(self, value: Array, logarithm: Array, good: Array) -> "Probes":
+    def update_predictions(
+        self, value: Array, logarithm: Array, reliable: Array
+    ) -> "HeldOutQueries":
         """Take note of what the structure says over the keys that were summed."""
-        value, logarithm, good = (to_host(x) for x in (value, logarithm, good))
+        value, logarithm, reliable = (to_host(x) for x in (value, logarithm, reliable))
         # rows that are refused have no answer
-        logarithm = np.where(good, logarithm, 0.0)
+        logarithm = np.where(reliable, logarithm, 0.0)
         answer = value.astype(np.float64), logarithm.astype(np.float64)
-        return replace(self, answer=answer, good=good.astype(bool))
+        return replace(self, answer=answer, reliable=reliable.astype(bool))
 
     def error(self) -> SampledError:
         """The error of queries drawn like those held out, of those that are answered.
@@ -173,15 +187,19 @@ class Probes:
         It is the root of a ratio of means of squares; what is added for the sampling
         follows from the squared errors less the ratio times the squared answers.
         """
-        good, k = self.good, int(self.good.sum())
-        truth, logarithm = join(self.truth, self.tail)
-        answer, _ = join(self.answer, self.tail)
-        truth, answer, logarithm = truth[good], answer[good], logarithm[good]
+        reliable, k = self.reliable, int(self.reliable.sum())
+        truth, logarithm = merge_partials(self.truth, self.tail)
+        answer, _ = merge_partials(self.answer, self.tail)
+        truth, answer, logarithm = (
+            truth[reliable],
+            answer[reliable],
+            logarithm[reliable],
+        )
         unit = float(np.abs(truth).max(initial=0.0)) or 1.0
         with np.errstate(over="ignore", invalid="ignore"):
             squares = np.sum(((answer - truth) / unit) ** 2, axis=1)
         if k < _ANSWERED or not (np.isfinite(squares).all() and unit < math.inf):
-            text = f"{k} of {len(good)} probes were answered with finite numbers"
+            text = f"{k} of {len(reliable)} probes were answered with finite numbers"
             return SampledError(math.inf, math.inf, text)
         sizes = np.sum((truth / unit) ** 2, axis=1)
         if squares.any() and sizes.any():
@@ -193,14 +211,14 @@ class Probes:
         info = array_namespace(self.query).finfo
         upper += TRUTH * float(info(self._dtype).eps) * (1 + exponent)
         upper += float(info(self.query.dtype).eps) / 2
-        weight = self.weight[good]
+        weight = self.weight[reliable]
         upper += self._lost(unit * math.sqrt(float(np.average(sizes, weights=weight))))
         largest = math.sqrt(float(squares.max()))
         return SampledError(estimate, upper, self._source(estimate, largest))
 
     def _ratio(self, squares: Array, sizes: Array) -> tuple[float, float]:
         """Root of the ratio of weighted means, and with its margin."""
-        weight = self.weight[self.good]
+        weight = self.weight[self.reliable]
         n = float(weight.sum())
         found = RatioEstimate(
             squares, n, weight * len(weight) / n, sizes, certain=weight == 1
@@ -210,7 +228,7 @@ class Probes:
 
     def _source(self, estimate: float, largest: float) -> str:
         certain = int(np.sum(self.weight == 1))
-        k, refused = len(self.good), len(self.good) - int(self.good.sum())
+        k, refused = len(self.reliable), len(self.reliable) - int(self.reliable.sum())
         return (
             f"{k} probes, the {certain} hardest and {k - certain} others of "
             f"{self.weight.sum():.0f} queries that prepare() held out, answered "
@@ -245,28 +263,32 @@ class Probes:
         return root * lost / size if size > 0 else math.inf
 
 
-def pack_probes(probes: Probes) -> Packed:
+def pack_held_out(held_out: HeldOutQueries) -> Packed:
     """Arrays and plain values of probes."""
     arrays = {
-        "probe_query": to_host(probes.query),
-        "probe_good": probes.good,
-        "probe_weight": probes.weight,
+        "probe_query": to_host(held_out.query),
+        "probe_good": held_out.reliable,
+        "probe_weight": held_out.weight,
     }
     for name in _ANSWERS:
-        value, logarithm = getattr(probes, name)
+        value, logarithm = getattr(held_out, name)
         arrays |= {f"probe_{name}": value, f"probe_{name}_log": logarithm}
-    values = {"probe_scale": probes.scale, "tol": probes.tol, "margin": probes.margin}
-    return arrays, {**values, "probe_mass": probes.mass}
+    values = {
+        "probe_scale": held_out.scale,
+        "tol": held_out.tol,
+        "margin": held_out.margin,
+    }
+    return arrays, {**values, "probe_mass": held_out.mass}
 
 
-def unpack_probes(
+def unpack_held_out(
     arrays: dict[str, Array], values: dict[str, Any], move: Any
-) -> Probes:
-    """Undo ``pack_probes``."""
+) -> HeldOutQueries:
+    """Undo ``pack_held_out``."""
     truth, answer, tail = (
         (arrays[f"probe_{name}"], arrays[f"probe_{name}_log"]) for name in _ANSWERS
     )
-    return Probes(
+    return HeldOutQueries(
         move(arrays["probe_query"]),
         arrays["probe_weight"],
         float(values["probe_scale"]),

@@ -13,7 +13,7 @@ _GROWTH = 1.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class KVBuffer:
     """Rows of keys and values, at the front of buffers with room for more.
 
     Of what ``append`` returns one is to be used at most: they share the buffers.
@@ -31,9 +31,9 @@ class Kept:
     count: int
 
     @staticmethod
-    def none(key: Array, value: Array) -> "Kept":
+    def none(key: Array, value: Array) -> "KVBuffer":
         """Start without rows, beside arrays of the right kind."""
-        return Kept(key[:0, :], value[:0, :], 0)
+        return KVBuffer(key[:0, :], value[:0, :], 0)
 
     @property
     def key(self) -> Array:
@@ -50,18 +50,18 @@ class Kept:
         """Bytes of the buffers."""
         return bytes_of(self.keys) + bytes_of(self.values)
 
-    def empty(self) -> "Kept":
+    def empty(self) -> "KVBuffer":
         """Start again without rows."""
-        return Kept.none(self.keys, self.values)
+        return KVBuffer.none(self.keys, self.values)
 
-    def append(self, key: Array, value: Array) -> "Kept":
+    def append(self, key: Array, value: Array) -> "KVBuffer":
         """Copy rows to the end; returns what has them too."""
         count = self.count + key.shape[0]
         if place_of(self.keys) != "cpu":
             # array libraries agree on concat, not on writing
             xp = array_namespace(self.keys)
             key = xp.concat([self.key, key], axis=0)
-            return Kept(key, xp.concat([self.value, value], axis=0), count)
+            return KVBuffer(key, xp.concat([self.value, value], axis=0), count)
         keys, values = self.keys, self.values
         if count > len(keys):
             # many rows at once are seldom followed by a few
@@ -69,7 +69,7 @@ class Kept:
             keys, values = (_moved(x, self.count, size) for x in (keys, values))
         keys[self.count : count] = key
         values[self.count : count] = value
-        return Kept(keys, values, count)
+        return KVBuffer(keys, values, count)
 
 
 def bytes_of(x: Array) -> int:

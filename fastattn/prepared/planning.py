@@ -6,36 +6,36 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastattn.certificates.accumulation import PIECES, with_room
+from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
 from fastattn.costs.work import exact_work, lowrank_work, polynomial_work, seconds
 from fastattn.methods.exact import Exact
-from fastattn.methods.lowrank.rank_search import Prediction, predict
-from fastattn.methods.lowrank.whitening import Sample
+from fastattn.methods.lowrank.rank_search import RankEstimate, search_ranks
+from fastattn.methods.lowrank.whitening import PlanningSample
 from fastattn.methods.multipole.method import Multipole
 from fastattn.methods.polynomial.method import Polynomial
-from fastattn.methods.polynomial.recipe import Recipe
+from fastattn.methods.polynomial.recipe import PolynomialExpansion
 from fastattn.planning.auto import Auto
 from fastattn.prepared.clusters.head import MultipoleHead
-from fastattn.prepared.heads import ExactHead, SummedHead, refused_share
+from fastattn.prepared.heads import ExactHead, StateHead, refused_share
 from fastattn.prepared.held_out import (
     FEWEST_QUERIES,
+    HELD_OUT,
     MARGIN,
     MARGINS,
-    PROBES,
-    Probes,
-    Split,
+    HeldOutQueries,
+    QuerySplit,
 )
-from fastattn.prepared.kv_buffer import Kept
+from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.proven import ProvenHead
-from fastattn.prepared.states import LowRankSums, MonomialSums, Sums
+from fastattn.prepared.states import KeyValueState, LowRankState, MonomialState
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Method, Plan
 from sketching._lib.arrays import Array, device_of
 from sketching._lib.certificate import RefusalError
 
 # a structure must be predicted to take at most this share of exact attention's time
-_WORTH = 0.8
+_TIME_SHARE = 0.8
 # queries that the search for sizes is made to see, so that keys alone are what counts
 _QUERIES = 1 << 14
 # share of the probes that a method that was asked for may refuse
@@ -87,9 +87,9 @@ def prepare_head(
         return _polynomial(request, method, rng)
     if isinstance(method, Multipole):
         # what is planned is found on the queries that are given
-        attempt = method.attempt(request.head, request.tol, request.guarantee, rng)
+        configured = method.configure(request.head, request.tol, request.guarantee, rng)
         head, sample = request.head, _sample(request.head, rng)
-        empty = MultipoleHead.of(attempt.plan, head, sample, request.tol, rng)
+        empty = MultipoleHead.of(configured.plan, head, sample, request.tol, rng)
         return request.fill(empty)
     raise TypeError(
         f"method: {method!r} cannot be prepared: expected Auto(), Exact(), "
@@ -99,7 +99,7 @@ def prepare_head(
 
 def _sample(head: Head, rng: np.random.Generator) -> Array:
     """Queries that a structure with its keys is certified on, where nobody asks."""
-    return head.with_rows(np.sort(rng.permutation(head.sizes[0])[:PROBES])).query
+    return head.with_rows(np.sort(rng.permutation(head.sizes[0])[:HELD_OUT])).query
 
 
 def _exact(
@@ -109,8 +109,8 @@ def _exact(
     head = request.head
     _, _, d, p = head.sizes
     plan = Plan(method, 0.0, seconds(exact_work(1, request.count, d, p)), reason)
-    kept = Kept.none(head.key, head.value)
-    return ExactHead(plan, head.scale, kept, _sample(head, rng))
+    buffer = KVBuffer.none(head.key, head.value)
+    return ExactHead(plan, head.scale, buffer, _sample(head, rng))
 
 
 def _proven(
@@ -118,32 +118,34 @@ def _proven(
 ) -> ProvenHead:
     """The least proven polynomial, with some room for larger queries."""
     head = replace(request.head, query=with_room(request.head.query))
-    recipe = method.recipe(head, request.tol, "proven", rng, PIECES)
-    return ProvenHead.of(_plan_of(head, recipe, "minimax", "asked for"), recipe, head)
+    expansion = method.expansion(head, request.tol, "proven", rng, MAX_BLOCKS)
+    return ProvenHead.of(
+        _plan_of(head, expansion, "minimax", "asked for"), expansion, head
+    )
 
 
 def _polynomial(
     request: Request, method: Polynomial, rng: np.random.Generator
-) -> SummedHead:
+) -> StateHead:
     """The sums that were asked for; refuses where they miss the tolerance."""
-    split = Split.of(request.head, rng)
+    split = QuerySplit.of(request.head, rng)
     head = replace(request.head, query=split.rest)
     if request.head.sizes[0] < FEWEST_QUERIES:
         raise RefusalError(
             f"queries: {request.head.sizes[0]} are too few to plan with and to certify "
             f"by: give {FEWEST_QUERIES} or more, or use Exact()"
         )
-    sums: Sums
+    state: KeyValueState
     if method.fits_a_basis:
         empty = method.structure(head, rng)
-        sums = LowRankSums(empty)
+        state = LowRankState(empty)
         plan = _lowrank_plan(head, empty.rank, empty.landmarks, math.nan, "asked for")
     else:
-        recipe = method.recipe(head, request.tol, "sampled", rng)
-        sums = MonomialSums.of(recipe, head.scale)
-        plan = _plan_of(head, recipe, method.basis, "asked for")
-    found = _filled(request, plan, sums, split, MARGIN)
-    error, refused = found.probes.error(), refused_share(found)
+        expansion = method.expansion(head, request.tol, "sampled", rng)
+        state = MonomialState.of(expansion, head.scale)
+        plan = _plan_of(head, expansion, method.basis, "asked for")
+    found = _filled(request, plan, state, split, MARGIN)
+    error, refused = found.held_out.error(), refused_share(found)
     if refused > _REFUSED:
         raise RefusalError(
             f"{plan.method} refuses {refused:.0%} of the queries, whose logits reach "
@@ -166,19 +168,19 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
         try:
             empty = _proven(request, Polynomial(), rng)
             share = empty.plan.predicted_seconds / _exact_seconds(request)
-            if share <= _WORTH:
+            if share <= _TIME_SHARE:
                 return request.fill(empty)
             reason = f"{empty.plan.method} takes {share:.1f} times as long"
         except RefusalError as error:
             reason = str(error)
         return request.fill(_exact(request, Exact(), reason, rng))
-    split = Split.of(request.head, rng)
+    split = QuerySplit.of(request.head, rng)
     head, aim = replace(request.head, query=split.rest), request.tol
     for margin in MARGINS:
         if request.head.sizes[0] < FEWEST_QUERIES:
             reason = f"{request.head.sizes[0]} queries are too few to plan with"
             break
-        found = _predicted(request, head, aim, rng)
+        found = _rank_estimate(request, head, aim, rng)
         if found.empty is None or not found.accepted:
             reason = found.reason
             break
@@ -186,60 +188,60 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
             head, found.rank, found.landmarks, found.error,
             "predicted to meet the tolerance",
         )  # fmt: skip
-        filled = _filled(request, plan, LowRankSums(found.empty), split, margin)
-        upper, refused = filled.probes.error().upper, refused_share(filled)
+        filled = _filled(request, plan, LowRankState(found.empty), split, margin)
+        upper, refused = filled.held_out.error().upper, refused_share(filled)
         if upper <= request.tol and not refused:
             return filled
         reason = f"{plan.method} certified {upper:.2e} and refused {refused:.0%}"
         # what another look would certify says how much more to ask for
-        again = replace(filled.probes, margin=MARGINS[-1]).error().upper
+        again = replace(filled.held_out, margin=MARGINS[-1]).error().upper
         if refused or not math.isfinite(again):
             break
         aim *= _LESS * request.tol / again
     return request.fill(_exact(request, Exact(), reason, rng))
 
 
-def _predicted(
+def _rank_estimate(
     request: Request, head: Head, aim: float, rng: np.random.Generator
-) -> Prediction:
+) -> RankEstimate:
     """The cheapest low rank, or the one that came nearest and what is against it."""
     _, _, d, p = head.sizes
     xp, rows = head.xp, np.arange(_QUERIES) % head.sizes[0]
     # sizes follow from what a query costs, however few queries are known
     many = xp.take(head.query, xp.asarray(rows, device=device_of(head.query)), axis=0)
     try:
-        found = predict(
+        found = search_ranks(
             replace(head, query=many),
-            Sample.of(head, rng),
+            PlanningSample.of(head, rng),
             aim,
             rng,
             lambda rank, landmarks: lowrank_work(1, 0, d, p, rank, landmarks),
-            _WORTH * exact_work(1, request.count, d, p),
+            _TIME_SHARE * exact_work(1, request.count, d, p),
         )
     except RefusalError as error:
-        return Prediction(1, 0, math.inf, math.inf, str(error), None)
+        return RankEstimate(1, 0, math.inf, math.inf, str(error), None)
     return found[0]
 
 
 def _filled(
     request: Request,
     plan: Plan,
-    sums: Sums,
-    split: Split,
+    state: KeyValueState,
+    split: QuerySplit,
     margin: float,
-) -> SummedHead:
+) -> StateHead:
     """Fill sums with all keys and values."""
     head = request.head
     p = head.sizes[3]
     found = request.fill(
-        SummedHead(
+        StateHead(
             plan,
-            sums,
-            Kept.none(head.key, head.value),
-            Probes.of(split, p, head.scale, request.tol, margin),
+            state,
+            KVBuffer.none(head.key, head.value),
+            HeldOutQueries.of(split, p, head.scale, request.tol, margin),
         )
     )
-    assert isinstance(found, SummedHead)
+    assert isinstance(found, StateHead)
     return found
 
 
@@ -248,15 +250,17 @@ def _exact_seconds(request: Request) -> float:
     return seconds(exact_work(1, request.count, d, p))
 
 
-def _plan_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Plan:
+def _plan_of(
+    head: Head, expansion: PolynomialExpansion, basis: str, reason: str
+) -> Plan:
     """Describe monomials by the method that they make concrete, with a query's cost."""
     _, _, d, p = head.sizes
-    rank, degree = len(recipe.index), int(recipe.index.degree.max())
+    rank, degree = len(expansion.index), int(expansion.index.degree.max())
     method = Polynomial(degree=degree, rank=rank, basis=basis)
     work = polynomial_work(1, 0, d, p, rank)
-    if recipe.dtype == head.xp.float64 != head.dtype:
+    if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
-    error = math.nan if math.isinf(recipe.bound) else recipe.bound
+    error = math.nan if math.isinf(expansion.bound) else expansion.bound
     return Plan(method, error, seconds(work), reason)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.certificates.accumulation import count_pieces, pieces
+from fastattn.certificates.accumulation import accumulation_blocks, count_blocks
 from fastattn.certificates.rounding import largest_entries, largest_norm
-from fastattn.methods.polynomial.recipe import Recipe
-from fastattn.prepared.states import MonomialSums, Packed, pack_sums
+from fastattn.methods.polynomial.recipe import PolynomialExpansion
+from fastattn.prepared.states import MonomialState, Packed, pack_state
 from fastattn.problem.head import Head
 from fastattn.problem.plan import HeadAnswer, Plan
 from fastattn.problem.transforms import Transform
@@ -18,7 +18,7 @@ from sketching._lib.certificate import Certificate, RefusalError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Extent:
+class RowBounds:
     """How far rows reach under one side of a transform.
 
     Parameters
@@ -38,9 +38,9 @@ class Extent:
     entries: Array
 
     @staticmethod
-    def of(x: Array, center: Array, projection: Array) -> "Extent":
+    def of(x: Array, center: Array, projection: Array) -> "RowBounds":
         """Measure rows, at least one."""
-        return Extent(
+        return RowBounds(
             center,
             projection,
             largest_norm(x, center, projection),
@@ -50,15 +50,15 @@ class Extent:
 
     def check(self, name: str, x: Array) -> None:
         """Raise ``RefusalError`` where a row is beyond the extents."""
-        found = Extent.of(x, self.center, self.projection)
-        reach = max(
+        found = RowBounds.of(x, self.center, self.projection)
+        ratio = max(
             _share(found.length, self.length),
             _share(found.raw, self.raw),
             *map(_share, found.entries, self.entries),
         )
-        if not reach <= 1:
+        if not ratio <= 1:
             raise RefusalError(
-                f"{name}: rows reach {reach:.3g} times as far as those that the bound "
+                f"{name}: rows reach {ratio:.3g} times as far as those that the bound "
                 "was proven for: prepare with rows that reach as far, or use "
                 "guarantee='sampled' or method=Exact()"
             )
@@ -81,32 +81,32 @@ class ProvenHead:
     ----------
     plan : Plan
         What was chosen.
-    sums : MonomialSums
+    state : MonomialState
         Over all keys.
-    query, key : Extent
+    query, key : RowBounds
         What queries and keys must stay within.
     low, high : array, shape (p,)
         What values must stay within.
-    pieces : int
+    accumulation_blocks : int
         Sums that were added up.
     """
 
     plan: Plan
-    sums: MonomialSums
-    query: Extent
-    key: Extent
+    state: MonomialState
+    query: RowBounds
+    key: RowBounds
     low: Array
     high: Array
-    pieces: int = 0
+    blocks: int = 0
 
     @staticmethod
-    def of(plan: Plan, recipe: Recipe, head: Head) -> "ProvenHead":
+    def of(plan: Plan, expansion: PolynomialExpansion, head: Head) -> "ProvenHead":
         """Start without keys, for rows that reach as far as those of the head."""
-        xp, t = head.xp, recipe.transform
+        xp, t = head.xp, expansion.transform
         return ProvenHead(
             plan,
-            MonomialSums.of(recipe, head.scale),
-            *_extents(t, head.query, head.key),
+            MonomialState.of(expansion, head.scale),
+            *_row_bounds(t, head.query, head.key),
             _double(xp.min(head.value, axis=0)),
             _double(xp.max(head.value, axis=0)),
         )
@@ -114,17 +114,17 @@ class ProvenHead:
     @property
     def count(self) -> int:
         """Number of keys."""
-        return self.sums.count
+        return self.state.count
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         sides = (self.query.entries, self.key.entries, self.low, self.high)
-        return self.sums.nbytes + sum(int(x.nbytes) for x in sides)
+        return self.state.nbytes + sum(int(x.nbytes) for x in sides)
 
     def empty(self) -> "ProvenHead":
         """Forget the keys."""
-        return replace(self, sums=self.sums.empty(), pieces=0)
+        return replace(self, state=self.state.empty(), blocks=0)
 
     def insert(
         self,
@@ -144,18 +144,18 @@ class ProvenHead:
                 "value: entries lie outside the range of those that the bound was "
                 "proven for: prepare with values of that range, or use method=Exact()"
             )
-        sums, cut = self.sums, list(pieces(key.shape[0]))
+        state, cut = self.state, list(accumulation_blocks(key.shape[0]))
         for rows in cut:
-            sums = sums.insert(key[rows, :], value[rows, :])
-        return self._counted(sums, len(cut))
+            state = state.insert(key[rows, :], value[rows, :])
+        return self._counted(state, len(cut))
 
     def merge(self, other: "ProvenHead") -> "ProvenHead":
         """Add the keys of another structure of the same plan."""
-        return self._counted(self.sums.merge(other.sums), other.pieces)
+        return self._counted(self.state.merge(other.state), other.blocks)
 
-    def _counted(self, sums: MonomialSums, more: int) -> "ProvenHead":
-        count = count_pieces(self.pieces, more, "guarantee='sampled'")
-        return replace(self, sums=sums, pieces=count)
+    def _counted(self, state: MonomialState, more: int) -> "ProvenHead":
+        count = count_blocks(self.blocks, more, "guarantee='sampled'")
+        return replace(self, state=state, blocks=count)
 
     def answer(
         self,
@@ -166,10 +166,10 @@ class ProvenHead:
     ) -> HeadAnswer:
         """Answer queries that are within the extents."""
         self.query.check("query", query)
-        head = Head(query, query, query, self.sums.scale)
+        head = Head(query, query, query, self.state.scale)
         if self.count:
-            value, logarithm, good = self.sums.query(query)
-            if not bool(head.xp.all(good)) or not bool(
+            value, logarithm, reliable = self.state.query(query)
+            if not bool(head.xp.all(reliable)) or not bool(
                 head.xp.all(head.xp.isfinite(value))
             ):
                 raise RefusalError(
@@ -193,7 +193,7 @@ class ProvenHead:
     @property
     def _bound(self) -> Certificate:
         return Certificate(
-            self.sums.recipe.bound,
+            self.state.expansion.bound,
             0.0,
             "max",
             f"minimax polynomial of degree {self.plan.method.degree} on the interval "
@@ -203,7 +203,7 @@ class ProvenHead:
 
     def pack(self) -> Packed:
         """Arrays and plain values."""
-        arrays, values = pack_sums(self.sums)
+        arrays, values = pack_state(self.state)
         arrays = {
             **arrays,
             "query_entries": self.query.entries,
@@ -213,7 +213,7 @@ class ProvenHead:
         }
         return arrays, {
             **values,
-            "pieces": self.pieces,
+            "pieces": self.blocks,
             "query_length": self.query.length,
             "query_raw": self.query.raw,
             "key_length": self.key.length,
@@ -222,31 +222,31 @@ class ProvenHead:
 
 
 def unpack_proven(
-    plan: Plan, sums: MonomialSums, arrays: dict[str, Array], values: dict[str, Any]
+    plan: Plan, state: MonomialState, arrays: dict[str, Array], values: dict[str, Any]
 ) -> ProvenHead:
     """Undo ``ProvenHead.pack``."""
-    t = sums.recipe.transform
-    query = _unpack_extent("query", t.query_center, t.query_map, arrays, values)
-    key = _unpack_extent("key", t.key_center, t.key_map, arrays, values)
-    low, high, pieces = arrays["low"], arrays["high"], int(values["pieces"])
-    return ProvenHead(plan, sums, query, key, low, high, pieces)
+    t = state.expansion.transform
+    query = _unpack_bounds("query", t.query_center, t.query_map, arrays, values)
+    key = _unpack_bounds("key", t.key_center, t.key_map, arrays, values)
+    low, high, blocks = arrays["low"], arrays["high"], int(values["pieces"])
+    return ProvenHead(plan, state, query, key, low, high, blocks)
 
 
-def _unpack_extent(
+def _unpack_bounds(
     name: str,
     center: Array,
     projection: Array,
     arrays: dict[str, Array],
     values: dict[str, Any],
-) -> Extent:
+) -> RowBounds:
     length, raw = float(values[f"{name}_length"]), float(values[f"{name}_raw"])
-    return Extent(center, projection, length, raw, arrays[f"{name}_entries"])
+    return RowBounds(center, projection, length, raw, arrays[f"{name}_entries"])
 
 
-def _extents(t: Transform, query: Array, key: Array) -> tuple[Extent, Extent]:
+def _row_bounds(t: Transform, query: Array, key: Array) -> tuple[RowBounds, RowBounds]:
     return (
-        Extent.of(query, t.query_center, t.query_map),
-        Extent.of(key, t.key_center, t.key_map),
+        RowBounds.of(query, t.query_center, t.query_map),
+        RowBounds.of(key, t.key_center, t.key_map),
     )
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from fastattn.methods.lowrank.basis import Basis, Hermite
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Frame
+from fastattn.methods.lowrank.whitening import Whitening
 from fastattn.methods.polynomial.expansions import IndexSet
 from fastattn.methods.polynomial.moments import Moments
-from fastattn.methods.polynomial.recipe import Recipe
+from fastattn.methods.polynomial.recipe import PolynomialExpansion
 from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import RefusalError
@@ -24,7 +24,7 @@ from sketching._lib.certificate import RefusalError
 Packed = tuple[dict[str, Array], dict[str, Any]]
 
 
-class Sums(Protocol):
+class KeyValueState(Protocol):
     """Sums over keys and values, to which keys can be added."""
 
     @property
@@ -59,7 +59,7 @@ class Sums(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LowRankSums:
+class LowRankState:
     """Inner products with a basis of polynomials and landmarks."""
 
     structure: LowRank
@@ -74,29 +74,29 @@ class LowRankSums:
         """Bytes of the arrays."""
         return self.structure.nbytes
 
-    def empty(self) -> "LowRankSums":
+    def empty(self) -> "LowRankState":
         """Forget the keys."""
         old = self.structure
         nothing = np.zeros_like(old.sums)
-        return LowRankSums(
+        return LowRankState(
             replace(
                 old,
                 count=0,
                 sums=nothing,
-                bounds=_no_bounds(len(old.middle)),
+                bounds=_no_bounds(len(old.value_center)),
                 far_key=old.far_key[:0],
                 far_value=old.far_value[:0],
                 weights=nothing,
             )
         )
 
-    def insert(self, key: Array, value: Array) -> "LowRankSums":
+    def insert(self, key: Array, value: Array) -> "LowRankState":
         """Add keys, at least one; returns the new structure."""
-        return LowRankSums(self.structure.insert(key, value))
+        return LowRankState(self.structure.insert(key, value))
 
-    def merge(self, other: "LowRankSums") -> "LowRankSums":
+    def merge(self, other: "LowRankState") -> "LowRankState":
         """Add the keys of another structure; returns the new structure."""
-        return LowRankSums(self.structure.merge(other.structure))
+        return LowRankState(self.structure.merge(other.structure))
 
     def query(self, query: Array) -> tuple[Array, Array, Array]:
         """Values, log-sum-exps, and whether each row can be trusted."""
@@ -105,14 +105,14 @@ class LowRankSums:
     def pack(self) -> Packed:
         """Arrays on the host, and plain values."""
         held, basis = self.structure, self.structure.basis
-        parts = {"": held, "frame_": basis.frame, "hermite_": basis.hermite}
+        parts = {"": held, "frame_": basis.whitening, "hermite_": basis.hermite}
         arrays = {
-            prefix + name: getattr(part, name)
+            prefix + name: getattr(part, _ATTRIBUTES.get(name, name))
             for (prefix, part), names in zip(parts.items(), _LOWRANK, strict=True)
             for name in names
         }
         arrays["landmarks"] = basis.landmarks
-        values = {name: float(getattr(basis.frame, name)) for name in _FRAME}
+        values = {name: float(getattr(basis.whitening, name)) for name in _WHITENING}
         return arrays, {"count": held.count, **values}
 
     @staticmethod
@@ -120,18 +120,20 @@ class LowRankSums:
         arrays: dict[str, Array],
         values: dict[str, Any],
         xp: Any,  # noqa: ARG004
-    ) -> "LowRankSums":
+    ) -> "LowRankState":
         """Undo ``pack``."""
-        own, frame, hermite = (
-            {name: arrays[prefix + name] for name in names}
+        own, whitening, hermite = (
+            {_ATTRIBUTES.get(name, name): arrays[prefix + name] for name in names}
             for prefix, names in zip(("", "frame_", "hermite_"), _LOWRANK, strict=True)
         )
         basis = Basis(
-            Frame(**frame, **{name: float(values[name]) for name in _FRAME}),
+            Whitening(
+                **whitening, **{name: float(values[name]) for name in _WHITENING}
+            ),
             Hermite(**hermite),
             arrays["landmarks"],
         )
-        return LowRankSums(LowRank(basis=basis, count=int(values["count"]), **own))
+        return LowRankState(LowRank(basis=basis, count=int(values["count"]), **own))
 
 
 # the arrays of the structure, its frame and its polynomials; the numbers of the frame
@@ -140,60 +142,62 @@ _LOWRANK = (
     ("center", "to_key", "to_query", "origin", "spread"),
     ("parent", "coordinate", "power", "factorial"),
 )
-_FRAME = ("offset", "limit", "longest", "share", "scale")
+# attributes that files know by an earlier name
+_ATTRIBUTES = {"middle": "value_center"}
+_WHITENING = ("offset", "limit", "longest", "share", "scale")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MonomialSums:
+class MonomialState:
     """Sums of monomials, in float64 on the host.
 
     Parameters
     ----------
-    recipe : Recipe
+    expansion : PolynomialExpansion
         Coordinates, monomials and coefficients.
     scale : float
         The factor of the logits.
     count : int
         Number of keys.
     total : array, shape (r, p + 1)
-        Sum over keys of monomial times weight times ``[value - middle, 1]``.
+        Sum over keys of monomial times weight times ``[value - value_center, 1]``.
     bounds : array, shape (2, p)
         The least and the largest of the values.
     """
 
-    recipe: Recipe
+    expansion: PolynomialExpansion
     scale: float
     count: int
     total: Array
     bounds: Array
 
     @staticmethod
-    def of(recipe: Recipe, scale: float) -> "MonomialSums":
+    def of(expansion: PolynomialExpansion, scale: float) -> "MonomialState":
         """Start without keys."""
-        p = len(recipe.middle)
-        total = np.zeros((len(recipe.index), p + 1))
-        return MonomialSums(recipe, scale, 0, total, _no_bounds(p))
+        p = len(expansion.value_center)
+        total = np.zeros((len(expansion.index), p + 1))
+        return MonomialState(expansion, scale, 0, total, _no_bounds(p))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(int(x.nbytes) for x in self.pack()[0].values())
 
-    def empty(self) -> "MonomialSums":
+    def empty(self) -> "MonomialState":
         """Forget the keys."""
-        return MonomialSums.of(self.recipe, self.scale)
+        return MonomialState.of(self.expansion, self.scale)
 
-    def insert(self, key: Array, value: Array) -> "MonomialSums":
+    def insert(self, key: Array, value: Array) -> "MonomialState":
         """Add keys, at least one; returns the new structure."""
-        xp, recipe = array_namespace(value), self.recipe
+        xp, expansion = array_namespace(value), self.expansion
         part = Moments.of(
             key,
             value,
-            recipe.transform,
-            recipe.index,
-            recipe.middle,
+            expansion.transform,
+            expansion.index,
+            expansion.value_center,
             self.scale,
-            recipe.dtype,
+            expansion.dtype,
         )
         low, high = (
             to_host(end(value, axis=0)).astype(np.float64) for end in (xp.min, xp.max)
@@ -204,7 +208,7 @@ class MonomialSums:
         )
         return self.merge(added)
 
-    def merge(self, other: "MonomialSums") -> "MonomialSums":
+    def merge(self, other: "MonomialState") -> "MonomialState":
         """Add the keys of another structure; returns the new structure."""
         with np.errstate(over="ignore", invalid="ignore"):
             total = self.total + other.total
@@ -221,30 +225,37 @@ class MonomialSums:
 
     def query(self, query: Array) -> tuple[Array, Array, Array]:
         """Values, log-sum-exps, and whether each row can be trusted."""
-        recipe, xp = self.recipe, array_namespace(query)
-        move = mover(query, recipe.dtype)
+        expansion, xp = self.expansion, array_namespace(query)
+        move = mover(query, expansion.dtype)
         moments = Moments(
-            recipe.transform, recipe.index, recipe.middle, self.scale, move(self.total)
+            expansion.transform,
+            expansion.index,
+            expansion.value_center,
+            self.scale,
+            move(self.total),
         )
-        value, logarithm, good = moments.query(query, recipe.coefficients)
-        good = xp.logical_and(good, xp.all(xp.isfinite(value), axis=1))
+        value, logarithm, reliable = moments.query(query, expansion.coefficients)
+        reliable = xp.logical_and(reliable, xp.all(xp.isfinite(value), axis=1))
         # no mean is outside the range of the values
         low, high = move(self.bounds)[0, :], move(self.bounds)[1, :]
-        return xp.minimum(xp.maximum(value, low), high), logarithm, good
+        return xp.minimum(xp.maximum(value, low), high), logarithm, reliable
 
     def pack(self) -> Packed:
         """Arrays on the host, and plain values."""
-        recipe = self.recipe
-        parts = {"transform_": recipe.transform, "index_": recipe.index}
+        expansion = self.expansion
+        parts = {"transform_": expansion.transform, "index_": expansion.index}
         arrays = {
             prefix + name: getattr(part, name)
             for (prefix, part), names in zip(parts.items(), _MONOMIAL, strict=True)
             for name in names
         }
         arrays |= {"total": self.total, "bounds": self.bounds}
-        arrays |= {"middle": recipe.middle, "coefficients": recipe.coefficients}
-        dtype = str(recipe.dtype).rpartition(".")[2].strip("'> ")
-        bound = recipe.bound
+        arrays |= {
+            "middle": expansion.value_center,
+            "coefficients": expansion.coefficients,
+        }
+        dtype = str(expansion.dtype).rpartition(".")[2].strip("'> ")
+        bound = expansion.bound
         return arrays, {
             "count": self.count, "scale": self.scale, "dtype": dtype, "bound": bound
         }  # fmt: skip
@@ -252,13 +263,13 @@ class MonomialSums:
     @staticmethod
     def unpack(
         arrays: dict[str, Array], values: dict[str, Any], xp: Any
-    ) -> "MonomialSums":
+    ) -> "MonomialState":
         """Undo ``pack``; the sums are going to be used with arrays of ``xp``."""
         transform, index = (
             {name: arrays[prefix + name] for name in names}
             for prefix, names in zip(("transform_", "index_"), _MONOMIAL, strict=True)
         )
-        recipe = Recipe(
+        expansion = PolynomialExpansion(
             Transform(**transform),
             IndexSet(**index),
             arrays["coefficients"],
@@ -266,8 +277,8 @@ class MonomialSums:
             {"float32": xp.float32, "float64": xp.float64}[values["dtype"]],
             float(values["bound"]),
         )
-        return MonomialSums(
-            recipe,
+        return MonomialState(
+            expansion,
             float(values["scale"]),
             int(values["count"]),
             arrays["total"],
@@ -286,17 +297,19 @@ def _no_bounds(p: int) -> Array:
     return np.outer([math.inf, -math.inf], np.ones(p))
 
 
-def pack_sums(sums: Sums) -> Packed:
+def pack_state(state: KeyValueState) -> Packed:
     """Pack with the name of the kind."""
-    arrays, values = sums.pack()
-    kind = next(name for name, of in _KINDS.items() if isinstance(sums, of))
+    arrays, values = state.pack()
+    kind = next(name for name, of in _KINDS.items() if isinstance(state, of))
     return arrays, {"sums": kind, **values}
 
 
-def unpack_sums(arrays: dict[str, Array], values: dict[str, Any], xp: Any) -> Sums:
-    """Undo ``pack_sums``, for arrays of the namespace ``xp``."""
-    found: Sums = _KINDS[values["sums"]].unpack(arrays, values, xp)
+def unpack_state(
+    arrays: dict[str, Array], values: dict[str, Any], xp: Any
+) -> KeyValueState:
+    """Undo ``pack_state``, for arrays of the namespace ``xp``."""
+    found: KeyValueState = _KINDS[values["sums"]].unpack(arrays, values, xp)
     return found
 
 
-_KINDS: dict[str, Any] = {"lowrank": LowRankSums, "monomials": MonomialSums}
+_KINDS: dict[str, Any] = {"lowrank": LowRankState, "monomials": MonomialState}

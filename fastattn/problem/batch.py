@@ -93,19 +93,19 @@ class Batch:
         xp = array_namespace(self.query)
         place = tuple(int(i) for i in np.unravel_index(number, self.lead))
         query, key, value = (pick(x, place) for x in (self.query, self.key, self.value))
-        visible = None
+        prefix_lengths = None
         n, m = query.shape[0], key.shape[0]
         if self.is_causal:
             count = xp.arange(1, n + 1, device=device_of(query))
-            visible = xp.where(count < m, count, xp.full_like(count, m))
+            prefix_lengths = xp.where(count < m, count, xp.full_like(count, m))
         if self.key_mask is not None:
             mask = pick(self.key_mask, place, 1)
-            if visible is not None:
+            if prefix_lengths is not None:
                 seen = xp.cumulative_sum(xp.astype(mask, xp.int64))
-                visible = xp.take(seen, visible - 1)
+                prefix_lengths = xp.take(seen, prefix_lengths - 1)
             kept = xp.nonzero(mask)[0]
             key, value = xp.take(key, kept, axis=0), xp.take(value, kept, axis=0)
-        return Head(query, key, value, self.scale, visible)
+        return Head(query, key, value, self.scale, prefix_lengths)
 
     def assemble(self, answers: list[HeadAnswer]) -> Approximation:
         """Put the heads' answers back into the shape of the batch."""

@@ -1,10 +1,10 @@
 """Causal attention by parts, each answered by a method that knows no mask.
 
-Row ``i`` sees the first ``visible[i]`` keys. In prefix form the keys are cut into
-chunks: a row is answered by a structure over the chunks before its own, exactly within
-its own, and the two answers are merged by their log-sum-exps. By halving, the rows that
-see all of the first half of the keys meet it in a rectangle without a mask, and both
-halves are cut again.
+Row ``i`` sees the first ``prefix_lengths[i]`` keys. In prefix form the keys are cut
+into chunks: a row is answered by a structure over the chunks before its own, exactly
+within its own, and the two answers are merged by their log-sum-exps. By halving, the
+rows that see all of the first half of the keys meet it in a rectangle without a mask,
+and both halves are cut again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from fastattn.problem.head import Head
-from fastattn.problem.partial_softmax import join
+from fastattn.problem.partial_softmax import merge_partials
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.threads import run_blocks
 
@@ -51,14 +51,19 @@ def cuts_of(seen: int, first: int | None = None) -> list[int]:
     return [0, *range(first, seen, _CHUNK), seen]
 
 
-def chunks_of(visible: Array, first: int | None = None) -> list[tuple[slice, slice]]:
+def chunks_of(
+    prefix_lengths: Array, first: int | None = None
+) -> list[tuple[slice, slice]]:
     """Cut rows and keys alike: rows see all keys before theirs, but none behind them.
 
     The keys of the last chunk are none.
     """
-    cuts = cuts_of(int(visible[-1]), first)
+    cuts = cuts_of(int(prefix_lengths[-1]), first)
     # chunk k serves the rows that see cuts[k] keys, but not yet cuts[k + 1]
-    rows = [*(int(i) for i in np.searchsorted(visible, cuts)), len(visible)]
+    rows = [
+        *(int(i) for i in np.searchsorted(prefix_lengths, cuts)),
+        len(prefix_lengths),
+    ]
     return [
         (slice(*some), slice(*keys))
         for some, keys in zip(pairwise(rows), pairwise([*cuts, cuts[-1]]), strict=True)
@@ -78,27 +83,27 @@ def by_prefixes(
     Parameters
     ----------
     head : Head
-        A head whose ``visible`` does not decrease.
+        A head whose ``prefix_lengths`` does not decrease.
     prefixes : callable
         From numbers of keys, which increase, to structures over so many first keys, a
         few at a time.
 
     Returns
     -------
-    value, log_normalizer, good : array, shapes (n, p), (n,) and (n,)
+    value, log_normalizer, reliable : array, shapes (n, p), (n,) and (n,)
     """
-    chunks = chunks_of(to_host(head.visible))
+    chunks = chunks_of(to_host(head.prefix_lengths))
     parts = [within(head, *chunks[0])]
     for structures in prefixes([keys.start for _, keys in chunks[1:]]):
         tasks = [
             (*chunks[k], structure)
             for k, structure in enumerate(structures, len(parts))
         ]
-        parts += each(head, lambda task: _beyond(head, *task), tasks)
-    return joined(head, parts)
+        parts += parallel_map(head, lambda task: _beyond(head, *task), tasks)
+    return concat_rows(head, parts)
 
 
-def each(head: Head, work: Callable[[_T], _S], items: Sequence[_T]) -> list[_S]:
+def parallel_map(head: Head, work: Callable[[_T], _S], items: Sequence[_T]) -> list[_S]:
     """Return ``work`` of every item, done side by side on the CPU."""
     if place_of(head.query) != "cpu":
         return [work(item) for item in items]
@@ -111,17 +116,17 @@ def each(head: Head, work: Callable[[_T], _S], items: Sequence[_T]) -> list[_S]:
     return found
 
 
-def joined(head: Head, parts: list[Answer | None]) -> Answer:
+def concat_rows(head: Head, parts: list[Answer | None]) -> Answer:
     """Put the answers to consecutive rows together."""
     columns = zip(*(part for part in parts if part is not None), strict=True)
-    value, logarithm, good = (head.xp.concat(list(column)) for column in columns)
-    return value, logarithm, good
+    value, logarithm, reliable = (head.xp.concat(list(column)) for column in columns)
+    return value, logarithm, reliable
 
 
-def merged(one: Answer, other: Answer) -> Answer:
+def merge_chunk_partials(one: Answer, other: Answer) -> Answer:
     """Merge answers to the same rows over disjoint sets of keys."""
     xp = array_namespace(one[0])
-    value, logarithm = join(one[:2], other[:2])
+    value, logarithm = merge_partials(one[:2], other[:2])
     return value, logarithm, xp.logical_and(one[2], other[2])
 
 
@@ -135,24 +140,26 @@ def within(head: Head, rows: slice, keys: slice) -> Answer | None:
 
 def part_of(head: Head, rows: slice, keys: slice) -> Head:
     """Cut out some rows with those of some keys that they see."""
-    visible = head.visible
+    prefix_lengths = head.prefix_lengths
     return replace(
         head,
         query=head.query[rows, :],
         key=head.key[keys, :],
         value=head.value[keys, :],
-        visible=None if visible is None else visible[rows] - keys.start,
+        prefix_lengths=None
+        if prefix_lengths is None
+        else prefix_lengths[rows] - keys.start,
     )
 
 
-def prefix_doubt(head: Head) -> Array:
+def causal_error_profile(head: Head) -> Array:
     """How the squared errors of rows compare that see different numbers of keys."""
-    if head.visible is None:
+    if head.prefix_lengths is None:
         return np.ones(head.sizes[0])
-    visible = to_host(head.visible)
+    prefix_lengths = to_host(head.prefix_lengths)
     # the first chunk is exact; beyond it, errors average out with the keys
-    first = cuts_of(int(visible[-1]))[1]
-    return np.where(visible < first, 0.0, 1 / np.maximum(visible, 1))
+    first = cuts_of(int(prefix_lengths[-1]))[1]
+    return np.where(prefix_lengths < first, 0.0, 1 / np.maximum(prefix_lengths, 1))
 
 
 def panels(counts: list[int], nbytes: int) -> Iterator[list[slice]]:
@@ -168,9 +175,9 @@ def _beyond(head: Head, rows: slice, keys: slice, before: Prefix) -> Answer | No
     own = within(head, rows, keys)
     if own is None:
         return None
-    value, logarithm, good = before.query(head.query[rows, :])
+    value, logarithm, reliable = before.query(head.query[rows, :])
     dtype = own[0].dtype
     xp = head.xp
     value = xp.astype(value, dtype, copy=False)
     logarithm = xp.astype(logarithm, dtype, copy=False)
-    return merged((value, logarithm, good), own)
+    return merge_chunk_partials((value, logarithm, reliable), own)

@@ -3,13 +3,13 @@
 import numpy as np
 
 from fastattn.problem.batch import Batch, pick
-from fastattn.problem.rows import spread
+from fastattn.problem.rows import scatter_rows
 from sketching._lib.arrays import Array, array_namespace, plain, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_finite
 
 # derivatives by query, key and value
-Slopes = tuple[Array, Array, Array]
+Gradients = tuple[Array, Array, Array]
 
 
 def check_grad(batch: Batch, grad: Array) -> Array:
@@ -33,13 +33,17 @@ def check_grad(batch: Batch, grad: Array) -> Array:
     return grad
 
 
-def unmasked(batch: Batch, place: tuple[int, ...], slopes: Slopes) -> Slopes:
+def unmasked(batch: Batch, place: tuple[int, ...], gradients: Gradients) -> Gradients:
     """Give masked keys, which the head was not told of, derivatives of zero."""
     if batch.key_mask is None:
-        return slopes
+        return gradients
     m = batch.key.shape[-2]
     kept = np.flatnonzero(to_host(pick(batch.key_mask, place, 1)))
-    return slopes[0], spread(slopes[1], kept, m), spread(slopes[2], kept, m)
+    return (
+        gradients[0],
+        scatter_rows(gradients[1], kept, m),
+        scatter_rows(gradients[2], kept, m),
+    )
 
 
 def assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:

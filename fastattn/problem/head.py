@@ -31,15 +31,15 @@ class Head:
         Arrays of one library.
     scale : float
         The factor of the logits.
-    visible : integer array, shape (n,), or None
-        Row ``i`` sees the first ``visible[i]`` keys; None means all.
+    prefix_lengths : integer array, shape (n,), or None
+        Row ``i`` sees the first ``prefix_lengths[i]`` keys; None means all.
     """
 
     query: Array
     key: Array
     value: Array
     scale: float
-    visible: Array | None = None
+    prefix_lengths: Array | None = None
 
     @lazy
     def xp(self) -> Any:
@@ -62,7 +62,11 @@ class Head:
     def logits(self) -> int:
         """Number of pairs of a query and a key that it sees."""
         n, m, _, _ = self.sizes
-        return n * m if self.visible is None else int(self.xp.sum(self.visible))
+        return (
+            n * m
+            if self.prefix_lengths is None
+            else int(self.xp.sum(self.prefix_lengths))
+        )
 
     @lazy
     def largest_value(self) -> float:
@@ -82,39 +86,41 @@ class Head:
         return row_squares(self.key)
 
     @property
-    def has_fast_body(self) -> bool:
+    def has_fast_kernel(self) -> bool:
         """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
         return place_of(self.query) is not None
 
     def trimmed(self) -> "Head":
         """Return the same head without the last keys, which no row sees."""
-        if self.visible is None:
+        if self.prefix_lengths is None:
             return self
-        seen = int(self.xp.max(self.visible))
+        seen = int(self.xp.max(self.prefix_lengths))
         return replace(self, key=self.key[:seen, :], value=self.value[:seen, :])
 
     def unmasked(self) -> "Head":
         """Return the head whose rows all see all keys."""
-        return replace(self, visible=None)
+        return replace(self, prefix_lengths=None)
 
     def slice(self, rows: slice) -> "Head":
         """Return the same head for a range of its queries only."""
-        visible = self.visible
+        prefix_lengths = self.prefix_lengths
         return replace(
             self,
             query=self.query[rows, :],
-            visible=None if visible is None else visible[rows],
+            prefix_lengths=None if prefix_lengths is None else prefix_lengths[rows],
         )
 
     def with_rows(self, rows: Array) -> "Head":
         """Return the same head for the queries numbered ``rows`` only."""
         xp = self.xp
         rows = xp.asarray(rows, device=device_of(self.query))
-        visible = self.visible
+        prefix_lengths = self.prefix_lengths
         return replace(
             self,
             query=xp.take(self.query, rows, axis=0),
-            visible=None if visible is None else xp.take(visible, rows, axis=0),
+            prefix_lengths=None
+            if prefix_lengths is None
+            else xp.take(prefix_lengths, rows, axis=0),
         )
 
     def attend(self, dtype: Any = None, rows: int | None = None) -> tuple[Array, Array]:
@@ -133,7 +139,7 @@ class Head:
             self.key[None, ...],
             self.value[None, ...],
             scale=self.scale,
-            visible=self.visible,
+            prefix_lengths=self.prefix_lengths,
             rows=rows,
         )
         return out[0, ...], normalizer[0, ...]

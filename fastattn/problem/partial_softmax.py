@@ -7,7 +7,7 @@ from sketching._lib.arrays import Array, array_namespace
 Answer = tuple[Array, Array]
 
 
-def join(one: Answer, other: Answer) -> Answer:
+def merge_partials(one: Answer, other: Answer) -> Answer:
     """Merge answers ``(n, p)`` and log-sum-exps ``(n,)`` over disjoint keys."""
     xp = array_namespace(one[0])
     left, right = one[1], other[1]
@@ -21,6 +21,6 @@ def join(one: Answer, other: Answer) -> Answer:
     return value, xp.where(total > 0, xp.log(safe) + base, peak)
 
 
-def nothing(n: int, p: int) -> Answer:
+def empty_partial(n: int, p: int) -> Answer:
     """What queries are told by no keys, on the host."""
     return np.zeros((n, p)), np.full(n, -np.inf)

@@ -91,7 +91,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Attempt:
+class ConfiguredMethod:
     """A method with every choice made, ready to answer the queries of its head.
 
     Parameters
@@ -103,7 +103,7 @@ class Attempt:
         the method knows, how the squares of the rows' errors are guessed to compare.
     bound : float
         Proven bound on the largest absolute error; infinite where none is claimed.
-    again : callable, optional
+    retighten : callable, optional
         From a factor to an attempt with that many times the error.
     limit : float
         The same where it is not the certificate, which is to be relative to the answer,
@@ -118,7 +118,7 @@ class Attempt:
     plan: Plan
     run: Callable[[Head], tuple[Array, ...]]
     bound: float
-    again: "Callable[[float], Attempt] | None" = None
+    retighten: "Callable[[float], ConfiguredMethod] | None" = None
     limit: float = math.inf
     rounding: Callable[[Head], Array] | None = None
     log_errors: Callable[[Head, Array], Array | None] | None = None

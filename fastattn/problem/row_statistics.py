@@ -41,10 +41,10 @@ _BULK, _ROUNDED_BULK = 0.1, 0.15
 # many times the median, and most of them by the guessed error, by what they see of an
 # extreme key, and by the spread of their logits
 OUTLYING = 2.0
-_HARD, _HARD_SEEN = 32, 16
-HARD = 64
+_MOST_BY_ERROR, _MOST_BY_SEEN_KEY = 32, 16
+MOST_OUTLIERS = 64
 # and those of derivatives, whose hard rows nothing else finds
-_HARDEST = 128
+_MOST_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,16 +102,16 @@ class _KeyMetric:
         return self.axes[:, :few] / np.sqrt(self.variances[:few] + least)
 
 
-def hardest_rows(head: Head, rng: np.random.Generator) -> Array:
+def high_variance_rows(head: Head, rng: np.random.Generator) -> Array:
     """Numbers of the few rows whose logits vary far more than those of the others."""
-    return outlying_rows(logit_spread(head, rng), min(_HARDEST, head.sizes[0] // 4))
+    return outlying_rows(logit_spread(head, rng), min(_MOST_ROWS, head.sizes[0] // 4))
 
 
 def outlying_rows(sizes: Array, count: int) -> Array:
     """Numbers of so many rows, at most, whose size is far above the median."""
     sizes = _no_nan(np.array(sizes))
-    middle = np.partition(sizes, len(sizes) // 2)[len(sizes) // 2]
-    outlying = np.flatnonzero(sizes > OUTLYING * middle)
+    median = np.partition(sizes, len(sizes) // 2)[len(sizes) // 2]
+    outlying = np.flatnonzero(sizes > OUTLYING * median)
     if len(outlying) > count:
         outlying = np.sort(outlying[_largest(sizes[outlying], count)])
     return outlying
@@ -157,16 +157,16 @@ def _lengths(
     zeros, ones, found = xp.zeros(d, **move), xp.ones(d, **move), []
     # what overflows makes the rows hard ones
     with np.errstate(over="ignore", invalid="ignore"):
-        middle = xp.asarray(center, **move)
+        shift = xp.asarray(center, **move)
         for turn in turns:
             matrix = ones if turn is None else xp.asarray(turn, **move)
             found.append(np.empty(n))
             for start in range(0, n, _BLOCK):
                 rows = slice(start, min(start + _BLOCK, n))
-                block, args = xp.astype(x[rows, :], dtype, copy=False), (middle, matrix)
+                block, args = xp.astype(x[rows, :], dtype, copy=False), (shift, matrix)
                 if matrix.ndim > 1:
                     few = matrix.shape[1]
-                    block, args = (block - middle) @ matrix, (zeros[:few], ones[:few])
+                    block, args = (block - shift) @ matrix, (zeros[:few], ones[:few])
                 found[-1][rows] = to_host(squared_lengths(block, *args))
     return found
 
@@ -270,10 +270,10 @@ def _logits(head: Head, key: Array, numbers: Array) -> Array:
     # keys are rows: the largest of a column is found faster than that of a row
     with np.errstate(over="ignore", invalid="ignore"):
         logits = xp.matmul(key, xp.matrix_transpose(query * head.scale))
-    if head.visible is None:
+    if head.prefix_lengths is None:
         return logits
     numbers = xp.asarray(numbers, device=device_of(head.query))
-    hidden = numbers[:, None] >= head.visible[None, :]
+    hidden = numbers[:, None] >= head.prefix_lengths[None, :]
     return xp.where(hidden, xp.full_like(logits, -math.inf), logits)
 
 
@@ -292,14 +292,14 @@ class SeenKeys:
     share : array, shape (n,)
         Largest weight of an extreme key, over the answer's own sum of weights: above
         one where that sum is too small.
-    reach : array, shape (n,)
+    farthest : array, shape (n,)
         Largest weight times the distance of the key's value from the mean value.
     distance : array, shape (n,)
         Distance of the row's answer from the mean value.
     """
 
     share: Array
-    reach: Array
+    farthest: Array
     distance: Array
 
     @staticmethod
@@ -313,7 +313,7 @@ class SeenKeys:
         key = xp.take(head.key, numbers, axis=0)
         with np.errstate(divide="ignore", over="ignore"):
             far = xp.asarray(np.log(found.distance)[:, None], **move)
-        share, reach = np.empty((2, n))
+        share, farthest = np.empty((2, n))
         for start in range(0, n, _BLOCK):
             rows = slice(start, min(start + _BLOCK, n))
             # rows that went wrong, or see no key, are settled elsewhere
@@ -321,12 +321,12 @@ class SeenKeys:
                 logits = _logits(head.slice(rows), key, found.extreme)
                 # an exp of the largest, in place of the largest exp
                 share[rows] = to_host(xp.max(logits, axis=0))
-                reach[rows] = to_host(xp.max(logits + far, axis=0))
+                farthest[rows] = to_host(xp.max(logits + far, axis=0))
         own = to_host(normalizer).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            share, reach = np.exp(share - own), np.exp(reach - own)
+            share, farthest = np.exp(share - own), np.exp(farthest - own)
             distance = np.sqrt(_lengths(value, found.mean, [None], head.dtype)[0])
-        return SeenKeys(*(_no_nan(x) for x in (share, reach, distance)))
+        return SeenKeys(*(_no_nan(x) for x in (share, farthest, distance)))
 
 
 def series_squares(variance: Array) -> Array:
@@ -338,14 +338,14 @@ def series_squares(variance: Array) -> Array:
 class RowErrors:
     """Guessed squared errors of the rows of an answer, up to a common factor.
 
-    Those numbered ``hard`` may err far more than the others: they are to be exact.
+    Those numbered ``outlier_rows`` may err far more than others: they must be exact.
     """
 
     squares: Array
-    hard: Array
+    outlier_rows: Array
 
 
-def guess_errors(
+def profile_errors(
     found: RowStatistics,
     seen: SeenKeys,
     *,
@@ -371,28 +371,28 @@ def guess_errors(
     factor : array, shape (n,), or float
         Factors of the squares for what is known of the rows beside.
     """
-    n, bulk, spread = len(found.variance), _ROUNDED_BULK, _HARD_SEEN
+    n, bulk, spread = len(found.variance), _ROUNDED_BULK, _MOST_BY_SEEN_KEY
     large = np.maximum(seen.share / _SHARE, 1.0)
     with np.errstate(over="ignore", invalid="ignore"):
         if rounding is None:
-            bulk, spread = _BULK, HARD
+            bulk, spread = _BULK, MOST_OUTLIERS
             rounding = np.minimum(found.variance, _VARIANCE)
             rounding = rounding + np.minimum(seen.share, _SHARE)
         rest = seen.distance + bulk * found.deviation
-        full = np.sqrt(factor) * rounding * (seen.reach + rest)
-        squares = factor * (rounding * (seen.reach / large + rest)) ** 2
+        full = np.sqrt(factor) * rounding * (seen.farthest + rest)
+        squares = factor * (rounding * (seen.farthest / large + rest)) ** 2
         if own is not None:
-            full, squares = np.sqrt(own), _joined(own, squares)
-    most = min(_HARD, n // 8), min(_HARD_SEEN, n // 16)
-    hard = [
+            full, squares = np.sqrt(own), _combined(own, squares)
+    most = min(_MOST_BY_ERROR, n // 8), min(_MOST_BY_SEEN_KEY, n // 16)
+    outlier_rows = [
         outlying_rows(full, most[0]),
-        outlying_rows(rounding * seen.reach, most[1]),
+        outlying_rows(rounding * seen.farthest, most[1]),
         outlying_rows(found.variance, min(spread, n // 4)),
     ]
-    return RowErrors(_no_nan(squares), np.unique(np.concatenate(hard)))
+    return RowErrors(_no_nan(squares), np.unique(np.concatenate(outlier_rows)))
 
 
-def _joined(own: Array, squares: Array) -> Array:
+def _combined(own: Array, squares: Array) -> Array:
     """Add two guesses in units of their medians."""
     units = [float(np.median(x[np.isfinite(x)])) for x in (own, squares)]
     if min(units) > 0:

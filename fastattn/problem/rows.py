@@ -27,14 +27,14 @@ def _draw(count: int, size: int, rng: np.random.Generator) -> Array:
     return np.sort(rng.choice(count, size=size, replace=False))
 
 
-def marked(rows: Array, x: Array) -> Array:
+def row_mask(rows: Array, x: Array) -> Array:
     """Boolean array, true at the numbers of some of the rows of ``x``."""
     mask = np.zeros(x.shape[0], dtype=bool)
     mask[rows] = True
     return array_namespace(x).asarray(mask, device=device_of(x))
 
 
-def spread(part: Array, rows: Array, n: int) -> Array:
+def scatter_rows(part: Array, rows: Array, n: int) -> Array:
     """Put the rows of a matrix at the numbers ``rows`` of ``n``, zeros elsewhere."""
     xp, (count, width) = array_namespace(part), part.shape
     # array libraries agree on take, not on writing
@@ -42,11 +42,11 @@ def spread(part: Array, rows: Array, n: int) -> Array:
     source[rows] = np.arange(count)
     device = device_of(part)
     zero = xp.zeros((1, width), dtype=part.dtype, device=device)
-    take = xp.asarray(source, device=device)
-    return xp.take(xp.concat([part, zero]), take, axis=0)
+    source_rows = xp.asarray(source, device=device)
+    return xp.take(xp.concat([part, zero]), source_rows, axis=0)
 
 
-def take(x: Array, rows: Array | None) -> Array:
+def gather_rows(x: Array, rows: Array | None) -> Array:
     """Rows of an array; None means all."""
     if rows is None:
         return x

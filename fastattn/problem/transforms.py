@@ -54,9 +54,9 @@ def identity(d: int, scale: float) -> Transform:
 def center(query: Array, key: Array, scale: float, *, queries: bool) -> Transform:
     """Centre the keys and, if ``queries``, the queries; leave coordinates alone."""
     plain = identity(query.shape[1], scale)
-    middle = mean(query) if queries else plain.query_center
+    mean_query = mean(query) if queries else plain.query_center
     return replace(
-        plain, query_center=middle, key_center=mean(key), tilt=scale * middle
+        plain, query_center=mean_query, key_center=mean(key), tilt=scale * mean_query
     )
 
 
@@ -111,9 +111,9 @@ def mean(x: Array) -> Array:
     return np.mean(x, axis=0, dtype=np.float64)
 
 
-def _factor(x: Array, middle: Array) -> tuple[Array, Array]:
+def _factor(x: Array, origin: Array) -> tuple[Array, Array]:
     """A square root ``L`` of the covariance of the rows of ``x``, and its inverse."""
-    centred = np.asarray(x, dtype=np.float64) - middle
+    centred = np.asarray(x, dtype=np.float64) - origin
     # in units of the largest entry, so that squares neither over- nor underflow
     unit = float(np.abs(centred).max()) or 1.0
     centred /= unit

@@ -88,7 +88,7 @@ def loss_gradient(
         raise ValueError(
             f"target: expected shape {output.shape}, as the output, got {target.shape}"
         )
-    slope, _, _ = attention_vjp(
+    gradient, _, _ = attention_vjp(
         query, a2, value, output - target, rng=backward, **options
     )
-    return xp.matmul(xp.matrix_transpose(a1), slope)
+    return xp.matmul(xp.matrix_transpose(a1), gradient)

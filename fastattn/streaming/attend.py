@@ -15,8 +15,8 @@ from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
 from fastattn.planning.explanation import Explanation
-from fastattn.prepared.heads import SummedHead
-from fastattn.prepared.held_out import PROBES
+from fastattn.prepared.heads import StateHead
+from fastattn.prepared.held_out import HELD_OUT
 from fastattn.prepared.planning import Request, prepare_head
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.head import Head
@@ -30,7 +30,7 @@ from sketching._lib.threads import single_threaded_blas
 # rows that sums are planned on
 _KEYS, _QUERIES = 1 << 16, 1 << 13
 # sums must be predicted to take at most this share of exact attention's time
-_WORTH = 0.8
+_TIME_SHARE = 0.8
 # far keys are kept beside the sums, up to one in so many bytes of the memory
 _SHARE = 4
 
@@ -62,7 +62,7 @@ def attend_streamed(
     with single_threaded_blas():
         if exact is not method:
             planned = _plan(head, tol, method, guarantee, rng)
-            if isinstance(planned, SummedHead):
+            if isinstance(planned, StateHead):
                 # the other half is for exact attention, if it comes to that
                 step = _half(step)
                 try:
@@ -97,7 +97,7 @@ def explain_streamed(
         if not isinstance(method, Exact):
             planned = _plan(head, tol, method, guarantee, rng)
             reason = "where the sums over all keys miss the tolerance"
-            if isinstance(planned, SummedHead):
+            if isinstance(planned, StateHead):
                 considered.append(Candidate(planned.plan, accepted=True))
             else:
                 reason = planned
@@ -110,7 +110,7 @@ def explain_streamed(
 
 def _plan(
     head: FileHead, tol: float, method: Method, guarantee: str, rng: np.random.Generator
-) -> SummedHead | str:
+) -> StateHead | str:
     """Plan sums on a sample of the rows: empty ones, or why there are none."""
     if not isinstance(method, (Auto, Polynomial)):
         raise RefusalError(
@@ -129,11 +129,11 @@ def _plan(
 
     request = Request(sample, fill, head.sizes[1], tol, guarantee)
     found = prepare_head(request, method, rng)
-    if not isinstance(found, SummedHead):
+    if not isinstance(found, StateHead):
         return found.plan.reason
     work = _work(head, found.plan.method)
     share = work / exact_work(*head.sizes)
-    if isinstance(method, Auto) and share > _WORTH:
+    if isinstance(method, Auto) and share > _TIME_SHARE:
         return f"{found.plan.method} would take {share:.1f} times as long"
     reason = f"planned on a sample of {len(sample.key)} keys: {found.plan.reason}"
     plan = replace(found.plan, predicted_seconds=seconds(work), reason=reason)
@@ -152,43 +152,43 @@ def _sample(head: FileHead, rng: np.random.Generator) -> Head:
 def _work(head: FileHead, method: Polynomial) -> float:
     """Work of filling sums, with their probes, and of asking them."""
     n, m, d, p = head.sizes
-    probes = exact_work(PROBES, m, d, p)
+    held_out = exact_work(HELD_OUT, m, d, p)
     rank = method.rank or 1
     if method.fits_a_basis:
-        return probes + lowrank_work(n, m, d, p, rank, method.landmarks)
-    return probes + polynomial_work(n, m, d, p, rank)
+        return held_out + lowrank_work(n, m, d, p, rank, method.landmarks)
+    return held_out + polynomial_work(n, m, d, p, rank)
 
 
 def _sum(
-    head: FileHead, sums: SummedHead, tol: float, put: Put, step: Step
+    head: FileHead, summed: StateHead, tol: float, put: Put, step: Step
 ) -> Streamed:
     """Fill the sums, see what they are worth, and answer by them."""
-    most = sums.nbytes + head.memory // _SHARE
-    for key, value in head.each_piece():
-        sums = sums.insert(key, value, fold=True)
-        if sums.nbytes > most:
+    most = summed.nbytes + head.memory // _SHARE
+    for key, value in head.each_key_block():
+        summed = summed.insert(key, value, fold=True)
+        if summed.nbytes > most:
             raise RefusalError(
-                f"{sums.plan.method} keeps too many far keys: {sums.nbytes} bytes"
+                f"{summed.plan.method} keeps too many far keys: {summed.nbytes} bytes"
             )
-        step(1 / head.pieces)
-    error = sums.probes.error()
+        step(1 / head.n_key_blocks)
+    error = summed.held_out.error()
     if not error.upper <= tol:
         raise RefusalError(
-            f"{sums.plan.method}, planned on a sample, misses tol={tol:g} over all "
+            f"{summed.plan.method}, planned on a sample, misses tol={tol:g} over all "
             f"keys: {error.upper:.2e} is certified ({error.source})"
         )
     refused = []
     for start, query in head.each_block():
-        value, logarithm, good = sums.sums.query(query)
-        bad = np.flatnonzero(~good)
+        value, logarithm, reliable = summed.state.query(query)
+        bad = np.flatnonzero(~reliable)
         # these are put again
         value[bad], logarithm[bad] = 0, 0
         put(start, *rounded(head, value, logarithm))
         refused.append(start + bad)
     count = _answer_exactly(head, np.concatenate(refused), put)
-    reason = sums.plan.reason + (f"; {count} rows computed exactly" if count else "")
+    reason = summed.plan.reason + (f"; {count} rows computed exactly" if count else "")
     certificate = Certificate(error.upper, FAILURE, "relative-frobenius", error.source)
-    return Streamed(certificate, replace(sums.plan, reason=reason))
+    return Streamed(certificate, replace(summed.plan, reason=reason))
 
 
 def _answer_exactly(head: FileHead, rows: np.ndarray, put: Put) -> int:

@@ -29,7 +29,7 @@ from fastattn.certificates.sampled import TRUTH, lost_norm, scaled_frobenius, st
 from fastattn.costs.work import exact_work, seconds
 from fastattn.methods.exact import Exact, sums_error, weights_error
 from fastattn.problem.head import Head
-from fastattn.problem.partial_softmax import join, nothing
+from fastattn.problem.partial_softmax import empty_partial, merge_partials
 from fastattn.problem.plan import Plan
 from fastattn.streaming.rows import FileHead, Put, Step
 from sketching._lib.arrays import Array, compute_dtype
@@ -42,7 +42,7 @@ _ROUNDINGS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class _Extent:
+class HeadBounds:
     """Largest norms of scaled queries and of keys, and the range of the values."""
 
     query_norm: float
@@ -51,45 +51,45 @@ class _Extent:
     peak: float
 
 
-def measure(head: FileHead, step: Step) -> _Extent:
+def measure(head: FileHead, step: Step) -> HeadBounds:
     """Read all rows once."""
     query_norm = key_norm = peak = 0.0
     low, high = np.full((2, head.sizes[3]), np.inf) * [[1], [-1]]
     for _, query in head.each_block():
         query_norm = max(query_norm, largest_row(query))
-    for key, value in head.each_piece():
+    for key, value in head.each_key_block():
         key_norm = max(key_norm, largest_row(key))
         low = np.minimum(low, value.min(axis=0))
         high = np.maximum(high, value.max(axis=0))
-        step(1 / head.pieces)
+        step(1 / head.n_key_blocks)
     peak = float(max(-low.min(), high.max()))
     # halves first: the range of two large numbers may not be one
     half = float((high / 2 - low / 2).max())
-    return _Extent(abs(head.scale) * query_norm, key_norm, half, peak)
+    return HeadBounds(abs(head.scale) * query_norm, key_norm, half, peak)
 
 
-def rounding_bound(head: FileHead, extent: _Extent, dtype: Any) -> float:
+def rounding_bound(head: FileHead, bounds: HeadBounds, dtype: Any) -> float:
     """Bound ``max |computed - exact|`` of streamed attention in ``dtype``."""
     _, m, d, _ = head.sizes
     u, tiny = unit_roundoff(np, dtype), smallest_number(np, dtype)
-    size = min(m, head.piece)
-    if size * extent.peak > largest_number(np, dtype) / 4:
+    size = min(m, head.key_block)
+    if size * bounds.peak > largest_number(np, dtype) / 4:
         return math.inf
-    norms = extent.query_norm, extent.key_norm
+    norms = bounds.query_norm, bounds.key_norm
     sums = sums_error(size, u, is_fast=True)
     weights = weights_error(size, d, *norms, np, dtype, is_fast=True)
     if not weights + sums < 1:
         return math.inf
-    merges = _ROUNDINGS * (head.pieces + 1) * unit_roundoff(np, np.float64)
+    merges = _ROUNDINGS * (head.n_key_blocks + 1) * unit_roundoff(np, np.float64)
     exponent = norms[0] * norms[1] + math.log(m)
     eta = -math.log1p(-weights - sums) + 4 * u * (exponent + 1) + merges
-    moved = 2 * extent.half * math.tanh(eta / 2)
+    moved = 2 * bounds.half * math.tanh(eta / 2)
     cut = cut_weights(np, dtype, m)
-    own = deviation(weights + cut, extent.half) + (sums + cut) * extent.peak
+    own = deviation(weights + cut, bounds.half) + (sums + cut) * bounds.peak
     own += 2 * size * tiny
     given = head.query.dtype
-    out = unit_roundoff(np, given) * extent.peak + smallest_number(np, given)
-    return own + moved + merges * extent.peak + out
+    out = unit_roundoff(np, given) * bounds.peak + smallest_number(np, given)
+    return own + moved + merges * bounds.peak + out
 
 
 def stream_exactly(
@@ -100,13 +100,15 @@ def stream_exactly(
     step: Step = lambda _: None,
 ) -> tuple[Array, Array]:
     """Answer queries over all keys, piece by piece; the answer is in float64."""
-    found = nothing(len(query), head.sizes[3])
-    for key, value in head.each_piece():
+    found = empty_partial(len(query), head.sizes[3])
+    for key, value in head.each_key_block():
         part, logarithm = Head(query, key, value, head.scale).attend(dtype, block)
         # what overflowed shows in the answer
         with np.errstate(over="ignore", invalid="ignore"):
-            found = join(found, (part.astype(np.float64), logarithm.astype(np.float64)))
-        step(1 / head.pieces)
+            found = merge_partials(
+                found, (part.astype(np.float64), logarithm.astype(np.float64))
+            )
+        step(1 / head.n_key_blocks)
     return found
 
 
@@ -136,40 +138,40 @@ def solve_exactly(
     def step_of_all(share: float) -> None:
         step(share / (blocks + 1))
 
-    extent = measure(head, step_of_all)
+    bounds = measure(head, step_of_all)
     plan = Plan(method, 0.0, seconds(exact_work(*head.sizes)), reason)
     dtype, error = compute_dtype(np, head.query.dtype), math.nan
     if guarantee == "proven":
-        dtype, error = _proven(head, extent, tol)
+        dtype, error = _proven(head, bounds, tol)
     n, _, _, p = head.sizes
     rows = np.sort(rng.choice(n, min(n, _ROWS), replace=False))
     answer = _attend(head, rows, dtype, method.block, put, step_of_all)
     source = (
-        f"exact attention in {np.dtype(dtype)}, streamed in {head.pieces} pieces: "
-        "a-priori rounding bound"
+        f"exact attention in {np.dtype(dtype)}, streamed in {head.n_key_blocks} "
+        "pieces: a-priori rounding bound"
     )
     if guarantee == "proven":
         return Certificate(error, 0.0, "max", source), plan
     if math.isfinite(answer.peak):
-        bound, root = rounding_bound(head, extent, dtype), math.sqrt(n * p)
+        bound, root = rounding_bound(head, bounds, dtype), math.sqrt(n * p)
         error = bound
         if answer.peak:
             error = relative(bound / answer.peak * root, answer.norm)
         if error <= tol:
             return Certificate(error, 0.0, "relative-frobenius", source), plan
-    return _sampled(head, rows, answer, extent.peak, tol), plan
+    return _sampled(head, rows, answer, bounds.peak, tol), plan
 
 
-def _proven(head: FileHead, extent: _Extent, tol: float) -> tuple[Any, float]:
+def _proven(head: FileHead, bounds: HeadBounds, tol: float) -> tuple[Any, float]:
     """The dtype that keeps a proven tolerance, and its bound."""
     own = compute_dtype(np, head.query.dtype)
     for dtype in dict.fromkeys([own, np.float64]):
-        bound = rounding_bound(head, extent, dtype)
-        if bound <= tol * extent.half or (extent.half == 0 and math.isfinite(bound)):
+        bound = rounding_bound(head, bounds, dtype)
+        if bound <= tol * bounds.half or (bounds.half == 0 and math.isfinite(bound)):
             return dtype, bound
     raise RefusalError(
         f"tol={tol:g} cannot be proven: rounding in float64 is bounded by {bound:.1e} "
-        f"where the half range of the values is {extent.half:.1e}"
+        f"where the half range of the values is {bounds.half:.1e}"
     )
 
 
@@ -244,5 +246,5 @@ def _sampled(
             f"tol={tol:g} is below what {dtype} holds for this head "
             f"({found.upper:.1e}): pass float64 arrays or a larger tol"
         )
-    source = f"exact attention, streamed in {head.pieces} pieces; {found.source}"
+    source = f"exact attention, streamed in {head.n_key_blocks} pieces; {found.source}"
     return Certificate(found.upper, FAILURE, "relative-frobenius", source)

@@ -167,7 +167,7 @@ class FileHead:
         return n, m, d, p
 
     @property
-    def piece(self) -> int:
+    def key_block(self) -> int:
         """Rows of a piece of the keys and values."""
         _, _, d, p = self.sizes
         return self._rows(8 * (d + p))
@@ -182,13 +182,13 @@ class FileHead:
         return min(_MOST, max(_FEWEST, self.memory // _SHARE // width))
 
     @property
-    def pieces(self) -> int:
+    def n_key_blocks(self) -> int:
         """Number of pieces."""
-        return -(-self.key.shape[0] // self.piece)
+        return -(-self.key.shape[0] // self.key_block)
 
-    def each_piece(self) -> Iterator[tuple[Array, Array]]:
+    def each_key_block(self) -> Iterator[tuple[Array, Array]]:
         """Yield keys and values, piece by piece; raise unless they are finite."""
-        m, size = self.key.shape[0], self.piece
+        m, size = self.key.shape[0], self.key_block
         for start in range(0, m, size):
             stop = min(start + size, m)
             yield self.key.checked(start, stop), self.value.checked(start, stop)

@@ -16,11 +16,11 @@ from fastattn.methods.polynomial.expansions import (
 )
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.methods.polynomial.recipe import LARGEST_RANK, check_rank, coefficients_of
-from fastattn.tensor.logit_bounds import Extent, furthest_rows
+from fastattn.tensor.logit_bounds import LogitBounds, furthest_rows
 from fastattn.tensor.polynomial import (
     NARROWEST,
-    TensorRecipe,
-    bounded_recipe,
+    TensorPolynomialExpansion,
+    bounded_expansion,
     index_set,
     shifted,
 )
@@ -43,43 +43,43 @@ _AIM = 0.6
 # may take
 _CONFIRMED, _EXTRA, _LARGEST_EXTRA = 0.8, 4, 4096
 # groups of tuples that are tried before, and the work of rows that is less
-_FEW_GROUPS, _QUICK = 4, 4e9
+_FEW_GROUPS, _QUICK_WORK = 4, 4e9
 
 
-def apriori_recipe(head: TensorHead, tol: float) -> TensorRecipe | None:
+def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion | None:
     """Find the least polynomial whose proven bound meets a relative tolerance.
 
     None where it is no cheaper than the rows that a sample would compute exactly. What
     the bound is relative to, the answer's norm, is taken from a coarse answer.
     """
-    extent = Extent.of(head)
-    bound, d = max(extent.bound, NARROWEST), head.sizes[2]
-    if not (bound <= LARGEST_BOUND and 0 < extent.half < math.inf):
+    logit_bounds = LogitBounds.of(head)
+    bound, d = max(logit_bounds.bound, NARROWEST), head.sizes[2]
+    if not (bound <= LARGEST_BOUND and 0 < logit_bounds.half < math.inf):
         return None
-    coarse = bounded_recipe(head, extent, 1, None, head.dtype)
-    value, _, good = coarse.answer(head)
+    linear = bounded_expansion(head, logit_bounds, 1, None, head.dtype)
+    value, _, reliable = linear.answer(head)
     peak, norm = scaled_frobenius(value)
-    if not (bool(head.xp.all(good)) and 0 < peak < math.inf):
+    if not (bool(head.xp.all(reliable)) and 0 < peak < math.inf):
         return None
     wanted = _SURE * tol / (1 + tol) * norm * peak / math.sqrt(math.prod(value.shape))
-    first = least_degree(bound, wanted / (extent.half + wanted))
+    first = least_degree(bound, wanted / (logit_bounds.half + wanted))
     if first is None:
         return None
     for degree in range(first, min(first + 2, LARGEST_DEGREE) + 1):
         if rank_of(d, degree) > LARGEST_RANK:
             return None
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            recipe = bounded_recipe(head, extent, degree, None, dtype)
-            if recipe.plan(head, "").predicted_seconds > seconds(row_work(head)):
+            expansion = bounded_expansion(head, logit_bounds, degree, None, dtype)
+            if expansion.plan(head, "").predicted_seconds > seconds(row_work(head)):
                 return None
-            if recipe.bound <= wanted:
-                return recipe
+            if expansion.bound <= wanted:
+                return expansion
     return None
 
 
-def sampled_recipe(
+def sampled_expansion(
     head: TensorHead, method: Polynomial, tol: float, rng: np.random.Generator
-) -> TensorRecipe:
+) -> TensorPolynomialExpansion:
     """Choose what the method leaves open by the error on a sample.
 
     Raises
@@ -87,23 +87,24 @@ def sampled_recipe(
     RefusalError
         If sampled logits spread too far, or the monomials would be too many to sum.
     """
-    extent = whole = Extent.of(head)
-    if not math.isfinite(extent.reach):
+    logit_bounds = whole = LogitBounds.of(head)
+    if not math.isfinite(logit_bounds.logit_bound):
         raise RefusalError("logits may overflow: scale the inputs down")
-    rows, keys = _sample(head, extent, rng)
+    rows, keys = _sample(head, logit_bounds, rng)
     some = _part(head, rows, keys)
-    extent = _narrowed(extent, some)
-    if not extent.bound <= LARGEST_BOUND:
+    logit_bounds = _narrowed(logit_bounds, some)
+    if not logit_bounds.bound <= LARGEST_BOUND:
         raise RefusalError(
-            f"sampled logits lie between {extent.low:.3g} and {extent.high:.3g}, wider "
-            f"than +-{LARGEST_BOUND:g}: scale the inputs down, or use Exact()"
+            f"sampled logits lie between {logit_bounds.low:.3g} and "
+            f"{logit_bounds.high:.3g}, wider than +-{LARGEST_BOUND:g}: "
+            "scale the inputs down, or use Exact()"
         )
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else head.dtype
 
-    def make(degree: int) -> TensorRecipe:
+    def make(degree: int) -> TensorPolynomialExpansion:
         check_rank(head.sizes[2], degree, method.rank)
-        recipe = _recipe(head, extent, degree, method, dtype)
-        return replace(recipe, low=whole.low, high=whole.high)
+        expansion = _expansion(head, logit_bounds, degree, method, dtype)
+        return replace(expansion, low=whole.low, high=whole.high)
 
     if method.degree is not None:
         return make(method.degree)
@@ -119,9 +120,9 @@ def _least(
     head: TensorHead,
     some: TensorHead,
     tol: float,
-    make: Callable[[int], TensorRecipe],
+    make: Callable[[int], TensorPolynomialExpansion],
     rng: np.random.Generator,
-) -> TensorRecipe:
+) -> TensorPolynomialExpansion:
     """The least degree that meets the tolerance and that sampled tuples can confirm.
 
     They scatter with the error of the polynomial, so that a larger degree may spare
@@ -132,7 +133,9 @@ def _least(
     peak = float(np.abs(truth).max()) or 1.0
     truth = truth / peak
     # no tuples are sampled for causal rows, see ``certify_tuples``
-    few_rows_are_quick = head.visible is not None or row_work(head) <= _QUICK
+    few_rows_are_quick = (
+        head.prefix_lengths is not None or row_work(head) <= _QUICK_WORK
+    )
     first, degree = None, 0
     while True:
         degree += 1
@@ -141,41 +144,49 @@ def _least(
             or rank_of(head.sizes[2], degree) > _LARGEST_EXTRA
         ):
             return first
-        recipe = make(degree)
-        for dtype in dict.fromkeys([recipe.dtype, head.xp.float64]):
-            recipe = replace(recipe, dtype=dtype)
-            answer, normalizer, good = recipe.answer(some)
+        expansion = make(degree)
+        for dtype in dict.fromkeys([expansion.dtype, head.xp.float64]):
+            expansion = replace(expansion, dtype=dtype)
+            answer, normalizer, reliable = expansion.answer(some)
             off = to_host(answer)[:_QUERIES].astype(np.float64) / peak - truth
             error = float(np.linalg.norm(off) / (np.linalg.norm(truth) or 1.0))
-            if bool(head.xp.all(good)) and error <= _AIM * tol:
-                recipe = replace(recipe, predicted=error)
+            if bool(head.xp.all(reliable)) and error <= _AIM * tol:
+                expansion = replace(expansion, predicted=error)
                 break
         else:
             continue
         if few_rows_are_quick:
-            return recipe
-        found = certify_tuples(some, recipe, answer, normalizer, rng, _FEW_GROUPS)
+            return expansion
+        found = certify_tuples(some, expansion, answer, normalizer, rng, _FEW_GROUPS)
         if found.upper <= _CONFIRMED * tol:
-            return recipe
-        first = recipe if first is None else first
+            return expansion
+        first = expansion if first is None else first
 
 
-def _recipe(
-    head: TensorHead, extent: Extent, degree: int, method: Polynomial, dtype: object
-) -> TensorRecipe:
+def _expansion(
+    head: TensorHead,
+    logit_bounds: LogitBounds,
+    degree: int,
+    method: Polynomial,
+    dtype: object,
+) -> TensorPolynomialExpansion:
     """One recipe; with a bound where the interval holds every logit."""
-    if method.basis == "minimax" and math.isfinite(extent.reach):
-        return bounded_recipe(head, extent, degree, method.rank, dtype)
-    bound = min(max(extent.bound, NARROWEST), LARGEST_BOUND)
-    coefficients = shifted(coefficients_of(method.basis, degree, bound), extent.center)
-    index = index_set(extent, coefficients, method.rank)
-    return TensorRecipe.over(extent, index, coefficients, dtype, math.inf)
+    if method.basis == "minimax" and math.isfinite(logit_bounds.logit_bound):
+        return bounded_expansion(head, logit_bounds, degree, method.rank, dtype)
+    bound = min(max(logit_bounds.bound, NARROWEST), LARGEST_BOUND)
+    coefficients = shifted(
+        coefficients_of(method.basis, degree, bound), logit_bounds.center
+    )
+    index = index_set(logit_bounds, coefficients, method.rank)
+    return TensorPolynomialExpansion.over(
+        logit_bounds, index, coefficients, dtype, math.inf
+    )
 
 
-def _narrowed(extent: Extent, some: TensorHead) -> Extent:
+def _narrowed(logit_bounds: LogitBounds, some: TensorHead) -> LogitBounds:
     """The interval that sampled logits suggest, unless all reach hardly further.
 
-    An infinite ``reach`` says that not every logit is known to lie within.
+    An infinite ``logit_bound`` says that not every logit is known to lie within.
     """
     keys = [to_host(x).astype(np.float64) for x in some.keys]
     whole = keys[0]
@@ -184,33 +195,33 @@ def _narrowed(extent: Extent, some: TensorHead) -> Extent:
     logits = some.scale * (to_host(some.query).astype(np.float64) @ whole.T)
     low, high = float(logits.min()), float(logits.max())
     slack = _MARGIN * (high - low)
-    if extent.bound <= min(_ALMOST * ((high - low) / 2 + slack), LARGEST_BOUND):
-        return extent
-    low, high = max(low - slack, extent.low), min(high + slack, extent.high)
-    return replace(extent, low=low, high=high, reach=math.inf)
+    if logit_bounds.bound <= min(_ALMOST * ((high - low) / 2 + slack), LARGEST_BOUND):
+        return logit_bounds
+    low, high = max(low - slack, logit_bounds.low), min(high + slack, logit_bounds.high)
+    return replace(logit_bounds, low=low, high=high, logit_bound=math.inf)
 
 
 def _sample(
-    head: TensorHead, extent: Extent, rng: np.random.Generator
+    head: TensorHead, logit_bounds: LogitBounds, rng: np.random.Generator
 ) -> tuple[Array, list[Array]]:
     """Numbers of queries, those at random first, and of keys of each factor."""
     n = head.sizes[0]
     rows = rng.choice(n, min(n, _QUERIES), replace=False)
     size = max(2, int(_TUPLES ** (1 / len(head.keys))))
     keys = [rng.choice(m, min(m, size), replace=False) for m in head.lengths]
-    return np.append(rows, furthest_rows(head, extent.maps[0], _FURTHEST)), keys
+    return np.append(rows, furthest_rows(head, logit_bounds.maps[0], _FURTHEST)), keys
 
 
 def _part(head: TensorHead, rows: Array, keys: list[Array]) -> TensorHead:
     """The head of some queries and keys."""
 
-    def some(x: Array, numbers: Array) -> Array:
+    def take(x: Array, numbers: Array) -> Array:
         xp = array_namespace(x)
         return xp.take(x, xp.asarray(numbers, device=device_of(x)), axis=0)
 
     return TensorHead(
-        some(head.query, rows),
-        tuple(some(x, at) for x, at in zip(head.keys, keys, strict=True)),
-        tuple(some(x, at) for x, at in zip(head.values, keys, strict=True)),
+        take(head.query, rows),
+        tuple(take(x, at) for x, at in zip(head.keys, keys, strict=True)),
+        tuple(take(x, at) for x, at in zip(head.values, keys, strict=True)),
         head.scale,
     )

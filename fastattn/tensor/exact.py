@@ -22,7 +22,7 @@ from fastattn.certificates.sampled import certify_rows, scaled_frobenius
 from fastattn.costs.work import exact_work, seconds
 from fastattn.problem.head import Head
 from fastattn.problem.plan import HeadAnswer, Plan
-from fastattn.tensor.logit_bounds import Extent, in_range, size_of
+from fastattn.tensor.logit_bounds import LogitBounds, in_range, size_of
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
@@ -54,13 +54,13 @@ def solve_exact(
     """
     if head.sizes[1] == 0:
         return _nothing(head, guarantee, plan)
-    extent = Extent.of(head)
+    logit_bounds = LogitBounds.of(head)
     bounds = {}
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-        bound = bounds[dtype] = rounding(head, extent, dtype)
+        bound = bounds[dtype] = rounding(head, logit_bounds, dtype)
         if guarantee == "proven":
-            bound = stored(head, extent.peak, bound)
-            if bound <= tol * extent.half or _is_constant(extent, bound):
+            bound = stored(head, logit_bounds.peak, bound)
+            if bound <= tol * logit_bounds.half or _is_constant(logit_bounds, bound):
                 value, normalizer = head.finish(*head.attend(dtype))
                 source = (
                     f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
@@ -70,11 +70,13 @@ def solve_exact(
         raise RefusalError(
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
             f"{bound:.1e} where the half range of the products of values is "
-            f"{extent.half:.1e}"
+            f"{logit_bounds.half:.1e}"
         )
     dtype = head.dtype
     # the log-sum-exps are returned in it, and must fit
-    if extent.reach < largest_number(head.xp, dtype) / 4 and not in_range(head, dtype):
+    if logit_bounds.logit_bound < largest_number(head.xp, dtype) / 4 and not in_range(
+        head, dtype
+    ):
         dtype = head.xp.float64
     return _solve_sampled(head, tol, rng, plan, dtype, bounds[dtype])
 
@@ -122,7 +124,7 @@ def solve_bounded(
     plan: Plan,
     compute: Callable[[Any], tuple[Array, Array]],
     bound: Callable[[Any], float],
-    extent: Extent,
+    logit_bounds: LogitBounds,
 ) -> HeadAnswer:
     """Compute a head in the least precision whose rounding bound meets ``tol``.
 
@@ -138,8 +140,10 @@ def solve_bounded(
         if math.isinf(error):
             continue
         if guarantee == "proven":
-            error = stored(head, extent.peak, error)
-            if not (error <= tol * extent.half or _is_constant(extent, error)):
+            error = stored(head, logit_bounds.peak, error)
+            if not (
+                error <= tol * logit_bounds.half or _is_constant(logit_bounds, error)
+            ):
                 continue
             value, normalizer = head.finish(*compute(dtype))
         else:
@@ -153,7 +157,7 @@ def solve_bounded(
     what = (
         "the answer's norm"
         if guarantee == "sampled"
-        else f"values within +-{extent.half:.1e}"
+        else f"values within +-{logit_bounds.half:.1e}"
     )
     raise RefusalError(
         f"tol={tol:g} cannot be met by {plan.method}: rounding in float64 is bounded "
@@ -161,9 +165,9 @@ def solve_bounded(
     )
 
 
-def _is_constant(extent: Extent, bound: float) -> bool:
+def _is_constant(logit_bounds: LogitBounds, bound: float) -> bool:
     """Whether no tolerance is asked for: there is one product of values only."""
-    return extent.half == 0 and bound < math.inf
+    return logit_bounds.half == 0 and bound < math.inf
 
 
 def _name(dtype: Any) -> str:
@@ -191,7 +195,7 @@ def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
 
 
 def rounding(
-    head: TensorHead, extent: Extent, dtype: Any, terms: int | None = None
+    head: TensorHead, logit_bounds: LogitBounds, dtype: Any, terms: int | None = None
 ) -> float:
     r"""Bound ``max |computed - exact|`` of nested attention in ``dtype``.
 
@@ -206,27 +210,27 @@ def rounding(
     levels, d = head.order - 2, head.sizes[2]
     lengths = sorted(head.lengths)
     least, longest = _KEYS_A_BLOCK
-    blocks = -(-lengths[-1] // least) if head.has_fast_body else 1
+    blocks = -(-lengths[-1] // least) if head.has_fast_kernel else 1
     if terms is None:
         terms = lengths[-1]
-        if head.has_fast_body:
+        if head.has_fast_kernel:
             terms = min(terms, longest) + 2 * blocks
     if not in_range(head, dtype):
         return math.inf
-    if extent.peak == 0:
+    if logit_bounds.peak == 0:
         return 0.0
     tuples, size = head.sizes[1], size_of((head.query, *head.keys), head.scale)
-    inner = (gamma(d + head.order + 2, u) + 4 * u) * extent.reach
+    inner = (gamma(d + head.order + 2, u) + 4 * u) * logit_bounds.logit_bound
     # what underflows on the way may be multiplied by all that comes after
     inner += EXP * (blocks + 1) * u + d * tiny * size
     sums = gamma(terms + 2, u) + 2 * u
-    logarithm = 4 * u * (extent.reach + math.log(tuples) + 1)
+    logarithm = 4 * u * (logit_bounds.logit_bound + math.log(tuples) + 1)
     exponent = (2 * levels + 1) * inner + levels * (sums + logarithm + EXP * u)
     weights = math.expm1(exponent) if exponent < 1 else math.inf
     sums = (2 * sums + 4 * u) * (levels + 1)
     cut = cut_weights(head.xp, dtype, tuples)
     return (
-        mean_deviation(weights + cut, extent.half)
-        + (sums + cut) * extent.peak
+        mean_deviation(weights + cut, logit_bounds.half)
+        + (sums + cut) * logit_bounds.peak
         + 2 * tuples * tiny * size_of(head.values)
     )

@@ -26,14 +26,14 @@ _SLACK = 1 + 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Extent:
+class LogitBounds:
     """Bounds of a head's logits and values, from its arrays' own entries.
 
     Parameters
     ----------
     low, high : float
         Every logit lies between them.
-    reach : float
+    logit_bound : float
         Bound on the sum of the absolute terms of a logit.
     terms : array, shape (d,)
         Bound on the absolute term of each coordinate.
@@ -50,7 +50,7 @@ class Extent:
 
     low: float
     high: float
-    reach: float
+    logit_bound: float
     terms: Array
     largest: Array
     maps: tuple[Array, ...]
@@ -59,26 +59,26 @@ class Extent:
 
     @staticmethod
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
-    def of(head: TensorHead) -> "Extent":
+    def of(head: TensorHead) -> "LogitBounds":
         """Look at every row once."""
         sides = (head.query, *head.keys)
-        shares, largest = _ends(sides)
+        shares, largest = _product_ranges(sides)
         terms = _product(np.vstack([largest, np.full(largest.shape[1], head.scale)]))
         # a coordinate without terms has no share in a sum, whatever is infinite
         scaled = np.where(terms != 0, shares * terms, 0.0)
         terms = np.abs(terms) * _SLACK
-        reach = _largest_sum(sides, largest, terms)
+        logit_bound = _largest_sum(sides, largest, terms)
         slack = (_SLACK - 1) * terms.sum()
-        shares, tops = _ends(head.values)
+        shares, tops = _product_ranges(head.values)
         # a product may underflow, and is rounded by more than the slack then
         least = np.finfo(np.float64).smallest_subnormal
         peaks = np.where(np.all(tops > 0, axis=0), _product(tops) * _SLACK + least, 0.0)
         varies = (peaks > 0) & (shares[1] > shares[0])
         half = np.where(varies, peaks * ((shares[1] - shares[0]) / 2) + least, 0.0)
-        return Extent(
-            max(float(scaled.min(axis=0).sum() - slack), -reach),
-            min(float(scaled.max(axis=0).sum() + slack), reach),
-            reach,
+        return LogitBounds(
+            max(float(scaled.min(axis=0).sum() - slack), -logit_bound),
+            min(float(scaled.max(axis=0).sum() + slack), logit_bound),
+            logit_bound,
             terms,
             largest,
             _maps(largest, head.scale),
@@ -105,7 +105,7 @@ def furthest_rows(head: TensorHead, scales: Array, count: int) -> Array:
     return np.argsort(to_host(squares), kind="stable")[-count:]
 
 
-def balanced(head: TensorHead, extent: Extent) -> TensorHead:
+def balanced(head: TensorHead, logit_bounds: LogitBounds) -> TensorHead:
     """The same head in float64 with scale one, its factors balanced.
 
     Products of some of its entries leave the range of float64 only where those of all
@@ -122,13 +122,13 @@ def balanced(head: TensorHead, extent: Extent) -> TensorHead:
             move = mover(x, head.xp.float64)
             yield head.xp.astype(x, head.xp.float64) * move(factors)
 
-    maps = _maps(_ends(head.values)[1], 1.0)
-    if not np.isfinite(np.concatenate([*extent.maps, *maps])).all():
+    maps = _maps(_product_ranges(head.values)[1], 1.0)
+    if not np.isfinite(np.concatenate([*logit_bounds.maps, *maps])).all():
         raise RefusalError(
             "query, keys and values are too far apart to be balanced in float64: scale "
             "them so that their products stay in range"
         )
-    query, *keys = scaled((head.query, *head.keys), extent.maps)
+    query, *keys = scaled((head.query, *head.keys), logit_bounds.maps)
     values = tuple(scaled(head.values, maps))
     return replace(head, query=query, keys=tuple(keys), values=values, scale=1.0)
 
@@ -141,7 +141,7 @@ def in_range(head: TensorHead, dtype: Any) -> bool:
     """
     values = head.sizes[1] * size_of(head.values)
     size = size_of((head.query, *head.keys), head.scale)
-    peak = float(_product(_ends(head.values)[1]).max())
+    peak = float(_product(_product_ranges(head.values)[1]).max())
     lost = smallest_number(head.xp, dtype) * values if peak > 0 else 0.0
     fits = max(size, values) < largest_number(head.xp, dtype) / 4
     return fits and lost <= _NOTHING * peak
@@ -154,7 +154,7 @@ def size_of(arrays: tuple[Array, ...], scale: float = 0.0) -> float:
     return math.prod(largest) * (abs(scale) + 1)
 
 
-def _ends(sides: tuple[Array, ...]) -> tuple[Array, Array]:
+def _product_ranges(sides: tuple[Array, ...]) -> tuple[Array, Array]:
     """Ends of the products of columns, ``(2, d)``, and the largest sizes, ``(k, d)``.
 
     The ends are in units of the product of the largest, which may leave the range of

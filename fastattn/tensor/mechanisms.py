@@ -17,7 +17,7 @@ from fastattn.costs.work import exact_work, seconds
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.exact import rounding, solve_bounded, solve_exact
-from fastattn.tensor.logit_bounds import Extent
+from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.validation import check_integer
@@ -123,14 +123,14 @@ class TensorWindow(TensorMethod):
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute the windows of a head."""
-        plan, extent = self.plan(head), Extent.of(head)
+        plan, logit_bounds = self.plan(head), LogitBounds.of(head)
         # the longest window last: the others are expanded
         order = np.argsort(self.sizes, kind="stable")
         sizes = tuple(min(self.sizes[s], head.lengths[s]) for s in order)
 
         def compute(dtype: Any) -> tuple[Array, Array]:
             cast = head.xp.astype
-            ends = [_ends(head, int(s), self.sizes[s]) for s in order]
+            ends = [_window_bounds(head, int(s), self.sizes[s]) for s in order]
             value, logarithm = attend_windows(
                 cast(head.query, dtype, copy=False),
                 tuple(cast(head.keys[s], dtype, copy=False) for s in order),
@@ -143,12 +143,12 @@ class TensorWindow(TensorMethod):
             return value, logarithm
 
         def bound(dtype: Any) -> float:
-            return rounding(head, extent, dtype, sizes[-1])
+            return rounding(head, logit_bounds, dtype, sizes[-1])
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent)
+        return solve_bounded(head, tol, guarantee, plan, compute, bound, logit_bounds)
 
 
-def _ends(head: TensorHead, s: int, size: int) -> tuple[Array, Array]:
+def _window_bounds(head: TensorHead, s: int, size: int) -> tuple[Array, Array]:
     """First key of each row's window, and the one after its last."""
     n, m = head.sizes[0], head.lengths[s]
     places = np.arange(m) if head.places is None else to_host(head.places[s])
@@ -204,7 +204,7 @@ class StrassenAttention(TensorMethod):
         """Compute a head by products of matrices, in float64 where rows underflow."""
         plan = self.plan(head)
         whole = _contained(self, head, ((0, 1), (1, 2), (2, 0)))
-        extent, xp = Extent.of(whole), head.xp
+        logit_bounds, xp = LogitBounds.of(whole), head.xp
         n, tuples, _, _ = head.sizes
 
         def compute(dtype: Any) -> tuple[Array, Array]:
@@ -224,9 +224,9 @@ class StrassenAttention(TensorMethod):
             )
 
         def bound(dtype: Any) -> float:
-            return rounding(whole, extent, dtype, sum(head.lengths) + 8)
+            return rounding(whole, logit_bounds, dtype, sum(head.lengths) + 8)
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent)
+        return solve_bounded(head, tol, guarantee, plan, compute, bound, logit_bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,10 +266,10 @@ class PathAttention(TensorMethod):
         """Compute a head by one pairwise attention for each factor."""
         plan, sides = self.plan(head), range(head.order)
         whole = _contained(self, head, tuple(itertools.pairwise(sides)))
-        extent, xp = Extent.of(whole), head.xp
+        logit_bounds, xp = LogitBounds.of(whole), head.xp
         # log-sum-exps are one more coordinate of the logits
-        reach = extent.reach + math.log(head.sizes[1])
-        extent = replace(extent, reach=reach)
+        logit_bound = logit_bounds.logit_bound + math.log(head.sizes[1])
+        logit_bounds = replace(logit_bounds, logit_bound=logit_bound)
 
         def compute(dtype: Any) -> tuple[Array, Array]:
             return attend_path(
@@ -280,9 +280,9 @@ class PathAttention(TensorMethod):
             )
 
         def bound(dtype: Any) -> float:
-            return rounding(whole, extent, dtype)
+            return rounding(whole, logit_bounds, dtype)
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, extent)
+        return solve_bounded(head, tol, guarantee, plan, compute, bound, logit_bounds)
 
 
 def _replaced(x: Array, rows: Array, other: Array) -> Array:
@@ -302,7 +302,7 @@ def _contained(
 
     Each pair has coordinates of its own, where all other sides are one.
     """
-    if head.visible is not None:
+    if head.prefix_lengths is not None:
         raise ValueError(f"{method}: is_causal is not for scores that join two keys")
     xp = head.xp
     query, *keys = (

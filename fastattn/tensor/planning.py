@@ -14,11 +14,15 @@ from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
-from fastattn.tensor.degree_search import apriori_recipe, sampled_recipe
+from fastattn.tensor.degree_search import apriori_expansion, sampled_expansion
 from fastattn.tensor.exact import exact_plan, relative_bound, solve_exact
-from fastattn.tensor.logit_bounds import Extent, balanced, in_range
+from fastattn.tensor.logit_bounds import LogitBounds, balanced, in_range
 from fastattn.tensor.mechanisms import TensorMethod
-from fastattn.tensor.polynomial import TensorRecipe, check_basis, proven_recipe
+from fastattn.tensor.polynomial import (
+    TensorPolynomialExpansion,
+    check_basis,
+    proven_expansion,
+)
 from fastattn.tensor.problem import TensorHead
 from fastattn.tensor.sampled import (
     certify_few_rows,
@@ -29,9 +33,9 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
 # a polynomial must be predicted to take at most this share of exact attention's time
-_WORTH = 0.8
+_TIME_SHARE = 0.8
 # heads with less work than this are computed exactly: planning costs as much
-_SMALL = 1 << 22
+_LITTLE_WORK = 1 << 22
 _FEW = "too few tuples for planning to pay"
 # nor is exact attention that would take hours begun unasked
 _ENDLESS = 1e14
@@ -60,8 +64,8 @@ def solve_tensor(
     if isinstance(method, Exact) or nothing:
         return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact()))
     if isinstance(method, Polynomial):
-        recipe = _recipe(method, head, tol, guarantee, rng)
-        answer = _run(head, recipe, tol, guarantee, rng)
+        expansion = _expansion(method, head, tol, guarantee, rng)
+        answer = _run(head, expansion, tol, guarantee, rng)
         if guarantee == "sampled" and answer.error > tol:
             raise RefusalError(
                 f"{answer.plan.method} misses tol={tol:g}: {answer.error:.2e} by "
@@ -84,7 +88,7 @@ def _within_range(head: TensorHead) -> TensorHead:
     if head.sizes[1] == 0 or in_range(head, head.xp.float64):
         return head
     if head.query.dtype == head.xp.float64:
-        head = balanced(head, Extent.of(head))
+        head = balanced(head, LogitBounds.of(head))
         if in_range(head, head.xp.float64):
             return head
     raise RefusalError(
@@ -103,13 +107,13 @@ def _solve_auto(
     RefusalError
         If exact attention would take hours.
     """
-    if exact_work(*head.sizes) < _SMALL:
+    if exact_work(*head.sizes) < _LITTLE_WORK:
         return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), _FEW))
-    recipe, plan = _considered(head, tol, guarantee, rng)
+    expansion, plan = _considered(head, tol, guarantee, rng)
     reason = plan.reason
-    if recipe is not None:
+    if expansion is not None:
         try:
-            answer = _run(head, recipe, tol, guarantee, rng)
+            answer = _run(head, expansion, tol, guarantee, rng)
             if answer.error <= tol or guarantee == "proven":
                 return answer
             reason = f"{plan.method} certified {answer.error:.2e}"
@@ -122,16 +126,16 @@ def _solve_auto(
 
 def _considered(
     head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
-) -> tuple[TensorRecipe | None, Plan]:
+) -> tuple[TensorPolynomialExpansion | None, Plan]:
     """The polynomial if it is to run, and its plan, or why there is none."""
     try:
-        recipe = _recipe(Polynomial(), head, tol, guarantee, rng)
+        expansion = _expansion(Polynomial(), head, tol, guarantee, rng)
     except RefusalError as error:
         return None, Plan(Polynomial(), math.nan, math.nan, str(error))
-    plan = recipe.plan(head, "predicted to meet the tolerance")
+    plan = expansion.plan(head, "predicted to meet the tolerance")
     share = plan.predicted_seconds / exact_plan(head, Exact()).predicted_seconds
-    if share <= _WORTH:
-        return recipe, plan
+    if share <= _TIME_SHARE:
+        return expansion, plan
     reason = f"{plan.method} is predicted to take {share:.1f} times as long"
     return None, replace(plan, reason=reason)
 
@@ -161,16 +165,16 @@ def tensor_candidates(
         return
     if isinstance(method, Polynomial):
         try:
-            recipe = _recipe(method, head, tol, guarantee, rng)
+            expansion = _expansion(method, head, tol, guarantee, rng)
         except RefusalError as error:
             plan = Plan(method, math.nan, math.nan, str(error))
             yield Candidate(plan, accepted=False)
         else:
-            yield Candidate(recipe.plan(head, "asked for"), accepted=True)
+            yield Candidate(expansion.plan(head, "asked for"), accepted=True)
         return
     if not isinstance(method, Auto):
         raise TypeError(_no_method(method))
-    if exact_work(*head.sizes) < _SMALL:
+    if exact_work(*head.sizes) < _LITTLE_WORK:
         yield Candidate(exact_plan(head, Exact(), _FEW), accepted=True)
         return
     found, plan = _considered(head, tol, guarantee, rng)
@@ -187,56 +191,56 @@ def _no_method(method: Any) -> str:
     )
 
 
-def _recipe(
+def _expansion(
     method: Polynomial,
     head: TensorHead,
     tol: float,
     guarantee: str,
     rng: np.random.Generator,
-) -> TensorRecipe:
+) -> TensorPolynomialExpansion:
     """Choose monomials and a polynomial for one head."""
     check_basis(method, guarantee)
     if guarantee == "sampled":
-        found = apriori_recipe(head, tol) if method == Polynomial() else None
-        return sampled_recipe(head, method, tol, rng) if found is None else found
-    return proven_recipe(head, Extent.of(head), tol, method.degree, method.rank)
+        found = apriori_expansion(head, tol) if method == Polynomial() else None
+        return sampled_expansion(head, method, tol, rng) if found is None else found
+    return proven_expansion(head, LogitBounds.of(head), tol, method.degree, method.rank)
 
 
 def _run(
     head: TensorHead,
-    recipe: TensorRecipe,
+    expansion: TensorPolynomialExpansion,
     tol: float,
     guarantee: str,
     rng: np.random.Generator,
 ) -> HeadAnswer:
     """Answer by a recipe and certify that, whether or not it meets ``tol``."""
-    value, normalizer, good = recipe.answer(head)
-    if not bool(head.xp.all(good)):
-        bad = head.sizes[0] - int(head.xp.sum(head.xp.astype(good, head.xp.int64)))
+    value, normalizer, reliable = expansion.answer(head)
+    if not bool(head.xp.all(reliable)):
+        bad = head.sizes[0] - int(head.xp.sum(head.xp.astype(reliable, head.xp.int64)))
         raise RefusalError(
-            f"degree {recipe.degree} gives {bad} of {head.sizes[0]} rows a sum of "
+            f"degree {expansion.degree} gives {bad} of {head.sizes[0]} rows a sum of "
             "weights that is not positive: raise the degree, or use Exact()"
         )
     value, normalizer = head.finish(value, normalizer)
     source = (
-        f"minimax polynomial of degree {recipe.degree} on the interval of all logits "
-        "(Alman and Song 2023; relative error of weights)"
+        f"minimax polynomial of degree {expansion.degree} on the interval of all "
+        "logits (Alman and Song 2023; relative error of weights)"
     )
-    error, failure, norm = recipe.bound, 0.0, "max"
+    error, failure, norm = expansion.bound, 0.0, "max"
     if guarantee == "sampled":
         norm = "relative-frobenius"
-        error = relative_bound(head, recipe.bound, value)
+        error = relative_bound(head, expansion.bound, value)
         source += "; a bound on every entry, relative to the answer's norm"
         if not error <= tol:
-            found = _certify(head, recipe, value, normalizer, tol, rng)
+            found = _certify(head, expansion, value, normalizer, tol, rng)
             error, failure, source = found.upper, FAILURE, found.source
-    plan = recipe.plan(head, "predicted to meet the tolerance")
+    plan = expansion.plan(head, "predicted to meet the tolerance")
     return HeadAnswer(value, normalizer, error, failure, norm, source, plan)
 
 
 def _certify(
     head: TensorHead,
-    recipe: TensorRecipe,
+    expansion: TensorPolynomialExpansion,
     value: Array,
     normalizer: Array,
     tol: float,
@@ -246,8 +250,8 @@ def _certify(
     count = rows_within_budget(head)
     found = SampledError(math.inf, math.inf, "too many tuples to compute rows exactly")
     # sampled tuples would have to be those that a row sees
-    if head.visible is None:
-        found = certify_tuples(head, recipe, value, normalizer, rng)
+    if head.prefix_lengths is None:
+        found = certify_tuples(head, expansion, value, normalizer, rng)
     if found.upper <= tol or not count:
         return found
-    return certify_few_rows(head, recipe, value, count, tol, rng)
+    return certify_few_rows(head, expansion, value, count, tol, rng)

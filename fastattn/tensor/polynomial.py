@@ -16,7 +16,7 @@ import numpy as np
 
 from fastattn._ops.monomials import SUMMED_ROWS, means, moments
 from fastattn._ops.tensor_prefixes import prefix_means
-from fastattn.certificates.accumulation import PIECE
+from fastattn.certificates.accumulation import ACCUMULATION_BLOCK
 from fastattn.certificates.rounding import (
     deviation,
     gamma,
@@ -39,7 +39,7 @@ from fastattn.methods.polynomial.method import Polynomial
 from fastattn.methods.polynomial.recipe import check_rank
 from fastattn.problem.plan import Plan
 from fastattn.tensor.exact import stored
-from fastattn.tensor.logit_bounds import Extent
+from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, mover, place_of
 from sketching._lib.certificate import RefusalError
@@ -49,7 +49,7 @@ NARROWEST = 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TensorRecipe:
+class TensorPolynomialExpansion:
     """Coordinates, monomials and coefficients of a polynomial tensor softmax.
 
     Parameters
@@ -84,12 +84,22 @@ class TensorRecipe:
 
     @staticmethod
     def over(
-        extent: Extent, index: IndexSet, coefficients: Array, dtype: Any, bound: float
-    ) -> "TensorRecipe":
+        logit_bounds: LogitBounds,
+        index: IndexSet,
+        coefficients: Array,
+        dtype: Any,
+        bound: float,
+    ) -> "TensorPolynomialExpansion":
         """Describe a polynomial on the interval and in the coordinates of an extent."""
-        interval = extent.low, extent.high
-        return TensorRecipe(
-            extent.maps, index, coefficients, extent.center, dtype, bound, *interval
+        interval = logit_bounds.low, logit_bounds.high
+        return TensorPolynomialExpansion(
+            logit_bounds.maps,
+            index,
+            coefficients,
+            logit_bounds.center,
+            dtype,
+            bound,
+            *interval,
         )
 
     @property
@@ -105,7 +115,7 @@ class TensorRecipe:
         work = polynomial_work(n, sum(head.lengths), d, p, rank)
         if self.dtype == head.xp.float64 != head.dtype:
             work *= 2
-        if head.visible is not None:
+        if head.prefix_lengths is not None:
             # prefixes are summed without BLAS
             work *= 2 * head.order
         # of a sample where there is one: the bound is a worst case, in another norm
@@ -115,23 +125,23 @@ class TensorRecipe:
 
     def answer(self, head: TensorHead) -> tuple[Array, Array, Array]:
         """Values, log-sum-exps, and whether each row's sum of weights is positive."""
-        if head.visible is not None:
-            return self._causal_answer(head, head.visible)
+        if head.prefix_lengths is not None:
+            return self._causal_answer(head, head.prefix_lengths)
         factors = zip(head.keys, head.values, strict=True)
         parts = (
             self.sums(s, key, value) / key.shape[0]
             for s, (key, value) in enumerate(factors)
         )
-        value, logarithm, good = self.query(head.query, parts)
-        return value, logarithm + math.log(head.sizes[1]), good
+        value, logarithm, reliable = self.query(head.query, parts)
+        return value, logarithm + math.log(head.sizes[1]), reliable
 
     def sums(self, factor: int, key: Array, value: Array) -> Array:
         """Sum monomials times values over keys of one factor: ``(r, p + 1)``."""
         move = mover(key, self.dtype)
-        origin, middle = (move(np.zeros(x.shape[1])) for x in (key, value))
+        origin, value_center = (move(np.zeros(x.shape[1])) for x in (key, value))
         diagonal = move(np.diag(self.maps[factor + 1]))
         options = {"parent": self.index.parent, "coordinate": self.index.coordinate}
-        return moments(key, value, origin, diagonal, origin, middle, **options)
+        return moments(key, value, origin, diagonal, origin, value_center, **options)
 
     def query(self, query: Array, parts: Iterable[Array]) -> tuple[Array, Array, Array]:
         """Answer from the factors' mean monomials times values.
@@ -152,12 +162,16 @@ class TensorRecipe:
             parent=self.index.parent,
             coordinate=self.index.coordinate,
         )
-        good = xp.logical_and(total > 0, xp.isfinite(total))
-        logarithm = xp.log(xp.where(good, total, xp.ones_like(total))) + self.center
-        return value, xp.where(good, logarithm, xp.full_like(total, xp.nan)), good
+        reliable = xp.logical_and(total > 0, xp.isfinite(total))
+        logarithm = xp.log(xp.where(reliable, total, xp.ones_like(total))) + self.center
+        return (
+            value,
+            xp.where(reliable, logarithm, xp.full_like(total, xp.nan)),
+            reliable,
+        )
 
     def _causal_answer(
-        self, head: TensorHead, visible: tuple[Array, ...]
+        self, head: TensorHead, prefix_lengths: tuple[Array, ...]
     ) -> tuple[Array, Array, Array]:
         """Answer rows that see a prefix of each factor: zeros where one is empty."""
         xp, cast = head.xp, head.xp.astype
@@ -168,12 +182,12 @@ class TensorRecipe:
             tuple(cast(x, self.dtype, copy=False) for x in head.values),
             tuple(move(x) for x in self.maps),
             mover(head.query, xp.float64)(self.index.weights(self.coefficients)),
-            visible,
+            prefix_lengths,
             parent=self.index.parent,
             coordinate=self.index.coordinate,
         )
-        blind = visible[0] == 0
-        for seen in visible[1:]:
+        blind = prefix_lengths[0] == 0
+        for seen in prefix_lengths[1:]:
             blind = xp.logical_or(blind, seen == 0)
         positive = xp.logical_and(total > 0, xp.isfinite(total))
         logarithm = xp.log(xp.where(positive, total, xp.ones_like(total))) + self.center
@@ -193,26 +207,26 @@ def check_basis(method: Polynomial, guarantee: str) -> None:
         raise RefusalError(f"basis={method.basis!r} has no proven bound: use 'minimax'")
 
 
-def proven_recipe(
+def proven_expansion(
     head: TensorHead,
-    extent: Extent,
+    logit_bounds: LogitBounds,
     tol: float,
     degree: int | None = None,
     rank: int | None = None,
-    pieces: int | None = None,
-) -> TensorRecipe:
+    max_blocks: int | None = None,
+) -> TensorPolynomialExpansion:
     """Find the least degree and precision whose proven bound meets ``tol``.
 
-    With ``pieces`` it holds for other keys that reach no further, too: for as many sums
-    over ``PIECE`` keys of each factor, added up in float64.
+    With ``max_blocks`` it holds for other keys that reach no further, too: for as many
+    sums over ``ACCUMULATION_BLOCK`` keys of each factor, added up in float64.
 
     Raises
     ------
     RefusalError
         With the bound of the logits and the degree and rank that would be needed.
     """
-    bound = max(extent.bound, NARROWEST)
-    where = f"logits between {extent.low:.3g} and {extent.high:.3g}"
+    bound = max(logit_bounds.bound, NARROWEST)
+    where = f"logits between {logit_bounds.low:.3g} and {logit_bounds.high:.3g}"
     if not bound <= LARGEST_BOUND:
         raise RefusalError(
             f"{where} are wider than +-{LARGEST_BOUND:g}: no degree up to "
@@ -229,57 +243,65 @@ def proven_recipe(
     for g in range(first, last + 1):
         check_rank(head.sizes[2], g, rank)
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            recipe = bounded_recipe(head, extent, g, rank, dtype, pieces)
-            constant = extent.half == 0 and math.isfinite(recipe.bound)
-            if recipe.bound <= tol * extent.half or constant:
-                return recipe
-            best = min(best, recipe.bound)
+            expansion = bounded_expansion(
+                head, logit_bounds, g, rank, dtype, max_blocks
+            )
+            constant = logit_bounds.half == 0 and math.isfinite(expansion.bound)
+            if expansion.bound <= tol * logit_bounds.half or constant:
+                return expansion
+            best = min(best, expansion.bound)
     raise RefusalError(
         f"tol={tol:g} cannot be proven: {where}, degree {last}, rank "
         f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where the "
-        f"half range of the products of values is {extent.half:.1e}; raise tol, degree "
-        "or rank, or use Exact()"
+        f"half range of the products of values is {logit_bounds.half:.1e}; raise tol, "
+        "degree or rank, or use Exact()"
     )
 
 
-def bounded_recipe(
+def bounded_expansion(
     head: TensorHead,
-    extent: Extent,
+    logit_bounds: LogitBounds,
     degree: int,
     rank: int | None,
     dtype: Any,
-    pieces: int | None = None,
-) -> TensorRecipe:
+    max_blocks: int | None = None,
+) -> TensorPolynomialExpansion:
     """Make the recipe of one degree and precision and bound its error."""
-    bound, d = max(extent.bound, NARROWEST), head.sizes[2]
+    bound, d = max(logit_bounds.bound, NARROWEST), head.sizes[2]
     coefficients, delta = relative_minimax(degree, bound)
-    coefficients = shifted(coefficients, extent.center)
-    index = index_set(extent, coefficients, rank)
+    coefficients = shifted(coefficients, logit_bounds.center)
+    index = index_set(logit_bounds, coefficients, rank)
     if len(index) < rank_of(d, degree):
-        delta += _dropped(extent, index, coefficients)
-    lengths = head.lengths if pieces is None else (PIECE,) * len(head.keys)
+        delta += _dropped(logit_bounds, index, coefficients)
+    lengths = (
+        head.lengths if max_blocks is None else (ACCUMULATION_BLOCK,) * len(head.keys)
+    )
     terms = sum(lengths)
     if place_of(head.query) == "cpu":
         # the fast body adds its blocks in float64
         terms = sum(min(m, SUMMED_ROWS) + 2 for m in lengths)
-    if pieces is not None:
+    if max_blocks is not None:
         # each is rounded once, they are added up in float64, and that is rounded
         own = unit_roundoff(np, np.float64) / unit_roundoff(head.xp, dtype)
-        terms += (2 + math.ceil(pieces * own)) * len(lengths)
+        terms += (2 + math.ceil(max_blocks * own)) * len(lengths)
     error = math.inf
-    absolute = _absolute(extent, coefficients)
-    if _fits(head, extent, max(lengths) * absolute, degree, dtype):
+    absolute = _absolute(logit_bounds, coefficients)
+    if _fits(head, logit_bounds, max(lengths) * absolute, degree, dtype):
         terms += (degree + 2) * head.order * 2 + len(index) + 8
-        error = _error(head, extent, absolute, delta, terms, dtype)
-    return TensorRecipe.over(extent, index, coefficients, dtype, error)
+        error = _error(head, logit_bounds, absolute, delta, terms, dtype)
+    return TensorPolynomialExpansion.over(
+        logit_bounds, index, coefficients, dtype, error
+    )
 
 
-def index_set(extent: Extent, coefficients: Array, rank: int | None) -> IndexSet:
+def index_set(
+    logit_bounds: LogitBounds, coefficients: Array, rank: int | None
+) -> IndexSet:
     """All monomials, or the ``rank`` that carry most where every side is alike."""
-    d, degree = len(extent.terms), len(coefficients) - 1
+    d, degree = len(logit_bounds.terms), len(coefficients) - 1
     if rank is None or rank >= rank_of(d, degree):
         return total_degree(d, degree)
-    return by_energy(extent.terms, np.abs(coefficients), rank)
+    return by_energy(logit_bounds.terms, np.abs(coefficients), rank)
 
 
 def shifted(coefficients: Array, center: float) -> Array:
@@ -296,29 +318,29 @@ def shifted(coefficients: Array, center: float) -> Array:
         return np.full(len(found), np.inf)
 
 
-def _dropped(extent: Extent, index: IndexSet, coefficients: Array) -> float:
+def _dropped(logit_bounds: LogitBounds, index: IndexSet, coefficients: Array) -> float:
     """Relative error of leaving monomials out: all of them less the kept ones.
 
     The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l terms_l^alpha_l``.
     """
     size = np.abs(coefficients)
-    everything = float(np.polynomial.polynomial.polyval(extent.terms.sum(), size))
+    everything = float(np.polynomial.polynomial.polyval(logit_bounds.terms.sum(), size))
     term = np.ones(len(index))
     for j in range(1, len(index)):
-        term[j] = term[index.parent[j]] * extent.terms[index.coordinate[j]]
+        term[j] = term[index.parent[j]] * logit_bounds.terms[index.coordinate[j]]
     kept = float(np.sum(term * index.weights(size)))
-    return max(everything - kept, 0.0) * math.exp(extent.bound)
+    return max(everything - kept, 0.0) * math.exp(logit_bounds.bound)
 
 
-def _absolute(extent: Extent, coefficients: Array) -> float:
-    """Bound the sum of the absolute terms of a weight: ``sum_g |c_g| reach^g``."""
+def _absolute(logit_bounds: LogitBounds, coefficients: Array) -> float:
+    """Bound the sum of absolute terms of a weight: ``sum_g |c_g| logit_bound^g``."""
     size = np.abs(coefficients)
-    return float(np.polynomial.polynomial.polyval(extent.reach, size))
+    return float(np.polynomial.polynomial.polyval(logit_bounds.logit_bound, size))
 
 
 def _error(
     head: TensorHead,
-    extent: Extent,
+    logit_bounds: LogitBounds,
     absolute: float,
     delta: float,
     terms: int,
@@ -330,20 +352,24 @@ def _error(
     of a weight add up to ``absolute``, and the weight is at least
     ``(1 - delta) exp(-bound)``.
     """
-    if extent.peak == 0:
+    if logit_bounds.peak == 0:
         return 0.0
     u = unit_roundoff(head.xp, dtype)
-    sums = gamma(terms, u) * absolute * math.exp(extent.bound)
+    sums = gamma(terms, u) * absolute * math.exp(logit_bounds.bound)
     off = delta + sums
     if not off < 1:
         return math.inf
-    error = deviation(delta, extent.half)
-    error += (2 * sums / (1 - off) + 2 * u) * extent.peak
-    return stored(head, extent.peak, error)
+    error = deviation(delta, logit_bounds.half)
+    error += (2 * sums / (1 - off) + 2 * u) * logit_bounds.peak
+    return stored(head, logit_bounds.peak, error)
 
 
 def _fits(
-    head: TensorHead, extent: Extent, absolute: float, degree: int, dtype: Any
+    head: TensorHead,
+    logit_bounds: LogitBounds,
+    absolute: float,
+    degree: int,
+    dtype: Any,
 ) -> bool:
     """Whether no sum of monomials times values leaves the range of ``dtype``.
 
@@ -354,12 +380,12 @@ def _fits(
     least = smallest_number(xp, dtype) * 1e20
     most = largest_number(xp, dtype) / 16
     tops = [float(xp.max(xp.abs(value))) for value in head.values]
-    if any(0 < top < least for top in (extent.half, *tops)):
+    if any(0 < top < least for top in (logit_bounds.half, *tops)):
         return False
     # balanced sides reach the same, but for powers of two
-    side = max(1.0, float(extent.terms.max())) * 2.0 ** (head.order - 1)
+    side = max(1.0, float(logit_bounds.terms.max())) * 2.0 ** (head.order - 1)
     size = absolute * math.prod(max(1.0, top) for top in tops) * side**degree
-    maps = np.abs(np.concatenate(extent.maps))
+    maps = np.abs(np.concatenate(logit_bounds.maps))
     if any(maps[maps > 0] < least):
         return False
     return bool(max(size, maps.max()) < most)

@@ -35,8 +35,8 @@ class TensorHead:
         The factors; their lengths may differ.
     scale : float
         The factor of the logits.
-    visible : tuple of integer array, shape (n,), or None
-        Row ``i`` sees the first ``visible[s][i]`` keys of factor ``s``.
+    prefix_lengths : tuple of integer array, shape (n,), or None
+        Row ``i`` sees the first ``prefix_lengths[s][i]`` keys of factor ``s``.
     places : tuple of integer array, shape (m,), or None
         Where the keys of each factor stood before some were masked.
     """
@@ -45,7 +45,7 @@ class TensorHead:
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     scale: float
-    visible: tuple[Array, ...] | None = None
+    prefix_lengths: tuple[Array, ...] | None = None
     places: tuple[Array, ...] | None = None
 
     @property
@@ -80,15 +80,15 @@ class TensorHead:
         return math.prod(float(self.xp.max(self.xp.abs(x))) for x in self.values)
 
     @property
-    def has_fast_body(self) -> bool:
+    def has_fast_kernel(self) -> bool:
         """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
         return place_of(self.query) is not None
 
     def trimmed(self) -> "TensorHead":
         """Return the same head without the last keys, which no row sees."""
-        if self.visible is None:
+        if self.prefix_lengths is None:
             return self
-        seen = [int(self.xp.max(x)) for x in self.visible]
+        seen = [int(self.xp.max(x)) for x in self.prefix_lengths]
         keys = tuple(x[:m, :] for x, m in zip(self.keys, seen, strict=True))
         values = tuple(x[:m, :] for x, m in zip(self.values, seen, strict=True))
         return replace(self, keys=keys, values=values)
@@ -97,11 +97,11 @@ class TensorHead:
         """Return the same head for the queries numbered ``rows`` only."""
         xp = self.xp
         rows = xp.asarray(rows, device=device_of(self.query))
-        visible = self.visible
-        if visible is not None:
-            visible = tuple(xp.take(x, rows, axis=0) for x in visible)
+        prefix_lengths = self.prefix_lengths
+        if prefix_lengths is not None:
+            prefix_lengths = tuple(xp.take(x, rows, axis=0) for x in prefix_lengths)
         query = xp.take(self.query, rows, axis=0)
-        return replace(self, query=query, visible=visible)
+        return replace(self, query=query, prefix_lengths=prefix_lengths)
 
     def attend(self, dtype: Any = None) -> tuple[Array, Array]:
         """Compute the head exactly, in ``dtype`` (default: the head's own)."""
@@ -113,13 +113,15 @@ class TensorHead:
             return xp.zeros((n, p), **where), xp.full((n,), -xp.inf, **where)
         # the longest factor last: the others are expanded
         order = np.argsort(self.lengths, kind="stable")
-        visible = self.visible
+        prefix_lengths = self.prefix_lengths
         return attend_tuples(
             xp.astype(self.query, dtype, copy=False),
             tuple(self.keys[s] for s in order),
             tuple(self.values[s] for s in order),
             scale=self.scale,
-            visible=None if visible is None else tuple(visible[s] for s in order),
+            prefix_lengths=None
+            if prefix_lengths is None
+            else tuple(prefix_lengths[s] for s in order),
         )
 
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
@@ -200,7 +202,7 @@ class TensorBatch:
             tuple(x.key for x in factors),
             tuple(x.value for x in factors),
             self.scale,
-            tuple(x.visible for x in factors) if self.is_causal else None,
+            tuple(x.prefix_lengths for x in factors) if self.is_causal else None,
             self._places(place) if any(x is not None for x in self.key_mask) else None,
         )
 

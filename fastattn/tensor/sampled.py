@@ -32,8 +32,8 @@ from fastattn.certificates.sampled import (
 from fastattn.costs.work import exact_work
 from fastattn.methods.polynomial.expansions import rank_of
 from fastattn.problem.head import host_rows
-from fastattn.tensor.logit_bounds import Extent, furthest_rows
-from fastattn.tensor.polynomial import TensorRecipe
+from fastattn.tensor.logit_bounds import LogitBounds, furthest_rows
+from fastattn.tensor.polynomial import TensorPolynomialExpansion
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, to_host
 
@@ -51,7 +51,7 @@ _GRID = 1001
 
 def certify_tuples(
     head: TensorHead,
-    recipe: TensorRecipe,
+    expansion: TensorPolynomialExpansion,
     value: Array,
     normalizer: Array,
     rng: np.random.Generator,
@@ -67,12 +67,14 @@ def certify_tuples(
     squares, absolute, weights = np.empty((3, groups))
     for group in range(groups):
         rows = np.sort(rng.choice(head.sizes[0], _GROUP_ROWS))
-        off, size, weights[group] = _errors(head, recipe, value, normalizer, rows, rng)
+        off, size, weights[group] = _errors(
+            head, expansion, value, normalizer, rows, rng
+        )
         squares[group] = np.mean(np.sum((off / peak) ** 2, axis=1))
         absolute[group] = np.mean(np.sum((size / peak) ** 2, axis=1))
     n = head.sizes[0]
-    rows = furthest_rows(head, recipe.maps[0], _GROUP_ROWS)
-    off, _, weight = _errors(head, recipe, value, normalizer, rows, rng)
+    rows = furthest_rows(head, expansion.maps[0], _GROUP_ROWS)
+    off, _, weight = _errors(head, expansion, value, normalizer, rows, rng)
     least = min(weight, float(weights.min()))
     if not least > 0:
         return SampledError(
@@ -81,10 +83,10 @@ def certify_tuples(
     # rows that none was drawn of may err as the furthest do
     furthest = float(np.max(np.sum((off / peak) ** 2, axis=1)))
     found = RatioEstimate(squares, math.inf, beside=furthest / _GROUP_ROWS)
-    unseen = _unseen_tuples(head, recipe, least, groups) / peak
-    eps = float(head.xp.finfo(recipe.dtype).eps)
+    unseen = _unseen_tuples(head, expansion, least, groups) / peak
+    eps = float(head.xp.finfo(expansion.dtype).eps)
     # the sums' own rounding, of which nothing is seen here
-    rounding = TRUTH * eps * (1 + recipe.degree * head.order)
+    rounding = TRUTH * eps * (1 + expansion.degree * head.order)
     rounding *= math.sqrt(n * float(absolute.mean())) / norm
     rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
     estimate = relative(math.sqrt(n * found.mean), norm)
@@ -102,7 +104,7 @@ def certify_tuples(
 
 @np.errstate(over="ignore", invalid="ignore")
 def _unseen_tuples(
-    head: TensorHead, recipe: TensorRecipe, weight: float, groups: int
+    head: TensorHead, expansion: TensorPolynomialExpansion, weight: float, groups: int
 ) -> float:
     """Bound the error of a row from tuples too rare to be among those sampled.
 
@@ -110,15 +112,17 @@ def _unseen_tuples(
     """
     xp, (_, _, d, p) = head.xp, head.sizes
     polyval = np.polynomial.polynomial.polyval
-    if len(recipe.index) == rank_of(d, recipe.degree):
-        logits = np.linspace(recipe.low, recipe.high, _GRID)
-        off = np.exp(logits - recipe.center) - polyval(logits, recipe.coefficients)
+    if len(expansion.index) == rank_of(d, expansion.degree):
+        logits = np.linspace(expansion.low, expansion.high, _GRID)
+        off = np.exp(logits - expansion.center) - polyval(
+            logits, expansion.coefficients
+        )
         worst = float(np.max(np.abs(off)))
     else:
         # monomials are left out: what is kept is no function of the logit
-        reach = Extent.of(head).reach
-        worst = float(np.exp(recipe.high - recipe.center))
-        worst += float(polyval(reach, np.abs(recipe.coefficients)))
+        logit_bound = LogitBounds.of(head).logit_bound
+        worst = float(np.exp(expansion.high - expansion.center))
+        worst += float(polyval(logit_bound, np.abs(expansion.coefficients)))
     values = math.prod(float(xp.max(xp.abs(x))) for x in head.values)
     share = _UNSEEN / (groups * _TUPLES)
     unseen = share * worst / weight * 2 * values * math.sqrt(p)
@@ -127,7 +131,7 @@ def _unseen_tuples(
 
 def _errors(
     head: TensorHead,
-    recipe: TensorRecipe,
+    expansion: TensorPolynomialExpansion,
     value: Array,
     normalizer: Array,
     rows: Array,
@@ -153,20 +157,20 @@ def _errors(
         ],
         axis=0,
     )
-    logits = head.scale * (query @ np.prod(keys, axis=0).T) - recipe.center
-    index = {"parent": recipe.index.parent, "coordinate": recipe.index.coordinate}
+    logits = head.scale * (query @ np.prod(keys, axis=0).T) - expansion.center
+    index = {"parent": expansion.index.parent, "coordinate": expansion.index.coordinate}
     sides = [
         monomials(x * scales, **index)
-        for x, scales in zip((query, *keys), recipe.maps, strict=True)
+        for x, scales in zip((query, *keys), expansion.maps, strict=True)
     ]
-    weighted = sides[0] * recipe.index.weights(recipe.coefficients)
+    weighted = sides[0] * expansion.index.weights(expansion.coefficients)
     joined = np.prod(sides[1:], axis=0).T
     off = np.exp(logits) - weighted @ joined
     answer = host_rows(value, rows).astype(np.float64)
     sums = (off @ product - off.sum(axis=1)[:, None] * answer) / _TUPLES
     # the mean weight: that of the polynomial, corrected
     log_mean = host_rows(normalizer, rows).astype(np.float64)
-    mean = np.exp(log_mean - recipe.center - math.log(head.sizes[1]))
+    mean = np.exp(log_mean - expansion.center - math.log(head.sizes[1]))
     mean = mean + off.mean(axis=1)
     size = np.abs(weighted) @ np.abs(joined)
     absolute = size @ np.abs(product) + size.sum(axis=1)[:, None] * np.abs(answer)
@@ -190,7 +194,7 @@ def rows_within_budget(head: TensorHead) -> int:
 
 def certify_few_rows(
     head: TensorHead,
-    recipe: TensorRecipe,
+    expansion: TensorPolynomialExpansion,
     value: Array,
     count: int,
     tol: float,
@@ -199,7 +203,7 @@ def certify_few_rows(
     """Compare ``value`` with exact attention on random rows and the furthest ones."""
     n = head.sizes[0]
     rows = rng.choice(n, count, replace=False)
-    rows = np.append(rows, furthest_rows(head, recipe.maps[0], _GROUP_ROWS))
+    rows = np.append(rows, furthest_rows(head, expansion.maps[0], _GROUP_ROWS))
     peak, norm = scaled_frobenius(value)
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else head.dtype
     truth, normalizer = (

@@ -37,9 +37,9 @@ class Op:
 
     def __call__(self, *arrays: Array, **options: Any) -> Any:
         """Run the body for the place where the arrays are."""
-        return self.body(place_of(*arrays))(*arrays, **options)
+        return self.kernel(place_of(*arrays))(*arrays, **options)
 
-    def body(self, place: str | None) -> Callable[..., Any]:
+    def kernel(self, place: str | None) -> Callable[..., Any]:
         """Return the body for ``place``, the reference where there is none."""
         if place is None or place not in self.places:
             return self.reference
@@ -48,10 +48,10 @@ class Op:
             with _importing:
                 found = importlib.import_module(f"{package}.{place}.{module}")
             self._modules[place] = found
-        body: Callable[..., Any] = getattr(
+        kernel: Callable[..., Any] = getattr(
             self._modules[place], self.reference.__name__
         )
-        return body
+        return kernel
 
 
 def op(*places: str) -> Callable[[Callable[..., Any]], Op]:

@@ -25,16 +25,16 @@ def scan(
     terms may exceed ``tolerance`` times the distance, and the number of NaN by row.
     """
     xp = array_namespace(points, directions)
-    h, off, reach = of_points[0, :], of_points[1, :], of_points[2, :]
+    h, off, point_norm = of_points[0, :], of_points[1, :], of_points[2, :]
     own, length = of_queries[0, :, None], of_queries[1, :, None]
     if steps is not None:
         points = steps[:, None] * xp.astype(points, directions.dtype)
     products = xp.astype(xp.matmul(directions, points.T), xp.float64)
     squares = h + own - 2 * products
-    doubt = rounding * (h + own + 2 * reach * length) + off
-    is_doubtful = squares <= doubt / (2 * tolerance)
-    roots = xp.sqrt(xp.where(is_doubtful, xp.full_like(squares, xp.nan), squares))
-    counts = xp.sum(xp.astype(is_doubtful, xp.int64), axis=1)
+    uncertainty = rounding * (h + own + 2 * point_norm * length) + off
+    is_uncertain = squares <= uncertainty / (2 * tolerance)
+    roots = xp.sqrt(xp.where(is_uncertain, xp.full_like(squares, xp.nan), squares))
+    counts = xp.sum(xp.astype(is_uncertain, xp.int64), axis=1)
     return xp.astype(roots, points.dtype), counts
 
 
@@ -79,11 +79,11 @@ def _bracket(
     h, off, least, most = (of_points[row, :] for row in range(4))
     own, tail = of_queries[0, :, None], of_queries[1, :, None]
     near = h + own - 2 * xp.astype(xp.matmul(queries, codes.T), xp.float64)
-    doubt = rounding * (h + own) + off
+    uncertainty = rounding * (h + own) + off
     apart = xp.maximum(xp.maximum(least - tail, tail - most), xp.zeros_like(near))
     zero = xp.zeros_like(near)
-    low = xp.maximum(near - doubt, zero) + apart**2
-    high = xp.maximum(near + doubt, zero) + (tail + most) ** 2
+    low = xp.maximum(near - uncertainty, zero) + apart**2
+    high = xp.maximum(near + uncertainty, zero) + (tail + most) ** 2
     return xp.sqrt(low), xp.sqrt(high)
 
 

@@ -35,7 +35,7 @@ def median_distances(
     terms = squares[:, None, :] + own
     chosen = xp.astype(xp.take(codes, sampled, axis=0), queries.dtype)
     near = steps[:, None, :] * xp.matmul(queries, xp.matrix_transpose(chosen))
-    middle = xp.sort(terms - 2 * near, axis=0)[sampled.shape[0] // 2, ...]
-    doubt = rounding * xp.max(terms, axis=0)
-    is_small = (middle <= doubt) | (middle <= floor)
-    return xp.sqrt(xp.where(is_small, xp.full_like(middle, xp.nan), middle))
+    medians = xp.sort(terms - 2 * near, axis=0)[sampled.shape[0] // 2, ...]
+    uncertainty = rounding * xp.max(terms, axis=0)
+    is_small = (medians <= uncertainty) | (medians <= floor)
+    return xp.sqrt(xp.where(is_small, xp.full_like(medians, xp.nan), medians))

@@ -29,11 +29,11 @@ def search(
     slots, values, counts = [], [], []
     for j in range(directions.shape[0]):
         row = bounds[j, :]
-        squares, doubt = _norm_form(
+        squares, uncertainty = _norm_form(
             points, directions[j, :], of_points, of_queries[:, j], rounding
         )
         near = xp.argsort(row)[:first]
-        above = xp.sqrt(xp.maximum(squares + doubt, xp.zeros_like(squares)))
+        above = xp.sqrt(xp.maximum(squares + uncertainty, xp.zeros_like(squares)))
         limit = xp.sort(xp.take(above, near, axis=0))[k - 1] * (1 + tolerance)
         # a bound of the first may lie above the limit: they were looked at anyway
         where = xp.nonzero(row <= xp.astype(limit, row.dtype))[0]
@@ -41,7 +41,7 @@ def search(
         counts.append(where.shape[0])
         if where.shape[0] > most:
             where = where[:0]
-        is_open = xp.take(squares <= doubt / (2 * tolerance), where)
+        is_open = xp.take(squares <= uncertainty / (2 * tolerance), where)
         root = xp.sqrt(xp.where(is_open, xp.nan, xp.take(squares, where)))
         rest = most - where.shape[0]
         slots.append(xp.concat([where, xp.full((rest,), -1, dtype=where.dtype)]))
@@ -54,8 +54,8 @@ def _norm_form(
 ) -> tuple[Array, Array]:
     """Squared distances of one query, and how far rounding may have moved them."""
     xp = array_namespace(points)
-    h, off, reach = of_points[0, :], of_points[1, :], of_points[2, :]
+    h, off, point_norm = of_points[0, :], of_points[1, :], of_points[2, :]
     own, length = of_query[0], of_query[1]
     products = xp.astype(xp.matmul(points, direction), xp.float64)
-    doubt = rounding * (h + own + 2 * reach * length) + off
-    return h + own - 2 * products, doubt
+    uncertainty = rounding * (h + own + 2 * point_norm * length) + off
+    return h + own - 2 * products, uncertainty

@@ -149,10 +149,10 @@ class _Assigned:
             self.points, centers, squares.astype(centers.dtype), some
         )
         norms = self.norms[some]
-        doubt = self.unit * (norms + squares.max())
+        uncertainty = self.unit * (norms + squares.max())
         self.labels[some] = found
-        self.upper[some] = np.sqrt(np.maximum(norms + least + doubt, 0))
-        self.lower[some] = np.sqrt(np.maximum(norms + second - doubt, 0))
+        self.upper[some] = np.sqrt(np.maximum(norms + least + uncertainty, 0))
+        self.lower[some] = np.sqrt(np.maximum(norms + second - uncertainty, 0))
         return found
 
     def _relabel(self, slots: Array, labels: Array) -> None:

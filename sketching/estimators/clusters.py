@@ -187,8 +187,8 @@ class _Clusters(
         # products of equal rows may be rounded apart: what is as good as a tie is
         # decided by differences, of which equal rows have equal ones
         unit = Rounding.of(points.dtype, points.shape[1]).unit
-        doubt = 2 * unit * (squared_norms(points) + squares.max())
-        close = np.flatnonzero(second - least <= doubt)
+        uncertainty = 2 * unit * (squared_norms(points) + squares.max())
+        close = np.flatnonzero(second - least <= uncertainty)
         if len(close):
             apart = np.stack(
                 [

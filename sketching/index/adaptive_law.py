@@ -77,11 +77,11 @@ def worst_error(
     while worst_failure(sketches, rows, sampled, k, high) > failure:
         low, high = high, 2 * high
     for _ in range(30):
-        middle = (low + high) / 2
-        if worst_failure(sketches, rows, sampled, k, middle) > failure:
-            low = middle
+        midpoint = (low + high) / 2
+        if worst_failure(sketches, rows, sampled, k, midpoint) > failure:
+            low = midpoint
         else:
-            high = middle
+            high = midpoint
     return high
 
 

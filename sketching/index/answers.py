@@ -56,7 +56,7 @@ class Answers:
         state, q = self.state, len(queries)
         points, numbers_of = state.filled, state.filled.numbers
         values, numbers = np.empty(q, dtype=object), np.empty(q, dtype=object)
-        looked = np.full(q, points.size)
+        n_exact_distances = np.full(q, points.size)
         is_exact = isinstance(state.mode, Exact)
         step = max(1, _BLOCK // points.size)
         for start in range(0, q, step):
@@ -67,13 +67,18 @@ class Answers:
             for j, row in enumerate(rows):
                 near = np.flatnonzero(row <= radius * (1 + error))
                 found = row[near] if is_exact else some.some_distances(j, near)
-                looked[start + j] = len(row) if is_exact else len(near)
+                n_exact_distances[start + j] = len(row) if is_exact else len(near)
                 near, found = near[found <= radius], found[found <= radius]
                 order = np.argsort(found, kind="stable")
                 values[start + j] = found[order]
                 numbers[start + j] = numbers_of[near[order]]
         mode = state.running if isinstance(state.mode, Adaptive) else Exact()
-        return values, numbers, looked, mode.guarantee(state.request(queries))
+        return (
+            values,
+            numbers,
+            n_exact_distances,
+            mode.guarantee(state.request(queries)),
+        )
 
     def pairs(self, left: Array, right: Array) -> Array:
         """Distances between points."""

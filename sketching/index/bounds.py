@@ -14,7 +14,7 @@ from sketching._lib.arrays import Array
 from sketching._ops.distances import brackets, lower_bounds
 from sketching.index.columns import Column, Columns
 from sketching.index.points import Points
-from sketching.index.queries import Queries, nearest
+from sketching.index.queries import Queries, smallest_k
 from sketching.metric.rounding import Rounding
 
 # rows that the directions of the head are found from
@@ -28,7 +28,7 @@ _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class HeadTail:
+class ProjectionBounds:
     """Heads, and the lengths of tails, of every point."""
 
     basis: Array
@@ -37,9 +37,9 @@ class HeadTail:
     table: Columns
 
     @staticmethod
-    def along(basis: Array, dtype: Any) -> "HeadTail":
+    def along(basis: Array, dtype: Any) -> "ProjectionBounds":
         """No points yet, with such directions of the head."""
-        sketch = HeadTail(basis, Columns({}))
+        sketch = ProjectionBounds(basis, Columns({}))
         columns = sketch.blank(0, dtype)
         axes = {"stats": 1}
         table = {name: Column(x, axes.get(name, 0)) for name, x in columns.items()}
@@ -83,16 +83,16 @@ class HeadTail:
         return {"basis": self.basis, **self.table.arrays()}
 
     @staticmethod
-    def of_arrays(arrays: dict[str, Array]) -> "HeadTail":
+    def of_arrays(arrays: dict[str, Array]) -> "ProjectionBounds":
         """Build from what a file kept."""
         columns = {
             "codes": Column(arrays["codes"]),
             "stats": Column(arrays["stats"], axis=1),
             "slip": Column(arrays["slip"]),
         }
-        return HeadTail(arrays["basis"], Columns(columns))
+        return ProjectionBounds(arrays["basis"], Columns(columns))
 
-    def with_table(self, table: Columns) -> "HeadTail":
+    def with_table(self, table: Columns) -> "ProjectionBounds":
         """With other columns."""
         return replace(self, table=table)
 
@@ -108,7 +108,7 @@ class HeadTail:
 
     def absorbed(
         self, left: Array, right: Array, w: Array, points: Points
-    ) -> "HeadTail":
+    ) -> "ProjectionBounds":
         """Follow updates ``U += a b^T``, given the products with ``b``."""
         heads = left @ self.basis.T
         codes = w @ heads.astype(w.dtype)
@@ -117,23 +117,25 @@ class HeadTail:
         lengths = np.linalg.norm(heads, axis=1) * np.linalg.norm(right, axis=1)
         off_products = points.rounding.unit * points.stats[2] * lengths.sum()
         eps = float(np.finfo(codes.dtype).eps)
-        slip = self.table["slip"] + off_products + eps * np.sqrt(square)
+        code_error = self.table["slip"] + off_products + eps * np.sqrt(square)
         h, off, _ = points.stats
-        off = off + 2 * np.sqrt(square) * slip + 2 * eps * h
-        stats = self._measured(codes, slip, h - square, off)
-        table = self.table.replaced(codes=codes, slip=slip, stats=stats)
+        off = off + 2 * np.sqrt(square) * code_error + 2 * eps * h
+        stats = self._measured(codes, code_error, h - square, off)
+        table = self.table.replaced(codes=codes, slip=code_error, stats=stats)
         return replace(self, table=table)
 
-    def refreshed(self, factor: Array) -> "HeadTail":  # noqa: ARG002
+    def refreshed(self, factor: Array) -> "ProjectionBounds":  # noqa: ARG002
         """Itself: the directions of the head serve any metric."""
         return self
 
-    def _measured(self, codes: Array, slip: Array, tail: Array, off: Array) -> Array:
+    def _measured(
+        self, codes: Array, code_error: Array, tail: Array, off: Array
+    ) -> Array:
         """Return the norms of codes and what the square of the tail bounds it by."""
         # 2 x s <= u x^2 + s^2 / u: the first part goes with the rounding of scans
-        slips = slip**2 * (1 + 1 / self.rounding)
+        code_errors = code_error**2 * (1 + 1 / self.rounding)
         ends = [np.sqrt(np.maximum(x, 0)) for x in (tail - off, tail + off)]
-        return np.stack([_squares(codes), slips, *ends])
+        return np.stack([_squares(codes), code_errors, *ends])
 
     def _coded(self, queries: Queries) -> tuple[Array, Array]:
         """Heads of the queries; their squared norms and the lengths of their tails."""
@@ -176,7 +178,7 @@ class HeadTail:
         """The ``k`` nearest points, where they are, and how many were looked at."""
         q, n = len(queries), self.size
         values = np.empty((q, k), self._codes.dtype)
-        slots, looked = np.empty((q, k), np.int64), np.full(q, n)
+        slots, n_exact_distances = np.empty((q, k), np.int64), np.full(q, n)
         step, start = max(1, _BLOCK // n), 0
         is_open = np.ones(q, bool)
         while start < q:
@@ -184,10 +186,10 @@ class HeadTail:
             row, at, counts = self._search(queries[start : start + step], k)
             is_settled = counts >= 0
             done = part[is_settled]
-            values[done], chosen = nearest(row[is_settled], k)
+            values[done], chosen = smallest_k(row[is_settled], k)
             settled = np.flatnonzero(is_settled)
             slots[done] = at[settled[:, None], chosen]
-            looked[done], is_open[done] = counts[is_settled], False
+            n_exact_distances[done], is_open[done] = counts[is_settled], False
             start += step
             if np.count_nonzero(is_open[part]) > _FUTILE * len(part):
                 break
@@ -195,8 +197,8 @@ class HeadTail:
         rest = np.flatnonzero(is_open)
         for some in (rest[i : i + step] for i in range(0, len(rest), step)):
             exact = queries.chosen(some).distances()
-            values[some], slots[some] = nearest(exact, k)
-        return values, slots, looked
+            values[some], slots[some] = smallest_k(exact, k)
+        return values, slots, n_exact_distances
 
     def _search(self, queries: Queries, k: int) -> tuple[Array, Array, Array]:
         """Distances and places of what bounds leave open, how many; -1 if too many."""
@@ -216,8 +218,8 @@ class HeadTail:
         slots, values = slots[:, :width], values[:, :width]
         values[slots < 0] = np.inf
         for j in map(int, np.flatnonzero(np.isnan(values).any(axis=1))):
-            doubtful = np.flatnonzero(np.isnan(values[j]))
-            values[j, doubtful] = queries.by_difference(j, slots[j, doubtful])
+            uncertain = np.flatnonzero(np.isnan(values[j]))
+            values[j, uncertain] = queries.by_difference(j, slots[j, uncertain])
         return values, slots, counts
 
 

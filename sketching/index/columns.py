@@ -72,7 +72,7 @@ class Column:
         """Return the write that replaces some rows."""
         return self._buffer, self._key(rows), values
 
-    def some(self, rows: Array) -> Array:
+    def take(self, rows: Array) -> Array:
         """Return a copy of some rows."""
         return self._buffer.take(rows, axis=self.axis)
 
@@ -143,7 +143,7 @@ class Columns:
         for name, x in self._columns.items():
             new[name], free = x.shortened(size)
             if len(movers):
-                writes.append(x.written(holes, x.some(movers)))
+                writes.append(x.written(holes, x.take(movers)))
             writes.append(free)
         return Columns(new), writes
 

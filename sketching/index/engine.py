@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 _Change = Callable[[State], tuple[State, list[Write]]]
 
 
-class Engine:
+class IndexEngine:
     """A state behind a lock, and who reads it."""
 
     def __init__(
@@ -151,9 +151,9 @@ class Engine:
         """Centre anew and draw new sketches."""
         self._put(lambda state: state.redrawn(generator))
 
-    def snapshot(self) -> "Engine":
+    def snapshot(self) -> "IndexEngine":
         """Return an engine in the state of now, which stays as it is."""
-        engine = object.__new__(Engine)
+        engine = object.__new__(IndexEngine)
         answers = self.answers()
         engine._begin(answers.state)
         engine._readers.append(weakref.ref(answers))

@@ -15,8 +15,8 @@ from sketching._lib.files import (
     write_arrays,
 )
 from sketching._lib.validation import check_flag, check_integer, check_number
-from sketching.index.bounds import HeadTail
-from sketching.index.engine import Engine
+from sketching.index.bounds import ProjectionBounds
+from sketching.index.engine import IndexEngine
 from sketching.index.modes import Adaptive, Exact, Filter
 from sketching.index.points import Points
 from sketching.index.sketches import Ensemble
@@ -28,13 +28,13 @@ PathLike: TypeAlias = str | os.PathLike[str]
 _KIND = "sketching.MahalanobisIndex"
 _VERSION = 1
 _MODES: dict[str, type[Mode]] = {x.__name__: x for x in (Exact, Filter, Adaptive)}
-_SKETCHES: dict[str, type[HeadTail | Ensemble]] = {
-    "Filter": HeadTail,
+_SKETCHES: dict[str, type[ProjectionBounds | Ensemble]] = {
+    "Filter": ProjectionBounds,
     "Adaptive": Ensemble,
 }
 
 
-def write_index(path: Path, engine: Engine) -> None:
+def write_index(path: Path, engine: IndexEngine) -> None:
     """Write the parts of an index that holds points."""
     engine.filled  # noqa: B018 (raises where there are none)
     engine.flush()
@@ -61,7 +61,7 @@ def write_index(path: Path, engine: Engine) -> None:
         write_arrays(path, arrays, header)
 
 
-def read_index(path: Path, memory: int | None = None) -> Engine:
+def read_index(path: Path, memory: int | None = None) -> IndexEngine:
     """Read the parts of an index, which may take so many bytes."""
     with naming_the_file(path):
         if path.stat().st_size == 0:
@@ -75,12 +75,12 @@ def read_index(path: Path, memory: int | None = None) -> Engine:
         return engine
 
 
-def _engine_of(arrays: dict[str, Array], header: dict[str, Any]) -> Engine:
+def _engine_of(arrays: dict[str, Array], header: dict[str, Any]) -> IndexEngine:
     mode = _MODES[header["mode"]](**header["options"])
     metric = MahalanobisMetric(arrays["factor"])
     eps, delta = (check_number(x, header[x], above=0) for x in ("eps", "delta"))
     promise = eps, delta
-    engine = Engine(metric, mode, promise, np.random.default_rng(0))
+    engine = IndexEngine(metric, mode, promise, np.random.default_rng(0))
     engine.points = Points.of_arrays(_part(arrays, "points."))
     if header["mode"] in _SKETCHES:
         kind = _SKETCHES[header["mode"]]
@@ -101,7 +101,7 @@ def _part(arrays: dict[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): x for name, x in found.items()}
 
 
-def _check_shapes(engine: Engine) -> None:
+def _check_shapes(engine: IndexEngine) -> None:
     """Raise where the parts do not belong to one index."""
     points, (k, d) = engine.filled, engine.metric.shape
     n = points.size

@@ -29,7 +29,7 @@ def widened(codes: Array, steps: Array) -> Array:
     return codes.astype(np.float32) * steps[..., None]
 
 
-def coarse_steps(rows: Array, largest: Array) -> tuple[Array, Array]:
+def int16_steps(rows: Array, largest: Array) -> tuple[Array, Array]:
     """Round rows to integers, in steps that are multiples of a float32's spacing.
 
     ``largest``, ``(n,)``, is what the numbers of a row, and of what is added to it

@@ -11,7 +11,7 @@ from sketching._lib.random import RandomSource, as_generator
 from sketching._lib.validation import check_integer, check_number
 from sketching.index.answers import Answers
 from sketching.index.arguments import check_parts
-from sketching.index.engine import Engine
+from sketching.index.engine import IndexEngine
 from sketching.index.files import PathLike, write_index
 from sketching.index.neighbors import Neighbors
 from sketching.index.queries import Queries
@@ -81,7 +81,7 @@ class MahalanobisIndex:
     ) -> None:
         check_parts(metric, mode, eps, delta)
         promise = float(eps), float(delta)
-        self._engine = Engine(metric.copy(), mode, promise, as_generator(rng))
+        self._engine = IndexEngine(metric.copy(), mode, promise, as_generator(rng))
 
     @property
     def metric(self) -> MahalanobisMetric:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sketching._lib.arrays import Array
-from sketching.index.bounds import HeadTail
+from sketching.index.bounds import ProjectionBounds
 from sketching.index.modes import Exact, Filter
 from sketching.index.queries import Queries
 from sketching.index.request import Request
@@ -47,7 +47,7 @@ def choose(request: Request, images: Array, slots: Array) -> Choice:
 def _open_share(request: Request, images: Array, slots: Array, size: int) -> float:
     """Measure on some points which share of distances the codes leave open."""
     rng = np.random.default_rng(0)
-    sketch: HeadTail = Filter(size=size).draw(request, images)
+    sketch: ProjectionBounds = Filter(size=size).draw(request, images)
     codes = sketch.blank(len(slots))
     sketch.encode(codes, slice(0, len(slots)), images)
     sketch = sketch.with_table(sketch.table.extended(**codes))

@@ -19,8 +19,8 @@ from sketching.index.adaptive_law import (
     worst_error,
     worst_failure,
 )
-from sketching.index.bounds import HeadTail, principal_basis
-from sketching.index.queries import nearest
+from sketching.index.bounds import ProjectionBounds, principal_basis
+from sketching.index.queries import smallest_k
 from sketching.index.request import Request, half_of_memory
 from sketching.index.sketches import Ensemble
 from sketching.metric.rounding import UNLIKELY
@@ -81,12 +81,12 @@ class Exact:
         queries, n = request.queries, request.points.size
         step = max(1, _BLOCK // n)
         parts = [
-            nearest(queries[start : start + step].distances(), k)
+            smallest_k(queries[start : start + step].distances(), k)
             for start in range(0, len(queries), step)
         ]
         values, slots = (np.concatenate(x) for x in zip(*parts, strict=True))
-        looked = np.full(len(queries), n)
-        return values, slots, looked, self.guarantee(request)
+        n_exact_distances = np.full(len(queries), n)
+        return values, slots, n_exact_distances, self.guarantee(request)
 
     def guarantee(self, request: Request) -> Certificate:
         """Promise the tolerance of rounding."""
@@ -140,10 +140,10 @@ class Filter:
     def __post_init__(self) -> None:
         check_integer("size", self.size, least=1)
 
-    def draw(self, request: Request, images: Array) -> HeadTail:
+    def draw(self, request: Request, images: Array) -> ProjectionBounds:
         """Find the directions of the head from some mapped points."""
         basis = principal_basis(images, self.size, request.rng)
-        return HeadTail.along(basis, request.points.dtype)
+        return ProjectionBounds.along(basis, request.points.dtype)
 
     def distances(self, request: Request) -> tuple[Array, Certificate]:
         """Answer from the codes where they are within eps, else exactly."""
@@ -279,7 +279,7 @@ class Adaptive:
         error = min(float(certificate.error), 0.5)
         found = np.empty((len(queries), k), values.dtype)
         slots = np.empty((len(queries), k), np.int64)
-        looked = np.empty(len(queries), np.int64)
+        n_exact_distances = np.empty(len(queries), np.int64)
         for j, row in enumerate(values):
             limit = np.partition(row, k - 1)[k - 1] * (1 + error) / (1 - error)
             near = np.flatnonzero(row <= limit)
@@ -288,9 +288,9 @@ class Adaptive:
                 exact = queries[j : j + 1].distances()
             else:
                 exact = queries.some_distances(j, near)[None]
-            (found[j],), (chosen,) = nearest(exact, k)
-            slots[j], looked[j] = near[chosen], len(near)
-        return found, slots, looked, certificate
+            (found[j],), (chosen,) = smallest_k(exact, k)
+            slots[j], n_exact_distances[j] = near[chosen], len(near)
+        return found, slots, n_exact_distances, certificate
 
     def guarantee(self, request: Request) -> Certificate:
         """Promise eps where the sketches are enough, else the worst direction."""

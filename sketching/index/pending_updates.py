@@ -8,7 +8,7 @@ from sketching._lib.arrays import Array
 
 
 @dataclass(frozen=True, slots=True)
-class WaitingUpdates:
+class PendingUpdates:
     """A queue of ``U += a b^T``; beyond ``most`` of them all points are mapped anew."""
 
     left: Array
@@ -18,10 +18,10 @@ class WaitingUpdates:
     overflowed: bool = False
 
     @staticmethod
-    def none(shape: tuple[int, int]) -> "WaitingUpdates":
+    def none(shape: tuple[int, int]) -> "PendingUpdates":
         """An empty queue for a factor of that shape."""
         k, d = shape
-        return WaitingUpdates(np.empty((0, k)), np.empty((0, d)), np.empty((0, d)))
+        return PendingUpdates(np.empty((0, k)), np.empty((0, d)), np.empty((0, d)))
 
     @property
     def most(self) -> int:
@@ -35,15 +35,15 @@ class WaitingUpdates:
     def __bool__(self) -> bool:
         return self.overflowed or len(self.left) > 0
 
-    def extended(self, left: Array, right: Array, images: Array) -> "WaitingUpdates":
+    def extended(self, left: Array, right: Array, images: Array) -> "PendingUpdates":
         """With more; ``images`` are ``U_t^T a_t`` of the factor before each update."""
         if self.overflowed or len(self) + len(left) > self.most:
             shape = left.shape[1], right.shape[1]
-            empty = WaitingUpdates.none(shape)
-            return WaitingUpdates(empty.left, empty.right, empty.images, True)
+            empty = PendingUpdates.none(shape)
+            return PendingUpdates(empty.left, empty.right, empty.images, True)
         if not len(self):
-            return WaitingUpdates(left, right, images)
-        return WaitingUpdates(
+            return PendingUpdates(left, right, images)
+        return PendingUpdates(
             np.concatenate([self.left, left]),
             np.concatenate([self.right, right]),
             np.concatenate([self.images, images]),

@@ -17,7 +17,7 @@ from sketching._lib.arrays import Array
 from sketching._ops.updates import changed_norms
 from sketching.index.centre import centre_of, lossy
 from sketching.index.columns import Column, Columns, Write
-from sketching.index.int16_rows import coarse_steps, widened
+from sketching.index.int16_rows import int16_steps, widened
 from sketching.metric.rounding import Rounding
 
 # rows that are mapped by the factor at a time
@@ -41,7 +41,7 @@ class Placed:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def some(self, part: Array | slice) -> Array:
+    def take(self, part: Array | slice) -> Array:
         """Rows in the precision of answers."""
         if self.steps is None:
             return self.rows[part]
@@ -123,7 +123,7 @@ class Points:
         """Bytes of all arrays."""
         return self.table.nbytes + self.slot_of.nbytes + self.beside.nbytes
 
-    def some(self, slots: Array | slice) -> Array:
+    def take(self, slots: Array | slice) -> Array:
         """Centred points, in the precision of answers."""
         steps = self.steps
         if steps is None:
@@ -133,8 +133,8 @@ class Points:
     def kept(self, slots: Array) -> Array:
         """Points as they were given; in half the width, as they were rounded to."""
         if not np.count_nonzero(self.center):
-            return self.some(slots)
-        moved = self.some(slots).astype(np.float64) + self.center
+            return self.take(slots)
+        moved = self.take(slots).astype(np.float64) + self.center
         points: Array = moved.astype(self.dtype)
         if self.beside.size:
             places = self.table["beside"][slots]
@@ -171,7 +171,7 @@ class Points:
         # steps no finer than single precision is out there, so that points that are
         # given back are those that distances are measured to
         largest = np.abs(x).max(axis=1) + np.abs(self.center).max()
-        rows, steps = coarse_steps(away, largest)
+        rows, steps = int16_steps(away, largest)
         back = widened(rows, steps) + self.center.astype(np.float64)
         kept = back.astype(np.float32)
         return Placed(rows, steps, kept, np.zeros(len(x), bool))

@@ -89,7 +89,7 @@ class Queries:
         points = self.points
         directions, of_queries = self._directions
         out, counts = scan(
-            points.some(slots),
+            points.take(slots),
             directions[j : j + 1],
             np.ascontiguousarray(points.stats[:, slots]),
             of_queries[:, j : j + 1],
@@ -97,8 +97,8 @@ class Queries:
             tolerance=points.rounding.tolerance,
         )
         if counts[0]:
-            doubtful = np.flatnonzero(np.isnan(out[0]))
-            out[0, doubtful] = self.by_difference(j, slots[doubtful])
+            uncertain = np.flatnonzero(np.isnan(out[0]))
+            out[0, uncertain] = self.by_difference(j, slots[uncertain])
         return out[0]
 
     def search(
@@ -142,7 +142,7 @@ def lengths_of_differences(
     return out
 
 
-def nearest(distances: Array, k: int) -> tuple[Array, Array]:
+def smallest_k(distances: Array, k: int) -> tuple[Array, Array]:
     """The ``k`` least of each row in order, and where they are."""
     # indices spelled out: np.take_along_axis costs as much as many scans
     rows = np.arange(len(distances))[:, None]

@@ -40,7 +40,7 @@ class Ensemble:
     # may have moved sketches, squared, point by point
     table: Columns
     # how far updates may have moved sketches from where they belong
-    slip: float = 0.0
+    code_error: float = 0.0
 
     @staticmethod
     def draw(
@@ -96,15 +96,15 @@ class Ensemble:
             "matrices": self.matrices,
             "maps": self.maps,
             **self.table.arrays(),
-            "slip": np.array(self.slip),
+            "slip": np.array(self.code_error),
         }
 
     @staticmethod
     def of_arrays(arrays: dict[str, Array]) -> "Ensemble":
         """Build from what a file kept."""
         table = _columns({name: arrays[name] for name in _AXES})
-        slip = float(arrays["slip"])
-        return Ensemble(arrays["matrices"], arrays["maps"], table, slip)
+        code_error = float(arrays["slip"])
+        return Ensemble(arrays["matrices"], arrays["maps"], table, code_error)
 
     def with_table(self, table: Columns) -> "Ensemble":
         """With other columns."""
@@ -138,9 +138,9 @@ class Ensemble:
             maps[j] = self.maps[j] + change.T @ right.astype(np.float32)
         out["off"] += self._off + self._rounded(out, slice(0, self.size))
         lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-        reach = float(points.stats[2].max(initial=0))
-        slip = self.slip + _EPS * reach * float(lengths.sum())
-        return Ensemble(self.matrices, maps, _columns(out), slip)
+        point_norm = float(points.stats[2].max(initial=0))
+        code_error = self.code_error + _EPS * point_norm * float(lengths.sum())
+        return Ensemble(self.matrices, maps, _columns(out), code_error)
 
     def _sketches(self, j: Array | int, slots: Array | slice) -> Array:
         """Sketches of some points, in single precision."""
@@ -153,12 +153,12 @@ class Ensemble:
     def is_stale(self, points: Points) -> bool:
         """Whether rounding of updates has become a part of a typical distance."""
         level = np.sqrt(np.median(points.stats[0]))
-        return bool(self.slip > 1e-3 * level)
+        return bool(self.code_error > 1e-3 * level)
 
     def refreshed(self, factor: Array) -> "Ensemble":
         """Compute the maps anew; the codes are encoded by the caller."""
         maps = (self.matrices @ factor).astype(np.float32)
-        return replace(self, maps=maps, slip=0.0)
+        return replace(self, maps=maps, code_error=0.0)
 
     def estimates(self, queries: Queries, sampled: Array, eps: float) -> Array:
         """Median distance of the sampled sketches, ``(q, n)``."""
@@ -191,9 +191,9 @@ class Ensemble:
         one, other = (self._sketches(sampled[:, None], slots) for slots in (i, j))
         values = median(np.linalg.norm(one - other, axis=2))
         squares = self._of_codes[1][sampled]
-        doubt = self._rounding * (squares[:, i] + squares[:, j]).max(axis=0)
+        uncertainty = self._rounding * (squares[:, i] + squares[:, j]).max(axis=0)
         floor = self._floor(i, eps) + self._floor(j, eps)
-        slots = np.flatnonzero(values**2 <= np.maximum(doubt / eps, floor))
+        slots = np.flatnonzero(values**2 <= np.maximum(uncertainty / eps, floor))
         if slots.size:
             others = points.kept(j[slots]).astype(np.float64)
             values[slots] = lengths_of_differences(factor, points, i[slots], others)
@@ -201,7 +201,7 @@ class Ensemble:
 
     def _floor(self, slots: Array | slice, eps: float) -> Array:
         """Squared distances of which rounding of the sketches may be a part of eps."""
-        return (8 / eps) ** 2 * (self.slip**2 + self._off[slots])
+        return (8 / eps) ** 2 * (self.code_error**2 + self._off[slots])
 
     @property
     def _rounding(self) -> float:

@@ -17,7 +17,7 @@ from sketching.index.bounds import SAMPLE, sampled
 from sketching.index.columns import Write, make
 from sketching.index.mode_choice import Choice, choose
 from sketching.index.modes import Adaptive, Exact, Filter
-from sketching.index.pending_updates import WaitingUpdates
+from sketching.index.pending_updates import PendingUpdates
 from sketching.index.points import Placed, Points, blocks
 from sketching.index.queries import Queries
 from sketching.index.request import Request
@@ -39,7 +39,7 @@ class State:
     # what sketches are drawn by, and what queries sample
     draws: np.random.Generator
     samples: np.random.Generator
-    waiting: WaitingUpdates
+    pending: PendingUpdates
     # at least the norm of the factor
     scale: float
     points: Points | None = None
@@ -64,7 +64,7 @@ class State:
             mode is None,
             promise,
             *streams(generator),
-            WaitingUpdates.none(metric.shape),
+            PendingUpdates.none(metric.shape),
             float(np.linalg.norm(metric.factor)),
         )
 
@@ -112,7 +112,7 @@ class State:
             return replace(self, points=full).drawn().encoded()
         new = self._placed("X", self.points, x)
         stats, codes = self._encode(self.points, new)
-        points = self.points.extended(new, stats, len(self.waiting))
+        points = self.points.extended(new, stats, len(self.pending))
         sketch = self.sketch
         if sketch is not None:
             sketch = sketch.with_table(sketch.table.extended(**codes))
@@ -144,7 +144,7 @@ class State:
         mode, choice = self.mode, self.choice
         if self.picks or isinstance(mode, Filter):
             slots = sampled(points.size, draws)
-            images, _ = points.measured(points.kept(slots), points.some(slots), factor)
+            images, _ = points.measured(points.kept(slots), points.take(slots), factor)
         if self.picks:
             choice = choose(request, images, slots)
             mode = choice.mode
@@ -165,7 +165,7 @@ class State:
         codes = {} if self.sketch is None else self.sketch.blank(n)
         for some in blocks(np.arange(n)):
             part = slice(some[0], some[-1] + 1)
-            kept, rows = new.kept[part], new.some(part)
+            kept, rows = new.kept[part], new.take(part)
             images, stats[:, part] = points.measured(kept, rows, factor)
             if self.sketch is not None:
                 self.sketch.encode(codes, part, images)
@@ -178,7 +178,7 @@ class State:
         codes = {} if self.sketch is None else self.sketch.blank(len(slots))
         for some in blocks(np.arange(len(slots))):
             part, at = slice(some[0], some[-1] + 1), slots[some]
-            kept, rows = points.kept(at), points.some(at)
+            kept, rows = points.kept(at), points.take(at)
             images, stats[:, part] = points.measured(kept, rows, self.metric.factor)
             if self.sketch is not None:
                 self.sketch.encode(codes, part, images)
@@ -198,7 +198,7 @@ class State:
             state,
             points=points.with_stats(stats),
             sketch=sketch,
-            waiting=WaitingUpdates.none(self.metric.shape),
+            pending=PendingUpdates.none(self.metric.shape),
             scale=float(np.linalg.norm(factor)),
         )
 
@@ -215,7 +215,7 @@ class State:
         """With points at other places."""
         new = self._placed("X", self.filled, x)
         stats, codes = self._encode(self.filled, new)
-        points, writes = self.filled.written(slots, new, stats, len(self.waiting))
+        points, writes = self.filled.written(slots, new, stats, len(self.pending))
         if self.sketch is not None:
             writes += self.sketch.table.written(slots, **codes)
         return replace(self, points=points), writes
@@ -246,23 +246,23 @@ class State:
             longest = float(self.points.stats[2].max(initial=0))
             self.points.refuse_overflow("a, b", scale, longest)
         metric, images = updated_metric(self.metric, left, right, out)
-        waiting = self.waiting
+        pending = self.pending
         if self.points is not None:
-            waiting = waiting.extended(left, right, images)
-        return replace(self, metric=metric, waiting=waiting, scale=scale)
+            pending = pending.extended(left, right, images)
+        return replace(self, metric=metric, pending=pending, scale=scale)
 
     def flushed(self) -> "State":
         """With norms and sketches of the metric of now."""
-        waiting = self.waiting
-        if not waiting or self.points is None or not self.points.size:
+        pending = self.pending
+        if not pending or self.points is None or not self.points.size:
             return self
-        if waiting.overflowed:
+        if pending.overflowed:
             return self.encoded()
-        left, right, keep = waiting.left, waiting.right, self.sketch is not None
-        points, w = self.filled.absorbed(left, right, waiting.images, keep=keep)
+        left, right, keep = pending.left, pending.right, self.sketch is not None
+        points, w = self.filled.absorbed(left, right, pending.images, keep=keep)
         sketch: Any = self.sketch.absorbed(left, right, w, points) if keep else None
-        none = WaitingUpdates.none(self.metric.shape)
-        state = replace(self, points=points, sketch=sketch, waiting=none)
+        none = PendingUpdates.none(self.metric.shape)
+        state = replace(self, points=points, sketch=sketch, pending=none)
         stale = points.stale()
         if isinstance(self.mode, Adaptive):
             if sketch.is_stale(points):
@@ -284,7 +284,7 @@ class State:
             points=self.filled.recentred(),
             draws=draws,
             samples=samples,
-            waiting=WaitingUpdates.none(self.metric.shape),
+            pending=PendingUpdates.none(self.metric.shape),
             answered=Cell(0),
         )
         return state.drawn().encoded()

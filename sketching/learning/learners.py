@@ -15,7 +15,7 @@ from sketching.index.mahalanobis import MahalanobisIndex
 from sketching.learning.rank_one_step import (
     Learner,
     difference_of,
-    nothing,
+    no_update,
     rank_one_step,
     sign_of,
 )
@@ -84,7 +84,7 @@ class Lego(Learner):
         u = factor @ difference_of(x, x2, factor)
         square = float(u @ u)
         if square == 0:
-            return nothing(factor)
+            return no_update(factor)
         c = self.rate * target * square - 1
         root = math.hypot(c, 2 * math.sqrt(self.rate) * square)
         # of the two forms of the positive root, the one without cancellation
@@ -166,7 +166,7 @@ class Itml(Learner):
         u = factor @ difference_of(x, x2, factor)
         p = float(u @ u)
         if p == 0:
-            return nothing(factor)
+            return no_update(factor)
         start = 0.0, 1 / (self.near if sign > 0 else self.far)
         multiplier, inverse = self._pairs.get((pair, sign), start)
         share = self.slack / (self.slack + 1)
@@ -267,11 +267,11 @@ class Pola(Learner):
         u = factor @ v
         loss = max(0.0, sign * (float(u @ u) - self.threshold) + 1)
         if loss == 0:
-            return nothing(factor)
+            return no_update(factor)
         tau = loss / (float(v @ v) ** 2 + 1)
         self.threshold = max(1.0, self.threshold + sign * tau)
         if not v.any():
-            return nothing(factor)
+            return no_update(factor)
         p = self._solved(factor, v)
         a, b = rank_one_step(factor, self._inverse, v, p, -sign * tau, self.floor)
         # the inverse follows as the formula of Sherman and Morrison says
@@ -355,7 +355,7 @@ class HingeGradient(Learner):
         v = difference_of(x, x2, factor)
         u = factor @ v
         if sign * (float(u @ u) - self.threshold) + 1 <= 0:
-            return nothing(factor)
+            return no_update(factor)
         self._refuse_long(v[None])
         return self._apply(-2 * self.rate * sign * u, v)
 

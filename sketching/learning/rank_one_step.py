@@ -66,7 +66,7 @@ def sign_of(target: Any) -> int:
     return int(target)
 
 
-def nothing(factor: Array) -> tuple[Array, Array]:
+def no_update(factor: Array) -> tuple[Array, Array]:
     """Return the update that changes nothing."""
     k, d = factor.shape
     return np.zeros(k), np.zeros(d)

@@ -79,8 +79,8 @@ class GaussianProjection:
             top *= 2
         low = top // 2
         while top - low > 1:
-            middle = (low + top) // 2
-            low, top = (middle, top) if fails(middle) else (low, middle)
+            midpoint = (low + top) // 2
+            low, top = (midpoint, top) if fails(midpoint) else (low, midpoint)
         return top
 
     def apply(self, x: Array) -> Array:

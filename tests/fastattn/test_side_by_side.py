@@ -36,7 +36,7 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_answers_are_those_of_the_heads_alone(monkeypatch, method, dtype):
-    monkeypatch.setattr("fastattn.planning.auto._SMALL", 0)
+    monkeypatch.setattr("fastattn.planning.auto._FEW_LOGITS", 0)
     inputs = heads(dtype=dtype)
     # calls spawn their streams from it as one call for all heads does
     rng = np.random.default_rng(7)

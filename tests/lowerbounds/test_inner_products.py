@@ -27,10 +27,10 @@ def first_extremes(left, right):
     return [[products[least], *least], [products[largest], *largest]]
 
 
-@pytest.mark.parametrize("body", [extremes.body("cpu"), extremes.reference])
+@pytest.mark.parametrize("kernel", [extremes.kernel("cpu"), extremes.reference])
 @given(bits=bit_matrices())
-def test_extremes_are_those_of_the_matrix_of_products(body, bits):
-    got = body(*map(_pack, bits))
+def test_extremes_are_those_of_the_matrix_of_products(kernel, bits):
+    got = kernel(*map(_pack, bits))
     assert got.dtype == np.int64
     np.testing.assert_array_equal(got, first_extremes(*bits))
 

@@ -47,7 +47,7 @@ def test_logits_do_not_depend_on_blocks(order, block, monkeypatch):
     np.testing.assert_allclose(
         weights / weights.sum(axis=1, keepdims=True), matrix, atol=1e-14
     )
-    assert given.extent() == (whole.min(), whole.max())
+    assert given.logit_range() == (whole.min(), whole.max())
     answers = oracles.tensor_attention(
         given.query, given.keys, [x[:, None] for x in given.values]
     )[0]
@@ -71,7 +71,7 @@ def test_polynomials_are_truncated_chebyshev_expansions(half, rng):
 
 def test_errors_by_degree_are_those_of_the_answers():
     given, exponent = factors(2, 30, 4), 3.0
-    errors = degree_errors(given, exponent, 12, 20, given.extent())
+    errors = degree_errors(given, exponent, 12, 20, given.logit_range())
     logits = exponent * given.logits(given.query)
     truth = softmax_matrix(given, exponent) @ products_of(given.values)
     low, high = logits.min(), logits.max()
@@ -83,7 +83,7 @@ def test_errors_by_degree_are_those_of_the_answers():
 
 
 def errors_of(given, exponent):
-    return degree_errors(given, exponent, 20, 16, given.extent())
+    return degree_errors(given, exponent, 20, 16, given.logit_range())
 
 
 @pytest.mark.parametrize("order", [2, 3])

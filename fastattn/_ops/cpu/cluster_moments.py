@@ -67,7 +67,7 @@ def growths(logit, top, mass, distance, growth):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def classify(
-    weight, remainder, growth, start, threshold, least, alike, near, middle, spans,
+    weight, remainder, growth, start, threshold, least, alike, near, first_order, spans,
     total, error,
 ):  # fmt: skip
     # lists near and middle keys; weights of near keys become 0; returns their number
@@ -82,7 +82,7 @@ def classify(
             for j in range(lo, hi):
                 s = weight[j] * g * remainder[j]
                 near[a] = j
-                middle[b] = j
+                first_order[b] = j
                 is_near = s > threshold
                 a += is_near
                 b += (s > least) & (not is_near)

@@ -61,20 +61,20 @@ def _change_code(kind, written):
 
 
 @intrinsic
-def slope_float_tile(typingctx, weights, change, share, drift, own, slopes):
+def slope_float_tile(typingctx, weights, change, share, delta, own, slopes):
     """Write weights of a tile, and what they make the derivatives by its logits.
 
     ``share[l] * weights[c, l]``, cut to at most one, are written to ``own``, and those
-    times ``change[c, l] - drift[l]`` to ``slopes``. All are addresses.
+    times ``change[c, l] - delta[l]`` to ``slopes``. All are addresses.
     """
 
     def codegen(context, builder, signature, args):
-        weights, change, share, drift, own, slopes = args
+        weights, change, share, delta, own, slopes = args
         kept = []
         for i in range(COLUMNS * VECTORS):
             places = (builder.add(x, long(64 * i)) for x in (weights, change))
             kept.append([load(builder, x, FLOATS) for x in places])
-        for i, (weight, slope) in enumerate(_slopes(builder, kept, share, drift)):
+        for i, (weight, slope) in enumerate(_slopes(builder, kept, share, delta)):
             there = long(64 * i)
             store(builder, weight, builder.add(own, there))
             store(builder, slope, builder.add(slopes, there))
@@ -84,7 +84,7 @@ def slope_float_tile(typingctx, weights, change, share, drift, own, slopes):
 
 
 @intrinsic
-def slope_pair_tile(typingctx, words, share, drift, own, slopes, across):
+def slope_pair_tile(typingctx, words, share, delta, own, slopes, across):
     """Do as ``slope_float_tile`` with words of both, and round what is written.
 
     Neighbouring lanes are pairs; to ``across`` go the slopes with neighbouring lines in
@@ -92,12 +92,12 @@ def slope_pair_tile(typingctx, words, share, drift, own, slopes, across):
     """
 
     def codegen(context, builder, signature, args):
-        words, share, drift, own, slopes, across = args
+        words, share, delta, own, slopes, across = args
         kept = []
         for i in range(COLUMNS * VECTORS):
             word = load(builder, builder.add(words, long(64 * i)), WORDS)
             kept.append(_parted(builder, word))
-        made = _slopes(builder, kept, share, drift)
+        made = _slopes(builder, kept, share, delta)
         for c in range(COLUMNS):
             lines = made[c * VECTORS : (c + 1) * VECTORS]
             for i, place in enumerate((own, slopes)):
@@ -113,16 +113,16 @@ def slope_pair_tile(typingctx, words, share, drift, own, slopes, across):
     return types.void(*[types.intp] * 6), codegen
 
 
-def _slopes(builder, kept, shares, drifts):
+def _slopes(builder, kept, shares, deltas):
     """Weights and derivatives by logits, the vectors of a tile in order."""
-    shares, drifts = vectors(builder, shares), vectors(builder, drifts)
+    shares, deltas = vectors(builder, shares), vectors(builder, deltas)
     one, made = ir.Constant(FLOATS, [1.0] * 16), []
     for i, (relative, slope) in enumerate(kept):
         v = i % VECTORS
         weight = builder.fmul(relative, shares[v])
         is_less = builder.fcmp_ordered("<", weight, one)
         share = builder.select(is_less, weight, one)
-        made.append((share, builder.fmul(share, builder.fsub(slope, drifts[v]))))
+        made.append((share, builder.fmul(share, builder.fsub(slope, deltas[v]))))
     return made
 
 

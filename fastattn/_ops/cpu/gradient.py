@@ -34,17 +34,19 @@ _LARGEST_PARTS = 1 << 26
 
 
 def attend_vjp(
-    query, key, value, grad, *, scale, visible, log_normalizer=None, drift=None,
-    beside=None, coarse=False,
+    query, key, value, grad, *, scale, prefix_lengths, log_normalizer=None, delta=None,
+    beside=None, low_precision=False,
 ):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
-    if visible is not None:
-        visible = np.minimum(visible, m)
-    rows = _Rows(query, key, value, grad, scale, visible, log_normalizer, drift, beside)
+    if prefix_lengths is not None:
+        prefix_lengths = np.minimum(prefix_lengths, m)
+    rows = _Rows(
+        query, key, value, grad, scale, prefix_lengths, log_normalizer, delta, beside
+    )
     in_tiles = tiles.serves(query, key, value, grad)
     size, keys, group = m, None, rows.group
     if in_tiles:
-        keys = tiles.Keys(key, value, coarse and multiplies_bytes())
+        keys = tiles.Keys(key, value, low_precision and multiplies_bytes())
         group = tiles.rows_at_once(n, keys, beside is not None)
         size = len(keys.key)
     part = size * (d + p) * dtype.itemsize
@@ -73,15 +75,24 @@ class _Rows:
     """What rows are differentiated from."""
 
     def __init__(
-        self, query, key, value, grad, scale, visible, log_normalizer, drift, beside
+        self,
+        query,
+        key,
+        value,
+        grad,
+        scale,
+        prefix_lengths,
+        log_normalizer,
+        delta,
+        beside,
     ):
         self.query, self.key, self.value, self.grad = query, key, value, grad
-        self.scale, self.visible, self.beside = scale, visible, beside
-        self.log_normalizer, self.drift = log_normalizer, drift
+        self.scale, self.prefix_lengths, self.beside = scale, prefix_lengths, beside
+        self.log_normalizer, self.delta = log_normalizer, delta
         self.rooms = []
         n, kept = len(query), 2 * len(key) * query.dtype.itemsize
         self.size = min(ROWS, max(FEWEST, _LARGEST_KEPT // max(kept, 1)))
-        if visible is not None:
+        if prefix_lengths is not None:
             self.size = min(self.size, max(_FEWEST_SEEING, n // _STEPS))
         blocks = max(1, _LARGEST_GROUP // max(kept * self.size, 1))
         blocks = 1 if beside is None else blocks
@@ -95,7 +106,7 @@ class _Rows:
         room = self.rooms.pop() if self.rooms else np.empty(size, np.float32)
         for start in range(own.start, own.stop, group):
             some = slice(start, min(start + group, own.stop))
-            seen = self.visible
+            seen = self.prefix_lengths
             seen = np.full(some.stop - start, m) if seen is None else seen[some]
             block = tiles.Block(
                 self.query[some], keys, self.grad[some], self.scale, seen,
@@ -105,16 +116,16 @@ class _Rows:
                 self.add_by_blas(some, query_slope, key_sum[:m], value_sum[:m])
                 continue
             if known is not None:
-                block.drift = self.drift[some]
+                block.delta = self.delta[some]
             if self.beside is not None:
-                block.settle(*self.beside(some, block.normalizer, block.drift))
+                block.settle(*self.beside(some, block.normalizer, block.delta))
             block.add(query_slope[some], key_sum, value_sum)
         self.rooms.append(room)
 
     def add_by_blas(self, own, query_slope, key_sum, value_sum):
         """Add what some rows have to say to the sums."""
         m, dtype = len(self.key), self.query.dtype
-        visible, known = self.visible, self.log_normalizer
+        prefix_lengths, known = self.prefix_lengths, self.log_normalizer
         # once a task: fresh memory costs as much as a product
         room = min(self.group, own.stop - own.start)
         buffers = np.empty((2, room * m), dtype=dtype)
@@ -128,16 +139,17 @@ class _Rows:
                 grad = self.grad[rows].astype(dtype, copy=False)
                 block = _Block(rows, scaled.astype(dtype), grad)
                 block.weigh(
-                    self.key, self.value, None if visible is None else visible[rows],
-                    None if known is None else known[rows],
-                    buffers[:, (start - first) * m :],
+                    self.key, self.value,
+                    None if prefix_lengths is None else prefix_lengths[rows],
+                    None if known is None else known[rows], buffers[:,
+                    (start - first) * m :],
                 )  # fmt: skip
                 some.append(block)
             if self.beside is not None:
                 _settle(some, self.beside)
             for block in some:
-                if self.drift is not None:
-                    block.drift = self.drift[block.rows].astype(dtype, copy=False)
+                if self.delta is not None:
+                    block.delta = self.delta[block.rows].astype(dtype, copy=False)
                 slope = query_slope[block.rows]
                 block.add(self.key, slope, key_sum, value_sum)
                 np.multiply(
@@ -154,13 +166,13 @@ def _settle(blocks, beside):
     """Ask what is known of the rows of some blocks over all keys."""
     rows = slice(blocks[0].rows.start, blocks[-1].rows.stop)
     own = np.concatenate([x.normalizer for x in blocks])
-    normalizer, drift = beside(rows, own, np.concatenate([x.drift for x in blocks]))
+    normalizer, delta = beside(rows, own, np.concatenate([x.delta for x in blocks]))
     # rows that see none of these keys have no weights
     share = np.exp(np.where(own == -np.inf, own, own - normalizer))
     for block in blocks:
         some = slice(block.rows.start - rows.start, block.rows.stop - rows.start)
         block.factor *= share[some]
-        block.drift = drift[some]
+        block.delta = delta[some]
 
 
 class _Block:
@@ -169,10 +181,14 @@ class _Block:
     def __init__(self, rows, query, grad):
         self.rows, self.query, self.grad = rows, query, grad
 
-    def weigh(self, key, value, visible, known, buffers):
+    def weigh(self, key, value, prefix_lengths, known, buffers):
         """Exponentiate logits, relative to what normalizers are known or to peaks."""
         n, dtype = len(self.query), self.query.dtype
-        last = len(key) if visible is None else min(len(key), int(visible.max()))
+        last = (
+            len(key)
+            if prefix_lengths is None
+            else min(len(key), int(prefix_lengths.max()))
+        )
         spans = [slice(lo, min(lo + KEYS, last)) for lo in range(0, last, KEYS)]
         peak, total, mean = np.empty((3, len(spans), n), dtype=dtype)
         self.parts = []
@@ -182,14 +198,18 @@ class _Block:
             weights, change = (x[place].reshape(n, width) for x in buffers)
             np.matmul(self.query, key[keys].astype(dtype, copy=False).T, out=weights)
             np.matmul(self.grad, value[keys].astype(dtype, copy=False).T, out=change)
-            count = np.full(n, width) if visible is None else visible - keys.start
+            count = (
+                np.full(n, width)
+                if prefix_lengths is None
+                else prefix_lengths - keys.start
+            )
             if known is None:
                 _soften(weights, change, count, peak[c], total[c], mean[c])
             else:
                 _exponentiate(weights, count, known)
             self.parts.append((keys, weights, change))
         if known is None:
-            self.factor, self.drift, self.normalizer = _combine(peak, total, mean)
+            self.factor, self.delta, self.normalizer = _combine(peak, total, mean)
         else:
             self.factor = np.ones_like(peak)
 
@@ -199,7 +219,7 @@ class _Block:
         for (keys, weights, change), factor in zip(
             self.parts, self.factor, strict=True
         ):
-            _differentiate(weights, change, factor, self.drift)
+            _differentiate(weights, change, factor, self.delta)
             value_sum[keys] += weights.T @ self.grad
             key_sum[keys] += change.T @ self.query
             query_sum += change @ key[keys].astype(dtype, copy=False)
@@ -248,9 +268,9 @@ def _exponentiate(logits, count, normalizer):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _differentiate(weights, change, factor, drift):
+def _differentiate(weights, change, factor, delta):
     for i in range(weights.shape[0]):
-        row, slope, w, shift = weights[i], change[i], factor[i], drift[i]
+        row, slope, w, shift = weights[i], change[i], factor[i], delta[i]
         for j in range(row.size):
             weight = row[j] * w
             row[j] = weight

@@ -32,7 +32,7 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 
 # queries that all keys pass before they do so again: up to so many, or so large a part
 # of all, since memory that is new costs as much as a product
-_ROWS, _STEPS, _COARSE_STEPS, _FEWEST = 1024, 8, 4, 4 * LANES
+_ROWS, _STEPS, _LOW_PRECISION_STEPS, _FEWEST = 1024, 8, 4, 4 * LANES
 # what they keep stays below this many bytes; not all caches are as large, but keys,
 # and the sums over queries, would be brought from memory more often
 _LARGEST_KEPT = 1 << 26
@@ -57,7 +57,7 @@ def serves(query, key, value, grad):
 def rows_at_once(n, keys, is_asking):
     """How many of ``n`` queries pass the keys together."""
     line = 4 * keys.m * keys.planes
-    steps = _COARSE_STEPS if keys.coarse else _STEPS
+    steps = _LOW_PRECISION_STEPS if keys.low_precision else _STEPS
     rows = min(_ROWS, n // steps, _LARGEST_KEPT // line)
     if is_asking:
         rows = max(rows, min(n, _LARGEST_ASKING // line))
@@ -83,17 +83,17 @@ class Keys:
     Coarse ones lie about their mean, so that rounding is of what matters.
     """
 
-    def __init__(self, key, value, coarse):
-        self.m, self.coarse = len(key), coarse
+    def __init__(self, key, value, low_precision):
+        self.m, self.low_precision = len(key), low_precision
         # coarse weights, and the products, are halves of one word
-        self.planes = 1 if coarse else 2
-        if coarse:
+        self.planes = 1 if low_precision else 2
+        if low_precision:
             self.means = [mean_of(x) for x in (key, value)]
             key, value = (x - y for x, y in zip((key, value), self.means, strict=True))
         self.key, self.value = (filled(x, COLUMNS) for x in (key, value))
         self.words = self.down = self.key
         self.value_words = self.value
-        if coarse:
+        if low_precision:
             self.words, self.value_words = _pairs(self.key), _pairs(self.value)
             self.down = _pairs_down(self.key)
 
@@ -101,31 +101,31 @@ class Keys:
 class Block:
     """A block of rows, which keeps weights between two passes over the keys.
 
-    ``visible`` counts the keys that a row sees. Weights, which there is ``room`` for,
-    are relative to the normalizers where these are known.
+    ``prefix_lengths`` counts the keys that a row sees. Weights, which there is ``room``
+    for, are relative to the normalizers where these are known.
     """
 
-    def __init__(self, query, keys, grad, scale, visible, known, room):
-        n, m, coarse, key = len(query), keys.m, keys.coarse, keys.key
+    def __init__(self, query, keys, grad, scale, prefix_lengths, known, room):
+        n, m, low_precision, key = len(query), keys.m, keys.low_precision, keys.key
         # in float64: a scale, and a query, of extreme size may only meet halfway
         scaled = np.multiply(query, scale, dtype=np.float64)
         raised = (LOG2 * scaled).astype(np.float32)
         if known is None:
-            shift = largest_seen(raised, key[:m], visible)
+            shift = largest_seen(raised, key[:m], prefix_lengths)
         else:
             shift = (LOG2 * np.asarray(known, np.float64)).astype(np.float32)
-        self.keys, self.scale, self.blind = keys, scale, visible == 0
+        self.keys, self.scale, self.blind = keys, scale, prefix_lengths == 0
         self.query, self.grad = (
             _in_groups(x.astype(np.float32, copy=False)) for x in (scaled, grad)
         )
-        self.seen = _in_groups(np.asarray(visible, np.int64), visible[-1])
+        self.seen = _in_groups(np.asarray(prefix_lengths, np.int64), prefix_lengths[-1])
         room = room[: kept(n, keys)].reshape(-1, len(self.seen), len(key), LANES)
         # the same ones where both are in one word
         self.kept = room[0], room[-1]
         mass, moment = np.zeros((2, *self.seen.shape))
         lanes, grads = _in_groups(raised), self.grad
         self.offset = np.zeros((2, n), np.float32)
-        if coarse:
+        if low_precision:
             lanes, grads = _pairs(lanes), _pairs(grads)
             self.query, self.grad = _pairs_down(self.query), _pairs_down(self.grad)
             self.offset[:] = (scaled @ keys.means[0], grad @ keys.means[1])
@@ -133,8 +133,8 @@ class Block:
         # what fills up the last group has no weights
         self.shift = _in_groups(shift, np.inf)
         _weigh(
-            coarse, _across(lanes), _across(grads), self.shift, self.seen, keys.words,
-            keys.value_words, *self.kept, mass, moment,
+            low_precision, _across(lanes), _across(grads), self.shift, self.seen,
+            keys.words, keys.value_words, *self.kept, mass, moment,
         )  # fmt: skip
         self.share, self.is_fine = np.ones(n), True
         if known is None:
@@ -150,24 +150,24 @@ class Block:
         normalizer = shift / LOG2 + np.log(mass) + self.offset[0]
         normalizer[self.blind] = -np.inf
         self.normalizer = normalizer.astype(np.float32)
-        self.drift = (self.share * moment + self.offset[1]).astype(np.float32)
+        self.delta = (self.share * moment + self.offset[1]).astype(np.float32)
 
-    def settle(self, normalizer, drift):
+    def settle(self, normalizer, delta):
         """Take what is known of the rows over all keys."""
         own = self.normalizer
         self.share *= np.exp(np.where(self.blind, -np.inf, own - normalizer))
-        self.drift = drift
+        self.delta = delta
 
     def add(self, query_slope, key_sum, value_sum):
         """Write the derivative by the queries, and add to the sums over them."""
         groups, d = len(self.query), self.keys.key.shape[1]
         sums = np.zeros((groups, d, LANES), np.float32)
-        share, drift = (
+        share, delta = (
             _in_groups(x.astype(np.float32, copy=False))
-            for x in (self.share, self.drift - self.offset[1])
+            for x in (self.share, self.delta - self.offset[1])
         )
         _add(
-            self.keys.coarse, *self.kept, share, drift, self.seen, self.query,
+            self.keys.low_precision, *self.kept, share, delta, self.seen, self.query,
             self.grad, self.keys.down, sums, key_sum, value_sum,
         )  # fmt: skip
         slope = sums.transpose(0, 2, 1).reshape(-1, d)[: len(query_slope)]
@@ -201,7 +201,7 @@ def _pairs_down(x):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _weigh(
-    coarse, lanes, grads, shift, seen, key, value, weights, change, mass, moment
+    low_precision, lanes, grads, shift, seen, key, value, weights, change, mass, moment
 ):
     part, tile = (
         np.empty((2, LANES), np.float32),
@@ -211,7 +211,7 @@ def _weigh(
         for g in range(seen.shape[0]):
             part[:] = 0
             _weigh_group(
-                coarse, lanes[g], grads[g], shift[g], seen[g], key, value, lo,
+                low_precision, lanes[g], grads[g], shift[g], seen[g], key, value, lo,
                 weights[g], change[g], tile, part,
             )  # fmt: skip
             for l in range(LANES):
@@ -221,7 +221,18 @@ def _weigh(
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _weigh_group(
-    coarse, lanes, grads, shift, seen, key, value, lo, weights, change, tile, part
+    low_precision,
+    lanes,
+    grads,
+    shift,
+    seen,
+    key,
+    value,
+    lo,
+    weights,
+    change,
+    tile,
+    part,
 ):
     # addresses, since slices that are made in a loop count who holds them
     d, p, spare = key.shape[1], value.shape[1], np.empty(LANES, np.float32)
@@ -234,7 +245,7 @@ def _weigh_group(
         line, is_seen = 4 * LANES * first, first + COLUMNS <= full
         own = mass if is_seen else others
         right = keys + 4 * d * first
-        if coarse:
+        if low_precision:
             weigh_pair_tile(
                 lane, 4 * LANES, right, 4 * d, d, own_shift, own, tile.ctypes.data
             )
@@ -243,9 +254,9 @@ def _weigh_group(
                 lane, 4 * LANES, right, 4 * d, d, own_shift, own, here + line
             )
         if not is_seen:
-            hide(tile if coarse else weights[first:], first, seen, part[0])
+            hide(tile if low_precision else weights[first:], first, seen, part[0])
         right, moment = values + 4 * p * first, mass + 4 * LANES
-        if coarse:
+        if low_precision:
             change_pair_tile(
                 grad, 4 * LANES, right, 4 * p, p, tile.ctypes.data, moment, there + line
             )
@@ -257,11 +268,11 @@ def _weigh_group(
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _add(
-    coarse, weights, change, share, drift, seen, query, grad, key, sums, key_sum,
+    low_precision, weights, change, share, delta, seen, query, grad, key, sums, key_sum,
     value_sum,
 ):  # fmt: skip
     # pairs are half as many words, and half as many steps
-    d, p, each = key.shape[1], grad.shape[2], 2 if coarse else 1
+    d, p, each = key.shape[1], grad.shape[2], 2 if low_precision else 1
     part = np.empty((d, LANES), np.float32)
     own, slopes, across = (
         np.empty((_KEYS, LANES), np.float32),
@@ -281,24 +292,24 @@ def _add(
                 continue
             size += -size % COLUMNS
             _differentiate(
-                coarse, weights[g, lo:].ctypes.data, change[g, lo:].ctypes.data, size,
-                share[g].ctypes.data, drift[g].ctypes.data, own.ctypes.data,
+                low_precision, weights[g, lo:].ctypes.data, change[g, lo:].ctypes.data,
+                size, share[g].ctypes.data, delta[g].ctypes.data, own.ctypes.data,
                 slopes.ctypes.data, across.ctypes.data,
             )  # fmt: skip
             after = min(g + 1, len(seen) - 1)
             _add_rows(
-                coarse, own.ctypes.data, size, grad[g].ctypes.data, p, value_sums,
-                weights[after, lo:].ctypes.data,
+                low_precision, own.ctypes.data, size, grad[g].ctypes.data, p,
+                value_sums, weights[after, lo:].ctypes.data,
             )  # fmt: skip
             _add_rows(
-                coarse, slopes.ctypes.data, size, query[g].ctypes.data, d, key_sums,
-                change[after, lo:].ctypes.data,
+                low_precision, slopes.ctypes.data, size, query[g].ctypes.data, d,
+                key_sums, change[after, lo:].ctypes.data,
             )  # fmt: skip
-            left = across.ctypes.data if coarse else slopes.ctypes.data
+            left = across.ctypes.data if low_precision else slopes.ctypes.data
             for c in range(0, d, COLUMNS):
                 _multiply(
-                    coarse, left, 4 * LANES, keys + 4 * c, 4, 4 * d, size // each,
-                    part.ctypes.data + 4 * LANES * c, 4 * LANES, 1,
+                    low_precision, left, 4 * LANES, keys + 4 * c, 4, 4 * d,
+                    size // each, part.ctypes.data + 4 * LANES * c, 4 * LANES, 1,
                 )  # fmt: skip
             for t in range(d):
                 for l in range(LANES):
@@ -306,29 +317,31 @@ def _add(
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _differentiate(coarse, weights, change, size, share, drift, own, slopes, across):
+def _differentiate(
+    low_precision, weights, change, size, share, delta, own, slopes, across
+):
     for first in range(0, size, COLUMNS):
         line = 4 * LANES * first
-        if coarse:
+        if low_precision:
             slope_pair_tile(
-                change + line, share, drift, own + line // 2, slopes + line // 2,
+                change + line, share, delta, own + line // 2, slopes + line // 2,
                 across + line // 2,
             )  # fmt: skip
         else:
             slope_float_tile(
-                weights + line, change + line, share, drift, own + line, slopes + line
+                weights + line, change + line, share, delta, own + line, slopes + line
             )
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _add_rows(coarse, weights, size, rows, width, sums, ahead):
+def _add_rows(low_precision, weights, size, rows, width, sums, ahead):
     # to every key the rows of the group, weighted; meanwhile what the next group has
     # kept is brought nearer
-    steps = LANES // 2 if coarse else LANES
+    steps = LANES // 2 if low_precision else LANES
     for c in range(0, width, LANES):
         for first in range(0, size, COLUMNS):
             _multiply(
-                coarse, rows + 4 * c, 4 * width, weights + 4 * steps * first,
+                low_precision, rows + 4 * c, 4 * width, weights + 4 * steps * first,
                 4 * steps, 4, steps, sums + 4 * (width * first + c), 4 * width, 0,
             )  # fmt: skip
             if c == 0:
@@ -337,8 +350,8 @@ def _add_rows(coarse, weights, size, rows, width, sums, ahead):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _multiply(coarse, left, row, right, column, step, steps, sums, line, fresh):
-    if coarse:
+def _multiply(low_precision, left, row, right, column, step, steps, sums, line, fresh):
+    if low_precision:
         add_tile(left, row, right, column, step, steps, sums, line, fresh)
     else:
         add_float_tile(left, row, right, column, step, steps, sums, line, fresh)

@@ -112,7 +112,7 @@ def prefix_products(
     value,
     state,
     *,
-    visible,
+    prefix_lengths,
     decay=None,
     row=None,
     column=None,
@@ -121,17 +121,17 @@ def prefix_products(
     n, dtype = len(left), left.dtype
     out = np.empty((n, value.shape[1]), dtype)
     state = np.array(state, order="C")
-    visible = np.ascontiguousarray(visible, dtype=np.int64)
+    prefix_lengths = np.ascontiguousarray(prefix_lengths, dtype=np.int64)
     fading = None
     if decay is not None:
         first = min(origin, column.min(initial=origin))
         powers = (float(decay) ** np.arange(int(row[-1] - first) + 1)).astype(dtype)
         fading = _Fading(powers, row, column, origin)
-    done = _in_step(left, right, value, state, out, visible, fading)
+    done = _in_step(left, right, value, state, out, prefix_lengths, fading)
     part = np.empty_like(state)
     for start in range(done, n, CHUNK):
         end = min(start + CHUNK, n)
-        early, last = int(visible[start]), int(visible[end - 1])
+        early, last = int(prefix_lengths[start]), int(prefix_lengths[end - 1])
         if early - done > CHUNK:
             _absorb(state, right, value, slice(done, early), fading, start, part)
             done = early
@@ -143,10 +143,11 @@ def prefix_products(
             continue
         near = some @ right[done:last].T
         if fading:
-            _fade(near, visible[start:end], row[start:end], column[done:last], done,
+            _fade(near, prefix_lengths[start:end], row[start:end], column[done:last],
+            done,
                   fading.powers)  # fmt: skip
         else:
-            _hide(near, visible[start:end], done)
+            _hide(near, prefix_lengths[start:end], done)
         rows += near @ value[done:last]
         _absorb(state, right, value, slice(done, last), fading, end - 1, part)
         done = last
@@ -155,7 +156,7 @@ def prefix_products(
     return out, state
 
 
-def _in_step(left, right, value, state, out, visible, fading):
+def _in_step(left, right, value, state, out, prefix_lengths, fading):
     """Answer the first rows as long as each sees one key more; return how many.
 
     States before all of a group of chunks are found before any is used: a few large
@@ -165,7 +166,7 @@ def _in_step(left, right, value, state, out, visible, fading):
     group = _STATES // (r * p)
     if group < _LEAST_STATES or n <= 2 * _STEP:
         return 0
-    count = (_regular(visible, fading) - 1) // _STEP
+    count = (_regular(prefix_lengths, fading) - 1) // _STEP
     if count < 1:
         return 0
     group = min(group, count)
@@ -195,16 +196,16 @@ def _in_step(left, right, value, state, out, visible, fading):
     return count * _STEP
 
 
-def _regular(visible, fading):
+def _regular(prefix_lengths, fading):
     """How many rows from the first on see one key more each, one position on."""
-    number = np.arange(len(visible))
-    off = visible != number + 1
+    number = np.arange(len(prefix_lengths))
+    off = prefix_lengths != number + 1
     if fading:
-        keys = min(len(visible), len(fading.column))
+        keys = min(len(prefix_lengths), len(fading.column))
         off[keys:] = True
         off |= fading.row - fading.row[0] != number
         off[:keys] |= fading.column[:keys] != fading.row[:keys]
-    return int(off.argmax()) if off.any() else len(visible)
+    return int(off.argmax()) if off.any() else len(prefix_lengths)
 
 
 class _Fading:
@@ -334,15 +335,15 @@ def _add_faded(found, far, powers):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _hide(near, visible, done):
+def _hide(near, prefix_lengths, done):
     for i in range(near.shape[0]):
-        near[i, visible[i] - done :] = 0
+        near[i, prefix_lengths[i] - done :] = 0
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _fade(near, visible, row, column, done, powers):
+def _fade(near, prefix_lengths, row, column, done, powers):
     for i in range(near.shape[0]):
-        count = visible[i] - done
+        count = prefix_lengths[i] - done
         for j in range(count):
             near[i, j] *= powers[row[i] - column[j]]
         near[i, count:] = 0

@@ -18,8 +18,8 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 
 def key_sums(
-    key, value, center, projection, landmarks, middle, *,
-    offset, longest, parent, coordinate, power, coarse=False,
+    key, value, center, projection, landmarks, value_center, *,
+    offset, longest, parent, coordinate, power, low_precision=False,
 ):  # fmt: skip
     dtype = projection.dtype
     m, p = value.shape
@@ -27,11 +27,13 @@ def key_sums(
     span = span_of(m, (r + c) * (p + 1) * 8)
     tasks = -(-m // span)
     parts = np.empty((tasks, r + c, p + 1))
-    rounded = rounds(coarse, dtype)
+    rounded = rounds(low_precision, dtype)
     ends = np.full((tasks, 2, p), np.inf, dtype=dtype)
     ends[:, 1] *= -1
     far = np.empty(m, dtype=np.bool_)
-    scalars = [dtype.type(x) for x in (offset, longest, _reach(landmarks), LARGEST)]
+    scalars = [
+        dtype.type(x) for x in (offset, longest, _landmark_norm(landmarks), LARGEST)
+    ]
     factor = (1 / np.sqrt(power)).astype(dtype)
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
@@ -42,7 +44,7 @@ def key_sums(
         for lo in range(task * span, min((task + 1) * span, m), ROWS):
             hi = min(lo + ROWS, m)
             centred = np.subtract(key[lo:hi], center, dtype=dtype, order="C")
-            shifted = np.subtract(value[lo:hi], middle, dtype=dtype, order="C")
+            shifted = np.subtract(value[lo:hi], value_center, dtype=dtype, order="C")
             features = flat[: (r + c) * (hi - lo)].reshape(r + c, hi - lo)
             y = projection.T @ centred.T
             _weigh(centred, y, *scalars, far[lo:hi])
@@ -60,10 +62,10 @@ def key_sums(
 
 def query_means(
     query, projection, origin, landmarks, spread, weights, far_key, far_value,
-    bounds, middle, *, parent, coordinate, power,
+    bounds, value_center, *, parent, coordinate, power,
 ):  # fmt: skip
     dtype = projection.dtype
-    n, p = len(query), len(middle)
+    n, p = len(query), len(value_center)
     r, c = len(parent), len(landmarks)
     value = np.empty((n, p), dtype=dtype)
     logarithm = np.empty(n, dtype=dtype)
@@ -73,10 +75,12 @@ def query_means(
     shares = np.ascontiguousarray(weights[:, p])
     factor = (1 / np.sqrt(power)).astype(dtype)
     lower = np.sqrt((power - 1) / power).astype(dtype)
-    recipe = parent, parent[parent], coordinate, factor, lower
+    indices = parent, parent[parent], coordinate, factor, lower
     clamp, least = dtype.type(CLAMP), dtype.type(LEAST)
     # copies: read-only arrays would be compiled for once more
-    spread, bounds, middle = (np.array(x, order="C") for x in (spread, bounds, middle))
+    spread, bounds, value_center = (
+        np.array(x, order="C") for x in (spread, bounds, value_center)
+    )
     origin = origin[:, None]
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
@@ -88,36 +92,45 @@ def query_means(
             block = query[lo:hi].astype(dtype, copy=False)
             x = projection.T @ block.T
             x -= origin
-            good = np.empty(hi - lo, dtype=np.bool_)
+            reliable = np.empty(hi - lo, dtype=np.bool_)
             total = np.empty(hi - lo, dtype=dtype)
-            _settle(x, spread, good)
+            _settle(x, spread, reliable)
             np.matmul(landmarks, x[:-1], out=features[r:])
-            _query_features(x, half, shares, *recipe, clamp, features, total)
+            _query_features(x, half, shares, *indices, clamp, features, total)
             out = value[lo:hi]
             combine_functions(features, readout, out)
             if len(far_key):
-                _add_far(block, far_key, far_value, good, total, out)
-            _finish(x[-1], total, good, least, bounds, middle, out, logarithm[lo:hi])
+                _add_far(block, far_key, far_value, reliable, total, out)
+            _finish(
+                x[-1],
+                total,
+                reliable,
+                least,
+                bounds,
+                value_center,
+                out,
+                logarithm[lo:hi],
+            )
 
     run_blocks(work, range(-(-n // span)))
     return value, logarithm
 
 
-def _reach(landmarks):
+def _landmark_norm(landmarks):
     return np.sqrt(np.max(np.sum(landmarks**2, axis=1), initial=0))
 
 
-def _add_far(query, far_key, far_value, good, total, out):
+def _add_far(query, far_key, far_value, reliable, total, out):
     weight = query @ far_key.T
-    good &= np.all(weight <= LARGEST, axis=1)
+    reliable &= np.all(weight <= LARGEST, axis=1)
     np.exp(weight, out=weight)
-    weight[~good] = 0
+    weight[~reliable] = 0
     out += weight @ far_value[:, :-1]
     total += weight @ far_value[:, -1]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _weigh(centred, y, offset, longest, reach, largest, far):
+def _weigh(centred, y, offset, longest, landmark_norm, largest, far):
     # completes log a in the last row of y; far keys get no coordinates and no weight
     t, half = y.shape[0] - 1, y.dtype.type(0.5)
     zero = y.dtype.type(0)
@@ -134,7 +147,7 @@ def _weigh(centred, y, offset, longest, reach, largest, far):
     for i in range(y.shape[1]):
         log[i] += offset + half * square[i]
         size = np.sqrt(square[i])
-        if not log[i] + size * max(reach, half * size) <= largest:
+        if not log[i] + size * max(landmark_norm, half * size) <= largest:
             far[i] = True
     for i in range(y.shape[1]):
         if far[i]:
@@ -177,13 +190,13 @@ def _extremes(values, ends):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _settle(x, spread, good):
+def _settle(x, spread, reliable):
     # outliers get no coordinates: nothing they are put into overflows
     n, one = x.shape[1], x.dtype.type(1)
     energy = energies(x, spread)
     for i in range(n):
-        good[i] = energy[i] <= one
-        if not good[i]:
+        reliable[i] = energy[i] <= one
+        if not reliable[i]:
             for l in range(spread.size):
                 x[l, i] = x.dtype.type(0)
 
@@ -211,17 +224,17 @@ def _query_features(
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _finish(shift, total, good, least, bounds, middle, out, logarithm):
+def _finish(shift, total, reliable, least, bounds, value_center, out, logarithm):
     low, high = bounds[0], bounds[1]
     for i in range(out.shape[0]):
         row = out[i]
-        if good[i] and total[i] > least and np.isfinite(total[i]):
+        if reliable[i] and total[i] > least and np.isfinite(total[i]):
             logarithm[i] = np.log(total[i]) + shift[i]
             w = total.dtype.type(1) / total[i]
             for j in range(row.size):
                 row[j] = maximum(row[j] * w, low[j])
-                row[j] = middle[j] - maximum(-row[j], -high[j])
+                row[j] = value_center[j] - maximum(-row[j], -high[j])
         else:
             logarithm[i] = np.nan
             for j in range(row.size):
-                row[j] = middle[j]
+                row[j] = value_center[j]

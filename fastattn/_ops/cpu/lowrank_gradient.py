@@ -21,7 +21,7 @@ _ROWS = 128
 
 def query_vjp(
     query, grad, elsewhere, partial, least, projection, origin, landmarks, spread,
-    weights, *, parent, coordinate, power, coarse=False,
+    weights, *, parent, coordinate, power, low_precision=False,
 ):  # fmt: skip
     dtype, n = projection.dtype, len(query)
     r, (size, width) = len(parent), weights.shape
@@ -29,13 +29,13 @@ def query_vjp(
     tasks = -(-n // span)
     parts = np.zeros((tasks, size, width))
     out = np.empty((n, query.shape[1]), dtype=dtype)
-    logarithm, drift = np.empty((2, n), dtype=dtype)
+    logarithm, delta = np.empty((2, n), dtype=dtype)
     half = 0.5 * np.sum(landmarks**2, axis=1)
     lower = np.sqrt((power - 1) / power).astype(dtype)
-    recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
+    indices = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
     origin, clamp = origin[:, None], dtype.type(CLAMP)
     values, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(-1), -1))
-    rounded = rounds(coarse, dtype)
+    rounded = rounds(low_precision, dtype)
     readout = Readout(values, rounded)
     # copies: read-only arrays would be compiled for once more
     spread, elsewhere, partial, least = (
@@ -56,17 +56,17 @@ def query_vjp(
             _settle(x, spread, elsewhere[rows])
             np.matmul(landmarks, x[:-1], out=features[r:])
             features[0] = 1
-            add_polynomials(x, *recipe, lower, features)
+            add_polynomials(x, *indices, lower, features)
             _at_landmarks(half, clamp, features[r:])
             own = np.array(grad[rows], dtype=dtype, order="C")
             readout.multiply(own, wide)
             tilt, factor = _judge(
                 features, slope, shares, x[-1], elsewhere[rows], partial[rows],
-                least[rows], own, logarithm[rows], drift[rows],
+                least[rows], own, logarithm[rows], delta[rows],
             )  # fmt: skip
             sums.add(features, own)
-            masses -= features @ (factor * drift[rows])
-            _pull_back(x, *recipe, lower, shares, drift[rows], features, slope)
+            masses -= features @ (factor * delta[rows])
+            _pull_back(x, *indices, lower, shares, delta[rows], features, slope)
             x[:-1] += landmarks.T @ slope[r:]
             x[-1] = tilt
             x *= factor
@@ -76,22 +76,22 @@ def query_vjp(
     run_blocks(work, range(tasks))
     with np.errstate(over="ignore", invalid="ignore"):
         total = parts[0] if tasks == 1 else parts.sum(axis=0)
-        return out, total, logarithm, drift
+        return out, total, logarithm, delta
 
 
 def key_vjp(
-    key, value, far, center, projection, landmarks, middle, weights, *,
-    offset, parent, coordinate, power, coarse=False,
+    key, value, far, center, projection, landmarks, value_center, weights, *,
+    offset, parent, coordinate, power, low_precision=False,
 ):  # fmt: skip
     dtype, (m, p) = projection.dtype, value.shape
     r, size = len(parent), len(weights)
     span = span_of(m)
     out = np.empty((m, key.shape[1]), dtype=dtype)
     values = np.empty((m, p), dtype=dtype)
-    recipe = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
+    indices = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
     lower, offset = np.zeros(r, dtype=dtype), dtype.type(offset)
     own, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(p), p))
-    readout = Readout(own, rounds(coarse, dtype))
+    readout = Readout(own, rounds(low_precision, dtype))
     minus = np.full(_ROWS, -1, dtype=dtype)
     far = np.array(far)
 
@@ -106,14 +106,14 @@ def key_vjp(
             _weigh(y, offset, far[rows])
             np.matmul(landmarks, y[:-1], out=features[r:])
             _start(y[-1], features, r)
-            add_polynomials(y, *recipe, lower, features)
+            add_polynomials(y, *indices, lower, features)
             readout.read(features, values[rows])
-            shifted = np.subtract(value[rows], middle, dtype=dtype, order="C")
+            shifted = np.subtract(value[rows], value_center, dtype=dtype, order="C")
             readout.multiply(shifted, wide)
             coordinates = y[:-1].copy()
             y[-1] = _products(features, slope, shares)
             _pull_back(
-                y, *recipe, lower, shares, minus[: len(shifted)], features, slope
+                y, *indices, lower, shares, minus[: len(shifted)], features, slope
             )
             y[:-1] += landmarks.T @ slope[r:]
             y[:-1] += coordinates * y[-1]
@@ -143,7 +143,7 @@ def _settle(x, spread, elsewhere):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _judge(
-    features, slope, shares, shift, elsewhere, partial, least, right, logarithm, drift
+    features, slope, shares, shift, elsewhere, partial, least, right, logarithm, delta
 ):
     # completes what is known of the rows, and what their functions are summed with
     n, p, zero = features.shape[1], right.shape[1], slope.dtype.type(0)
@@ -160,17 +160,17 @@ def _judge(
             peak = max(near, other)
             one, two = np.exp(near - peak), np.exp(other - peak)
             logarithm[i] = peak + np.log(one + two)
-            drift[i] = (one * (mean[i] / mass[i]) + two * partial[i]) / (one + two)
+            delta[i] = (one * (mean[i] / mass[i]) + two * partial[i]) / (one + two)
             factor[i] = np.exp(shift[i] - logarithm[i])
         else:
-            logarithm[i], drift[i], factor[i] = np.inf, zero, zero
+            logarithm[i], delta[i], factor[i] = np.inf, zero, zero
             mean[i] = mass[i] = zero
             for j in range(features.shape[0]):
                 features[j, i] = zero
                 slope[j, i] = zero
         for l in range(p):
             right[i, l] *= factor[i]
-        mean[i] -= drift[i] * mass[i]
+        mean[i] -= delta[i] * mass[i]
     return mean, factor
 
 
@@ -211,7 +211,7 @@ def _at_landmarks(half, clamp, features):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _pull_back(
-    x, parent, grandparent, coordinate, factor, lower, shares, drift, features, slope
+    x, parent, grandparent, coordinate, factor, lower, shares, delta, features, slope
 ):
     # puts the derivatives by the coordinates, of slopes less shares times drift, in
     # their place, and leaves those of the landmarks times their functions in slope
@@ -219,7 +219,7 @@ def _pull_back(
     for j in range(r, features.shape[0]):
         row, push, share = features[j], slope[j], shares[j]
         for i in range(n):
-            push[i] = (push[i] - share * drift[i]) * row[i]
+            push[i] = (push[i] - share * delta[i]) * row[i]
     back = np.zeros((t, n), dtype=x.dtype)
     part = np.empty(n, dtype=x.dtype)
     for j in range(r - 1, 0, -1):
@@ -228,7 +228,7 @@ def _pull_back(
         w, share = factor[j], factor[j] * shares[j]
         # a loop for each row that is written: together they would not vectorise
         for i in range(n):
-            part[i] = w * push[i] - share * drift[i]
+            part[i] = w * push[i] - share * delta[i]
         for i in range(n):
             sum_[i] += part[i] * source[i]
         for i in range(n):

@@ -20,7 +20,7 @@ def monomials(x, *, parent, coordinate):
     return features.T
 
 
-def moments(key, value, center, projection, tilt, middle, *, parent, coordinate):
+def moments(key, value, center, projection, tilt, value_center, *, parent, coordinate):
     dtype = projection.dtype
     m, p = value.shape
     span = span_of(m, len(parent) * (p + 1) * 8)
@@ -37,7 +37,7 @@ def moments(key, value, center, projection, tilt, middle, *, parent, coordinate)
             block, values = features[:, : hi - lo], extended[: hi - lo]
             _fill(projection.T @ centred.T, parent, coordinate, block)
             weight = np.exp(centred @ tilt)[:, None]
-            np.multiply(value[lo:hi] - middle, weight, out=values[:, :p])
+            np.multiply(value[lo:hi] - value_center, weight, out=values[:, :p])
             values[:, p:] = weight
             parts[task] += np.matmul(block, values, out=part)
 
@@ -50,7 +50,7 @@ def _total(parts, dtype):
     return parts.sum(axis=0).astype(dtype)
 
 
-def means(query, center, projection, readout, middle, *, parent, coordinate):
+def means(query, center, projection, readout, value_center, *, parent, coordinate):
     dtype = projection.dtype
     n, p = len(query), readout.shape[1] - 1
     value = np.empty((n, p), dtype=dtype)
@@ -66,11 +66,11 @@ def means(query, center, projection, readout, middle, *, parent, coordinate):
             block = features[:, : hi - lo]
             _fill(projection.T @ (query[lo:hi] - center).T, parent, coordinate, block)
             sums = columns @ block
-            good = (sums[p] > 0) & np.isfinite(sums[p])
+            reliable = (sums[p] > 0) & np.isfinite(sums[p])
             total[lo:hi] = sums[p]
-            sums[:, ~good] = 0
-            sums[p, ~good] = 1
-            value[lo:hi] = (sums[:p] / sums[p]).T + middle
+            sums[:, ~reliable] = 0
+            sums[p, ~reliable] = 1
+            value[lo:hi] = (sums[:p] / sums[p]).T + value_center
 
     run_blocks(work, range(-(-n // span)))
     return value, total

@@ -14,7 +14,7 @@ from fastattn._ops.cpu.near_keys import add_near
 from fastattn._ops.cpu.packing import PackedKeys
 from fastattn._ops.cpu.softmax import _soften
 from fastattn._ops.cpu.tiles import multiplies_bytes
-from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
+from fastattn._ops.multipole import ALIKE, BEND, FIRST_ORDER, LARGEST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
@@ -37,16 +37,16 @@ def describe(query, *, cuts, rows):
 
 def multipole(
     query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
-    coarse="",
+    low_precision="",
 ):  # fmt: skip
     blocks, m, dtype = len(cuts) - 1, len(key), query.dtype
     out = np.empty((len(query), value.shape[1]), dtype)
     norm, error = np.empty((2, len(query)), dtype)
     counts = np.empty((blocks, 3), np.int64)
     query, key, value = _plain(query), _plain(key), _plain(value)
-    coarse = coarse if multiplies_bytes() and dtype == np.float32 else ""
-    keys = _Keys(key, value, metric, start, group, coarse)
-    limits = [dtype.type(x) for x in (threshold, MIDDLE * threshold, ALIKE)]
+    low_precision = low_precision if multiplies_bytes() and dtype == np.float32 else ""
+    keys = _Keys(key, value, metric, start, group, low_precision)
+    limits = [dtype.type(x) for x in (threshold, FIRST_ORDER * threshold, ALIKE)]
     rates = [dtype.type(x) for x in (BEND, LARGEST)]
     shared = max(1, min(_SHARED, _KEPT // m))
 
@@ -73,7 +73,7 @@ def _plain(x):
 class _Keys:
     """The keys, and what every block asks of them."""
 
-    def __init__(self, key, value, metric, start, group, coarse):
+    def __init__(self, key, value, metric, start, group, low_precision):
         self.key, self.value, self.start, self.group = key, value, start, group
         self.metric = metric
         # groups by their clusters
@@ -81,7 +81,9 @@ class _Keys:
         self.centre = np.empty((len(group), key.shape[1]), key.dtype)
         self.local = np.empty_like(key)
         localise(key, start, self.centre, self.local)
-        self.packed = PackedKeys(key, coarse == "int8") if coarse else None
+        self.packed = (
+            PackedKeys(key, low_precision == "int8") if low_precision else None
+        )
 
 
 class _Field:
@@ -99,7 +101,7 @@ class _Field:
         self.top, self.total, self.error = np.empty((3, r, c), dtype)
         tiny = np.finfo(dtype).tiny
         self.distance = keys.metric / (square @ keys.metric + tiny)[:, None]
-        self.near, self.middle = np.empty((2, r, m + 1), np.int32)
+        self.near, self.first_order = np.empty((2, r, m + 1), np.int32)
         self.spans = np.empty((r, c + 1), np.int64)
         self.count = np.empty(r, np.int64)
         growth = np.empty(c, dtype)
@@ -111,7 +113,7 @@ class _Field:
             growths(probe[i] @ keys.centre.T, top, mass, distance, growth)
             self.count[i] = classify(
                 self.weight[i], remainder[i], growth, keys.start, *limits,
-                self.near[i], self.middle[i], self.spans[i], mass, self.error[i],
+                self.near[i], self.first_order[i], self.spans[i], mass, self.error[i],
             )  # fmt: skip
         self.shift, self.variance = np.empty((2, r, c, d), dtype)
         self.average = np.empty((r, c, p), dtype)
@@ -134,10 +136,10 @@ class _Field:
         common = np.exp(self.top - self.top.max(axis=1)[:, None])
         # groups are outermost, so that their keys stay in cache for all blocks
         for g, i in np.argwhere(lengths.T > 0):
-            _gather_middle(
-                cuts[g], cuts[g + 1], self.middle[i], self.spans[i], self.weight[i],
-                keys.local, self.shift[i], keys.value, self.average[i], common[i],
-                left, right, own[i],
+            _gather_first_order(
+                cuts[g], cuts[g + 1], self.first_order[i], self.spans[i],
+                self.weight[i], keys.local, self.shift[i], keys.value, self.average[i],
+                common[i], left, right, own[i],
             )  # fmt: skip
             size = lengths[i, g]
             np.matmul(left[:size].T, right[:size], out=self.moment[i, g])
@@ -267,15 +269,15 @@ def _estimate(weight, error, step, distance, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _gather_middle(
-    first, last, middle, spans, weight, local, shift, value, average, common, left,
+def _gather_first_order(
+    first, last, first_order, spans, weight, local, shift, value, average, common, left,
     right, own,
 ):  # fmt: skip
     n = 0
     for c in range(first, last):
         mass = weight.dtype.type(0)
         for b in range(spans[c], spans[c + 1]):
-            j = middle[b]
+            j = first_order[b]
             w = weight[j]
             mass += w
             for l in range(left.shape[1]):

@@ -18,7 +18,7 @@ from fastattn._ops.cpu.multipole import (
     _plain,
     _tabulate,
 )
-from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
+from fastattn._ops.multipole import ALIKE, BEND, FIRST_ORDER, LARGEST
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
@@ -32,14 +32,14 @@ _FEWEST_TASKS = 4
 
 def multipole_vjp(
     query, mean, square, probe, key, value, metric, grad, limit, *,
-    cuts, start, group, threshold, all_middle=False,
+    cuts, start, group, threshold, all_first_order=False,
 ):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
     blocks = len(cuts) - 1
     query, key, value, grad = (_plain(x) for x in (query, key, value, grad))
-    keys = _Keys(key, value, metric, start, group, coarse=False)
-    middle = -1 if all_middle else MIDDLE * threshold
-    limits = [dtype.type(x) for x in (threshold, middle, ALIKE)]
+    keys = _Keys(key, value, metric, start, group, low_precision=False)
+    first_order = -1 if all_first_order else FIRST_ORDER * threshold
+    limits = [dtype.type(x) for x in (threshold, first_order, ALIKE)]
     rates = [dtype.type(x) for x in (BEND, LARGEST)]
     shared = max(1, min(_SHARED, _KEPT // m))
     most = max(_FEWEST_TASKS, _LARGEST_PARTS // (m * (d + p) * dtype.itemsize))
@@ -47,7 +47,7 @@ def multipole_vjp(
     tasks = -(-blocks // span)
     slope = np.empty((n, d), dtype)
     key_parts, value_parts = (np.zeros((tasks, m, x), dtype) for x in (d, p))
-    norm, drift = np.empty((2, n), dtype)
+    norm, delta = np.empty((2, n), dtype)
 
     @np.errstate(all="ignore")
     def work(task):
@@ -63,13 +63,13 @@ def multipole_vjp(
             back = _Backward(field, *sums, memory)
             for r in some:
                 rows = slice(cuts[r], cuts[r + 1])
-                norm[rows], drift[rows] = back.add(
+                norm[rows], delta[rows] = back.add(
                     r - first, query[rows], grad[rows], limit[rows], slope[rows]
                 )
             back.hand_out()
 
     run_blocks(work, range(tasks))
-    return slope, key_parts.sum(axis=0), value_parts.sum(axis=0), norm, drift
+    return slope, key_parts.sum(axis=0), value_parts.sum(axis=0), norm, delta
 
 
 class _Backward:
@@ -96,19 +96,19 @@ class _Backward:
         for i, (weights, change) in enumerate(parts):
             count = np.full(len(query), weights.shape[1])
             _soften(weights, change, count, peak[i], total[i], mean[i])
-        factor, drift, norm = _combine(peak, total, mean)
-        good = np.isfinite(norm) & (far.errors(factor[0]) <= limit)
-        norm[~good], drift[~good] = np.inf, 0
+        factor, delta, norm = _combine(peak, total, mean)
+        reliable = np.isfinite(norm) & (far.errors(factor[0]) <= limit)
+        norm[~reliable], delta[~reliable] = np.inf, 0
         for i, (weights, change) in enumerate(parts):
-            _differentiate(weights, change, factor[i], drift)
+            _differentiate(weights, change, factor[i], delta)
             # not by the factors: what is not finite stays so in a product
-            if not good.all():
-                weights[~good], change[~good] = 0, 0
+            if not reliable.all():
+                weights[~reliable], change[~reliable] = 0, 0
         slope[:] = 0
         far.add(grad, slope, self)
         self._add_near(near, parts[1:], query, grad, slope)
-        slope[~good] = 0
-        return norm, drift
+        slope[~reliable] = 0
+        return norm, delta
 
     def _near(self, near, query, grad):
         """Logits and products of the values for parts of the near keys."""
@@ -151,17 +151,17 @@ class _Backward:
         weight = np.empty(most, dtype)
         common = np.exp(field.top - field.top.max(axis=1)[:, None])
         for g, i in np.argwhere(lengths.T > 0):
-            some = field.middle[
+            some = field.first_order[
                 i, field.spans[i, cuts[g]] : field.spans[i, cuts[g + 1]]
             ]
             size = len(some)
-            _gather_middle(
-                cuts[g], cuts[g + 1], field.middle[i], field.spans[i], field.weight[i],
-                keys.local, field.shift[i], keys.value, field.average[i], common[i],
-                weight, local, value,
+            _gather_first_order(
+                cuts[g], cuts[g + 1], field.first_order[i], field.spans[i],
+                field.weight[i], keys.local, field.shift[i], keys.value,
+                field.average[i], common[i], weight, local, value,
             )  # fmt: skip
             tilt = self.tilts[i, g]
-            _scatter_middle(
+            _scatter_first_order(
                 some, weight, local, field.mean[i], value[:size] @ tilt.T,
                 local[:size] @ tilt, self.key_sum, self.value_sum,
             )  # fmt: skip
@@ -184,8 +184,8 @@ class _Far:
         _features(query, field.mean[r], self.step, features)
         self.weights = features @ self.table.T
         self.change = grad @ field.average[r, active].T
-        self.has_middle = len(active) and field.spans[r, -1]
-        if self.has_middle:
+        self.has_first_order = len(active) and field.spans[r, -1]
+        if self.has_first_order:
             moment = field.moment[r]
             groups = np.arange(len(moment) + 1)
             self.cuts = np.searchsorted(keys.group[active], groups)
@@ -212,7 +212,7 @@ class _Far:
         both = change @ self.table[:, : 2 * d]
         # the table has half the variances
         slope += both[:, :d] + 2 * self.step * both[:, d:]
-        if self.has_middle:
+        if self.has_first_order:
             wide = np.empty_like(self.pull)
             _pull(
                 self.weights, self.factor, self.cuts, self.step, self.pull, wide, slope
@@ -282,14 +282,14 @@ def _share(
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _gather_middle(
-    first, last, middle, spans, weight, local, shift, value, average, common, weights,
-    left, right,
+def _gather_first_order(
+    first, last, first_order, spans, weight, local, shift, value, average, common,
+    weights, left, right,
 ):  # fmt: skip
     n = 0
     for c in range(first, last):
         for b in range(spans[c], spans[c + 1]):
-            j = middle[b]
+            j = first_order[b]
             weights[n] = weight[j] * common[c]
             for l in range(left.shape[1]):
                 left[n, l] = local[j, l] - shift[c, l]
@@ -299,7 +299,7 @@ def _gather_middle(
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _scatter_middle(index, weight, local, mean, keys, values, key_sum, value_sum):
+def _scatter_first_order(index, weight, local, mean, keys, values, key_sum, value_sum):
     for i in range(index.size):
         j, w, s = index[i], weight[i], weight.dtype.type(0)
         for l in range(keys.shape[1]):

@@ -12,10 +12,10 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 _ROWS = 16
 
 
-def summarise(key, value, middle, *, start):
+def summarise(key, value, value_center, *, start):
     d, p = key.shape[1], value.shape[1]
     parts = np.zeros((len(start) - 1, 3 * d + p + 3), key.dtype)
-    _summarise(_plain(key), _plain(value), _plain(middle), start, parts)
+    _summarise(_plain(key), _plain(value), _plain(value_center), start, parts)
     return parts
 
 
@@ -47,7 +47,7 @@ def multipole_rows(query, key, value, clusters, leaves, *, first, start, thresho
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _summarise(key, value, middle, start, parts):
+def _summarise(key, value, value_center, start, parts):
     d, p, zero = key.shape[1], value.shape[1], key.dtype.type(0)
     longest = 0
     for c in range(parts.shape[0]):
@@ -71,7 +71,7 @@ def _summarise(key, value, middle, start, parts):
             for l in range(p):
                 spread += (value[lo + j, l] - mean[l]) ** 2 * share
         for l in range(p):
-            apart += (mean[l] - middle[l]) ** 2
+            apart += (mean[l] - value_center[l]) ** 2
         _find_lead(local[:n], along[:n], lead, rest)
         sizes[0], sizes[1] = np.sqrt(spread), np.sqrt(apart)
         sizes[2] = np.log(key.dtype.type(n))

@@ -20,9 +20,9 @@ from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 
-def rounds(coarse, dtype):
+def rounds(low_precision, dtype):
     """Whether products that may be coarse are rounded."""
-    return coarse and dtype == np.float32 and multiplies_bytes()
+    return low_precision and dtype == np.float32 and multiplies_bytes()
 
 
 class Readout:

@@ -23,31 +23,37 @@ _QUERIES = 512
 
 
 @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
-def attend_quantized(query, key, value, *, scale, visible, integers):
+def attend_quantized(query, key, value, *, scale, prefix_lengths, integers):
     # exponents are of two
     scale = np.float32(scale * LOG2)
-    own, middle = mean_of(query) * scale, mean_of(value)
+    own, value_center = mean_of(query) * scale, mean_of(value)
     ends = np.stack([value.min(axis=0), value.max(axis=0)]).astype(np.float32)
     keys = PackedKeys(key, integers)
     m, n = len(key), len(query)
     tilt = np.full(len(keys.words), NOTHING)
     tilt[:m] = keys.centred @ own
-    pairs = packed_values(np.subtract(value, middle, dtype=np.float32))
+    pairs = packed_values(np.subtract(value, value_center, dtype=np.float32))
     out, norm = np.empty((n, value.shape[1]), np.float32), np.empty(n, np.float32)
-    seen = np.full(n, m) if visible is None else np.asarray(visible, np.int64)
+    seen = (
+        np.full(n, m)
+        if prefix_lengths is None
+        else np.asarray(prefix_lengths, np.int64)
+    )
 
     @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
     def work(start):
         rows = slice(start, min(start + _QUERIES, n))
         scaled = np.multiply(query[rows], scale, dtype=np.float32)
         shift = largest_seen(
-            scaled, keys.centred, visible if visible is None else seen[rows]
+            scaled,
+            keys.centred,
+            prefix_lengths if prefix_lengths is None else seen[rows],
         )
         constant = scaled @ keys.mean
         scaled -= own
         _answer(
             scaled, shift, constant, seen[rows], m, integers, keys.words, keys.offset,
-            keys.column, tilt, pairs, middle, ends, out[rows], norm[rows],
+            keys.column, tilt, pairs, value_center, ends, out[rows], norm[rows],
         )  # fmt: skip
 
     run_blocks(work, range(0, n, _QUERIES))
@@ -56,8 +62,8 @@ def attend_quantized(query, key, value, *, scale, visible, integers):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _answer(
-    query, shift, constant, visible, count, integers, words, offset, column, tilt,
-    pairs, middle, ends, out, norm,
+    query, shift, constant, prefix_lengths, count, integers, words, offset, column,
+    tilt, pairs, value_center, ends, out, norm,
 ):  # fmt: skip
     n, m = query.shape[0], tilt.size
     lanes = np.empty((words.shape[1], LANES), np.uint32)
@@ -73,7 +79,7 @@ def _answer(
         pack_lanes(query, start, integers, column, lanes, unit)
         for l in range(LANES):
             i = min(start + l, n - 1)
-            shifts[l], seen[l] = shift[i], visible[i]
+            shifts[l], seen[l] = shift[i], prefix_lengths[i]
         last, full = seen.max(), seen.min()
         # what fills up the last tile has no weight
         full = m if full == count else full
@@ -90,7 +96,7 @@ def _answer(
             add_values(weights, pairs, lo, tiles, sums)
         rest = slice(start, min(start + LANES, n))
         _finish(
-            sums, mass, shifts, seen, constant[rest], middle, ends, out[rest],
+            sums, mass, shifts, seen, constant[rest], value_center, ends, out[rest],
             norm[rest],
         )  # fmt: skip
 
@@ -111,7 +117,7 @@ def _hide(weights, first, seen, bits, mass):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _finish(sums, mass, shifts, seen, constant, middle, ends, out, norm):
+def _finish(sums, mass, shifts, seen, constant, value_center, ends, out, norm):
     (n, p), low, high = out.shape, ends[0], ends[1]
     for i in range(n):
         norm[i] = np.nan
@@ -122,5 +128,5 @@ def _finish(sums, mass, shifts, seen, constant, middle, ends, out, norm):
         share = np.float32(1) / mass[i] if mass[i] > 0 else np.float32(0)
         for c in range(p):
             # rounded values may lie beyond all others
-            out[i, c] = maximum(sums[c, i] * share + middle[c], low[c])
+            out[i, c] = maximum(sums[c, i] * share + value_center[c], low[c])
             out[i, c] = -maximum(-out[i, c], -high[c]) if seen[i] else 0

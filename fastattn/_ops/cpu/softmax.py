@@ -21,7 +21,7 @@ LONGEST = 1024
 _SCALED = 1 << 20
 
 
-def attend(query, key, value, *, scale, visible, rows=None):
+def attend(query, key, value, *, scale, prefix_lengths, rows=None):
     heads, n, _ = query.shape
     dtype = query.dtype
     out = np.empty((heads, n, value.shape[2]), dtype=dtype)
@@ -37,7 +37,7 @@ def attend(query, key, value, *, scale, visible, rows=None):
     def work(task):
         head, block = divmod(task, per_head)
         span = slice(block * rows, min((block + 1) * rows, n))
-        seen = None if visible is None else visible[span]
+        seen = None if prefix_lengths is None else prefix_lengths[span]
         _attend_rows(
             query[head, span], key[head], value[head], float(scale), seen, keys,
             largest[head], out[head, span], normalizer[head, span],
@@ -49,19 +49,23 @@ def attend(query, key, value, *, scale, visible, rows=None):
 
 # sums that overflow leave numbers that are not finite, which the caller looks for
 @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
-def _attend_rows(query, key, value, scale, visible, size, largest, out, normalizer):
+def _attend_rows(
+    query, key, value, scale, prefix_lengths, size, largest, out, normalizer
+):
     """Stream all keys past one block of rows."""
     if serves(query, key, value) and attend_tiles(
-        query, key, value, scale, visible, out, normalizer
+        query, key, value, scale, prefix_lengths, out, normalizer
     ):
         return
-    if _stream(query, key, value, scale, visible, size, largest, out, normalizer):
+    if _stream(
+        query, key, value, scale, prefix_lengths, size, largest, out, normalizer
+    ):
         return
     # extreme rows: a few at a time, since all their logits are kept
     rows = max(1, _SCALED // len(key))
     for start in range(0, len(query), rows):
         block = slice(start, start + rows)
-        seen = None if visible is None else visible[block]
+        seen = None if prefix_lengths is None else prefix_lengths[block]
         out[block], normalizer[block] = attend_scaled(
             query[block], key, value, scale, seen
         )
@@ -72,7 +76,7 @@ def _largest(x):
     return float(np.max(np.abs(x), initial=0))
 
 
-def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
+def _stream(query, key, value, scale, prefix_lengths, size, largest, out, normalizer):
     """Stream all keys past one block of rows; False if a logit overflowed.
 
     No entry of a key exceeds ``largest``: logits are looked at where that is no proof.
@@ -82,7 +86,9 @@ def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
     scaled = np.multiply(query, scale, dtype=np.float64).astype(dtype)
     most = float(np.finfo(dtype).max)
     is_open = may_overflow(_largest(scaled), largest, query.shape[1], most)
-    last = len(key) if visible is None else min(len(key), int(visible.max()))
+    last = (
+        len(key) if prefix_lengths is None else min(len(key), int(prefix_lengths.max()))
+    )
     peak = np.full(n, -np.inf, dtype=dtype)
     total = np.zeros(n, dtype=np.float64)
     sums = np.zeros(out.shape, dtype=dtype)
@@ -94,7 +100,7 @@ def _stream(query, key, value, scale, visible, size, largest, out, normalizer):
         width = keys.stop - start
         block = buffer[: n * width].reshape(n, width)
         np.matmul(scaled, key[keys].astype(dtype, copy=False).T, out=block)
-        count = np.full(n, width) if visible is None else visible - start
+        count = np.full(n, width) if prefix_lengths is None else prefix_lengths - start
         if not _soften(block, count, is_open, peak, total, sums):
             return False
         np.matmul(block, value[keys].astype(dtype, copy=False), out=part)

@@ -37,32 +37,32 @@ def serves(query, key, value):
     )
 
 
-def attend_tiles(query, key, value, scale, visible, out, normalizer):
+def attend_tiles(query, key, value, scale, prefix_lengths, out, normalizer):
     """Attend to a block of rows; False, and nothing of use, if a sum may overflow."""
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale * LOG2, dtype=np.float64).astype(np.float32)
-    shift = largest_seen(scaled, key, visible)
+    shift = largest_seen(scaled, key, prefix_lengths)
     if not np.isfinite(shift).all():
         return False
-    seen = np.full(len(query), len(key)) if visible is None else visible
+    seen = np.full(len(query), len(key)) if prefix_lengths is None else prefix_lengths
     good, largest = _attend(scaled, shift, seen, key, value, out, normalizer)
     longest, most = float(np.abs(scaled).max()), float(np.finfo(np.float32).max)
     return good and not may_overflow(longest, float(largest), key.shape[1], most)
 
 
-def largest_seen(query, key, visible):
+def largest_seen(query, key, prefix_lengths):
     """The largest logit of every row with some evenly spread keys that it sees."""
     step = max(1, len(key) // PROBES)
     logits = query @ key[::step].T
-    if visible is not None:
+    if prefix_lengths is not None:
         number = np.arange(0, len(key), step)
         # a row that sees none takes the first
-        logits[number[None, :] >= np.maximum(visible, 1)[:, None]] = -np.inf
+        logits[number[None, :] >= np.maximum(prefix_lengths, 1)[:, None]] = -np.inf
     return np.max(logits, axis=1)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _attend(query, shift, visible, key, value, out, normalizer):
+def _attend(query, shift, prefix_lengths, key, value, out, normalizer):
     (n, d), (m, p) = query.shape, value.shape
     most = min(_GROUPS, -(-n // LANES))
     lanes = np.empty((most, d, LANES), np.float32)
@@ -82,7 +82,13 @@ def _attend(query, shift, visible, key, value, out, normalizer):
         groups = min(most, -(-(n - start) // LANES))
         for g in range(groups):
             _pack(
-                query, shift, visible, start + g * LANES, lanes[g], shifts[g], seen[g]
+                query,
+                shift,
+                prefix_lengths,
+                start + g * LANES,
+                lanes[g],
+                shifts[g],
+                seen[g],
             )
         total[:], sums[:] = 0, 0
         for lo in range(0, m, KEYS):
@@ -125,11 +131,11 @@ def _largest(key):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _pack(query, shift, visible, start, lanes, shifts, seen):
+def _pack(query, shift, prefix_lengths, start, lanes, shifts, seen):
     for l in range(LANES):
         # lanes beyond the last query repeat it
         i = min(start + l, query.shape[0] - 1)
-        shifts[l], seen[l] = shift[i], visible[i]
+        shifts[l], seen[l] = shift[i], prefix_lengths[i]
         for t in range(query.shape[1]):
             lanes[t, l] = query[i, t]
 

@@ -11,7 +11,9 @@ _ROWS = 32
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def prefix_means(query, keys, values, maps, weights, visible, *, parent, coordinate):
+def prefix_means(
+    query, keys, values, maps, weights, prefix_lengths, *, parent, coordinate
+):
     n, p = len(query), values[0].shape[1]
     index = {"parent": parent, "coordinate": coordinate}
     states = [np.zeros((len(parent), p + 1)) for _ in keys]
@@ -23,16 +25,16 @@ def prefix_means(query, keys, values, maps, weights, visible, *, parent, coordin
         features = monomials(query[rows] * maps[0], **index) * weights
         product = np.repeat(features[:, :, None], p + 1, axis=2).astype(np.float64)
         for s, key in enumerate(keys):
-            seen = visible[s][rows]
+            seen = prefix_lengths[s][rows]
             fresh = slice(read[s], int(seen[-1]))
             features = monomials(key[fresh] * maps[s + 1], **index)
             _advance(product, features, values[s][fresh], seen - read[s], states[s])
             read[s] = fresh.stop
         both = product.sum(axis=1)
         total = totals[rows] = both[:, p]
-        good = (total > 0) & np.isfinite(total)
-        both[~good] = 0
-        value[rows] = both[:, :p] / np.where(good, total, 1)[:, None]
+        reliable = (total > 0) & np.isfinite(total)
+        both[~reliable] = 0
+        value[rows] = both[:, :p] / np.where(reliable, total, 1)[:, None]
     return value, totals
 
 

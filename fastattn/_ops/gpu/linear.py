@@ -49,12 +49,21 @@ def squares(x):
 
 
 def prefix_products(
-    left, right, value, state, *, visible, decay=None, row=None, column=None, origin=0
+    left,
+    right,
+    value,
+    state,
+    *,
+    prefix_lengths,
+    decay=None,
+    row=None,
+    column=None,
+    origin=0,
 ):
     left, right, value, state = map(cp.ascontiguousarray, (left, right, value, state))
     (n, r), p, dtype = left.shape, value.shape[1], left.dtype
     fading = _Fading(1.0 if decay is None else decay, row, column, n, len(right))
-    plan = _Chunks(np.asarray(visible), fading, origin, dtype)
+    plan = _Chunks(np.asarray(prefix_lengths), fading, origin, dtype)
     faded = value
     if fading.moves:
         faded = value[: len(plan.key_fade)] * plan.key_fade[:, None]
@@ -80,7 +89,7 @@ def prefix_products(
                 (chunks, -(-p // TILE)),
                 (THREADS,),
                 (
-                    left, right, value, parts, plan.row_fade, plan.visible,
+                    left, right, value, parts, plan.row_fade, plan.prefix_lengths,
                     *plan.positions, out, lo * TILE, n, r, p,
                     dtype.type(fading.rate),
                 ),
@@ -112,9 +121,9 @@ class _Chunks:
     do, and is as seen from that row.
     """
 
-    def __init__(self, visible, fading, origin, dtype):
-        n, starts = len(visible), np.arange(0, len(visible), TILE)
-        edge = np.concatenate([[0], visible[starts], visible[-1:]])
+    def __init__(self, prefix_lengths, fading, origin, dtype):
+        n, starts = len(prefix_lengths), np.arange(0, len(prefix_lengths), TILE)
+        edge = np.concatenate([[0], prefix_lengths[starts], prefix_lengths[-1:]])
         seen = np.append(fading.row[starts], fading.row[-1])
         self.parts = len(seen)
         before = np.append(origin if fading.moves else 0, seen[:-1])
@@ -124,7 +133,7 @@ class _Chunks:
             cp.asarray(fading.over(gap).astype(dtype))
             for gap in (ahead, seen - before, fading.row - seen[chunk])
         )
-        self.edge, self.visible, *self.positions = (
+        self.edge, self.prefix_lengths, *self.positions = (
             cp.asarray(np.ascontiguousarray(x, dtype=np.int64))
-            for x in (edge, visible, fading.row, fading.column)
+            for x in (edge, prefix_lengths, fading.row, fading.column)
         )

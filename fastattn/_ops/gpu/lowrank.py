@@ -35,16 +35,16 @@ _SPAN = 1024
 
 
 def key_sums(
-    key, value, center, projection, landmarks, middle, *,
+    key, value, center, projection, landmarks, value_center, *,
     offset, longest, parent, coordinate, power,
-    coarse=False,  # noqa: ARG001
+    low_precision=False,  # noqa: ARG001
 ):  # fmt: skip
     dtype, (m, p), r = projection.dtype, value.shape, len(parent)
-    recipe = _recipe(parent, coordinate, power)
+    indices = _indices(parent, coordinate, power)
     span, size = spans(m, r, p, dtype)
-    reach = cp.zeros(1, dtype=dtype)
+    landmark_norm = cp.zeros(1, dtype=dtype)
     if len(landmarks):
-        reach = cp.sqrt(cp.sum(landmarks**2, axis=1).max(keepdims=True))
+        landmark_norm = cp.sqrt(cp.sum(landmarks**2, axis=1).max(keepdims=True))
     total = cp.zeros((r + len(landmarks), p + 1), dtype=cp.float64)
     ends, far = [], cp.empty(m, dtype=cp.bool_)
     for lo in range(0, m, size):
@@ -53,11 +53,11 @@ def key_sums(
         y, length = lines(centred, projection), cp.sum(centred**2, axis=1)
         weight = cp.empty(len(length), dtype=dtype)
         scalars = [dtype.type(x) for x in (offset, longest, LARGEST)]
-        _over_rows("weigh", y, length, reach, weight, far[rows], counts=scalars)
-        values = value[rows].astype(dtype, copy=False) - middle
+        _over_rows("weigh", y, length, landmark_norm, weight, far[rows], counts=scalars)
+        values = value[rows].astype(dtype, copy=False) - value_center
         ends += [values.min(axis=0), values.max(axis=0)]
-        table = _tabulate(y, recipe, hermite=False)
-        total[:r] += sum_products(table, weight, values, recipe[1:], r, span)
+        table = _tabulate(y, indices, hermite=False)
+        total[:r] += sum_products(table, weight, values, indices[1:], r, span)
         if len(landmarks):
             total[r:] += _sum_marks(y, landmarks, values)
     ends = cp.stack(ends)
@@ -66,37 +66,39 @@ def key_sums(
 
 def query_means(
     query, projection, origin, landmarks, spread, weights, far_key, far_value,
-    bounds, middle, *, parent, coordinate, power,
+    bounds, value_center, *, parent, coordinate, power,
 ):  # fmt: skip
-    dtype, n, p, r = projection.dtype, len(query), len(middle), len(parent)
-    recipe = _recipe(parent, coordinate, power)
+    dtype, n, p, r = projection.dtype, len(query), len(value_center), len(parent)
+    indices = _indices(parent, coordinate, power)
     readout = cp.ascontiguousarray(weights[:r])
-    spread, bounds, middle = map(cp.ascontiguousarray, (spread, bounds, middle))
+    spread, bounds, value_center = map(
+        cp.ascontiguousarray, (spread, bounds, value_center)
+    )
     value, logarithm = cp.empty((n, p), dtype=dtype), cp.empty(n, dtype=dtype)
     for lo in range(0, n, ROWS):
         rows = slice(lo, min(lo + ROWS, n))
         block = query[rows].astype(dtype, copy=False)
         x = lines(block, projection)
         x -= origin[:, None]
-        good = cp.empty(len(block), dtype=cp.bool_)
-        _over_rows("settle", x, spread, good)
-        table = _tabulate(x, recipe, hermite=True)
+        reliable = cp.empty(len(block), dtype=cp.bool_)
+        _over_rows("settle", x, spread, reliable)
+        table = _tabulate(x, indices, hermite=True)
         sums = cp.empty((len(block), p + 1), dtype=dtype)
         kernel("monomials.cu", "sums", dtype)(
             tiles(len(block), p),
             (THREADS,),
-            (table, readout, *recipe[1:], sums, len(block), r, p),
+            (table, readout, *indices[1:], sums, len(block), r, p),
         )
         if len(landmarks):
             _add_marks(x, landmarks, weights[r:], sums)
         if len(far_key):
-            _add_far(block, far_key, far_value, good, sums)
+            _add_far(block, far_key, far_value, reliable, sums)
         kernel("lowrank.cu", "finish", dtype)(
             (-(-sums.size // THREADS),),
             (THREADS,),
             (
-                sums, x[-1], good, bounds, middle, value[rows], logarithm[rows],
-                len(block), p, dtype.type(LEAST),
+                sums, x[-1], reliable, bounds, value_center, value[rows],
+                logarithm[rows], len(block), p, dtype.type(LEAST),
             ),
         )  # fmt: skip
     return value, logarithm
@@ -112,9 +114,9 @@ def _over_rows(name, x, *arrays, counts=()):
     )
 
 
-def _tabulate(x, recipe, *, hermite):
+def _tabulate(x, indices, *, hermite):
     """Polynomials of single coordinates, one to a line of memory."""
-    (first, degrees), rows = recipe[0], x.shape[1]
+    (first, degrees), rows = indices[0], x.shape[1]
     table = cp.empty((degrees, rows), dtype=x.dtype)
     if degrees:
         kernel("lowrank.cu", "tabulate", x.dtype)(
@@ -166,31 +168,31 @@ def _add_marks(x, landmarks, weights, sums):
         sums[block] += cp.matmul(marks, weights)
 
 
-def _add_far(query, far_key, far_value, good, sums):
+def _add_far(query, far_key, far_value, reliable, sums):
     """Add the far keys; a row with an exponent beyond ``LARGEST`` is not good."""
     size = max(1, _MARKS // len(far_key))
     for lo in range(0, len(sums), size):
         block = slice(lo, min(lo + size, len(sums)))
         logits = cp.matmul(query[block], far_key.T)
-        good[block] &= cp.all(logits <= LARGEST, axis=1)
-        logits = cp.where(good[block, None], logits, 0)
+        reliable[block] &= cp.all(logits <= LARGEST, axis=1)
+        logits = cp.where(reliable[block, None], logits, 0)
         sums[block] += cp.matmul(cp.exp(logits), far_value)
 
 
-def _recipe(parent, coordinate, power):
+def _indices(parent, coordinate, power):
     """Return what kernels ask for, on the current device.
 
     This is where the polynomials of each coordinate start in a table, with their
     number; and of which lines of the table number ``j`` is the product: those from
     ``start[j]`` to ``start[j + 1] - 1`` of ``factor``.
     """
-    recipe = (np.asarray(x, np.int64).tobytes() for x in (parent, coordinate, power))
-    return _moved_recipe(cp.cuda.runtime.getDevice(), *recipe)
+    indices = (np.asarray(x, np.int64).tobytes() for x in (parent, coordinate, power))
+    return _moved_indices(cp.cuda.runtime.getDevice(), *indices)
 
 
 @functools.lru_cache(maxsize=16)
-def _moved_recipe(device, *recipe):  # noqa: ARG001 (a part of the key)
-    parent, coordinate, power = (np.frombuffer(x, np.int64) for x in recipe)
+def _moved_indices(device, *indices):  # noqa: ARG001 (a part of the key)
+    parent, coordinate, power = (np.frombuffer(x, np.int64) for x in indices)
     degree = np.zeros(1 + coordinate.max(), np.int64)
     np.maximum.at(degree, coordinate[1:], power[1:])
     first = np.append(0, np.cumsum(degree))

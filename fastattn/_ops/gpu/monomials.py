@@ -41,27 +41,30 @@ def monomials(x, *, parent, coordinate):
     return features.T
 
 
-def moments(key, value, center, projection, tilt, middle, *, parent, coordinate):
+def moments(key, value, center, projection, tilt, value_center, *, parent, coordinate):
     dtype, rank, (m, p) = projection.dtype, len(parent), value.shape
-    recipe = _factors(parent, coordinate)
+    indices = _factors(parent, coordinate)
     span, size = spans(m, rank, p, dtype)
     total = cp.zeros((rank, p + 1), dtype=cp.float64)
     for lo in range(0, m, size):
         rows = slice(lo, min(lo + size, m))
         centred = key[rows].astype(dtype, copy=False) - center
         weight = cp.exp(cp.matmul(centred, tilt))
-        values = value[rows].astype(dtype, copy=False) - middle
+        values = value[rows].astype(dtype, copy=False) - value_center
         total += sum_products(
-            lines(centred, projection), weight, values, recipe, rank, span
+            lines(centred, projection), weight, values, indices, rank, span
         )
     return total.astype(dtype)
 
 
-def means(query, center, projection, readout, middle, *, parent, coordinate):
+def means(query, center, projection, readout, value_center, *, parent, coordinate):
     dtype, rank, n = projection.dtype, len(parent), len(query)
     p = readout.shape[1] - 1
     start, factor = _factors(parent, coordinate)
-    readout, middle = cp.ascontiguousarray(readout), cp.ascontiguousarray(middle)
+    readout, value_center = (
+        cp.ascontiguousarray(readout),
+        cp.ascontiguousarray(value_center),
+    )
     value, total = cp.empty((n, p), dtype=dtype), cp.empty(n, dtype=dtype)
     for lo in range(0, n, ROWS):
         rows = min(ROWS, n - lo)
@@ -70,7 +73,7 @@ def means(query, center, projection, readout, middle, *, parent, coordinate):
             tiles(rows, p),
             (THREADS,),
             (
-                lines(centred, projection), readout, middle, start, factor,
+                lines(centred, projection), readout, value_center, start, factor,
                 value[lo : lo + rows], total[lo : lo + rows], rows, rank, p,
             ),
         )  # fmt: skip
@@ -83,8 +86,8 @@ def _factors(parent, coordinate):
     The coordinates of monomial ``j`` are numbers ``start[j]`` to ``start[j + 1] - 1``
     of ``factor``.
     """
-    recipe = (np.asarray(x, dtype=np.int64).tobytes() for x in (parent, coordinate))
-    return _moved_factors(cp.cuda.runtime.getDevice(), *recipe)
+    indices = (np.asarray(x, dtype=np.int64).tobytes() for x in (parent, coordinate))
+    return _moved_factors(cp.cuda.runtime.getDevice(), *indices)
 
 
 @functools.lru_cache(maxsize=16)

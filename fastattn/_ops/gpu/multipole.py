@@ -14,7 +14,7 @@ import numpy as np
 
 from fastattn._ops.gpu import kernel
 from fastattn._ops.gpu.products import THREADS, TILE
-from fastattn._ops.multipole import ALIKE, BEND, LARGEST, MIDDLE
+from fastattn._ops.multipole import ALIKE, BEND, FIRST_ORDER, LARGEST
 
 # weights of keys and what moments of clusters have, for the blocks that share a launch
 _NUMBERS = 1 << 26
@@ -39,7 +39,7 @@ def describe(query, *, cuts, rows):
 
 def multipole(
     query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
-    coarse="",  # noqa: ARG001
+    low_precision="",  # noqa: ARG001
 ):  # fmt: skip
     keys = _Keys(key, value, metric, start, group)
     query = cp.ascontiguousarray(query)
@@ -102,12 +102,12 @@ class _Field:
         )
         self.kind = cp.empty(self.weight.shape, dtype=cp.int8)
         self.total, self.own, self.error = (self._clusters() for _ in range(3))
-        self.near, self.middle = (self._clusters(cp.int64) for _ in range(2))
-        limits = (threshold, MIDDLE * threshold, ALIKE, BEND, LARGEST)
+        self.near, self.first_order = (self._clusters(cp.int64) for _ in range(2))
+        limits = (threshold, FIRST_ORDER * threshold, ALIKE, BEND, LARGEST)
         self._over_clusters(
             "classify", self.weight, cp.matmul(square, keys.squares.T), growth,
             keys.start, self.kind, self.total, self.own, self.error, self.near,
-            self.middle, scalars=[self.dtype.type(x) for x in limits],
+            self.first_order, scalars=[self.dtype.type(x) for x in limits],
         )  # fmt: skip
         self.error /= self._safe_total() ** 2
         self._sum_moments()
@@ -115,7 +115,7 @@ class _Field:
 
     def counts(self):
         """Numbers of near keys, of middle keys and of clusters of each block."""
-        kinds = self.near, self.middle, self.total > 0
+        kinds = self.near, self.first_order, self.total > 0
         return cp.stack([x.sum(axis=1, dtype=cp.int64) for x in kinds], axis=1)
 
     def answer(self, query, cuts):
@@ -187,7 +187,7 @@ class _Field:
         # within a group, relative to one key
         common = cp.exp(self.top - self.top.max(axis=1)[:, None])
         self.moment = cp.empty((r, g, d, p), dtype=self.dtype)
-        listed, bounds = self._list(1, self.middle)
+        listed, bounds = self._list(1, self.first_order)
         kernel("multipole.cu", "first_moments", self.dtype)(
             (-(-d // TILE), -(-p // TILE), r * g),
             (THREADS,),

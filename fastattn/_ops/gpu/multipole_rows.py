@@ -15,12 +15,12 @@ from fastattn._ops.gpu.products import THREADS
 from fastattn._ops.multipole_rows import STEPS
 
 
-def summarise(key, value, middle, *, start):
+def summarise(key, value, value_center, *, start):
     (m, d), p, dtype = key.shape, value.shape[1], key.dtype
     parts = cp.empty((len(start) - 1, 3 * d + p + 3), dtype=dtype)
     along = cp.empty(m, dtype=dtype)
     cuts = cp.asarray(np.ascontiguousarray(start, dtype=np.int64))
-    arrays = map(cp.ascontiguousarray, (key, value, middle))
+    arrays = map(cp.ascontiguousarray, (key, value, value_center))
     kernel("multipole_rows.cu", "summarise", dtype)(
         (len(parts),),
         (THREADS,),

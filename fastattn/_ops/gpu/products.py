@@ -32,7 +32,7 @@ def spans(rows, rank, p, dtype):
     return span, span * max(1, min(ROWS // span, largest))
 
 
-def sum_products(x, weight, value, recipe, rank, span):
+def sum_products(x, weight, value, indices, rank, span):
     """Sum over rows of monomials times weight times ``[value, 1]``, in float64.
 
     ``x`` has one line of memory for each coordinate.
@@ -43,7 +43,7 @@ def sum_products(x, weight, value, recipe, rank, span):
         (*tiles(rank, p), len(parts)),
         (THREADS,),
         (
-            x, weight, cp.ascontiguousarray(value), *recipe, parts, rows, span, rank,
+            x, weight, cp.ascontiguousarray(value), *indices, parts, rows, span, rank,
             p,
         ),
     )  # fmt: skip

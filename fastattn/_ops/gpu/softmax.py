@@ -20,7 +20,7 @@ _THREADS = 128
 _LINES = 4
 
 
-def attend(query, key, value, *, scale, visible, rows=None):
+def attend(query, key, value, *, scale, prefix_lengths, rows=None):
     heads, n, _ = query.shape
     m, p = value.shape[1:]
     dtype = query.dtype
@@ -29,7 +29,7 @@ def attend(query, key, value, *, scale, visible, rows=None):
     longest, largest = (float(cp.abs(x).max()) for x in (scaled, key))
     if may_overflow(longest, largest, key.shape[2], float(cp.finfo(dtype).max)):
         return softmax.attend.reference(
-            query, key, value, scale=scale, visible=visible, rows=rows
+            query, key, value, scale=scale, prefix_lengths=prefix_lengths, rows=rows
         )
     out = cp.empty((heads, n, p), dtype=dtype)
     normalizer = cp.empty((heads, n), dtype=dtype)
@@ -38,22 +38,22 @@ def attend(query, key, value, *, scale, visible, rows=None):
     size = max(1, _LOGITS // (heads * keys)) if rows is None else rows
     starts = range(0, n, size)
     last = np.full(len(starts), m)
-    if visible is None:
-        visible = cp.full(n, m, dtype=cp.int64)
+    if prefix_lengths is None:
+        prefix_lengths = cp.full(n, m, dtype=cp.int64)
     else:
-        visible = cp.asarray(visible, dtype=cp.int64)
+        prefix_lengths = cp.asarray(prefix_lengths, dtype=cp.int64)
         # one transfer tells every block which keys none of its rows can see
-        last = np.maximum.reduceat(cp.asnumpy(visible), starts)
+        last = np.maximum.reduceat(cp.asnumpy(prefix_lengths), starts)
     for start, seen in zip(starts, last, strict=True):
         block = slice(start, min(start + size, n))
         _attend_rows(
-            scaled[:, block], key[:, :seen], value[:, :seen], visible[block], keys,
-            out[:, block], normalizer[:, block],
+            scaled[:, block], key[:, :seen], value[:, :seen], prefix_lengths[block],
+            keys, out[:, block], normalizer[:, block],
         )  # fmt: skip
     return out, normalizer
 
 
-def _attend_rows(query, key, value, visible, size, out, normalizer):
+def _attend_rows(query, key, value, prefix_lengths, size, out, normalizer):
     """Stream the keys past one block of rows."""
     heads, n, p = out.shape
     lines, dtype = heads * n, out.dtype
@@ -70,7 +70,7 @@ def _attend_rows(query, key, value, visible, size, out, normalizer):
         soften(
             (-(-lines // _LINES),),
             (_THREADS,),
-            (logits, visible, peak, total, sums, lines, n, width, first, p),
+            (logits, prefix_lengths, peak, total, sums, lines, n, width, first, p),
         )
         sums += cp.matmul(logits, value[:, keys])
     total = total.reshape(heads, n)

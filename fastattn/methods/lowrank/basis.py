@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.monomials import monomials
-from fastattn.methods.lowrank.whitening import Frame
+from fastattn.methods.lowrank.whitening import Whitening
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
@@ -79,7 +79,7 @@ class Hermite:
         return len(self.parent)
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def op_arguments(self) -> dict[str, Any]:
         """The keywords of the ops."""
         return {
             "parent": self.parent,
@@ -108,7 +108,7 @@ class Basis:
 
     Parameters
     ----------
-    frame : Frame
+    whitening : Whitening
         Coordinates, those that are used only.
     hermite : Hermite
         The polynomials, at least the constant.
@@ -116,7 +116,7 @@ class Basis:
         In the coordinates of the keys.
     """
 
-    frame: Frame
+    whitening: Whitening
     hermite: Hermite
     landmarks: Array
     _mixed: Array = field(init=False)
@@ -139,21 +139,23 @@ class Basis:
         object.__setattr__(self, "_factor", _factor(gram))
 
     @staticmethod
-    def fitting(frame: Frame, hermite: Hermite, *, landmarks: bool) -> Frame:
+    def fitting(
+        whitening: Whitening, hermite: Hermite, *, landmarks: bool
+    ) -> Whitening:
         """Drop the last coordinates that no polynomial, and no landmark, needs."""
-        total = max(float(frame.spread.sum()), np.finfo(np.float64).tiny)
-        left = np.cumsum(frame.spread[::-1])[::-1] / total
+        total = max(float(whitening.spread.sum()), np.finfo(np.float64).tiny)
+        left = np.cumsum(whitening.spread[::-1])[::-1] / total
         ignored = _IGNORED if landmarks else 1.0
         used = max(int(hermite.coordinate.max()) + 1, int(np.sum(left > ignored)))
-        return frame.keep(used)
+        return whitening.keep(used)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        frame, index = self.frame, self.hermite
+        whitening, index = self.whitening, self.hermite
         arrays = (
-            frame.center, frame.to_key, frame.to_query, frame.origin, frame.spread,
-            index.parent, index.coordinate, index.power,
+            whitening.center, whitening.to_key, whitening.to_query, whitening.origin,
+            whitening.spread, index.parent, index.coordinate, index.power,
             self.landmarks, self._mixed, self._size, self._factor,
         )  # fmt: skip
         return sum(int(x.nbytes) for x in arrays)
@@ -176,7 +178,7 @@ class Basis:
         marks = max(count - len(self.hermite), 0)
         # the Cholesky factor of a leading block is the leading block of the factor
         kept = {
-            "frame": self.frame,
+            "whitening": self.whitening,
             "hermite": self.hermite.prefix(rank),
             "landmarks": self.landmarks[:marks],
             "_mixed": self._mixed[:marks, :rank],
@@ -194,9 +196,9 @@ class Basis:
             return True
         mine, theirs = (
             (
-                x.frame.center, x.frame.to_key, x.frame.to_query, x.landmarks,
-                x.hermite.parent, x.hermite.coordinate,
-                np.array([x.frame.offset, x.frame.longest, x.frame.scale]),
+                x.whitening.center, x.whitening.to_key, x.whitening.to_query,
+                x.landmarks, x.hermite.parent, x.hermite.coordinate,
+                np.array([x.whitening.offset, x.whitening.longest, x.whitening.scale]),
             )
             for x in (self, other)
         )  # fmt: skip

@@ -28,11 +28,11 @@ _EARLY, _SOME = 256, 96
 _CHUNK_WORK = 4e7
 
 
-def leniency(head: Head, rng: np.random.Generator) -> float:
+def causal_tolerance_factor(head: Head, rng: np.random.Generator) -> float:
     """How many times the tolerance a structure may err that is judged on all keys."""
-    visible = to_host(head.visible)
-    start = int(np.searchsorted(visible, cuts_of(int(visible[-1]))[1]))
-    n = len(visible)
+    prefix_lengths = to_host(head.prefix_lengths)
+    start = int(np.searchsorted(prefix_lengths, cuts_of(int(prefix_lengths[-1]))[1]))
+    n = len(prefix_lengths)
     if start == n:
         return 1.0
     total, varies = _early(head, start, rng), 0.0
@@ -40,7 +40,9 @@ def leniency(head: Head, rng: np.random.Generator) -> float:
     edges = np.unique([start, *edges[1:-1], n])
     for lo, hi in pairwise(edges):
         # rows of a stratum as if all saw as many keys as the one in the middle
-        size, spread = _sizes(head, int(visible[(lo + hi) // 2]), lo, hi, _ROWS, rng)
+        size, spread = _sizes(
+            head, int(prefix_lengths[(lo + hi) // 2]), lo, hi, _ROWS, rng
+        )
         total += (hi - lo) * size
         varies += (hi - lo) * spread
     size, spread = _sizes(head, head.sizes[1], start, n, _WHOLE, rng)
@@ -72,7 +74,7 @@ def _sizes(
     """Mean square of answers over the first keys, and of what varies in them."""
     rows = _spread(lo, hi, count, rng)
     part = replace(
-        head, key=head.key[:seen, :], value=head.value[:seen, :], visible=None
+        head, key=head.key[:seen, :], value=head.value[:seen, :], prefix_lengths=None
     )
     answer: Array = to_host(part.with_rows(rows).attend()[0]).astype(np.float64)
     spread = answer - answer.mean(axis=0)
@@ -87,7 +89,7 @@ def lowrank_cost(head: Head, first: int | None = None) -> Callable[[int, int], f
 
     Of a causal head the ``first`` keys are one chunk.
     """
-    if head.visible is None:
+    if head.prefix_lengths is None:
         return lambda rank, landmarks: lowrank_work(*head.sizes, rank, landmarks)
     p = head.sizes[3]
     chunks, *within = chunk_work(head, first)
@@ -103,8 +105,8 @@ def lowrank_cost(head: Head, first: int | None = None) -> Callable[[int, int], f
 
 def chunk_work(head: Head, first: int | None = None) -> tuple[int, float, float]:
     """Number of chunks of a causal head, its exact work and that of calls."""
-    visible = to_host(head.visible)
-    cuts = np.asarray(cuts_of(int(visible[-1]), first))
-    before = cuts[np.searchsorted(cuts, visible, side="right") - 1]
-    exact = exact_work(*head.sizes, logits=int(np.sum(visible - before)))
+    prefix_lengths = to_host(head.prefix_lengths)
+    cuts = np.asarray(cuts_of(int(prefix_lengths[-1]), first))
+    before = cuts[np.searchsorted(cuts, prefix_lengths, side="right") - 1]
+    exact = exact_work(*head.sizes, logits=int(np.sum(prefix_lengths - before)))
     return len(cuts), exact, len(cuts) * _CHUNK_WORK

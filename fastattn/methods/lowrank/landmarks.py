@@ -27,7 +27,7 @@ _HELD = 5
 _BLOCK = 1024
 
 
-class Pivots:
+class PivotedCholesky:
     """Pivoted Cholesky factorizations of the residual kernel that can be continued.
 
     Parameters
@@ -64,7 +64,7 @@ class Pivots:
         return len(self.landmarks)
 
     @property
-    def left(self) -> float:
+    def residual_trace_ratio(self) -> float:
         """Square root of the share of the other keys' trace that is not explained."""
         left, others = np.sum([part.traces for part in self._parts], axis=0)
         return math.sqrt(left / others) if others > 0 else 0.0
@@ -74,21 +74,21 @@ class Pivots:
         """Number of keys that may become pivots."""
         return sum(part.open for part in self._parts)
 
-    def grow(self, count: int) -> bool:
+    def add_batch(self, count: int) -> bool:
         """Add one batch of pivots, up to ``count`` in all; say if there may be more."""
         before = len(self)
         wanted = min(_BATCH, count - before)
         for i, part in enumerate(self._parts):
             share = wanted * (i + 1) // len(self._parts)
             share -= wanted * i // len(self._parts)
-            fresh = part.grow(share, count)
+            fresh = part.add_batch(share, count)
             self.landmarks = np.concatenate([self.landmarks, fresh])
         return len(self) > before
 
-    def fill(self, count: int) -> bool:
+    def add_until(self, count: int) -> bool:
         """Add pivots up to ``count`` in all; say if there are more than before."""
         before = len(self)
-        while self.grow(count):
+        while self.add_batch(count):
             pass
         return len(self) > before
 
@@ -120,7 +120,7 @@ class _Factorization:
         others = float(self._whole.sum() - self._whole[self._picks].sum())
         return float(self._left.sum()), others
 
-    def grow(self, size: int, room: int) -> Array:
+    def add_batch(self, size: int, room: int) -> Array:
         """Add so many pivots, or fewer; ``room`` is made for so many in all."""
         # plain chances, as in the literature, would crowd a batch at the extremes
         chance = np.sqrt(self._left[: self.open])

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastattn.certificates.ratio_estimate import FIRST, SECOND, mixed_odds
+from fastattn.certificates.ratio_estimate import FIRST, SECOND, importance_probabilities
 from fastattn.certificates.sampled import ROWS, second_rows
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Frame, Sample
+from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.problem.head import Head
-from fastattn.problem.row_statistics import HARD, OUTLYING, series_squares
+from fastattn.problem.row_statistics import MOST_OUTLIERS, OUTLYING, series_squares
 from sketching._lib.arrays import Array, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
@@ -30,7 +30,7 @@ _HEAVY = 2.5
 _QUERIES = 128
 _KEYS = 2048
 # heads with no more keys get half of everything, since planning must stay cheap
-_SMALL = 16384
+_FEW_KEYS = 16384
 # rows over all keys that show how large answers are
 _DRIFT_ROWS = 32
 
@@ -40,20 +40,22 @@ class Pilots:
 
     Parameters
     ----------
-    head, sample, frame : Head, Sample, Frame
+    head, sample, whitening : Head, PlanningSample, Whitening
         One head, a sample of it, and the coordinates fitted to that.
     tol : float
         Relative Frobenius error that is allowed.
     """
 
-    def __init__(self, head: Head, sample: Sample, frame: Frame, tol: float) -> None:
+    def __init__(
+        self, head: Head, sample: PlanningSample, whitening: Whitening, tol: float
+    ) -> None:
         self.head, self.sample, self.tol = head, sample, tol
-        spread = _spread(sample.held, frame)
-        hardest = _hardest(spread, head.sizes[0])
-        self.held = np.delete(sample.held, hardest, axis=0)
-        squares = series_squares(np.delete(spread, hardest))
-        self.odds = mixed_odds(squares, ROWS)
-        self.keys = _KEYS // 2 if head.sizes[1] <= _SMALL else _KEYS
+        spread = _spread(sample.held, whitening)
+        outliers = _outliers(spread, head.sizes[0])
+        self.held = np.delete(sample.held, outliers, axis=0)
+        squares = series_squares(np.delete(spread, outliers))
+        self.probabilities = importance_probabilities(squares, ROWS)
+        self.keys = _KEYS // 2 if head.sizes[1] <= _FEW_KEYS else _KEYS
         self.aim = self.last = _CAUTION * tol
         self._truth: dict[int, tuple[Array, float]] = {}
         self._whole: float | None = None
@@ -63,7 +65,7 @@ class Pilots:
         """An error that is not worth another pilot."""
         return 0.75 * self.aim + 0.25 * self.last
 
-    def few(self, share: int) -> tuple[Array, Array]:
+    def subsample(self, share: int) -> tuple[Array, Array]:
         """So many parts of the keys of a pilot, and their values."""
         # the last keys: landmarks come from the first
         some = slice(-share * self.keys, None)
@@ -72,28 +74,28 @@ class Pilots:
     def fill(self, empty: LowRank, share: int) -> LowRank | None:
         """Insert the keys of a pilot; None where that fails."""
         try:
-            return empty.insert(*self.few(share))
+            return empty.insert(*self.subsample(share))
         except RefusalError:
             return None
 
-    def judge(self, filled: LowRank | None, share: int) -> float:
+    def estimate_error(self, filled: LowRank | None, share: int) -> float:
         """Error of a structure that holds the keys of a pilot."""
         if filled is None:
             return math.inf
         truth, size = self._answers(share)
-        answer, _, good = filled.query(self.held[: len(truth)])
-        if not good.any():
+        answer, _, reliable = filled.query(self.held[: len(truth)])
+        if not reliable.any():
             return math.inf
-        squares = np.sum((answer - truth)[good].astype(np.float64) ** 2, axis=1)
+        squares = np.sum((answer - truth)[reliable].astype(np.float64) ** 2, axis=1)
         if share > 1:
-            self._set_aim(squares, good)
+            self._set_aim(squares, reliable)
         return math.sqrt(float(squares.sum())) / size if size else 0.0
 
     def _answers(self, share: int) -> tuple[Array, float]:
         """True answers over the keys of a pilot, and their size over all keys."""
         if share not in self._truth:
             query = self.held if share > 1 else self.held[:_QUERIES]
-            truth, _ = Head(query, *self.few(share), self.sample.scale).attend()
+            truth, _ = Head(query, *self.subsample(share), self.sample.scale).attend()
             size = float(np.linalg.norm(truth.astype(np.float64)))
             size *= self._drift(truth) if share > 1 else 1.0
             self._truth[share] = truth, size
@@ -113,7 +115,7 @@ class Pilots:
         varied = _varying(part[:_DRIFT_ROWS])
         return varied / self._whole if self._whole > 0 and varied > 0 else 1.0
 
-    def _set_aim(self, squares: Array, good: Array) -> None:
+    def _set_aim(self, squares: Array, reliable: Array) -> None:
         """Leave what a certificate adds for its sampling, after one look and after two.
 
         ``aim`` is what a first sample of rows should be content with; ``last`` asks for
@@ -122,7 +124,9 @@ class Pilots:
         mean = float(squares.mean())
         # relative first: squares of squares may underflow
         relative = squares / mean if mean > 0 else np.ones(len(squares))
-        weighted = relative**2 / (self.odds[good] * len(self.odds))
+        weighted = relative**2 / (
+            self.probabilities[reliable] * len(self.probabilities)
+        )
         spread = math.sqrt(max(float(weighted.mean()) - 1, 0.0))
         # a few rows can feign a heavy tail
         spread = min(spread, (spread + _HEAVY) / 2)
@@ -137,17 +141,17 @@ class Pilots:
         )
 
 
-def _spread(query: Array, frame: Frame) -> Array:
+def _spread(query: Array, whitening: Whitening) -> Array:
     """How much the logits of each query vary over the keys."""
-    x = query.astype(np.float64) @ frame.to_query[:, :-1] - frame.origin[:-1]
-    return x**2 @ frame.spread
+    x = query.astype(np.float64) @ whitening.to_query[:, :-1] - whitening.origin[:-1]
+    return x**2 @ whitening.spread
 
 
-def _hardest(spread: Array, n: int) -> Array:
+def _outliers(spread: Array, n: int) -> Array:
     """The share of the queries that is computed exactly whatever the method."""
-    count = round(HARD * len(spread) / n)
-    hardest = np.argsort(-spread, kind="stable")[:count]
-    return hardest[spread[hardest] > OUTLYING * np.median(spread)]
+    count = round(MOST_OUTLIERS * len(spread) / n)
+    outliers = np.argsort(-spread, kind="stable")[:count]
+    return outliers[spread[outliers] > OUTLYING * np.median(spread)]
 
 
 def _varying(answer: Array) -> float:

@@ -12,8 +12,8 @@ from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.causal_chunks import (
     Answer,
     by_prefixes,
-    each,
     panels,
+    parallel_map,
 )
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
@@ -44,22 +44,22 @@ class LowRankPrefix:
     @property
     def near_mean(self) -> Array:
         """Mean of the keys that are not far, in units of the scale."""
-        structure, frame = self.structure, self.structure.basis.frame
+        structure, whitening = self.structure, self.structure.basis.whitening
         far = len(structure.far_key)
         total = (structure.count + far) * self.mean
-        apart = structure.far_key.sum(axis=0) + far * frame.center
-        return (total - frame.scale * apart) / max(structure.count, 1)
+        apart = structure.far_key.sum(axis=0) + far * whitening.center
+        return (total - whitening.scale * apart) / max(structure.count, 1)
 
     def query(self, query: Array) -> Answer:
         """Answer queries; the least sum that is true follows from the mean key."""
-        value, logarithm, good = self.structure.query(query, slack=_SLACK)
+        value, logarithm, reliable = self.structure.query(query, slack=_SLACK)
         xp, dtype = array_namespace(query), logarithm.dtype
         move = mover(query, dtype)
         count = self.structure.count + len(self.structure.far_key)
         # by convexity, the mean weight is at least the weight of the mean key
         least = xp.matmul(xp.astype(query, dtype, copy=False), move(self.mean))
         least = least + math.log(LEAST * count)
-        return value, logarithm, xp.logical_and(good, logarithm > least)
+        return value, logarithm, xp.logical_and(reliable, logarithm > least)
 
 
 def lowrank_by_prefixes(head: Head, empty: LowRank) -> Answer:
@@ -79,7 +79,7 @@ def lowrank_prefixes(
 
     before, total = empty, np.zeros(head.sizes[2])
     for panel in panels(counts, empty.sums.nbytes):
-        parts, far, sums = zip(*each(head, part, panel), strict=True)
+        parts, far, sums = zip(*parallel_map(head, part, panel), strict=True)
         structures = _accumulated(before, list(parts))
         totals = total + np.cumsum(sums, axis=0)
         means = [x / keys.stop for x, keys in zip(totals, panel, strict=True)]
@@ -101,6 +101,6 @@ def _accumulated(before: LowRank, parts: list[LowRank]) -> list[LowRank]:
         raise RefusalError("sums over keys overflow: the inputs are too extreme")
     structures = []
     for part, total, weight in zip(parts, sums, weights, strict=True):
-        before = before.joined(part, total, weight)
+        before = before.merged_with(part, total, weight)
         structures.append(before)
     return structures

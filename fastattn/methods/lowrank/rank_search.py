@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn.methods.lowrank.basis import Basis, Hermite
-from fastattn.methods.lowrank.landmarks import Pivots
+from fastattn.methods.lowrank.landmarks import PivotedCholesky
 from fastattn.methods.lowrank.pilots import Pilots
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Frame, Sample
+from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 
@@ -69,7 +69,7 @@ _STEEPER = 4.0, 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prediction:
+class RankEstimate:
     """One choice of sizes with the error and the cost expected of it.
 
     Parameters
@@ -99,17 +99,17 @@ class Prediction:
         return not self.reason
 
 
-def predict(
+def search_ranks(
     head: Head,
-    sample: Sample,
+    sample: PlanningSample,
     tol: float,
     rng: np.random.Generator,
     cost: Callable[[int, int], float],
     limit: float,
     *,
-    frame: Frame | None = None,
+    whitening: Whitening | None = None,
     landmarks: bool = True,
-) -> list[Prediction]:
+) -> list[RankEstimate]:
     """Find the least sizes that are predicted to meet a tolerance.
 
     Landmarks with a constant, and polynomials without landmarks, are looked at; the
@@ -117,7 +117,7 @@ def predict(
 
     Parameters
     ----------
-    head, sample : Head, Sample
+    head, sample : Head, PlanningSample
         One head and a sample of it.
     tol : float
         Relative Frobenius error that is allowed.
@@ -127,7 +127,7 @@ def predict(
         Predicted cost from a rank and a number of landmarks, in any unit.
     limit : float
         Sizes that cost more are of no interest.
-    frame : Frame, optional
+    whitening : Whitening, optional
         That of the sample, where it is known.
     landmarks : bool, default True
         Whether landmarks are looked at.
@@ -138,8 +138,8 @@ def predict(
         Those that were accepted, the cheapest first; else the one that came nearest.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        frame = Frame.of(sample) if frame is None else frame
-        search = _Search(head, sample, frame, tol, rng, cost, limit)
+        whitening = Whitening.fit(sample) if whitening is None else whitening
+        search = _RankSearch(head, sample, whitening, tol, rng, cost, limit)
         first = search.start()
         if first is not None:
             return [first]
@@ -154,14 +154,14 @@ def predict(
     return [min(found, key=lambda x: x.error)]
 
 
-class _Search:
+class _RankSearch:
     """The pilots and traces of one head."""
 
     def __init__(
         self,
         head: Head,
-        sample: Sample,
-        frame: Frame,
+        sample: PlanningSample,
+        whitening: Whitening,
         tol: float,
         rng: np.random.Generator,
         cost: Callable[[int, int], float],
@@ -169,31 +169,31 @@ class _Search:
     ) -> None:
         self.sample, self.tol, self.rng = sample, tol, rng
         self.cost, self.limit = cost, limit
-        self.frame = frame
-        self.pilots = Pilots(head, sample, self.frame, tol)
+        self.whitening = whitening
+        self.pilots = Pilots(head, sample, self.whitening, tol)
         n, m, _, _ = head.sizes
         self.keys = min(max(m // _PIVOT_SHARE, _PIVOT_KEYS[0]), _PIVOT_KEYS[1])
         self.landmarks_may_pay = True
         self.largest_rank = min(max(n * m // _LOGITS, _RANK), _LARGEST_RANK)
 
-    def start(self) -> Prediction | None:
+    def start(self) -> RankEstimate | None:
         """Run the pilot of a few landmarks, unless that is ruled out already."""
         reason = self._refusal()
         if reason:
-            return Prediction(1, 0, math.inf, self.cost(1, 0), reason, None)
-        self.constant = Hermite.of(self.frame.spread, 1)
-        self.narrow = Basis.fitting(self.frame, self.constant, landmarks=True)
+            return RankEstimate(1, 0, math.inf, self.cost(1, 0), reason, None)
+        self.constant = Hermite.of(self.whitening.spread, 1)
+        self.narrow = Basis.fitting(self.whitening, self.constant, landmarks=True)
         y, log_weight = self.narrow.coordinates(self.sample.key[: self.keys])
-        self.pivots = Pivots(y, log_weight, self.constant, self.rng, _PARTS)
-        self.pivots.grow(_LANDMARKS)
-        key, value = self.pilots.few(1)
+        self.pivots = PivotedCholesky(y, log_weight, self.constant, self.rng, _PARTS)
+        self.pivots.add_batch(_LANDMARKS)
+        key, value = self.pilots.subsample(1)
         few = replace(self.sample, key=key, value=value)
         marks = self.pivots.landmarks
         self.empty = LowRank.over(self.narrow, self.constant, marks, few)
-        self.error = self.pilots.judge(self.pilots.fill(self.empty, 1), 1)
+        self.error = self.pilots.estimate_error(self.pilots.fill(self.empty, 1), 1)
         return None
 
-    def landmarks(self) -> Prediction:
+    def landmarks(self) -> RankEstimate:
         """A constant and as many landmarks as it takes."""
         pivots, empty, error = self.pivots, self.empty, self.error
         most = self._most(lambda size: (1, size), 2 * pivots.most // 3)
@@ -202,13 +202,13 @@ class _Search:
             return self._end(empty, error, "other sizes cost less")
         hopeful = error <= _HOPELESS * self.tol
         share = min(self.pilots.aim / max(error, _TINY), 1.0)
-        left = pivots.left * share ** (1 / _BEND)
-        grown = hopeful and _grow(pivots, left, most)
+        left = pivots.residual_trace_ratio * share ** (1 / _BEND)
+        grown = hopeful and _add_pivots(pivots, left, most)
         while grown and error <= _HOPELESS * self.tol:
             before, size = (size, error), len(pivots)
             empty = self._with_landmarks(size)
             filled = self.pilots.fill(empty, _LANDMARK_KEYS)
-            error = self.pilots.judge(filled, _LANDMARK_KEYS)
+            error = self.pilots.estimate_error(filled, _LANDMARK_KEYS)
             if filled is not None and error <= self.pilots.enough:
                 return self._least(filled, error, before, _LANDMARK_KEYS)
             grown = self._continue(before, (size, error), most)
@@ -234,21 +234,25 @@ class _Search:
                 return False
             size = now[0] * (now[1] / wanted) ** (1 / slope)
             if size <= most:
-                return self.pivots.fill(math.ceil(size))
+                return self.pivots.add_until(math.ceil(size))
         return False
 
-    def polynomials(self) -> Prediction:
+    def polynomials(self) -> RankEstimate:
         """As many polynomials as it takes, without landmarks."""
         most = self._most(lambda size: (size, 0), self.largest_rank)
         few = min(_RANK, most)
         hermite, left = self._indices(few)
         # the pilot of the landmarks tells whether one of the polynomials may pay
-        guess = self.error * float(left[-1]) / max(self.pivots.left, _NOTHING)
-        if not guess <= _HOPELESS * self.tol:
+        expected = (
+            self.error
+            * float(left[-1])
+            / max(self.pivots.residual_trace_ratio, _NOTHING)
+        )
+        if not expected <= _HOPELESS * self.tol:
             reason = f"{few} polynomials leave too much of the kernel"
-            return Prediction(few, 0, math.inf, self.cost(few, 0), reason, None)
+            return RankEstimate(few, 0, math.inf, self.cost(few, 0), reason, None)
         empty = self._without_landmarks(hermite)
-        error = self.pilots.judge(self.pilots.fill(empty, 1), 1)
+        error = self.pilots.estimate_error(self.pilots.fill(empty, 1), 1)
         # as many as cost what the pilot of the landmarks did
         self.landmarks_may_pay = self.error < error
         if not error <= _FAR * self.tol:
@@ -261,7 +265,7 @@ class _Search:
             known = empty.rank, error
             empty = self._without_landmarks(enough)
             filled = self.pilots.fill(empty, _POLYNOMIAL_KEYS)
-            error = self.pilots.judge(filled, _POLYNOMIAL_KEYS)
+            error = self.pilots.estimate_error(filled, _POLYNOMIAL_KEYS)
             if filled is not None and error <= self.pilots.enough:
                 return self._least(filled, error, known, _POLYNOMIAL_KEYS)
         met = error <= self.pilots.last
@@ -280,7 +284,7 @@ class _Search:
 
     def _least(
         self, filled: LowRank, error: float, low: tuple[int, float], share: int
-    ) -> Prediction:
+    ) -> RankEstimate:
         """The first functions of a structure that meet the aim by themselves.
 
         ``low`` is a number of functions with an error that is too large.
@@ -303,7 +307,7 @@ class _Search:
             if size > worth * count:
                 break
             few = filled.first(size)
-            now = self.pilots.judge(few, share)
+            now = self.pilots.estimate_error(few, share)
             failed = now > (self.pilots.enough if marks else self.pilots.aim)
             if failed:
                 low = size, now
@@ -313,11 +317,11 @@ class _Search:
 
     def _refusal(self) -> str:
         """Say what rules out a low rank before anything is tried."""
-        variance = float(self.frame.spread.sum())
+        variance = float(self.whitening.spread.sum())
         if not variance <= LARGEST_VARIANCE:
             return f"the variance of the logits is {variance:.1f}"
-        if not self.frame.share >= _LEAST_SHARE:
-            return f"{self.frame.share:.1%} of the queries make the error"
+        if not self.whitening.share >= _LEAST_SHARE:
+            return f"{self.whitening.share:.1%} of the queries make the error"
         if len(self.sample.held) == 0:
             return "there are too few queries to plan for"
         if self.cost(1, 1) > self.limit:
@@ -329,24 +333,24 @@ class _Search:
         return LowRank.over(self.narrow, self.constant, marks, self.sample)
 
     def _without_landmarks(self, hermite: Hermite) -> LowRank:
-        frame = Basis.fitting(self.frame, hermite, landmarks=False)
-        return LowRank.over(frame, hermite, None, self.sample)
+        whitening = Basis.fitting(self.whitening, hermite, landmarks=False)
+        return LowRank.over(whitening, hermite, None, self.sample)
 
     def _most(self, sizes: Callable[[int], tuple[int, int]], cap: int) -> int:
         """The largest size up to ``cap`` that is within the cost allowed."""
         low, high = 1, cap
         while low < high:
-            middle = (low + high + 1) // 2
-            if self.cost(*sizes(middle)) <= self.limit:
-                low = middle
+            midpoint = (low + high + 1) // 2
+            if self.cost(*sizes(midpoint)) <= self.limit:
+                low = midpoint
             else:
-                high = middle - 1
+                high = midpoint - 1
         return low
 
     def _indices(self, rank: int) -> tuple[Hermite, Array]:
         """Indices, and the root of the share of the trace that the first ones leave."""
-        hermite = Hermite.of(self.frame.spread, rank)
-        y, log_weight = self.frame.coordinates(self.sample.key[:_ENERGY_KEYS])
+        hermite = Hermite.of(self.whitening.spread, rank)
+        y, log_weight = self.whitening.coordinates(self.sample.key[:_ENERGY_KEYS])
         weight = np.exp(log_weight - log_weight.max())
         taken = np.sum((hermite.features(y) * weight[:, None]) ** 2, axis=0)
         square = np.sum(y.astype(np.float64) ** 2, axis=1)
@@ -354,29 +358,29 @@ class _Search:
         left = 1 - np.cumsum(taken, dtype=np.float64) / whole
         return hermite, np.sqrt(np.maximum(left, _NOTHING**2))
 
-    def _end(self, empty: LowRank, error: float, reason: str) -> Prediction:
+    def _end(self, empty: LowRank, error: float, reason: str) -> RankEstimate:
         rank, landmarks = empty.rank, empty.landmarks
-        return Prediction(
+        return RankEstimate(
             rank, landmarks, error, self.cost(rank, landmarks), reason, empty
         )
 
 
-def _grow(pivots: Pivots, target: float, most: int) -> bool:
+def _add_pivots(pivots: PivotedCholesky, target: float, most: int) -> bool:
     """Add pivots until ``target`` is left of the trace, if that is within reach."""
-    start, first = len(pivots), pivots.left
+    start, first = len(pivots), pivots.residual_trace_ratio
     # the constant alone leaves all of it
-    if not _within_reach(pivots, target, most, (1, 1.0), _STEEPER[0]):
+    if not _is_attainable(pivots, target, most, (1, 1.0), _STEEPER[0]):
         return False
-    while pivots.grow(most):
-        if pivots.left <= target:
+    while pivots.add_batch(most):
+        if pivots.residual_trace_ratio <= target:
             return True
-        if not _within_reach(pivots, target, most, (start, first), _STEEPER[1]):
+        if not _is_attainable(pivots, target, most, (start, first), _STEEPER[1]):
             return False
     return False
 
 
-def _within_reach(
-    pivots: Pivots,
+def _is_attainable(
+    pivots: PivotedCholesky,
     target: float,
     most: int,
     before: tuple[int, float],
@@ -384,11 +388,11 @@ def _within_reach(
 ) -> bool:
     """Whether the slope since ``before`` may lead to the target."""
     size, left = before
-    if pivots.left <= target or len(pivots) <= size:
+    if pivots.residual_trace_ratio <= target or len(pivots) <= size:
         return True
-    slope = math.log(left / pivots.left) / math.log(len(pivots) / size)
-    reach = math.log(most / len(pivots)) * steeper * slope
-    return math.log(pivots.left / target) <= reach
+    slope = math.log(left / pivots.residual_trace_ratio) / math.log(len(pivots) / size)
+    attainable = math.log(most / len(pivots)) * steeper * slope
+    return math.log(pivots.residual_trace_ratio / target) <= attainable
 
 
 def _too_many(most: int, what: str) -> str:

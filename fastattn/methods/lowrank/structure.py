@@ -14,8 +14,12 @@ import numpy as np
 
 from fastattn._ops.lowrank import key_sums, query_means
 from fastattn.methods.lowrank.basis import Basis, Hermite
-from fastattn.methods.lowrank.landmarks import Pivots, one_lloyd_step, relative_weights
-from fastattn.methods.lowrank.whitening import Frame, Sample
+from fastattn.methods.lowrank.landmarks import (
+    PivotedCholesky,
+    one_lloyd_step,
+    relative_weights,
+)
+from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.problem.head import host_rows
 from sketching._lib.arrays import (
     Array,
@@ -42,54 +46,58 @@ class LowRank:
     ----------
     basis : Basis
         Functions of a query.
-    middle : array, shape (p,)
+    value_center : array, shape (p,)
         What is subtracted from the values before they are summed.
     count : int
         Number of keys so far, without the far ones.
     sums : array, shape (r + c, p + 1)
-        Sum over keys of function times weight times ``[value - middle, 1]``, float64.
+        Sum over keys of function times weight times ``[value - value_center, 1]``,
+        float64.
     bounds : array, shape (2, p)
-        The least and the largest of ``value - middle``.
+        The least and the largest of ``value - value_center``.
     far_key, far_value : array, shapes (a, d), (a, p)
-        Far keys less the centre, and their values less ``middle``.
+        Far keys less the centre, and their values less ``value_center``.
     weights : array, shape (r + c, p + 1)
         The sums projected onto the basis.
-    coarse : bool
+    low_precision : bool
         Whether sums over keys, and derivatives, may be made of products of eight bits.
     """
 
     basis: Basis
-    middle: Array
+    value_center: Array
     count: int
     sums: Array
     bounds: Array
     far_key: Array
     far_value: Array
     weights: Array
-    coarse: bool = False
+    low_precision: bool = False
 
     @staticmethod
     def plan(
-        sample: Sample, *, rank: int, landmarks: int, rng: np.random.Generator
+        sample: PlanningSample, *, rank: int, landmarks: int, rng: np.random.Generator
     ) -> "LowRank":
         """Make an empty structure whose basis is fitted to a sample.
 
         Fewer landmarks come out where the keys have no more to tell.
         """
-        full = Frame.of(sample)
+        full = Whitening.fit(sample)
         hermite = Hermite.of(full.spread, rank)
-        frame = Basis.fitting(full, hermite, landmarks=landmarks > 0)
+        whitening = Basis.fitting(full, hermite, landmarks=landmarks > 0)
         if landmarks == 0:
-            return LowRank.over(frame, hermite, None, sample)
+            return LowRank.over(whitening, hermite, None, sample)
         few = min(PIVOT_KEYS, len(sample.key) // 4)
         few = sample.key[: max(few, 5 * landmarks // 2)]
-        pivots = Pivots(*frame.coordinates(few), hermite, rng)
-        pivots.fill(landmarks)
-        return LowRank.over(frame, hermite, pivots.landmarks, sample)
+        pivots = PivotedCholesky(*whitening.coordinates(few), hermite, rng)
+        pivots.add_until(landmarks)
+        return LowRank.over(whitening, hermite, pivots.landmarks, sample)
 
     @staticmethod
     def over(
-        frame: Frame, hermite: Hermite, pivots: Array | None, sample: Sample
+        whitening: Whitening,
+        hermite: Hermite,
+        pivots: Array | None,
+        sample: PlanningSample,
     ) -> "LowRank":
         """Make an empty structure from what a planner has found.
 
@@ -100,16 +108,18 @@ class LowRank:
         RefusalError
             If the logits vary so much that no basis is worth a try.
         """
-        variance = float(frame.spread.sum())
-        if not (variance <= _LARGEST_VARIANCE and abs(frame.offset) <= _LARGEST_LOG):
+        variance = float(whitening.spread.sum())
+        if not (
+            variance <= _LARGEST_VARIANCE and abs(whitening.offset) <= _LARGEST_LOG
+        ):
             raise RefusalError(
                 f"the logits have a variance of {variance:.3g}, too much for a low rank"
             )
-        marks = np.zeros((0, len(frame.spread)), dtype=np.float32)
+        marks = np.zeros((0, len(whitening.spread)), dtype=np.float32)
         if pivots is not None:
-            y, log_weight = frame.coordinates(sample.key)
+            y, log_weight = whitening.coordinates(sample.key)
             marks = one_lloyd_step(y, relative_weights(log_weight), pivots)
-        basis = Basis(frame, hermite, marks)
+        basis = Basis(whitening, hermite, marks)
         d, p = sample.key.shape[1], sample.value.shape[1]
         empty = np.zeros((len(hermite) + len(marks), p + 1))
         return LowRank(
@@ -136,7 +146,7 @@ class LowRank:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        mine = (self.middle, self.sums, self.bounds, self.weights)
+        mine = (self.value_center, self.sums, self.bounds, self.weights)
         far = (self.far_key, self.far_value)
         return self.basis.nbytes + sum(int(x.nbytes) for x in mine + far)
 
@@ -147,7 +157,7 @@ class LowRank:
 
     def emptied(self) -> "LowRank":
         """Return the structure without its keys."""
-        p = len(self.middle)
+        p = len(self.value_center)
         nothing = np.zeros_like(self.sums)
         return replace(
             self,
@@ -170,19 +180,19 @@ class LowRank:
 
     def part(self, key: Array, value: Array) -> tuple["LowRank", Array]:
         """Sum over keys, at least one, without projecting; also says which are far."""
-        frame = self.basis.frame
+        whitening = self.basis.whitening
         move = mover(key, _dtype_of(key))
         sums, bounds, far = key_sums(
             key,
             value,
-            move(frame.center),
-            move(frame.to_key),
+            move(whitening.center),
+            move(whitening.to_key),
             move(self.basis.landmarks),
-            move(self.middle),
-            offset=frame.offset,
-            longest=frame.longest,
-            coarse=self.coarse,
-            **self.basis.hermite.recipe,
+            move(self.value_center),
+            offset=whitening.offset,
+            longest=whitening.longest,
+            low_precision=self.low_precision,
+            **self.basis.hermite.op_arguments,
         )
         rows = np.flatnonzero(to_host(far))
         part = replace(
@@ -190,8 +200,8 @@ class LowRank:
             count=key.shape[0] - len(rows),
             sums=to_host(sums),
             bounds=to_host(bounds).astype(np.float64),
-            far_key=host_rows(key, rows) - frame.center,
-            far_value=host_rows(value, rows) - self.middle,
+            far_key=host_rows(key, rows) - whitening.center,
+            far_value=host_rows(value, rows) - self.value_center,
         )
         return part, far
 
@@ -203,7 +213,7 @@ class LowRank:
         ValueError
             If the bases differ, which happens where ``plan`` was called twice.
         """
-        same = np.array_equal(self.middle, other.middle)
+        same = np.array_equal(self.value_center, other.value_center)
         if not (same and self.basis.equals(other.basis)):
             raise ValueError(
                 "the structures have different bases: start both from one plan"
@@ -213,9 +223,9 @@ class LowRank:
             weights = self.basis.project(sums)
         if not np.isfinite(weights).all():
             raise RefusalError("sums over keys overflow: the inputs are too extreme")
-        return self.joined(other, sums, weights)
+        return self.merged_with(other, sums, weights)
 
-    def joined(self, other: "LowRank", sums: Array, weights: Array) -> "LowRank":
+    def merged_with(self, other: "LowRank", sums: Array, weights: Array) -> "LowRank":
         """Add the keys of another structure, whose sums are added already."""
         return replace(
             self,
@@ -244,11 +254,11 @@ class LowRank:
             Within the range of the values in every column.
         log_normalizer : array, shape (n,)
             Of the true logits: centring is undone. NaN where the row is not good.
-        good : boolean array, shape (n,)
+        reliable : boolean array, shape (n,)
             The other rows are to be computed exactly: queries far from those that
             the basis was made for, or sums of weights that are too small to be true.
         """
-        xp, frame = array_namespace(query), self.basis.frame
+        xp, whitening = array_namespace(query), self.basis.whitening
         move = mover(query, _dtype_of(query))
         # in units of what convexity promises at least: count exp(offset)
         unit = math.exp(slack) / max(self.count, 1)
@@ -256,16 +266,16 @@ class LowRank:
         far = np.column_stack([self.far_value, np.ones(len(self.far_value))])
         value, logarithm = query_means(
             query,
-            move(frame.to_query),
-            move(np.append(frame.origin[:-1], math.log(unit))),
+            move(whitening.to_query),
+            move(np.append(whitening.origin[:-1], math.log(unit))),
             move(self.basis.landmarks),
-            move(frame.spread / frame.limit),
-            move(self.weights * unit * math.exp(-frame.offset)),
-            move(frame.scale * self.far_key),
+            move(whitening.spread / whitening.limit),
+            move(self.weights * unit * math.exp(-whitening.offset)),
+            move(whitening.scale * self.far_key),
             move(unit * far),
             move(bounds),
-            move(self.middle),
-            **self.basis.hermite.recipe,
+            move(self.value_center),
+            **self.basis.hermite.op_arguments,
         )
         return value, logarithm, xp.logical_not(xp.isnan(logarithm))
 

@@ -37,7 +37,7 @@ _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sample:
+class PlanningSample:
     """What the planner of one head draws once, on the host.
 
     Parameters
@@ -59,7 +59,7 @@ class Sample:
     scale: float
 
     @staticmethod
-    def of(head: Head, rng: np.random.Generator) -> "Sample":
+    def of(head: Head, rng: np.random.Generator) -> "PlanningSample":
         """Draw the rows; they are copied to the host, in float32 or float64."""
         n, m, _, _ = head.sizes
         held = min(max(_HELD[0], min(_HELD[1], n // _HELD_OF)), n // 4)
@@ -68,7 +68,7 @@ class Sample:
             m, min(m, _MOST_KEYS, max(_FEWEST_KEYS, m // 2)), replace=False
         )
         query = host_rows(head.query, rows)
-        return Sample(
+        return PlanningSample(
             query[held:],
             query[:held],
             host_rows(head.key, keys),
@@ -78,7 +78,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Frame:
+class Whitening:
     r"""Affine maps from keys and queries to the coordinates y and x.
 
     Parameters
@@ -116,7 +116,7 @@ class Frame:
     scale: float
 
     @staticmethod
-    def of(sample: Sample) -> "Frame":
+    def fit(sample: PlanningSample) -> "Whitening":
         """Fit the coordinates to a sample; refuses inputs whose squares overflow."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             center, near, longest = _near_keys(sample.key)
@@ -133,7 +133,7 @@ class Frame:
             log = some @ mean + 0.5 * np.sum((some @ to_key) ** 2, axis=1)
             offset = -float(np.log(np.mean(np.exp(log - log.max()))) + log.max())
             _check_finite(to_query, np.asarray(offset))
-        return Frame(
+        return Whitening(
             center,
             sample.scale * np.column_stack([to_key, mean]),
             np.column_stack([to_query, sample.scale * center]),
@@ -146,7 +146,7 @@ class Frame:
             sample.scale,
         )
 
-    def keep(self, used: int) -> "Frame":
+    def keep(self, used: int) -> "Whitening":
         """Return the frame with its first ``used`` coordinates only."""
         pick = np.append(np.arange(used), len(self.spread))
         return replace(
@@ -186,8 +186,8 @@ def _near_keys(key: Array) -> tuple[Array, Array, float]:
         center = key[keep].mean(axis=0, dtype=np.float64)
         centred = key - center.astype(key.dtype)
         length = np.einsum("ij,ij->i", centred, centred)
-        middle, high = np.quantile(length, [0.5, _TAIL])
-        longest = float(max(2 * _LIMIT * middle, high))
+        median, high = np.quantile(length, [0.5, _TAIL])
+        longest = float(max(2 * _LIMIT * median, high))
         _check_finite(np.asarray(longest))
         keep = length <= longest
         if keep.all():
@@ -199,7 +199,12 @@ def _log_mass(query: Array, key: Array) -> Array:
     """Log of the sum of ``exp(q . k)`` over the keys, less the smallest of them."""
     # no column of values is needed
     _, mass = attend(
-        query[None], key[None], key[None, :, :0], scale=1.0, visible=None, rows=1024
+        query[None],
+        key[None],
+        key[None, :, :0],
+        scale=1.0,
+        prefix_lengths=None,
+        rows=1024,
     )
     return (mass[0] - mass.min()).astype(np.float64)
 

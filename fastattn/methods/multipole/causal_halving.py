@@ -12,19 +12,24 @@ from itertools import pairwise
 import numpy as np
 
 from fastattn.costs.work import exact_work, seconds
-from fastattn.problem.causal_chunks import Answer, joined, merged, within
+from fastattn.problem.causal_chunks import (
+    Answer,
+    concat_rows,
+    merge_chunk_partials,
+    within,
+)
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Attempt
+from fastattn.problem.plan import ConfiguredMethod
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
 # a rectangle must be predicted to take at most this share of exact attention's time
-_WORTH = 0.8
+_TIME_SHARE = 0.8
 # how often keys are halved at most: what is left is small next to the rectangles
 _DEEPEST = 8
 
 # from a rectangle, the work that is of interest, and choices made for a like one
-Maker = Callable[[Head, float, Attempt | None], Attempt]
+Maker = Callable[[Head, float, ConfiguredMethod | None], ConfiguredMethod]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,11 @@ class _Rectangle:
             query=head.query[self.rows, :],
             key=head.key[self.keys, :],
             value=head.value[self.keys, :],
-            visible=None,
+            prefix_lengths=None,
         )
 
 
-def halves_attempt(head: Head, make: Maker, limit: float) -> Attempt:
+def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod:
     """Choose for one rectangle of every size, the largest first, until it does not pay.
 
     Raises
@@ -59,79 +64,87 @@ def halves_attempt(head: Head, make: Maker, limit: float) -> Attempt:
     RefusalError
         If the largest is refused, or all together exceed the limit.
     """
-    visible = to_host(head.visible)
-    levels: list[Attempt] = []
+    prefix_lengths = to_host(head.prefix_lengths)
+    levels: list[ConfiguredMethod] = []
     work = exact_work(*head.sizes, logits=head.logits)
     while len(levels) < _DEEPEST:
-        found = list(_rectangles(visible, len(levels)))
+        found = list(_rectangles(prefix_lengths, len(levels)))
         largest = max(found, key=lambda x: x.logits)
         if not largest.logits:
             break
         exact = exact_work(*head.sizes, logits=largest.logits)
         # what is asked for runs at least once, whatever it takes
-        most = _WORTH * exact if levels or math.isfinite(limit) else math.inf
+        most = _TIME_SHARE * exact if levels or math.isfinite(limit) else math.inf
         try:
-            attempt = make(largest.of(head), most, None)
+            configured = make(largest.of(head), most, None)
         except RefusalError:
             if levels:
                 break
             raise
-        share = attempt.plan.predicted_seconds / seconds(exact)
-        if levels and share > _WORTH:
+        share = configured.plan.predicted_seconds / seconds(exact)
+        if levels and share > _TIME_SHARE:
             break
         area = sum(x.logits for x in found)
         work -= (1 - share) * exact_work(*head.sizes, logits=area)
-        levels.append(attempt)
+        levels.append(configured)
     if not levels:
         raise RefusalError("no row sees enough keys to halve them: use Exact()")
     if work > limit:
         raise RefusalError(
             f"halves of the keys take {work / limit:.1f} times the work allowed"
         )
-    return _attempt(levels, make, work)
+    return _configured(levels, make, work)
 
 
-def _attempt(levels: list[Attempt], make: Maker, work: float) -> Attempt:
+def _configured(
+    levels: list[ConfiguredMethod], make: Maker, work: float
+) -> ConfiguredMethod:
     """Describe the choices for all sizes by those for the largest."""
     plan = replace(levels[0].plan, predicted_seconds=seconds(work))
 
-    def again(factor: float) -> Attempt:
-        changed = [x.again(factor) for x in levels if x.again is not None]
-        return _attempt(changed, make, work)
+    def retighten(factor: float) -> ConfiguredMethod:
+        changed = [x.retighten(factor) for x in levels if x.retighten is not None]
+        return _configured(changed, make, work)
 
-    known = all(x.again is not None for x in levels)
-    return Attempt(plan, _Halves(levels, make), math.inf, again if known else None)
+    known = all(x.retighten is not None for x in levels)
+    return ConfiguredMethod(
+        plan, _Halves(levels, make), math.inf, retighten if known else None
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Halves:
     """The choices for every size of rectangle, and how they are made for another."""
 
-    levels: list[Attempt]
+    levels: list[ConfiguredMethod]
     make: Maker
 
     def __call__(self, head: Head) -> tuple[Array, ...]:
         """Answer a causal head; the rows' errors are guessed to be alike."""
-        visible = to_host(head.visible)
-        answer = self._answer(head, visible, 0, int(visible[-1]) + 1, 0)
-        return *joined(head, [answer]), np.ones(len(visible))
+        prefix_lengths = to_host(head.prefix_lengths)
+        answer = self._answer(head, prefix_lengths, 0, int(prefix_lengths[-1]) + 1, 0)
+        return *concat_rows(head, [answer]), np.ones(len(prefix_lengths))
 
     def _answer(
-        self, head: Head, visible: Array, low: int, high: int, level: int
+        self, head: Head, prefix_lengths: Array, low: int, high: int, level: int
     ) -> Answer | None:
         """Answer rows that see ``low`` keys but not ``high``, over those beyond."""
         if level == len(self.levels):
-            rows = _rows(visible, low, high)
+            rows = _rows(prefix_lengths, low, high)
             return within(head, rows, slice(low, min(high, head.sizes[1])))
-        middle = (low + high) // 2
-        first = self._answer(head, visible, low, middle, level + 1)
-        second = self._answer(head, visible, middle, high, level + 1)
+        midpoint = (low + high) // 2
+        first = self._answer(head, prefix_lengths, low, midpoint, level + 1)
+        second = self._answer(head, prefix_lengths, midpoint, high, level + 1)
         if second is None:
             return first
-        rectangle = _Rectangle(_rows(visible, middle, high), slice(low, middle))
+        rectangle = _Rectangle(
+            _rows(prefix_lengths, midpoint, high), slice(low, midpoint)
+        )
         if rectangle.logits:
-            second = merged(self._rectangle(rectangle.of(head), level), second)
-        return joined(head, [first, second])
+            second = merge_chunk_partials(
+                self._rectangle(rectangle.of(head), level), second
+            )
+        return concat_rows(head, [first, second])
 
     def _rectangle(self, part: Head, level: int) -> Answer:
         """Answer a rectangle as the first of its size was planned, or exactly."""
@@ -143,18 +156,18 @@ class _Halves:
             return value, logarithm, part.xp.ones_like(logarithm, dtype=part.xp.bool)
 
 
-def _rectangles(visible: Array, level: int) -> Iterator[_Rectangle]:
+def _rectangles(prefix_lengths: Array, level: int) -> Iterator[_Rectangle]:
     """Yield the rectangles of the ranges that keys are cut into by so many halvings."""
-    edges = [0, int(visible[-1]) + 1]
+    edges = [0, int(prefix_lengths[-1]) + 1]
     for _ in range(level):
         halves = [(low + high) // 2 for low, high in pairwise(edges)]
         edges = sorted(edges + halves)
     for low, high in pairwise(edges):
-        middle = (low + high) // 2
-        yield _Rectangle(_rows(visible, middle, high), slice(low, middle))
+        midpoint = (low + high) // 2
+        yield _Rectangle(_rows(prefix_lengths, midpoint, high), slice(low, midpoint))
 
 
-def _rows(visible: Array, low: int, high: int) -> slice:
+def _rows(prefix_lengths: Array, low: int, high: int) -> slice:
     """Rows that see ``low`` keys but not ``high``."""
-    first, last = np.searchsorted(visible, [low, high])
+    first, last = np.searchsorted(prefix_lengths, [low, high])
     return slice(int(first), int(last))

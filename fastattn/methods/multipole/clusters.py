@@ -58,7 +58,9 @@ class Blocks:
     probe: Array
     order: Array
 
-    def few(self, some: Array, sizes: Array, rng: np.random.Generator) -> "Blocks":
+    def subsample(
+        self, some: Array, sizes: Array, rng: np.random.Generator
+    ) -> "Blocks":
         """Draw rows of some blocks, so many of each; described as they were."""
         cuts = self.cuts
         rows = np.concatenate(
@@ -98,7 +100,7 @@ class Clusters:
         Mean square of each coordinate.
     order : integer array, shape (m,), optional
         Numbers of the keys before they were sorted.
-    coarse : str
+    low_precision : str
         What the logits' factors of near keys may be rounded to; nothing if empty.
     """
 
@@ -110,7 +112,7 @@ class Clusters:
     offset: Array
     metric: Array
     order: Array | None = None
-    coarse: str = ""
+    low_precision: str = ""
 
     @staticmethod
     def of(
@@ -163,7 +165,7 @@ class Clusters:
         """
         xp, n = array_namespace(query), query.shape[0]
         query = xp.matmul(xp.astype(query, self.key.dtype, copy=False), self.to_query)
-        _check_reach(query, self.key)
+        _check_in_range(query, self.key)
         scaled = query * xp.sqrt(self.metric)
         order, cuts = partition(
             scaled,
@@ -177,7 +179,7 @@ class Clusters:
         mean, square, probe = describe(query, cuts=cuts, rows=_PROBES)
         return Blocks(query, cuts, mean, square, probe, order)
 
-    def reach(self, blocks: Blocks) -> float:
+    def cluster_logit_variance(self, blocks: Blocks) -> float:
         """Mean square of the logits between queries and keys, each from its centre.
 
         Beyond one, an expansion says little: a few rows may hold most of the error.
@@ -204,7 +206,7 @@ class Clusters:
             start=self.start,
             group=self.group,
             threshold=threshold,
-            coarse=self.coarse,
+            low_precision=self.low_precision,
         )
         return answer
 
@@ -218,7 +220,7 @@ class Clusters:
         value : array, shape (n, p)
         log_normalizer : array, shape (n,)
             Of the true logits: centring is undone.
-        good : boolean array, shape (n,)
+        reliable : boolean array, shape (n,)
             The other rows are to be computed exactly: their sums are not finite, or
             their errors are estimated to be the largest by far.
         doubt : array, shape (n,)
@@ -227,20 +229,20 @@ class Clusters:
         xp = array_namespace(query)
         value, logarithm, error, counts = self.answer(blocks, threshold)
         near = float(np.average(counts[:, 0], weights=np.diff(blocks.cuts)))
-        limit = doubtful(error, near / self.key.shape[0])
-        good = xp.logical_and(xp.isfinite(logarithm), error <= limit)
+        limit = largest_row_error(error, near / self.key.shape[0])
+        reliable = xp.logical_and(xp.isfinite(logarithm), error <= limit)
         back = xp.argsort(blocks.order)
-        value, logarithm, good, error = (
-            xp.take(x, back, axis=0) for x in (value, logarithm, good, error)
+        value, logarithm, reliable, error = (
+            xp.take(x, back, axis=0) for x in (value, logarithm, reliable, error)
         )
         query = xp.astype(query, self.key.dtype, copy=False)
-        return value, logarithm + xp.matmul(query, self.offset), good, error
+        return value, logarithm + xp.matmul(query, self.offset), reliable, error
 
 
-def reach_of_sample(
+def sampled_logit_variance(
     query: Array, key: Array, transform: Transform, blocks: int, clusters: int
 ) -> float:
-    """Guess ``Clusters.reach`` from a few queries and keys, as NumPy arrays."""
+    """Estimate ``cluster_logit_variance`` from a few queries and keys of NumPy."""
     metric, squares = np.sqrt(transform.scales).astype(np.float32), []
     key = (key - transform.key_center) @ transform.key_map
     for rows, parts in ((query @ transform.query_map, blocks), (key, clusters)):
@@ -252,7 +254,7 @@ def reach_of_sample(
     return float(squares[0] @ squares[1])
 
 
-def doubtful(error: Array, near: float) -> float:
+def largest_row_error(error: Array, near: float) -> float:
     """Return the estimate beyond which rows are not good.
 
     Where ``near``, the share of the keys that are near, is small, the others are cheap
@@ -278,7 +280,7 @@ def _by_group(
     return xp.concat(parts), start, np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
 
 
-def _check_reach(query: Array, key: Array) -> None:
+def _check_in_range(query: Array, key: Array) -> None:
     """Raise ``RefusalError`` where squares of logits may leave the floating range."""
     xp = array_namespace(query, key)
     longest = [float(xp.max(xp.sum(x**2, axis=1))) ** 0.5 for x in (query, key)]

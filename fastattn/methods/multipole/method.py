@@ -8,13 +8,19 @@ import numpy as np
 
 from fastattn._ops.quantized import multiplies_quantized
 from fastattn.certificates.certify import certified
-from fastattn.certificates.sampled import ROWS, Looks
+from fastattn.certificates.sampled import ROWS, SharedSampling
 from fastattn.costs.work import multipole_work, seconds
-from fastattn.methods.multipole.causal_halving import halves_attempt
-from fastattn.methods.multipole.clusters import Blocks, Clusters, reach_of_sample
+from fastattn.methods.multipole.causal_halving import configured_halves
+from fastattn.methods.multipole.clusters import Blocks, Clusters, sampled_logit_variance
 from fastattn.methods.multipole.threshold_search import Choice, Counts, Trial, choose
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
+from fastattn.problem.plan import (
+    Candidate,
+    ConfiguredMethod,
+    HeadAnswer,
+    Plan,
+    candidate_of,
+)
 from fastattn.problem.rows import SAMPLE, sample_rows
 from fastattn.problem.transforms import Transform, balance
 from sketching._lib.arrays import Array
@@ -41,7 +47,7 @@ _COARSE_ENOUGH = {"int8": 0.02, "bfloat16": 0.005}
 # integers are in units of a column's largest: it may be so many deviations
 _OUTSTANDING = 12.0
 # the largest mean square of logits between centred queries and keys
-_REACH = 1.5
+_LARGEST_VARIANCE = 1.5
 # a sample, of so many rows or so many a cluster, must exceed it clearly; clusters that
 # leave more than this share of the mean square of all logits are of no use
 _SAMPLE, _A_CLUSTER = 1024, 8
@@ -111,21 +117,21 @@ class Multipole:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Say what would run, or why it would be refused."""
-        yield candidate_of(self, lambda: self.attempt(head, tol, guarantee, rng).plan)
+        yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the method and certify the answer, or refuse."""
-        attempt = self.attempt(head, tol, guarantee, rng)
-        looks = Looks()
-        answer = certified(head, attempt, tol, rng, looks)
+        configured = self.configure(head, tol, guarantee, rng)
+        shared = SharedSampling()
+        answer = certified(head, configured, tol, rng, shared)
         for _ in range(_TRIES - 1):
-            if answer.error <= tol or attempt.again is None:
+            if answer.error <= tol or configured.retighten is None:
                 break
             # what was certified says how much more to ask for
-            attempt = attempt.again(_LESS * tol / answer.error)
-            answer = certified(head, attempt, tol, rng, looks)
+            configured = configured.retighten(_LESS * tol / answer.error)
+            answer = certified(head, configured, tol, rng, shared)
         if answer.error <= tol:
             return answer
         raise RefusalError(
@@ -133,19 +139,19 @@ class Multipole:
             "rows; raise tol, lower threshold, or use Auto()"
         )
 
-    def attempt(
+    def configure(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Attempt:
+    ) -> ConfiguredMethod:
         """Make every choice for one head."""
         if guarantee == "proven":
             raise RefusalError(
                 "Multipole() has no proven bound: use guarantee='sampled', "
                 "Polynomial() or Exact()"
             )
-        return multipole_attempt(head, tol, rng, method=self)
+        return configured_multipole(head, tol, rng, method=self)
 
 
-def multipole_attempt(
+def configured_multipole(
     head: Head,
     wanted: float,
     rng: np.random.Generator,
@@ -153,7 +159,7 @@ def multipole_attempt(
     limit: float = math.inf,
     method: Multipole | None = None,
     reason: str = "asked for",
-) -> Attempt:
+) -> ConfiguredMethod:
     """Cluster the keys of a head and choose the threshold.
 
     Parameters
@@ -178,33 +184,37 @@ def multipole_attempt(
         meets ``wanted``.
     """
     method = Multipole() if method is None else method
-    if head.visible is not None:
+    if head.prefix_lengths is not None:
         return _by_halves(head, wanted, rng, limit, method, reason)
     n, m, d, p = head.sizes
     if m == 0:
         raise RefusalError("there is no key to cluster: use Exact() or Auto()")
-    cost = Cost(n, m, d, p, coarse=_coarseness(head, wanted))
-    count = method.clusters or clusters_for(m, _MORE_KEYS if cost.coarse else _KEYS)
+    cost = Cost(n, m, d, p, low_precision=_low_precision(head, wanted))
+    count = method.clusters or clusters_for(
+        m, _MORE_KEYS if cost.low_precision else _KEYS
+    )
     groups = _FEW_GROUPS if wanted >= _COARSE else _GROUPS
     clusters, blocks = arrange(head, count, cost, limit, rng, groups)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
 
-    def attempt(found: Choice, again: Callable[[float], Attempt] | None) -> Attempt:
+    def configured(
+        found: Choice, retighten: Callable[[float], ConfiguredMethod] | None
+    ) -> ConfiguredMethod:
         made = Multipole(len(clusters.group), found.threshold)
         plan = Plan(made, found.error, seconds(cost(found.counts)), reason)
 
         def run(head: Head) -> tuple[Array, ...]:
             return clusters.query(head.query, found.threshold, blocks)
 
-        return Attempt(plan, run, math.inf, again)
+        return ConfiguredMethod(plan, run, math.inf, retighten)
 
     if method.threshold is not None:
-        return attempt(Choice(method.threshold, math.nan, Counts(0, 0, count)), None)
+        return configured(Choice(method.threshold, math.nan, Counts(0, 0, count)), None)
     trial = Trial.of(clusters, blocks, rng)
 
-    def search(wanted: float) -> Attempt:
+    def search(wanted: float) -> ConfiguredMethod:
         found = choose(trial, wanted, cost, limit)
-        return attempt(found, lambda factor: search(factor * wanted))
+        return configured(found, lambda factor: search(factor * wanted))
 
     return search(wanted)
 
@@ -216,21 +226,23 @@ def _by_halves(
     limit: float,
     method: Multipole,
     reason: str,
-) -> Attempt:
+) -> ConfiguredMethod:
     """Cluster the keys of every rectangle of a causal head."""
     # one stream for all rectangles: they are answered in no fixed order
     seed = int(rng.integers(2**63))
 
-    def make(part: Head, limit: float, like: Attempt | None) -> Attempt:
+    def make(
+        part: Head, limit: float, like: ConfiguredMethod | None
+    ) -> ConfiguredMethod:
         chosen = method
         if like is not None and method.threshold is None:
             chosen = replace(method, threshold=like.plan.method.threshold)
         own = np.random.default_rng(seed)
-        return multipole_attempt(
+        return configured_multipole(
             part, wanted, own, limit=limit, method=chosen, reason=reason
         )
 
-    return halves_attempt(head, make, limit)
+    return configured_halves(head, make, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +254,7 @@ class Cost:
     d: int
     p: int
     blocks: int = 1
-    coarse: str = ""
+    low_precision: str = ""
 
     def __call__(self, counts: Counts) -> float:
         """Work, in multiply-adds, for what blocks count on average."""
@@ -254,12 +266,12 @@ class Cost:
             blocks=self.blocks,
             clusters=counts.clusters,
             near=counts.near,
-            middle=counts.middle,
-            coarse=self.coarse,
+            first_order=counts.first_order,
+            low_precision=self.low_precision,
         )
 
 
-def _coarseness(head: Head, wanted: float) -> str:
+def _low_precision(head: Head, wanted: float) -> str:
     """What the logits' factors of near keys are rounded to; nothing if empty."""
     if head.dtype != head.xp.float32 or not multiplies_quantized(head.query):
         return ""
@@ -291,7 +303,7 @@ def arrange(
 ) -> tuple[Clusters, Blocks]:
     """Cluster the keys and cut the queries into blocks that are small enough."""
     n, clusters = head.sizes[0], None
-    each = _MORE_QUERIES if cost.coarse else _QUERIES
+    each = _MORE_QUERIES if cost.low_precision else _QUERIES
     size = max(_FEWEST, int(each * math.sqrt(n)))
     while True:
         floor = replace(cost, blocks=-(-n // size))(Counts(0, 0, count))
@@ -302,10 +314,10 @@ def arrange(
             )
         with np.errstate(over="ignore", invalid="ignore"):
             clusters = clusters or _cluster(head, count, size, limit, rng, groups)
-            clusters = replace(clusters, coarse=cost.coarse)
+            clusters = replace(clusters, low_precision=cost.low_precision)
             blocks = clusters.arrange(head.query, size)
-            reach = clusters.reach(blocks)
-        if reach <= _REACH:
+            variance = clusters.cluster_logit_variance(blocks)
+        if variance <= _LARGEST_VARIANCE:
             return clusters, blocks
         # smaller blocks serve more heads, but seldom cheaply
         if size == _FEWEST or math.isfinite(limit):
@@ -314,7 +326,7 @@ def arrange(
     # a certificate that samples all rows is true in any case
     if n <= ROWS:
         return clusters, blocks
-    raise RefusalError(_too_far(size, reach))
+    raise RefusalError(_too_far(size, variance))
 
 
 def _glance(
@@ -323,16 +335,16 @@ def _glance(
     """Raise ``RefusalError`` where a sample shows that clusters are of no use."""
     every = -(-max(len(query), len(key)) // max(_SAMPLE, _A_CLUSTER * count))
     few = slice(0, None, every)
-    reach = reach_of_sample(query[few], key[few], transform, blocks, count)
+    variance = sampled_logit_variance(query[few], key[few], transform, blocks, count)
     whole = float(transform.scales @ transform.scales)
-    if not reach <= min(_CLEARLY * _REACH, _USELESS * whole):
-        raise RefusalError(_too_far(size, reach))
+    if not variance <= min(_CLEARLY * _LARGEST_VARIANCE, _USELESS * whole):
+        raise RefusalError(_too_far(size, variance))
 
 
-def _too_far(size: int, reach: float) -> str:
+def _too_far(size: int, variance: float) -> str:
     return (
         f"logits within {size} similar queries and a cluster have a mean square of "
-        f"{reach:.2g}, too large: give more clusters, or use Exact()"
+        f"{variance:.2g}, too large: give more clusters, or use Exact()"
     )
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn._ops.softmax import attend
-from fastattn.certificates.ratio_estimate import FIRST, mixed_odds
+from fastattn.certificates.ratio_estimate import FIRST, importance_probabilities
 from fastattn.certificates.sampled import sampled_rows
-from fastattn.methods.multipole.clusters import Blocks, Clusters, doubtful
+from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_error
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
@@ -45,7 +45,7 @@ class Counts:
     """What blocks count on average, each weighted by its rows."""
 
     near: float
-    middle: float
+    first_order: float
     clusters: float
 
 
@@ -92,13 +92,13 @@ class Trial:
         # large blocks more often: each then stands for as many rows
         some = np.sort(rng.choice(len(sizes), count, replace=False))
         few = np.minimum(sizes[some], -(-total // count))
-        sample = blocks.few(some, few, rng)
+        sample = blocks.subsample(some, few, rng)
         truth, _ = attend(
             sample.query[None, ...],
             clusters.key[None, ...],
             clusters.value[None, ...],
             scale=1.0,
-            visible=None,
+            prefix_lengths=None,
         )
         share = np.repeat(sizes[some] / few, few) / sizes[some].sum()
         return Trial(clusters, sample, _double(truth[0, ...]), share, n)
@@ -108,7 +108,7 @@ class Trial:
         value, _, error, counts = self.clusters.answer(self.blocks, threshold)
         weight = np.add.reduceat(self.share, self.blocks.cuts[:-1])
         found = Counts(*(float(x) for x in weight @ counts))
-        limit = doubtful(error, found.near / self.clusters.key.shape[0])
+        limit = largest_row_error(error, found.near / self.clusters.key.shape[0])
         with np.errstate(all="ignore"):
             squares = np.sum((_double(value) - self.truth) ** 2, axis=1)
             # those rows are going to be computed exactly
@@ -116,9 +116,11 @@ class Trial:
             size = float(self.share @ np.sum(self.truth**2, axis=1))
             mean = float(self.share @ squares)
             # rows of larger errors are going to be drawn more often
-            guess, rows = to_host(error), sampled_rows(self.n)
-            odds = mixed_odds(np.where(guess > limit, 0, guess), rows)
-            often = odds * len(guess)
+            error_profile, rows = to_host(error), sampled_rows(self.n)
+            probabilities = importance_probabilities(
+                np.where(error_profile > limit, 0, error_profile), rows
+            )
+            often = probabilities * len(error_profile)
             spread = float(self.share @ (squares**2 / often)) - mean**2
             upper = mean + FIRST.expected(math.sqrt(max(spread, 0.0)), mean, rows)
         upper = math.sqrt(upper / size) if size else math.inf if upper else 0.0

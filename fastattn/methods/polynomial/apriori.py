@@ -12,8 +12,8 @@ import numpy as np
 
 from fastattn.certificates.ratio_estimate import FailureBudget, promises
 from fastattn.certificates.sampled import ROWS
-from fastattn.methods.polynomial.proven import proven_recipe
-from fastattn.methods.polynomial.recipe import Recipe
+from fastattn.methods.polynomial.proven import proven_expansion
+from fastattn.methods.polynomial.recipe import PolynomialExpansion
 from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
@@ -24,9 +24,9 @@ _ROWS, _ROOM = 16, 0.8
 _ANY, _MEANT = 1e6, 1.0
 
 
-def apriori_recipe(
+def apriori_expansion(
     head: Head, degree: int, tol: float, rng: np.random.Generator
-) -> tuple[Recipe, float] | None:
+) -> tuple[PolynomialExpansion, float] | None:
     """Make the proven polynomial of a degree, where its bound is of use.
 
     Parameters
@@ -42,13 +42,13 @@ def apriori_recipe(
 
     Returns
     -------
-    recipe, error : Recipe and float, or None
+    expansion, error : PolynomialExpansion and float, or None
         The polynomial with its bound, and the relative error that is expected.
     """
-    if head.visible is not None or head.sizes[1] == 0 or tol > _MEANT:
+    if head.prefix_lengths is not None or head.sizes[1] == 0 or tol > _MEANT:
         return None
     try:
-        recipe = proven_recipe(head, _ANY, rng, degree)
+        expansion = proven_expansion(head, _ANY, rng, degree)
     except RefusalError:
         return None
     n, p = head.sizes[0], head.sizes[3]
@@ -57,18 +57,18 @@ def apriori_recipe(
     size = float(np.sqrt(np.mean(np.sum(truth**2, axis=1))))
     if not size > 0:
         return None
-    error = float(np.linalg.norm(_answers(head, recipe, rows) - truth))
+    error = float(np.linalg.norm(_answers(head, expansion, rows) - truth))
     expected = error / math.sqrt(len(rows)) / size
-    bound = recipe.bound * math.sqrt(p) / size
+    bound = expansion.bound * math.sqrt(p) / size
     failure = FailureBudget().next
     if bound <= _ROOM * tol or promises(bound**2, expected**2, ROWS, failure):
-        return recipe, expected
+        return expansion, expected
     return None
 
 
-def _answers(head: Head, recipe: Recipe, rows: Array) -> Array:
+def _answers(head: Head, expansion: PolynomialExpansion, rows: Array) -> Array:
     """What the polynomial says to the given rows, from all logits."""
-    t = recipe.transform
+    t = expansion.transform
     every = np.arange(head.sizes[1])
     query, key, value = (
         host_rows(x, some).astype(np.float64)
@@ -76,7 +76,7 @@ def _answers(head: Head, recipe: Recipe, rows: Array) -> Array:
     )
     key = key - t.key_center
     logits = ((query - t.query_center) @ t.query_map) @ (key @ t.key_map).T
-    weights = np.polynomial.polynomial.polyval(logits, recipe.coefficients)
+    weights = np.polynomial.polynomial.polyval(logits, expansion.coefficients)
     tilt = key @ t.tilt
     weights = weights * np.exp(tilt - tilt.max())
     answer: Array = weights @ value / weights.sum(axis=1, keepdims=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn.certificates.certify import certified, run_proven
-from fastattn.certificates.sampled import Looks
+from fastattn.certificates.sampled import SharedSampling
 from fastattn.costs.work import polynomial_work, seconds
 from fastattn.methods.lowrank.causal_cost import chunk_work, lowrank_cost
 from fastattn.methods.lowrank.prefixes import lowrank_by_prefixes
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Sample
-from fastattn.methods.polynomial.apriori import apriori_recipe
+from fastattn.methods.lowrank.whitening import PlanningSample
+from fastattn.methods.polynomial.apriori import apriori_expansion
 from fastattn.methods.polynomial.expansions import (
     LARGEST_BOUND,
     LARGEST_DEGREE,
@@ -22,10 +22,20 @@ from fastattn.methods.polynomial.expansions import (
     taylor,
     total_degree,
 )
-from fastattn.methods.polynomial.proven import proven_recipe
-from fastattn.methods.polynomial.recipe import Recipe, check_rank, coefficients_of
+from fastattn.methods.polynomial.proven import proven_expansion
+from fastattn.methods.polynomial.recipe import (
+    PolynomialExpansion,
+    check_rank,
+    coefficients_of,
+)
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Attempt, Candidate, HeadAnswer, Plan, candidate_of
+from fastattn.problem.plan import (
+    Candidate,
+    ConfiguredMethod,
+    HeadAnswer,
+    Plan,
+    candidate_of,
+)
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import balance
 from sketching._lib.arrays import Array
@@ -107,68 +117,70 @@ class Polynomial:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Say what would run, or why it would be refused."""
-        yield candidate_of(self, lambda: self.attempt(head, tol, guarantee, rng).plan)
+        yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run the method and certify the answer, or refuse."""
-        attempt = self.attempt(head, tol, guarantee, rng)
-        answer = answer_of(head, attempt, tol, rng)
+        configured = self.configure(head, tol, guarantee, rng)
+        answer = answer_of(head, configured, tol, rng)
         if guarantee == "sampled" and answer.error > tol:
             raise RefusalError(
-                f"{attempt.plan.method} misses tol={tol:g}: {answer.error:.2e} on "
+                f"{configured.plan.method} misses tol={tol:g}: {answer.error:.2e} on "
                 "sampled rows; raise tol, degree or rank, or use Auto()"
             )
         return answer
 
-    def attempt(
+    def configure(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Attempt:
+    ) -> ConfiguredMethod:
         """Make every choice for one head."""
         if guarantee == "sampled" and self.fits_a_basis:
             empty = self.structure(head, rng)
-            return lowrank_attempt(head, empty, math.nan, "asked for")
+            return configured_lowrank(head, empty, math.nan, "asked for")
         if guarantee == "sampled" and self.basis == "minimax" and self.rank is None:
             degree = _DEFAULT_DEGREE if self.degree is None else self.degree
-            known = apriori_recipe(head, degree, tol, rng)
+            known = apriori_expansion(head, degree, tol, rng)
             if known is not None:
-                attempt = attempt_of(head, known[0], self.basis, "asked for")
-                plan = replace(attempt.plan, predicted_error=known[1])
-                bound = attempt.bound
-                return replace(attempt, plan=plan, bound=math.inf, limit=bound)
-        recipe = self.recipe(head, tol, guarantee, rng)
-        return attempt_of(head, recipe, self.basis, "asked for")
+                configured = configured_polynomial(
+                    head, known[0], self.basis, "asked for"
+                )
+                plan = replace(configured.plan, predicted_error=known[1])
+                bound = configured.bound
+                return replace(configured, plan=plan, bound=math.inf, limit=bound)
+        expansion = self.expansion(head, tol, guarantee, rng)
+        return configured_polynomial(head, expansion, self.basis, "asked for")
 
     @property
     def fits_a_basis(self) -> bool:
         """Whether a ``structure`` answers, with a basis fitted to queries and keys."""
         return self.basis == "hermite" or self.landmarks > 0
 
-    def recipe(
+    def expansion(
         self,
         head: Head,
         tol: float,
         guarantee: str,
         rng: np.random.Generator,
-        pieces: int | None = None,
-    ) -> Recipe:
-        """Choose monomials and a polynomial; ``pieces`` is of ``proven_recipe``."""
+        max_blocks: int | None = None,
+    ) -> PolynomialExpansion:
+        """Choose a polynomial; ``max_blocks`` is that of ``proven_expansion``."""
         if guarantee != "proven":
-            return self._sampled_recipe(head, rng)
+            return self._sampled_expansion(head, rng)
         if self.basis != "minimax" or self.landmarks:
             raise RefusalError(
                 f"basis={self.basis!r} has no proven bound, nor have landmarks: "
                 "use 'minimax' without them"
             )
-        return proven_recipe(head, tol, rng, self.degree, self.rank, pieces)
+        return proven_expansion(head, tol, rng, self.degree, self.rank, max_blocks)
 
     def structure(self, head: Head, rng: np.random.Generator) -> LowRank:
         """Make the empty low-rank structure of a basis fitted to the head."""
         if self.basis == "taylor":
             raise RefusalError("landmarks do not correct a Taylor polynomial")
         rank = self._hermite_rank(head.sizes[2])
-        sample = Sample.of(head, rng)
+        sample = PlanningSample.of(head, rng)
         return LowRank.plan(sample, rank=rank, landmarks=self.landmarks, rng=rng)
 
     def _hermite_rank(self, d: int) -> int:
@@ -181,7 +193,9 @@ class Polynomial:
         check_rank(d, degree, None)
         return rank_of(d, degree)
 
-    def _sampled_recipe(self, head: Head, rng: np.random.Generator) -> Recipe:
+    def _sampled_expansion(
+        self, head: Head, rng: np.random.Generator
+    ) -> PolynomialExpansion:
         query, key = sample_rows(head, rng)
         transform = balance(query, key, head.scale, queries=False)
         d = transform.query_map.shape[1]
@@ -204,7 +218,7 @@ class Polynomial:
             if self.rank is None
             else by_energy(transform.scales, taylor(degree), self.rank)
         )
-        return Recipe(
+        return PolynomialExpansion(
             transform,
             index,
             coefficients_of(self.basis, degree, bound),
@@ -214,23 +228,27 @@ class Polynomial:
         )
 
 
-def attempt_of(head: Head, recipe: Recipe, basis: str, reason: str) -> Attempt:
+def configured_polynomial(
+    head: Head, expansion: PolynomialExpansion, basis: str, reason: str
+) -> ConfiguredMethod:
     """Describe a recipe by the method that it makes concrete."""
-    degree = int(recipe.index.degree.max())
-    method = Polynomial(degree=degree, rank=len(recipe.index), basis=basis)
-    work = polynomial_work(*head.sizes, len(recipe.index))
-    if head.visible is not None:
+    degree = int(expansion.index.degree.max())
+    method = Polynomial(degree=degree, rank=len(expansion.index), basis=basis)
+    work = polynomial_work(*head.sizes, len(expansion.index))
+    if head.prefix_lengths is not None:
         work += sum(chunk_work(head)[1:])
-    if recipe.dtype == head.xp.float64 != head.dtype:
+    if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
-    error = math.nan if math.isinf(recipe.bound) else recipe.bound
+    error = math.nan if math.isinf(expansion.bound) else expansion.bound
     plan = Plan(method, error, seconds(work), reason)
-    return Attempt(plan, recipe.answer, recipe.bound, log_errors=recipe.log_errors)
+    return ConfiguredMethod(
+        plan, expansion.answer, expansion.bound, log_errors=expansion.log_errors
+    )
 
 
-def lowrank_attempt(
+def configured_lowrank(
     head: Head, empty: LowRank, predicted_error: float, reason: str
-) -> Attempt:
+) -> ConfiguredMethod:
     """Describe an empty low-rank structure by the method that it makes concrete."""
     rank, landmarks = empty.rank, empty.landmarks
     method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
@@ -238,33 +256,33 @@ def lowrank_attempt(
     plan = Plan(method, predicted_error, seconds(work), reason)
 
     def run(head: Head) -> tuple[Array, Array, Array]:
-        if head.visible is not None:
+        if head.prefix_lengths is not None:
             return lowrank_by_prefixes(head, empty)
         return empty.insert(head.key, head.value).query(head.query)
 
-    return Attempt(plan, run, math.inf)
+    return ConfiguredMethod(plan, run, math.inf)
 
 
 def answer_of(
     head: Head,
-    attempt: Attempt,
+    configured: ConfiguredMethod,
     tol: float,
     rng: np.random.Generator,
-    looks: Looks | None = None,
+    shared: SharedSampling | None = None,
 ) -> HeadAnswer:
     """Run an attempt and attach its certificate, whether or not it meets ``tol``."""
-    plan = attempt.plan
-    if math.isfinite(attempt.bound):
-        value, normalizer = run_proven(head, attempt)
+    plan = configured.plan
+    if math.isfinite(configured.bound):
+        value, normalizer = run_proven(head, configured)
         return HeadAnswer(
             value,
             normalizer,
-            attempt.bound,
+            configured.bound,
             0.0,
             "max",
             f"minimax polynomial of degree {plan.method.degree} on the interval of all "
             "logits (Alman and Song 2023; relative error of weights)",
             plan,
-            attempt.log_errors and attempt.log_errors(head, normalizer),
+            configured.log_errors and configured.log_errors(head, normalizer),
         )
-    return certified(head, attempt, tol, rng, looks)
+    return certified(head, configured, tol, rng, shared)

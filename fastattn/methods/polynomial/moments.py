@@ -25,17 +25,17 @@ class Moments:
         Coordinates of queries and keys.
     index : IndexSet
         The monomials.
-    middle : array, shape (p,)
+    value_center : array, shape (p,)
         What is subtracted from the values before they are summed.
     scale : float
         The factor of the logits.
     sums : array, shape (r, p + 1)
-        Sum over keys of monomial times weight times ``[value - middle, 1]``.
+        Sum over keys of monomial times weight times ``[value - value_center, 1]``.
     """
 
     transform: Transform
     index: IndexSet
-    middle: Array
+    value_center: Array
     scale: float
     sums: Array
 
@@ -45,7 +45,7 @@ class Moments:
         value: Array,
         transform: Transform,
         index: IndexSet,
-        middle: Array,
+        value_center: Array,
         scale: float,
         dtype: Any,
     ) -> "Moments":
@@ -57,11 +57,11 @@ class Moments:
             move(transform.key_center),
             move(transform.key_map),
             move(transform.tilt),
-            move(middle),
+            move(value_center),
             parent=index.parent,
             coordinate=index.coordinate,
         )
-        return Moments(transform, index, middle, scale, sums)
+        return Moments(transform, index, value_center, scale, sums)
 
     def query(
         self, query: Array, coefficients: Array, *, centred: bool = False
@@ -87,7 +87,7 @@ class Moments:
             move(self.transform.query_center),
             move(self.transform.query_map),
             self.sums * weights[:, None],
-            move(self.middle),
+            move(self.value_center),
             parent=self.index.parent,
             coordinate=self.index.coordinate,
         )

@@ -4,7 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from fastattn.methods.polynomial.moments import Moments
-from fastattn.problem.causal_chunks import Answer, Prefix, by_prefixes, each, panels
+from fastattn.problem.causal_chunks import (
+    Answer,
+    Prefix,
+    by_prefixes,
+    panels,
+    parallel_map,
+)
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, mover
 
@@ -38,7 +44,7 @@ def moments_by_prefixes(
         total = None
         for panel in panels(counts, 8 * len(first.index) * (head.sizes[3] + 1)):
             some: list[Prefix] = []
-            for one in each(head, part, panel):
+            for one in parallel_map(head, part, panel):
                 sums = xp.astype(one.sums, xp.float64)
                 total = sums if total is None else total + sums
                 whole = replace(one, sums=xp.astype(total, one.sums.dtype))
@@ -53,5 +59,5 @@ def moments_by_prefixes(
         query=xp.astype(head.query, dtype, copy=False),
         key=xp.astype(head.key, dtype, copy=False) - center,
     )
-    value, logarithm, good = by_prefixes(centred, prefixes)
-    return value, logarithm + first.center_logits(head.query), good
+    value, logarithm, reliable = by_prefixes(centred, prefixes)
+    return value, logarithm + first.center_logits(head.query), reliable

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.monomials import SUMMED_ROWS
-from fastattn.certificates.accumulation import PIECE
+from fastattn.certificates.accumulation import ACCUMULATION_BLOCK
 from fastattn.certificates.rounding import (
     EXP,
     ValueRange,
@@ -42,7 +42,7 @@ from fastattn.methods.polynomial.expansions import (
     relative_minimax,
     total_degree,
 )
-from fastattn.methods.polynomial.recipe import Recipe, check_rank
+from fastattn.methods.polynomial.recipe import PolynomialExpansion, check_rank
 from fastattn.problem.causal_chunks import largest_chunk
 from fastattn.problem.head import Head
 from fastattn.problem.rows import sample_rows
@@ -56,7 +56,7 @@ _LEAST_BLOCK = 320
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Reach:
+class _LogitBounds:
     """How far the coordinates of a head reach under a transform."""
 
     transform: Transform
@@ -71,14 +71,14 @@ class _Reach:
         return self.query * self.key
 
 
-def proven_recipe(
+def proven_expansion(
     head: Head,
     tol: float,
     rng: np.random.Generator,
     degree: int | None = None,
     rank: int | None = None,
-    pieces: int | None = None,
-) -> Recipe:
+    max_blocks: int | None = None,
+) -> PolynomialExpansion:
     """Find the least degree and precision whose proven bound meets ``tol``.
 
     Parameters
@@ -91,18 +91,18 @@ def proven_recipe(
         Draws the rows that centres and maps are made from; any would be valid.
     degree, rank : int, optional
         Fixed by the caller.
-    pieces : int, optional
+    max_blocks : int, optional
         The bound is to hold for other keys that reach no further too: for as many sums
-        over ``PIECE`` keys, added up in float64.
+        over ``ACCUMULATION_BLOCK`` keys, added up in float64.
 
     Raises
     ------
     RefusalError
         With the bound of the logits and the degree and rank that would be needed.
     """
-    reach = _shortest_reach(head, rng)
-    extent = value_range(head)
-    bound = max(reach.bound, 1e-3)
+    logit_bounds = _tightest_bounds(head, rng)
+    value_bounds = value_range(head)
+    bound = max(logit_bounds.bound, 1e-3)
     if not bound <= LARGEST_BOUND:
         raise RefusalError(
             f"logits are bounded by {bound:.3g} after centring, more than "
@@ -121,20 +121,22 @@ def proven_recipe(
     for g in range(first, last + 1):
         check_rank(head.sizes[2], g, rank)
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            recipe = _recipe(head, reach, extent, g, rank, dtype, pieces)
-            constant = extent.half == 0 and math.isfinite(recipe.bound)
-            if recipe.bound <= tol * extent.half or constant:
-                return recipe
-            best = min(best, recipe.bound)
+            expansion = _expansion(
+                head, logit_bounds, value_bounds, g, rank, dtype, max_blocks
+            )
+            constant = value_bounds.half == 0 and math.isfinite(expansion.bound)
+            if expansion.bound <= tol * value_bounds.half or constant:
+                return expansion
+            best = min(best, expansion.bound)
     raise RefusalError(
         f"tol={tol:g} cannot be proven: logits up to {bound:.3g}, degree {last}, rank "
         f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where "
-        f"the half range of the values is {extent.half:.1e}; raise tol, degree or "
-        "rank, or use Exact()"
+        f"the half range of the values is {value_bounds.half:.1e}; raise tol, degree "
+        "or rank, or use Exact()"
     )
 
 
-def _shortest_reach(head: Head, rng: np.random.Generator) -> _Reach:
+def _tightest_bounds(head: Head, rng: np.random.Generator) -> _LogitBounds:
     """Take the symmetry with the smallest logits on a sample; measure all rows."""
     query, key = sample_rows(head, rng)
     transforms = []
@@ -154,7 +156,7 @@ def _shortest_reach(head: Head, rng: np.random.Generator) -> _Reach:
     query_length = largest_norm(head.query, best.query_center, best.query_map)
     key_length = largest_norm(head.key, best.key_center, best.key_map)
     shift = _even(query_length, key_length)
-    return _Reach(
+    return _LogitBounds(
         replace(
             best,
             query_map=np.ldexp(best.query_map, -shift),
@@ -174,83 +176,95 @@ def _even(one: float, other: float) -> int:
     return round((math.log2(one) - math.log2(other)) / 2)
 
 
-def _recipe(
+def _expansion(
     head: Head,
-    reach: _Reach,
-    extent: ValueRange,
+    logit_bounds: _LogitBounds,
+    value_bounds: ValueRange,
     degree: int,
     rank: int | None,
     dtype: Any,
-    pieces: int | None,
-) -> Recipe:
+    max_blocks: int | None,
+) -> PolynomialExpansion:
     """Make the recipe of one degree and precision and bound its error."""
-    bound = max(reach.bound, 1e-3)
+    bound = max(logit_bounds.bound, 1e-3)
     coefficients, delta = relative_minimax(degree, bound)
-    d = reach.transform.query_map.shape[1]
+    d = logit_bounds.transform.query_map.shape[1]
     if rank is None or rank >= rank_of(d, degree):
         index = total_degree(d, degree)
     else:
-        index = by_energy(reach.transform.scales, np.abs(coefficients), rank)
-        delta += _dropped(head, reach, index, coefficients)
+        index = by_energy(logit_bounds.transform.scales, np.abs(coefficients), rank)
+        delta += _dropped(head, logit_bounds, index, coefficients)
     u = unit_roundoff(head.xp, dtype)
-    exponent = _exponent_rounding(head, reach, u, smallest_number(head.xp, dtype))
+    exponent = _exponent_rounding(
+        head, logit_bounds, u, smallest_number(head.xp, dtype)
+    )
     # other bodies may sum all keys in working precision
-    m = head.sizes[1] if pieces is None else PIECE
+    m = head.sizes[1] if max_blocks is None else ACCUMULATION_BLOCK
     summed = min(m, SUMMED_ROWS) + 2 if place_of(head.query) == "cpu" else m
-    if pieces is not None:
+    if max_blocks is not None:
         # each is rounded once, they are added up in float64, and that is rounded
-        summed += 2 + math.ceil(pieces * unit_roundoff(np, np.float64) / u)
-    sums = _sum_rounding(reach, coefficients, degree, summed + len(index), u)
+        summed += 2 + math.ceil(max_blocks * unit_roundoff(np, np.float64) / u)
+    sums = _sum_rounding(logit_bounds, coefficients, degree, summed + len(index), u)
     weights = (1 + delta) * (math.exp(exponent) if exponent < 1 else math.inf) - 1
     own_sums = 0.0
-    if head.visible is not None:
-        within, own_sums, part = _chunk_rounding(head, reach, u)
+    if head.prefix_lengths is not None:
+        within, own_sums, part = _chunk_rounding(head, logit_bounds, u)
         weights = (1 + max(weights, within)) * (1 + part) - 1
         sums = max(sums, own_sums)
     off = weights + 2 * sums
     error = share = math.inf
-    if off < 1 and not _may_overflow(head, reach, extent, degree, dtype):
-        error = deviation(off, extent.half) + 2 * u * extent.peak
-        lost = _underflow(head, reach, coefficients, len(index), dtype)
-        error += lost / (1 - off) * max(1.0, extent.half)
+    if off < 1 and not _may_overflow(head, logit_bounds, value_bounds, degree, dtype):
+        error = deviation(off, value_bounds.half) + 2 * u * value_bounds.peak
+        lost = _underflow(head, logit_bounds, coefficients, len(index), dtype)
+        error += lost / (1 - off) * max(1.0, value_bounds.half)
         share = off + lost
         # within a chunk, values are summed as they are; then two means are merged
-        error += 2 * own_sums * extent.peak
-        if head.visible is not None:
+        error += 2 * own_sums * value_bounds.peak
+        if head.prefix_lengths is not None:
             lost = head.sizes[1] * smallest_number(head.xp, dtype)
-            lost += cut_weights(head.xp, dtype, head.sizes[1]) * extent.peak
-            error += 16 * u * extent.peak + 2 * lost
-        error = once_stored(head.xp, head.query.dtype, extent.peak, error)
-    return Recipe(
-        reach.transform, index, coefficients, extent.middle, dtype, error, share
+            lost += cut_weights(head.xp, dtype, head.sizes[1]) * value_bounds.peak
+            error += 16 * u * value_bounds.peak + 2 * lost
+        error = once_stored(head.xp, head.query.dtype, value_bounds.peak, error)
+    return PolynomialExpansion(
+        logit_bounds.transform,
+        index,
+        coefficients,
+        value_bounds.value_center,
+        dtype,
+        error,
+        share,
     )
 
 
 def _may_overflow(
-    head: Head, reach: _Reach, extent: ValueRange, degree: int, dtype: Any
+    head: Head,
+    logit_bounds: _LogitBounds,
+    value_bounds: ValueRange,
+    degree: int,
+    dtype: Any,
 ) -> bool:
     """Whether a sum of monomials times values could leave the range of ``dtype``.
 
     Nor may what the coordinates are made of, on the way to them.
     """
-    t, most = reach.transform, largest_number(head.xp, dtype) / 16
-    sides = _power(reach.key, degree) * _power(reach.query, degree)
-    size = head.sizes[1] * math.exp(min(_tilt(reach), _LARGEST_TILT)) * sides
-    size *= max(1.0, extent.half, extent.peak)
-    inputs = max(reach.query_input, reach.key_input)
+    t, most = logit_bounds.transform, largest_number(head.xp, dtype) / 16
+    sides = _power(logit_bounds.key, degree) * _power(logit_bounds.query, degree)
+    size = head.sizes[1] * math.exp(min(_tilt(logit_bounds), _LARGEST_TILT)) * sides
+    size *= max(1.0, value_bounds.half, value_bounds.peak)
+    inputs = max(logit_bounds.query_input, logit_bounds.key_input)
     parts = t.query_center, t.key_center, t.query_map, t.key_map, t.tilt
     return not all(
         x < most for x in (size, inputs, *(float(np.abs(y).max()) for y in parts))
     )
 
 
-def _tilt(reach: _Reach) -> float:
+def _tilt(logit_bounds: _LogitBounds) -> float:
     """Largest logarithm of a key's weight."""
-    return frobenius(reach.transform.tilt) * reach.key_input
+    return frobenius(logit_bounds.transform.tilt) * logit_bounds.key_input
 
 
 def _underflow(
-    head: Head, reach: _Reach, coefficients: Array, rank: int, dtype: Any
+    head: Head, logit_bounds: _LogitBounds, coefficients: Array, rank: int, dtype: Any
 ) -> float:
     """What underflows in the sums may change a mean by, for values within +-1.
 
@@ -258,13 +272,16 @@ def _underflow(
     comes after: powers of the coordinates, coefficients and the weight of a key. The
     sum of the weights is at least ``exp(-bound - tilt)`` for each key.
     """
-    degree, d = len(coefficients) - 1, reach.transform.query_map.shape[1]
-    tiny, tilt = smallest_number(head.xp, dtype), min(_tilt(reach), _LARGEST_TILT)
-    sides = _power(reach.key, degree) * _power(reach.query, degree)
+    degree, d = len(coefficients) - 1, logit_bounds.transform.query_map.shape[1]
+    tiny, tilt = (
+        smallest_number(head.xp, dtype),
+        min(_tilt(logit_bounds), _LARGEST_TILT),
+    )
+    sides = _power(logit_bounds.key, degree) * _power(logit_bounds.query, degree)
     # multinomial coefficients of a degree add up to a power of d
     size = float(np.polynomial.polynomial.polyval(d, np.abs(coefficients))) + rank
     steps = 2 * (3 * degree + 8)
-    return tiny * steps * sides * size * math.exp(2 * tilt + reach.bound)
+    return tiny * steps * sides * size * math.exp(2 * tilt + logit_bounds.bound)
 
 
 def _power(x: float, degree: int) -> float:
@@ -272,49 +289,59 @@ def _power(x: float, degree: int) -> float:
     return math.prod([max(1.0, x)] * degree)
 
 
-def _dropped(head: Head, reach: _Reach, index: IndexSet, coefficients: Array) -> float:
+def _dropped(
+    head: Head, logit_bounds: _LogitBounds, index: IndexSet, coefficients: Array
+) -> float:
     """Relative error of leaving monomials out: all of them less the kept ones.
 
     The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l a_l^alpha_l`` with
     ``a_l = max |u_l| max |v_l|``, and exp is at least ``exp(-bound)``.
     """
-    t = reach.transform
-    extent = largest_entries(head.query, t.query_center, t.query_map)
-    extent = extent * largest_entries(head.key, t.key_center, t.key_map)
+    t = logit_bounds.transform
+    entries = largest_entries(head.query, t.query_center, t.query_map)
+    entries = entries * largest_entries(head.key, t.key_center, t.key_map)
     size = np.abs(coefficients)
-    everything = float(np.polynomial.polynomial.polyval(extent.sum(), size))
+    everything = float(np.polynomial.polynomial.polyval(entries.sum(), size))
     term = np.ones(len(index))
     for j in range(1, len(index)):
-        term[j] = term[index.parent[j]] * extent[index.coordinate[j]]
+        term[j] = term[index.parent[j]] * entries[index.coordinate[j]]
     kept = float(np.sum(term * index.weights(size)))
     # two rounded sums that are almost the same
     slack = 8 * len(index) * unit_roundoff(np, np.float64) * everything
-    return (max(everything - kept, 0.0) + slack) * math.exp(reach.bound)
+    return (max(everything - kept, 0.0) + slack) * math.exp(logit_bounds.bound)
 
 
 # norms of extreme maps overflow to infinity, and the bound with them
 @np.errstate(over="ignore", invalid="ignore")
-def _exponent_rounding(head: Head, reach: _Reach, u: float, tiny: float) -> float:
+def _exponent_rounding(
+    head: Head, logit_bounds: _LogitBounds, u: float, tiny: float
+) -> float:
     """Absolute error of a logit, and relative error of a key's weight.
 
     Coordinates are off by ``gamma(d + 4)`` times the norms of input and map, and by
     what underflows: ``tiny`` in each product, and in each entry of a map.
     """
-    t, d = reach.transform, head.sizes[2]
+    t, d = logit_bounds.transform, head.sizes[2]
     g, least = gamma(d + 4, u), 2 * d * tiny
-    off_query = g * reach.query_input * frobenius(t.query_map)
-    off_query += least * (1 + reach.query_input)
-    off_key = g * reach.key_input * frobenius(t.key_map)
-    off_key += least * (1 + reach.key_input)
-    logit = off_query * reach.key + reach.query * off_key + off_query * off_key
+    off_query = g * logit_bounds.query_input * frobenius(t.query_map)
+    off_query += least * (1 + logit_bounds.query_input)
+    off_key = g * logit_bounds.key_input * frobenius(t.key_map)
+    off_key += least * (1 + logit_bounds.key_input)
+    logit = (
+        off_query * logit_bounds.key
+        + logit_bounds.query * off_key
+        + off_query * off_key
+    )
     logit = math.inf if math.isnan(logit) else logit
-    tilt = _tilt(reach)
-    off_tilt = g * tilt + least * (1 + reach.key_input)
+    tilt = _tilt(logit_bounds)
+    off_tilt = g * tilt + least * (1 + logit_bounds.key_input)
     # a key's weight exp(tilt) and its reciprocal must stay in the range of float32
     return logit + off_tilt + EXP * u if tilt < _LARGEST_TILT else math.inf
 
 
-def _chunk_rounding(head: Head, reach: _Reach, u: float) -> tuple[float, float, float]:
+def _chunk_rounding(
+    head: Head, logit_bounds: _LogitBounds, u: float
+) -> tuple[float, float, float]:
     """Relative errors of exact weights within a chunk, their sum, and a part's share.
 
     The first two as in ``exact.rounding_bound``, with keys that are centred. A share is
@@ -325,9 +352,9 @@ def _chunk_rounding(head: Head, reach: _Reach, u: float) -> tuple[float, float, 
     keys = largest_chunk(m)
     # no fast body sums fewer keys at once
     blocks = -(-keys // _LEAST_BLOCK)
-    logits = abs(head.scale) * largest_row(head.query) * reach.key_input
+    logits = abs(head.scale) * largest_row(head.query) * logit_bounds.key_input
     exponent = (gamma(d + 2, u) + 5 * u) * logits + EXP * (blocks + 1) * u
-    exponent += d * smallest_number(head.xp, head.dtype) * (1 + reach.key_input)
+    exponent += d * smallest_number(head.xp, head.dtype) * (1 + logit_bounds.key_input)
     sums = gamma(keys + 2 * blocks + 2, u) + u
     share = (8 * (logits + math.log(m) + 1) + 2 * EXP) * u
     if not max(exponent, share) < 1:
@@ -336,7 +363,7 @@ def _chunk_rounding(head: Head, reach: _Reach, u: float) -> tuple[float, float, 
 
 
 def _sum_rounding(
-    reach: _Reach, coefficients: Array, degree: int, terms: int, u: float
+    logit_bounds: _LogitBounds, coefficients: Array, degree: int, terms: int, u: float
 ) -> float:
     """Rounding of the sums over monomials and keys, relative to the sum of weights.
 
@@ -344,6 +371,6 @@ def _sum_rounding(
     a weight add up to ``sum_g |c_g| B^g``, and the weight is at least ``exp(-B)``.
     """
     absolute = float(
-        np.polynomial.polynomial.polyval(reach.bound, np.abs(coefficients))
+        np.polynomial.polynomial.polyval(logit_bounds.bound, np.abs(coefficients))
     )
-    return gamma(2 * degree + terms + 8, u) * absolute * math.exp(reach.bound)
+    return gamma(2 * degree + terms + 8, u) * absolute * math.exp(logit_bounds.bound)

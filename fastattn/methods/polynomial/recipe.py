@@ -25,7 +25,7 @@ LARGEST_RANK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Recipe:
+class PolynomialExpansion:
     """Coordinates, monomials and coefficients of a polynomial softmax.
 
     Parameters
@@ -36,7 +36,7 @@ class Recipe:
         The monomials.
     coefficients : array, shape (g + 1,)
         Coefficients of the polynomial, lowest first.
-    middle : array, shape (p,)
+    value_center : array, shape (p,)
         What is subtracted from the values.
     dtype : dtype
         Precision of the sums.
@@ -49,14 +49,14 @@ class Recipe:
     transform: Transform
     index: IndexSet
     coefficients: Array
-    middle: Array
+    value_center: Array
     dtype: Any
     bound: float
     off: float = math.inf
 
     def answer(self, head: Head) -> tuple[Array, Array, Array]:
         """Sum the monomials over the keys and answer the queries."""
-        if head.visible is not None:
+        if head.prefix_lengths is not None:
             return moments_by_prefixes(head, self.moments, self.coefficients)
         return self.moments(head).query(head.query, self.coefficients)
 
@@ -75,7 +75,7 @@ class Recipe:
             head.value,
             self.transform,
             self.index,
-            self.middle,
+            self.value_center,
             head.scale,
             self.dtype,
         )

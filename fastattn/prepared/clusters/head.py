@@ -13,12 +13,12 @@ from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.methods.exact import Exact
 from fastattn.methods.multipole.clusters import Clusters
 from fastattn.prepared.clusters.tree import RowField, Tree
-from fastattn.prepared.held_out import pack_probes, unpack_probes
-from fastattn.prepared.kv_buffer import Kept, bytes_of
+from fastattn.prepared.held_out import pack_held_out, unpack_held_out
+from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
 from fastattn.prepared.states import Packed
 from fastattn.problem.head import Head
-from fastattn.problem.partial_softmax import join
-from fastattn.problem.plan import Attempt, HeadAnswer, Plan
+from fastattn.problem.partial_softmax import merge_partials
+from fastattn.problem.plan import ConfiguredMethod, HeadAnswer, Plan
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import Transform, balance
 from sketching._lib.arrays import (
@@ -57,7 +57,7 @@ class MultipoleHead:
         The factor of the logits.
     transform : Transform
         Coordinates of queries and keys.
-    kept : Kept
+    buffer : KVBuffer
         Keys in these coordinates with their values, in the dtype of computation.
     start, group : integer arrays, shapes (C + 1,), (C,)
         As in ``Clusters``, of the keys that are clustered.
@@ -70,7 +70,7 @@ class MultipoleHead:
     plan: Plan
     scale: float
     transform: Transform
-    kept: Kept
+    buffer: KVBuffer
     start: Array
     group: Array
     sample: Array
@@ -85,19 +85,19 @@ class MultipoleHead:
         transform = balance(query, key, head.scale, queries=False)
         xp, none = head.xp, np.zeros(0, dtype=np.int64)
         like = (xp.astype(x[:0, :], head.dtype) for x in (head.key, head.value))
-        kept = Kept.none(*like)
+        buffer = KVBuffer.none(*like)
         zero = np.zeros(1, dtype=np.int64)
         to_query = mover(head.query, head.dtype)(transform.query_map)
         # whoever draws from rng next finds it as it was
         rows = RowField.of(head, to_query, tol, rng.spawn(1)[0])
         return MultipoleHead(
-            plan, head.scale, transform, kept, zero, none, sample, rows
+            plan, head.scale, transform, buffer, zero, none, sample, rows
         )
 
     @property
     def count(self) -> int:
         """Number of keys."""
-        return self.kept.count
+        return self.buffer.count
 
     @property
     def nbytes(self) -> int:
@@ -106,13 +106,13 @@ class MultipoleHead:
         own = (t.key_center, t.key_map, t.query_map, t.scales, self.start, self.group)
         small = sum(int(x.nbytes) for x in own)
         small += 0 if self.rows is None else self.rows.nbytes
-        return self.kept.nbytes + bytes_of(self.sample) + small
+        return self.buffer.nbytes + bytes_of(self.sample) + small
 
     def empty(self) -> "MultipoleHead":
         """Forget the keys."""
         rows = None if self.rows is None else self.rows.empty()
         cuts = {"start": self.start[:1], "group": self.group[:0]}
-        return replace(self, kept=self.kept.empty(), rows=rows, **cuts)
+        return replace(self, buffer=self.buffer.empty(), rows=rows, **cuts)
 
     def insert(
         self,
@@ -122,7 +122,7 @@ class MultipoleHead:
         fold: bool = False,  # noqa: ARG002
     ) -> "MultipoleHead":
         """Add keys: recent ones stay apart until they are a share of all."""
-        xp, dtype = array_namespace(key), self.kept.keys.dtype
+        xp, dtype = array_namespace(key), self.buffer.keys.dtype
         move = mover(key, dtype)
         key = xp.astype(key, dtype) - move(self.transform.key_center)
         key = xp.matmul(key, move(self.transform.key_map))
@@ -130,35 +130,35 @@ class MultipoleHead:
 
     def merge(self, other: "MultipoleHead") -> "MultipoleHead":
         """Add the keys of another structure of the same plan."""
-        return self._with(other.kept.key, other.kept.value)
+        return self._with(other.buffer.key, other.buffer.value)
 
     def _with(self, key: Array, value: Array) -> "MultipoleHead":
-        kept, rows = self.kept.append(key, value), self.rows
+        buffer, rows = self.buffer.append(key, value), self.rows
         metric = self.transform.scales
-        tail = kept.count - int(self.start[-1])
-        if tail <= max(_LEAST, _SHARE * kept.count):
+        tail = buffer.count - int(self.start[-1])
+        if tail <= max(_LEAST, _SHARE * buffer.count):
             if rows is not None:
-                rows, kept = rows.inserted(kept, key.shape[0], metric)
-            return replace(self, kept=kept, rows=rows)
+                rows, buffer = rows.inserted(buffer, key.shape[0], metric)
+            return replace(self, buffer=buffer, rows=rows)
         # the threshold was chosen for so many clusters
-        count = min(self.plan.method.clusters, kept.count // 2)
-        found = _cluster(kept, metric, count)
-        kept = Kept(found.key, found.value, kept.count)
+        count = min(self.plan.method.clusters, buffer.count // 2)
+        found = _cluster(buffer, metric, count)
+        buffer = KVBuffer(found.key, found.value, buffer.count)
         if rows is not None:
-            rows, kept = rows.clustered(kept, found.start, metric)
+            rows, buffer = rows.clustered(buffer, found.start, metric)
         cuts = {"start": found.start, "group": found.group}
-        return replace(self, kept=kept, rows=rows, **cuts)
+        return replace(self, buffer=buffer, rows=rows, **cuts)
 
     def answer(
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Answer queries by blocks or by rows; where these miss ``tol``, exactly."""
-        xp, dtype = array_namespace(query), self.kept.keys.dtype
+        xp, dtype = array_namespace(query), self.buffer.keys.dtype
         move = mover(query, dtype)
         wide = xp.astype(query, dtype, copy=False)
         turned = xp.matmul(wide, move(self.transform.query_map))
         shift = xp.matmul(wide, move(self.scale * self.transform.key_center))
-        head = Head(turned, self.kept.key, self.kept.value, 1.0)
+        head = Head(turned, self.buffer.key, self.buffer.value, 1.0)
         found = None
         if query.shape[0] >= _BATCH and len(self.group):
             found = self._by_clusters(head, tol, rng)
@@ -173,9 +173,9 @@ class MultipoleHead:
         self, head: Head, tol: float, rng: np.random.Generator
     ) -> HeadAnswer | None:
         """Answer by clusters, if that keeps ``tol``."""
-        attempt = Attempt(self.plan, self._run, np.inf)
+        configured = ConfiguredMethod(self.plan, self._run, np.inf)
         try:
-            found = certified(head, attempt, tol, rng)
+            found = certified(head, configured, tol, rng)
         except RefusalError:
             return None
         return found if found.error <= tol else None
@@ -183,7 +183,7 @@ class MultipoleHead:
     def _by_rows(self, query: Array, turned: Array) -> HeadAnswer | None:
         """Answer row by row, if the probes say that this keeps ``tol``."""
         assert self.rows is not None
-        found = self.rows.answer(turned, self.kept)
+        found = self.rows.answer(turned, self.buffer)
         if found is None:
             return None
         value, logarithm, sampled = found
@@ -198,7 +198,7 @@ class MultipoleHead:
         """Answer turned queries: by clusters, and exactly over the tail."""
         n, end = head.sizes[0], int(self.start[-1])
         clusters = _clusters_of(
-            self.kept, self.start, self.group, self.transform.scales
+            self.buffer, self.start, self.group, self.transform.scales
         )
         size = max(_FEWEST, int(_QUERIES * np.sqrt(n)))
         blocks = clusters.arrange(head.query, size)
@@ -206,14 +206,14 @@ class MultipoleHead:
             head.query, self.plan.method.threshold, blocks
         )
         tail = replace(head, key=head.key[end:, :], value=head.value[end:, :])
-        return *join((value, logarithm), tail.attend()), *rest
+        return *merge_partials((value, logarithm), tail.attend()), *rest
 
     def certificate(
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
         """What is promised of the sample of queries, which are answered for it."""
         sample = self.sample
-        if self.rows is not None and self.rows.serves(1, self.kept):
+        if self.rows is not None and self.rows.serves(1, self.buffer):
             # those that are exact because they are many promise more than one does
             sample = sample[:1, :]
         return self.answer(sample, tol, guarantee, rng).certificate
@@ -222,7 +222,11 @@ class MultipoleHead:
         """Arrays and plain values."""
         t = self.transform
         arrays = {f"transform_{name}": getattr(t, name) for name in _TRANSFORM}
-        kept = {"key": self.kept.key, "value": self.kept.value, "sample": self.sample}
+        kept = {
+            "key": self.buffer.key,
+            "value": self.buffer.value,
+            "sample": self.sample,
+        }
         arrays |= {name: to_host(x) for name, x in kept.items()}
         arrays |= {"start": self.start, "group": self.group}
         more, values = ({}, {}) if self.rows is None else _pack_rows(self.rows)
@@ -230,7 +234,14 @@ class MultipoleHead:
 
 
 _TRANSFORM = ("query_center", "key_center", "query_map", "key_map", "tilt", "scales")
-_TREE = ("first", "start", "middle", "clusters", "leaves")
+# names in files, and of the attributes of the tree
+_TREE = {
+    "first": "first",
+    "start": "start",
+    "middle": "value_center",
+    "clusters": "clusters",
+    "leaves": "leaves",
+}
 _CHOICE = ("threshold", "limit", "work", "checked")
 
 
@@ -245,7 +256,7 @@ def unpack_multipole(
         plan,
         float(values["scale"]),
         transform,
-        Kept(key, value, key.shape[0]),
+        KVBuffer(key, value, key.shape[0]),
         arrays["start"],
         arrays["group"],
         mover(like, like.dtype)(arrays["sample"]),
@@ -254,10 +265,10 @@ def unpack_multipole(
 
 
 def _pack_rows(rows: RowField) -> Packed:
-    arrays, values = pack_probes(rows.probes)
+    arrays, values = pack_held_out(rows.held_out)
     arrays["row_queries"] = to_host(rows.queries)
     if rows.tree is not None:
-        arrays |= {f"row_{x}": to_host(getattr(rows.tree, x)) for x in _TREE}
+        arrays |= {f"row_{x}": to_host(getattr(rows.tree, y)) for x, y in _TREE.items()}
     return arrays, values | {f"row_{x}": getattr(rows, x) for x in _CHOICE}
 
 
@@ -268,33 +279,38 @@ def _unpack_rows(
     if "row_start" in arrays:
         first, start, *sums = (arrays[f"row_{x}"] for x in _TREE)
         tree = Tree(first, start, *map(wide, sums))
-    probes, queries = unpack_probes(arrays, values, wide), wide(arrays["row_queries"])
+    held_out, queries = (
+        unpack_held_out(arrays, values, wide),
+        wide(arrays["row_queries"]),
+    )
     choice: dict[str, Any] = {x: float(values[f"row_{x}"]) for x in _CHOICE}
-    return RowField(probes, queries, tree, **choice).judged()
+    return RowField(held_out, queries, tree, **choice).with_error_estimate()
 
 
-def _cluster(kept: Kept, metric: Array, count: int) -> Clusters:
+def _cluster(buffer: KVBuffer, metric: Array, count: int) -> Clusters:
     """Cluster keys that are in balanced coordinates already."""
-    d = kept.keys.shape[1]
+    d = buffer.keys.shape[1]
     zero, one = np.zeros(d), np.eye(d)
     plain = Transform(zero, zero, one, one, zero, metric)
     groups = min(_GROUPS, max(1, count // _CLUSTERS))
     return Clusters.of(
-        kept.key, kept.value, plain, 1.0, clusters=max(count, 1), groups=groups
+        buffer.key, buffer.value, plain, 1.0, clusters=max(count, 1), groups=groups
     )
 
 
-def _clusters_of(kept: Kept, start: Array, group: Array, metric: Array) -> Clusters:
+def _clusters_of(
+    buffer: KVBuffer, start: Array, group: Array, metric: Array
+) -> Clusters:
     """The clusters of turned keys, for turned queries."""
-    xp, dtype = array_namespace(kept.keys), kept.keys.dtype
-    end, d = int(start[-1]), kept.keys.shape[1]
-    device = device_of(kept.keys)
+    xp, dtype = array_namespace(buffer.keys), buffer.keys.dtype
+    end, d = int(start[-1]), buffer.keys.shape[1]
+    device = device_of(buffer.keys)
     return Clusters(
-        kept.keys[:end, :],
-        kept.values[:end, :],
+        buffer.keys[:end, :],
+        buffer.values[:end, :],
         start,
         group,
         xp.eye(d, dtype=dtype, device=device),
         xp.zeros((d,), dtype=dtype, device=device),
-        mover(kept.keys, dtype)(metric),
+        mover(buffer.keys, dtype)(metric),
     )

@@ -13,15 +13,20 @@ import numpy as np
 
 from fastattn._ops.clusters import partition
 from fastattn._ops.multipole_rows import multipole_rows, summarise
-from fastattn.certificates.certify import mend
+from fastattn.certificates.certify import recompute_rows
 from fastattn.certificates.ratio_estimate import Margin, RatioEstimate
 from fastattn.certificates.sampled import SampledError
 from fastattn.costs.rates import rates
 from fastattn.costs.work import exact_work
-from fastattn.prepared.held_out import FEWEST_QUERIES, MARGINS, Probes, Split
-from fastattn.prepared.kv_buffer import Kept, bytes_of
+from fastattn.prepared.held_out import (
+    FEWEST_QUERIES,
+    MARGINS,
+    HeldOutQueries,
+    QuerySplit,
+)
+from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
 from fastattn.problem.head import Head
-from fastattn.problem.partial_softmax import join
+from fastattn.problem.partial_softmax import merge_partials
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # keys of a leaf, and of a cluster of recent keys
@@ -31,7 +36,7 @@ FEWEST_KEYS = 8192
 # recent keys go into the tree once they are so many and this share of all
 _TAIL, _SHARE = 1024, 1 / 64
 # rows must be predicted to take at most this share of exact attention's time
-_WORTH = 0.8
+_TIME_SHARE = 0.8
 # multiply-adds of a product that one of a row takes, and rows of exact attention that
 # take as long as reading the keys
 _RATE, _READ = 8.5, 4
@@ -59,7 +64,7 @@ class Tree:
     ----------
     first, start : integer arrays, shapes (C + 1,), (B + 1,)
         Leaves of the clusters and keys of the leaves; on the host.
-    middle : array, shape (p,)
+    value_center : array, shape (p,)
         Mean of the values when the tree was planted.
     clusters, leaves : array, shapes (C, 3 d + p + 3), (B, 3 d + p + 3)
         What ``summarise`` says of them.
@@ -67,7 +72,7 @@ class Tree:
 
     first: Array
     start: Array
-    middle: Array
+    value_center: Array
     clusters: Array
     leaves: Array
 
@@ -77,7 +82,7 @@ class Tree:
         value: Array,
         scaled: Array,
         cuts: Array | None = None,
-        middle: Array | None = None,
+        value_center: Array | None = None,
     ) -> tuple[Array, "Tree"]:
         """Cut keys, or the clusters ``cuts`` of them; returns their new order too."""
         xp, m = array_namespace(key), key.shape[0]
@@ -97,10 +102,10 @@ class Tree:
             first.append(len(start) - 1)
         order = xp.concat(parts)
         key, value = (xp.take(x, order, axis=0) for x in (key, value))
-        middle = xp.mean(value, axis=0) if middle is None else middle
+        value_center = xp.mean(value, axis=0) if value_center is None else value_center
         whole, fine = np.asarray(cuts), np.asarray(start)
-        sums = [summarise(key, value, middle, start=x) for x in (whole, fine)]
-        return order, Tree(np.asarray(first), fine, middle, *sums)
+        sums = [summarise(key, value, value_center, start=x) for x in (whole, fine)]
+        return order, Tree(np.asarray(first), fine, value_center, *sums)
 
     @property
     def count(self) -> int:
@@ -110,28 +115,28 @@ class Tree:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        sums = self.middle, self.clusters, self.leaves
+        sums = self.value_center, self.clusters, self.leaves
         return sum(map(bytes_of, sums)) + int(self.first.nbytes + self.start.nbytes)
 
-    def join(self, other: "Tree") -> "Tree":
+    def merge(self, other: "Tree") -> "Tree":
         """Put another tree's keys behind these."""
         xp = array_namespace(self.clusters)
         return Tree(
             np.concatenate([self.first, self.first[-1] + other.first[1:]]),
             np.concatenate([self.start, self.start[-1] + other.start[1:]]),
-            self.middle,
+            self.value_center,
             xp.concat([self.clusters, other.clusters]),
             xp.concat([self.leaves, other.leaves]),
         )
 
     def ask(
-        self, query: Array, kept: Kept, threshold: float
+        self, query: Array, buffer: KVBuffer, threshold: float
     ) -> tuple[Array, Array, Array, Array]:
         """What ``multipole_rows`` says of the keys of the tree."""
         found: tuple[Array, Array, Array, Array] = multipole_rows(
             query,
-            kept.keys[: self.count, :],
-            kept.values[: self.count, :],
+            buffer.keys[: self.count, :],
+            buffer.values[: self.count, :],
             self.clusters,
             self.leaves,
             first=self.first,
@@ -150,7 +155,7 @@ class RowField:
 
     Parameters
     ----------
-    probes : Probes
+    held_out : HeldOutQueries
         What the certificate rests on.
     queries : array, shape (k, d)
         What the threshold is chosen on, then what it is checked on.
@@ -168,7 +173,7 @@ class RowField:
         What is certified now: a query has no time to ask the probes.
     """
 
-    probes: Probes
+    held_out: HeldOutQueries
     queries: Array
     tree: Tree | None = None
     threshold: float = 0.0
@@ -184,137 +189,146 @@ class RowField:
         """Hold out probes; None where queries are too few to choose and certify by."""
         if head.sizes[0] < 2 * FEWEST_QUERIES:
             return None
-        split, xp, p = Split.of(head, rng), head.xp, head.sizes[3]
+        split, xp, p = QuerySplit.of(head, rng), head.xp, head.sizes[3]
         some = rng.permutation(split.rest.shape[0])[: _TRIAL + _CHECK]
         rest = xp.take(split.rest, xp.asarray(some, device=device_of(to_query)), axis=0)
-        probes, rest = (
+        held_out, rest = (
             xp.matmul(xp.astype(x, to_query.dtype, copy=False), to_query)
-            for x in (split.probes, rest)
+            for x in (split.held_out, rest)
         )
-        split = replace(split, probes=probes)
-        return RowField(Probes.of(split, p, 1.0, tol, MARGINS[0]), rest)
+        split = replace(split, held_out=held_out)
+        return RowField(HeldOutQueries.of(split, p, 1.0, tol, MARGINS[0]), rest)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        own = self.probes.nbytes + bytes_of(self.queries)
+        own = self.held_out.nbytes + bytes_of(self.queries)
         return own if self.tree is None else own + self.tree.nbytes
 
     def empty(self) -> "RowField":
         """Forget the keys."""
-        probes = replace(self.probes.empty(), margin=MARGINS[0])
-        return RowField(probes, self.queries)
+        held_out = replace(self.held_out.empty(), margin=MARGINS[0])
+        return RowField(held_out, self.queries)
 
     def clustered(
-        self, kept: Kept, cuts: Array, metric: Array
-    ) -> tuple["RowField", Kept]:
+        self, buffer: KVBuffer, cuts: Array, metric: Array
+    ) -> tuple["RowField", KVBuffer]:
         """Plant a tree over clustered keys, which stay within their clusters."""
         none = self.empty()
-        if kept.count < FEWEST_KEYS:
-            return none, kept
-        order, tree = Tree.of(kept.key, kept.value, _scaled(kept.key, metric), cuts)
-        kept = _ordered(kept, order)
-        probes = none.probes.with_summed(kept.key, kept.value)
-        found = RowField(probes, self.queries, tree)
-        truth, _ = Head(self.queries, kept.key, kept.value, 1.0).attend()
-        tol = aim = self.probes.tol
+        if buffer.count < FEWEST_KEYS:
+            return none, buffer
+        order, tree = Tree.of(
+            buffer.key, buffer.value, _scaled(buffer.key, metric), cuts
+        )
+        buffer = _ordered(buffer, order)
+        held_out = none.held_out.with_summed(buffer.key, buffer.value)
+        found = RowField(held_out, self.queries, tree)
+        truth, _ = Head(self.queries, buffer.key, buffer.value, 1.0).attend()
+        tol = aim = self.held_out.tol
         for margin in MARGINS:
-            found = found._tried(kept, to_host(truth), _AIM * aim)
-            if not found.pays(1, kept):
+            found = found._tried(buffer, to_host(truth), _AIM * aim)
+            if not found.pays(1, buffer):
                 break
-            found = found._checked(kept, to_host(truth), margin)
-            found = replace(found, probes=replace(probes, margin=margin))._told(kept)
+            found = found._checked(buffer, to_host(truth), margin)
+            found = replace(
+                found, held_out=replace(held_out, margin=margin)
+            )._predict_held_out(buffer)
             assert found.sampled is not None
             if found.sampled.upper <= tol:
-                return found, kept
+                return found, buffer
             aim *= _LESS * tol / found.sampled.upper
-        return none, kept
+        return none, buffer
 
     def inserted(
-        self, kept: Kept, count: int, metric: Array
-    ) -> tuple["RowField", Kept]:
+        self, buffer: KVBuffer, count: int, metric: Array
+    ) -> tuple["RowField", KVBuffer]:
         """Take note of ``count`` new keys at the end, or move all recent ones in."""
         if self.tree is None:
-            return self, kept
-        last = kept.count - count
-        key, value = kept.key[last:, :], kept.value[last:, :]
-        probes, end = self.probes.with_kept(key, value), self.tree.count
-        if kept.count - end <= max(_TAIL, _SHARE * kept.count):
-            return replace(self, probes=probes).judged(), kept
-        xp, key = array_namespace(kept.keys), kept.key[end:, :]
+            return self, buffer
+        last = buffer.count - count
+        key, value = buffer.key[last:, :], buffer.value[last:, :]
+        held_out, end = self.held_out.with_buffered(key, value), self.tree.count
+        if buffer.count - end <= max(_TAIL, _SHARE * buffer.count):
+            return replace(self, held_out=held_out).with_error_estimate(), buffer
+        xp, key = array_namespace(buffer.keys), buffer.key[end:, :]
         order, tree = Tree.of(
-            key, kept.value[end:, :], _scaled(key, metric), middle=self.tree.middle
+            key,
+            buffer.value[end:, :],
+            _scaled(key, metric),
+            value_center=self.tree.value_center,
         )
         # not in place: who has the keys as they were must not find others
         before = xp.arange(end, device=device_of(key))
-        kept = _ordered(kept, xp.concat([before, end + order]))
-        grown = replace(self, tree=self.tree.join(tree), probes=probes.fold())
-        return grown._told(kept), kept
+        buffer = _ordered(buffer, xp.concat([before, end + order]))
+        grown = replace(self, tree=self.tree.merge(tree), held_out=held_out.fold())
+        return grown._predict_held_out(buffer), buffer
 
-    def pays(self, n: int, kept: Kept) -> bool:
+    def pays(self, n: int, buffer: KVBuffer) -> bool:
         """Whether ``n`` rows are predicted to take less than exact attention."""
-        m, p = kept.value.shape
-        exact = exact_work(n + _READ, m, kept.keys.shape[1], p)
-        return n * _RATE * self.work <= _WORTH * exact
+        m, p = buffer.value.shape
+        exact = exact_work(n + _READ, m, buffer.keys.shape[1], p)
+        return n * _RATE * self.work <= _TIME_SHARE * exact
 
-    def serves(self, n: int, kept: Kept) -> bool:
+    def serves(self, n: int, buffer: KVBuffer) -> bool:
         """Whether ``n`` rows are answered, within the tolerance and in less time."""
         if self.tree is None or self.sampled is None:
             return False
-        return self.sampled.upper <= self.probes.tol and self.pays(n, kept)
+        return self.sampled.upper <= self.held_out.tol and self.pays(n, buffer)
 
     def answer(
-        self, query: Array, kept: Kept
+        self, query: Array, buffer: KVBuffer
     ) -> tuple[Array, Array, SampledError] | None:
         """Answer rows, and say what that is worth; None where they are not served."""
-        if not self.serves(query.shape[0], kept):
+        if not self.serves(query.shape[0], buffer):
             return None
         assert self.tree is not None
         assert self.sampled is not None
-        end, found = self.tree.count, self._summed(query, kept)
-        if end < kept.count:
-            tail = Head(query, kept.key[end:, :], kept.value[end:, :], 1.0)
-            found = join(found, tail.attend())
+        end, found = self.tree.count, self._summed(query, buffer)
+        if end < buffer.count:
+            tail = Head(query, buffer.key[end:, :], buffer.value[end:, :], 1.0)
+            found = merge_partials(found, tail.attend())
         xp = array_namespace(query)
         # logits that overflow are for a wider precision
         if not all(bool(xp.all(xp.isfinite(x))) for x in found):
             return None
         return *found, self.sampled
 
-    def judged(self) -> "RowField":
+    def with_error_estimate(self) -> "RowField":
         """Ask the probes what answers are worth; never less than the check showed."""
-        found = self.probes.error()
+        found = self.held_out.error()
         text = f"{found.source}; {self.queries.shape[0] - _TRIAL} other queries"
         text = f"{text} showed {self.checked:.2e} when the keys were clustered"
         upper = max(found.upper, self.checked)
         return replace(self, sampled=replace(found, upper=upper, source=text))
 
-    def _summed(self, query: Array, kept: Kept) -> tuple[Array, Array]:
+    def _summed(self, query: Array, buffer: KVBuffer) -> tuple[Array, Array]:
         """Answers over the keys of the tree; rows in doubt are computed exactly."""
         assert self.tree is not None
         end = self.tree.count
-        value, logarithm, doubt, _ = self.tree.ask(query, kept, self.threshold)
+        value, logarithm, row_error, _ = self.tree.ask(query, buffer, self.threshold)
         # NaN is in doubt too
-        rows = np.flatnonzero(~(to_host(doubt) <= self.limit))
+        rows = np.flatnonzero(~(to_host(row_error) <= self.limit))
         if len(rows):
-            head = Head(query, kept.key[:end, :], kept.value[:end, :], 1.0)
-            value, logarithm = mend(head, value, logarithm, rows)
+            head = Head(query, buffer.key[:end, :], buffer.value[:end, :], 1.0)
+            value, logarithm = recompute_rows(head, value, logarithm, rows)
         return value, logarithm
 
-    def _told(self, kept: Kept) -> "RowField":
+    def _predict_held_out(self, buffer: KVBuffer) -> "RowField":
         """Ask the tree for its answers to the probes."""
-        value, logarithm = self._summed(self.probes.query, kept)
+        value, logarithm = self._summed(self.held_out.query, buffer)
         every = np.ones(value.shape[0], bool)
-        return replace(self, probes=self.probes.told(value, logarithm, every)).judged()
+        return replace(
+            self, held_out=self.held_out.update_predictions(value, logarithm, every)
+        ).with_error_estimate()
 
-    def _tried(self, kept: Kept, truth: Array, aim: float) -> "RowField":
+    def _tried(self, buffer: KVBuffer, truth: Array, aim: float) -> "RowField":
         """Choose the threshold whose error is ``aim``."""
         assert self.tree is not None
         query, truth = self.queries[:_TRIAL, :], truth[:_TRIAL]
         unit = float(np.sqrt(np.mean(to_host(self.tree.clusters)[:, -3] ** 2))) or 1.0
         size, threshold = float(np.linalg.norm(truth)), _TYPICAL
         for _ in range(_TRIES):
-            value, _, doubt, counts = self.tree.ask(query, kept, unit * threshold)
+            value, _, row_error, counts = self.tree.ask(query, buffer, unit * threshold)
             error = float(np.linalg.norm(to_host(value) - truth)) / (size or 1.0)
             tried = threshold
             change = (aim / max(error, 1e-9)) ** (1 / _SLOPE)
@@ -322,19 +336,19 @@ class RowField:
             if aim / _CLOSE <= error <= aim or threshold == tried:
                 break
         leaves, near = counts.mean(axis=0)
-        d, p, softmax = kept.keys.shape[1], truth.shape[1], rates().softmax
+        d, p, softmax = buffer.keys.shape[1], truth.shape[1], rates().softmax
         work = (len(self.tree.first) - 1 + leaves) * (3 * d + p + softmax)
         work += near * (d + p + softmax)
-        limit = _OUTLYING * float(to_host(doubt).max())
+        limit = _OUTLYING * float(to_host(row_error).max())
         return replace(self, threshold=unit * tried, limit=limit, work=float(work))
 
-    def _checked(self, kept: Kept, truth: Array, margin: float) -> "RowField":
+    def _checked(self, buffer: KVBuffer, truth: Array, margin: float) -> "RowField":
         """Check the threshold on queries that it was not chosen on.
 
         A few rows may hold most of the error: probes alone are too few to meet them.
         """
         truth = truth[_TRIAL:].astype(np.float64)
-        value, _ = self._summed(self.queries[_TRIAL:, :], kept)
+        value, _ = self._summed(self.queries[_TRIAL:, :], buffer)
         squares = np.sum((to_host(value) - truth) ** 2, axis=1)
         sizes = np.sum(truth**2, axis=1)
         # queries to come are like these: none of them is one of these
@@ -352,7 +366,7 @@ def _scaled(key: Array, metric: Array) -> Array:
     return key * xp.asarray(np.sqrt(metric), dtype=key.dtype, device=device_of(key))
 
 
-def _ordered(kept: Kept, order: Array) -> Kept:
-    xp = array_namespace(kept.keys)
-    key, value = (xp.take(x, order, axis=0) for x in (kept.key, kept.value))
-    return Kept(key, value, kept.count)
+def _ordered(buffer: KVBuffer, order: Array) -> KVBuffer:
+    xp = array_namespace(buffer.keys)
+    key, value = (xp.take(x, order, axis=0) for x in (buffer.key, buffer.value))
+    return KVBuffer(key, value, buffer.count)

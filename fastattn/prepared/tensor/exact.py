@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.prepared.kv_buffer import Kept, bytes_of
+from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
 from fastattn.prepared.rows import Rows
 from fastattn.prepared.states import Packed
 from fastattn.problem.plan import HeadAnswer, Plan
@@ -25,7 +25,7 @@ class TensorExactHead:
         Says that they are kept, and why.
     scale : float
         The factor of the logits.
-    kept : tuple of Kept
+    buffers : tuple of KVBuffer
         The keys and values.
     sample : array, shape (k, d)
         Queries that ``certificate`` is about.
@@ -33,34 +33,34 @@ class TensorExactHead:
 
     plan: Plan
     scale: float
-    kept: tuple[Kept, ...]
+    buffers: tuple[KVBuffer, ...]
     sample: Array
 
     @property
     def count(self) -> Any:
         """Number of keys of each factor."""
-        return tuple(kept.count for kept in self.kept)
+        return tuple(x.count for x in self.buffers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(kept.nbytes for kept in self.kept) + bytes_of(self.sample)
+        return sum(x.nbytes for x in self.buffers) + bytes_of(self.sample)
 
     def empty(self) -> "TensorExactHead":
         """Forget the keys."""
-        return replace(self, kept=tuple(kept.empty() for kept in self.kept))
+        return replace(self, buffers=tuple(x.empty() for x in self.buffers))
 
     def insert_into(self, factor: int, key: Array, value: Array) -> "TensorExactHead":
         """Add keys to one factor."""
-        kept = list(self.kept)
-        kept[factor] = kept[factor].append(key, value)
-        return replace(self, kept=tuple(kept))
+        buffers = list(self.buffers)
+        buffers[factor] = buffers[factor].append(key, value)
+        return replace(self, buffers=tuple(buffers))
 
     def merge(self, other: "TensorExactHead") -> "TensorExactHead":
         """Add the keys of another structure, factor by factor."""
         merged = self
-        for s, kept in enumerate(other.kept):
-            merged = merged.insert_into(s, kept.key, kept.value)
+        for s, buffer in enumerate(other.buffers):
+            merged = merged.insert_into(s, buffer.key, buffer.value)
         return merged
 
     def answer(
@@ -68,8 +68,7 @@ class TensorExactHead:
     ) -> HeadAnswer:
         """Answer queries exactly, with the bound of ``Exact()``."""
         keys, values = (
-            tuple(getattr(kept, name) for kept in self.kept)
-            for name in ("key", "value")
+            tuple(getattr(x, name) for x in self.buffers) for name in ("key", "value")
         )
         head = TensorHead(query, keys, values, self.scale)
         plan = exact_plan(head, self.plan.method, self.plan.reason)
@@ -84,10 +83,10 @@ class TensorExactHead:
     def pack(self) -> Packed:
         """Arrays and plain values."""
         arrays = {"sample": to_host(self.sample)}
-        for s, kept in enumerate(self.kept):
-            arrays[f"key_{s}"] = to_host(kept.key)
-            arrays[f"value_{s}"] = to_host(kept.value)
-        return arrays, {"scale": self.scale, "factors": len(self.kept)}
+        for s, buffers in enumerate(self.buffers):
+            arrays[f"key_{s}"] = to_host(buffers.key)
+            arrays[f"value_{s}"] = to_host(buffers.value)
+        return arrays, {"scale": self.scale, "factors": len(self.buffers)}
 
     @staticmethod
     def unpack(
@@ -95,12 +94,12 @@ class TensorExactHead:
     ) -> "TensorExactHead":
         """Undo ``pack``."""
         move = mover(like, like.dtype)
-        kept = []
+        buffers = []
         for s in range(values["factors"]):
             key, value = move(arrays[f"key_{s}"]), move(arrays[f"value_{s}"])
-            kept.append(Kept(key, value, key.shape[0]))
+            buffers.append(KVBuffer(key, value, key.shape[0]))
         sample = move(arrays["sample"])
-        return TensorExactHead(plan, float(values["scale"]), tuple(kept), sample)
+        return TensorExactHead(plan, float(values["scale"]), tuple(buffers), sample)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

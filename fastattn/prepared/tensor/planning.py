@@ -5,26 +5,30 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.certificates.accumulation import PIECES, with_room
+from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
 from fastattn.costs.work import exact_work, polynomial_work, seconds
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
-from fastattn.prepared.kv_buffer import Kept
+from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.tensor.exact import TensorExactHead
-from fastattn.prepared.tensor.states import TensorSumsHead
+from fastattn.prepared.tensor.states import TensorStateHead
 from fastattn.problem.plan import Method, Plan
-from fastattn.tensor.logit_bounds import Extent
-from fastattn.tensor.polynomial import TensorRecipe, check_basis, proven_recipe
+from fastattn.tensor.logit_bounds import LogitBounds
+from fastattn.tensor.polynomial import (
+    TensorPolynomialExpansion,
+    check_basis,
+    proven_expansion,
+)
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.certificate import RefusalError
 
 # sums must be predicted to take at most this share of exact attention's time
-_WORTH = 0.8
+_TIME_SHARE = 0.8
 # queries of the sample that kept keys are certified on
 _SAMPLE = 16
 
-TensorStructure = TensorExactHead | TensorSumsHead
+TensorStructure = TensorExactHead | TensorStateHead
 
 
 def prepare_tensor_head(
@@ -65,29 +69,33 @@ def _planned(
     if head.sizes[1] == 0:
         return _exact(head, Exact(), "no tuple to plan with", rng)
     if isinstance(method, Polynomial):
-        return _sums(head, tol, method, "asked for")
+        return _state(head, tol, method, "asked for")
     try:
-        found = _sums(head, tol, Polynomial(), "predicted to be quicker")
+        found = _state(head, tol, Polynomial(), "predicted to be quicker")
     except RefusalError as error:
         return _exact(head, Exact(), str(error), rng)
     share = found.plan.predicted_seconds / _exact_seconds(head)
-    if share <= _WORTH:
+    if share <= _TIME_SHARE:
         return found
     reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
     return _exact(head, Exact(), reason, rng)
 
 
-def _sums(
+def _state(
     head: TensorHead, tol: float, method: Polynomial, reason: str
-) -> TensorSumsHead:
+) -> TensorStateHead:
     """The least proven polynomial, with some room for larger queries."""
     check_basis(method, "proven")
     xp = head.xp
     # of one sign, the smaller queries stay within the interval
     head = replace(head, query=xp.concat([head.query, with_room(head.query)]))
-    extent = Extent.of(head)
-    recipe = proven_recipe(head, extent, tol, method.degree, method.rank, PIECES)
-    return TensorSumsHead.of(_plan_of(head, recipe, reason), recipe, head, extent)
+    logit_bounds = LogitBounds.of(head)
+    expansion = proven_expansion(
+        head, logit_bounds, tol, method.degree, method.rank, MAX_BLOCKS
+    )
+    return TensorStateHead.of(
+        _plan_of(head, expansion, reason), expansion, head, logit_bounds
+    )
 
 
 def _exact(
@@ -95,9 +103,9 @@ def _exact(
 ) -> TensorExactHead:
     """Keep the keys; without them yet."""
     plan = Plan(method, 0.0, _exact_seconds(head), reason)
-    kept = tuple(map(Kept.none, head.keys, head.values))
+    buffers = tuple(map(KVBuffer.none, head.keys, head.values))
     rows = np.sort(rng.permutation(head.sizes[0])[:_SAMPLE])
-    return TensorExactHead(plan, head.scale, kept, head.with_rows(rows).query)
+    return TensorExactHead(plan, head.scale, buffers, head.with_rows(rows).query)
 
 
 def _exact_seconds(head: TensorHead) -> float:
@@ -105,12 +113,14 @@ def _exact_seconds(head: TensorHead) -> float:
     return seconds(exact_work(1, *rest))
 
 
-def _plan_of(head: TensorHead, recipe: TensorRecipe, reason: str) -> Plan:
+def _plan_of(
+    head: TensorHead, expansion: TensorPolynomialExpansion, reason: str
+) -> Plan:
     """Describe the recipe by the method that it makes concrete, with a query's cost."""
-    rank: Any = len(recipe.index)
+    rank: Any = len(expansion.index)
     _, _, d, p = head.sizes
     work = polynomial_work(1, 0, d, p, rank)
-    if recipe.dtype == head.xp.float64 != head.dtype:
+    if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
-    method = Polynomial(degree=recipe.degree, rank=rank)
-    return Plan(method, recipe.bound, seconds(work), reason)
+    method = Polynomial(degree=expansion.degree, rank=rank)
+    return Plan(method, expansion.bound, seconds(work), reason)

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.certificates.accumulation import count_pieces, pieces
+from fastattn.certificates.accumulation import accumulation_blocks, count_blocks
 from fastattn.methods.polynomial.expansions import IndexSet
 from fastattn.prepared.states import Packed
 from fastattn.problem.plan import HeadAnswer, Plan
-from fastattn.tensor.logit_bounds import Extent, row_norms
-from fastattn.tensor.polynomial import TensorRecipe
+from fastattn.tensor.logit_bounds import LogitBounds, row_norms
+from fastattn.tensor.polynomial import TensorPolynomialExpansion
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import Certificate, RefusalError
@@ -25,7 +25,7 @@ _GIVE = 1 + 1e-13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Limits:
+class FactorBounds:
     """How far rows may reach for a bound to hold.
 
     Parameters
@@ -33,8 +33,8 @@ class Limits:
     low, high : array, shape (c,)
         The range of each column.
     norms : array, shape (k,)
-        The weighted norms of order 1, 2, ... of a row, as in ``Extent``; of values,
-        which have none, it is empty.
+        The weighted norms of order 1, 2, ... of a row, as in ``LogitBounds``; of
+        values, which have none, it is empty.
     """
 
     low: Array
@@ -49,13 +49,13 @@ class Limits:
             to_host(end(x, axis=0)).astype(np.float64) for end in (xp.min, xp.max)
         )
         norms = np.zeros(0) if weights is None else row_norms(x, *weights, count)
-        return Limits(low, high, np.array(norms))
+        return FactorBounds(low, high, np.array(norms))
 
     def check(
         self, name: str, x: Array, weights: tuple[Array, Array] | None = None
     ) -> None:
         """Raise ``RefusalError`` where a row is beyond the limits."""
-        found = Limits.of(x, weights, len(self.norms))
+        found = FactorBounds.of(x, weights, len(self.norms))
         outside = (found.low < self.low) | (found.high > self.high)
         if np.any(outside):
             column = int(np.flatnonzero(outside)[0])
@@ -73,61 +73,64 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TensorSumsHead:
+class TensorStateHead:
     """Sums of monomials of every factor, with the limits of a proven bound.
 
     Parameters
     ----------
     plan : Plan
         What was chosen.
-    recipe : TensorRecipe
+    expansion : TensorPolynomialExpansion
         Coordinates, monomials and coefficients.
     terms : array, shape (d,)
         Bound on the absolute term of each coordinate of a logit.
     largest : array, shape (k, d)
         The largest sizes of the coordinates of queries and keys.
-    query : Limits
+    query : FactorBounds
         Of the queries.
-    keys, values : tuple of Limits
+    keys, values : tuple of FactorBounds
         Of each factor.
     totals : tuple of array, shape (r, p + 1)
         Sums over the keys of each factor of monomial times ``[value, 1]``, in float64
         on the host.
-    count, pieces : tuple of int
+    count, accumulation_blocks : tuple of int
         Keys of each factor, and the sums that were added up for it.
     """
 
     plan: Plan
-    recipe: TensorRecipe
+    expansion: TensorPolynomialExpansion
     terms: Array
     largest: Array
-    query: Limits
-    keys: tuple[Limits, ...]
-    values: tuple[Limits, ...]
+    query: FactorBounds
+    keys: tuple[FactorBounds, ...]
+    values: tuple[FactorBounds, ...]
     totals: tuple[Array, ...]
     count: Any
-    pieces: tuple[int, ...]
+    blocks: tuple[int, ...]
 
     @staticmethod
     def of(
-        plan: Plan, recipe: TensorRecipe, head: TensorHead, extent: Extent
-    ) -> "TensorSumsHead":
+        plan: Plan,
+        expansion: TensorPolynomialExpansion,
+        head: TensorHead,
+        logit_bounds: LogitBounds,
+    ) -> "TensorStateHead":
         """Start without keys, for rows that reach as far as those of the head."""
         sides = (head.query, *head.keys)
         query, *keys = (
-            Limits.of(x, (largest, extent.terms), head.order)
-            for x, largest in zip(sides, extent.largest, strict=True)
+            FactorBounds.of(x, (largest, logit_bounds.terms), head.order)
+            for x, largest in zip(sides, logit_bounds.largest, strict=True)
         )
-        totals = np.zeros((len(recipe.index), head.sizes[3] + 1))
+        totals = np.zeros((len(expansion.index), head.sizes[3] + 1))
         none = (0,) * len(keys)
-        return TensorSumsHead(
+        return TensorStateHead(
             plan,
-            recipe,
-            extent.terms,
-            extent.largest,
+            expansion,
+            logit_bounds.terms,
+            logit_bounds.largest,
             query,
             tuple(keys),
-            tuple(Limits.of(x) for x in head.values),
+            tuple(FactorBounds.of(x) for x in head.values),
             (totals,) * len(keys),
             none,
             none,
@@ -138,39 +141,39 @@ class TensorSumsHead:
         """Bytes of the arrays."""
         return sum(int(x.nbytes) for x in self.pack()[0].values())
 
-    def empty(self) -> "TensorSumsHead":
+    def empty(self) -> "TensorStateHead":
         """Forget the keys."""
         none = (0,) * len(self.keys)
         totals = tuple(np.zeros_like(x) for x in self.totals)
-        return replace(self, totals=totals, count=none, pieces=none)
+        return replace(self, totals=totals, count=none, blocks=none)
 
-    def insert_into(self, factor: int, key: Array, value: Array) -> "TensorSumsHead":
+    def insert_into(self, factor: int, key: Array, value: Array) -> "TensorStateHead":
         """Add keys to one factor that are within the limits."""
         if not key.shape[0]:
             return self
         weights = self.largest[factor + 1], self.terms
         self.keys[factor].check(f"keys[{factor}]", key, weights)
         self.values[factor].check(f"values[{factor}]", value)
-        total, cut = self.totals[factor], list(pieces(key.shape[0]))
+        total, cut = self.totals[factor], list(accumulation_blocks(key.shape[0]))
         for rows in cut:
-            part = self.recipe.sums(factor, key[rows, :], value[rows, :])
+            part = self.expansion.sums(factor, key[rows, :], value[rows, :])
             total = total + to_host(part).astype(np.float64)
         return self._added(factor, total, key.shape[0], len(cut))
 
-    def merge(self, other: "TensorSumsHead") -> "TensorSumsHead":
+    def merge(self, other: "TensorStateHead") -> "TensorStateHead":
         """Add the keys of another structure of the same plan, factor by factor."""
         merged = self
         pairs = zip(self.totals, other.totals, strict=True)
         for s, (mine, theirs) in enumerate(pairs):
             total = mine + theirs
-            merged = merged._added(s, total, other.count[s], other.pieces[s])
+            merged = merged._added(s, total, other.count[s], other.blocks[s])
         return merged
 
     def _added(
         self, factor: int, total: Array, count: int, more: int
-    ) -> "TensorSumsHead":
+    ) -> "TensorStateHead":
         """Replace the sums of a factor by those of so many more keys."""
-        summed = count_pieces(self.pieces[factor], more, "method=Exact()")
+        summed = count_blocks(self.blocks[factor], more, "method=Exact()")
         if not np.isfinite(total).all():
             raise RefusalError("sums over keys overflow: the inputs are too extreme")
 
@@ -181,7 +184,7 @@ class TensorSumsHead:
             self,
             totals=changed(self.totals, total),
             count=changed(self.count, self.count[factor] + count),
-            pieces=changed(self.pieces, summed),
+            blocks=changed(self.blocks, summed),
         )
 
     def answer(
@@ -198,12 +201,12 @@ class TensorSumsHead:
         none = (query[:0, :],), (query[:0, :1],)
         head = TensorHead(query, *none, 1.0)
         xp, n = head.xp, query.shape[0]
-        move = mover(query, self.recipe.dtype)
+        move = mover(query, self.expansion.dtype)
         if all(self.count):
             factors = zip(self.totals, self.count, strict=True)
             parts = (move(total / count) for total, count in factors)
-            value, logarithm, good = self.recipe.query(query, parts)
-            if not bool(xp.all(good)):
+            value, logarithm, reliable = self.expansion.query(query, parts)
+            if not bool(xp.all(reliable)):
                 raise RefusalError(
                     "a sum of weights is not positive and finite although the bound "
                     "says so: inputs are too extreme for this precision; use Exact()"
@@ -226,33 +229,35 @@ class TensorSumsHead:
     @property
     def _bound(self) -> Certificate:
         return Certificate(
-            self.recipe.bound,
+            self.expansion.bound,
             0.0,
             "max",
-            f"minimax polynomial of degree {self.recipe.degree} on the interval of all "
-            "logits within the limits that queries and keys are held to (Alman and "
+            f"minimax polynomial of degree {self.expansion.degree} on the interval of "
+            "all logits within the limits that queries and keys are held to (Alman and "
             "Song 2023; relative error of weights)",
         )
 
     def pack(self) -> Packed:
         """Arrays and plain values."""
-        recipe, index = self.recipe, self.recipe.index
+        expansion, index = self.expansion, self.expansion.index
         arrays = {
-            "maps": np.array(recipe.maps),
-            "coefficients": recipe.coefficients,
+            "maps": np.array(expansion.maps),
+            "coefficients": expansion.coefficients,
             "terms": self.terms,
             "largest": self.largest,
             **{f"index_{name}": getattr(index, name) for name in _INDEX},
             **{f"total_{s}": total for s, total in enumerate(self.totals)},
         }
-        for side, limits in self._limits().items():
-            arrays |= {f"{side}_{name}": getattr(limits, name) for name in _LIMITS}
-        dtype = str(recipe.dtype).rpartition(".")[2].strip("'>")
-        numbers = {name: getattr(recipe, name) for name in _NUMBERS}
-        own = {"dtype": dtype, "count": self.count, "pieces": self.pieces}
+        for side, bounds in self._factor_bounds().items():
+            arrays |= {
+                f"{side}_{name}": getattr(bounds, name) for name in _FACTOR_BOUNDS
+            }
+        dtype = str(expansion.dtype).rpartition(".")[2].strip("'>")
+        numbers = {name: getattr(expansion, name) for name in _NUMBERS}
+        own = {"dtype": dtype, "count": self.count, "pieces": self.blocks}
         return arrays, {**numbers, **own}
 
-    def _limits(self) -> dict[str, Limits]:
+    def _factor_bounds(self) -> dict[str, FactorBounds]:
         sides = {"query": self.query}
         for s, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             sides |= {f"key_{s}": key, f"value_{s}": value}
@@ -261,28 +266,28 @@ class TensorSumsHead:
     @staticmethod
     def unpack(
         plan: Plan, arrays: dict[str, Array], values: dict[str, Any], like: Array
-    ) -> "TensorSumsHead":
+    ) -> "TensorStateHead":
         """Undo ``pack``."""
         factors = range(len(values["count"]))
 
-        def limits(side: str) -> Limits:
-            return Limits(*(arrays[f"{side}_{name}"] for name in _LIMITS))
+        def bounds(side: str) -> FactorBounds:
+            return FactorBounds(*(arrays[f"{side}_{name}"] for name in _FACTOR_BOUNDS))
 
-        recipe = TensorRecipe(
+        expansion = TensorPolynomialExpansion(
             maps=tuple(arrays["maps"]),
             index=IndexSet(**{name: arrays[f"index_{name}"] for name in _INDEX}),
             coefficients=arrays["coefficients"],
             dtype=getattr(array_namespace(like), values["dtype"]),
             **{name: float(values[name]) for name in _NUMBERS},
         )
-        return TensorSumsHead(
+        return TensorStateHead(
             plan,
-            recipe,
+            expansion,
             arrays["terms"],
             arrays["largest"],
-            limits("query"),
-            tuple(limits(f"key_{s}") for s in factors),
-            tuple(limits(f"value_{s}") for s in factors),
+            bounds("query"),
+            tuple(bounds(f"key_{s}") for s in factors),
+            tuple(bounds(f"value_{s}") for s in factors),
             tuple(arrays[f"total_{s}"] for s in factors),
             tuple(values["count"]),
             tuple(values["pieces"]),
@@ -290,5 +295,5 @@ class TensorSumsHead:
 
 
 _INDEX = ("parent", "coordinate", "degree", "multiplicity")
-_LIMITS = ("low", "high", "norms")
+_FACTOR_BOUNDS = ("low", "high", "norms")
 _NUMBERS = ("center", "bound", "low", "high")

@@ -89,14 +89,14 @@ def _tiles(points, queries, finish):
 def _finish_scan(products, of_points, of_queries, rounding, share, out, counts):
     for j in range(products.shape[0]):
         own, length = of_queries[0, j], of_queries[1, j]
-        h, off, reach = of_points[0], of_points[1], of_points[2]
+        h, off, point_norm = of_points[0], of_points[1], of_points[2]
         row, result, count = products[j], out[j], 0
         for i in range(row.size):
             square = h[i] + own - 2 * row[i]
-            doubt = rounding * (h[i] + own + 2 * reach[i] * length) + off[i]
-            is_doubtful = square <= share * doubt
-            count += is_doubtful
-            result[i] = np.sqrt(np.nan if is_doubtful else square)
+            uncertainty = rounding * (h[i] + own + 2 * point_norm[i] * length) + off[i]
+            is_uncertain = square <= share * uncertainty
+            count += is_uncertain
+            result[i] = np.sqrt(np.nan if is_uncertain else square)
         counts[j] = count
 
 
@@ -110,11 +110,11 @@ def _finish_brackets(
         row, result, count, top = products[j], out[j], 0, 0.0
         for i in range(row.size):
             near = h[i] + own - 2 * row[i]
-            doubt = rounding * (h[i] + own) + off[i]
+            uncertainty = rounding * (h[i] + own) + off[i]
             apart: Any = maximum(maximum(least[i] - tail, tail - most[i]), 0.0)
-            low = np.sqrt(maximum(near - doubt, 0.0) + apart * apart)
+            low = np.sqrt(maximum(near - uncertainty, 0.0) + apart * apart)
             wide = tail + most[i]
-            high = np.sqrt(maximum(near + doubt, 0.0) + wide * wide)
+            high = np.sqrt(maximum(near + uncertainty, 0.0) + wide * wide)
             total = low + high
             error = (high - low) / total if total > 0 else 0.0
             is_wide = error > tolerance

@@ -64,10 +64,10 @@ def _finish(values, of_codes, sampled, own, rounding, floor, out):
                 terms = square[i] + mine
                 row[i] = terms - 2 * step[i] * row[i]
                 largest[i] = maximum(largest[i], terms)
-        middle, result = _median(values[:, j]), out[j]
+        medians, result = _median(values[:, j]), out[j]
         for i in range(n):
-            is_small = middle[i] <= rounding * largest[i] or middle[i] <= floor[i]
-            result[i] = np.sqrt(np.nan if is_small else middle[i])
+            is_small = medians[i] <= rounding * largest[i] or medians[i] <= floor[i]
+            result[i] = np.sqrt(np.nan if is_small else medians[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

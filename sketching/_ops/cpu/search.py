@@ -41,10 +41,10 @@ def _search(
         above = np.empty(near.size)
         for t in range(near.size):
             i = near[t]
-            square, doubt = _norm_form(
+            square, uncertainty = _norm_form(
                 points[i], directions[j], of_points[:, i], of_queries[:, j], rounding
             )
-            above[t] = np.sqrt(maximum(square + doubt, 0.0))
+            above[t] = np.sqrt(maximum(square + uncertainty, 0.0))
         limit = np.sort(above)[k - 1] * (1 + tolerance)
         limit = row.dtype.type(limit)
         near = np.sort(near)
@@ -57,11 +57,11 @@ def _search(
             known += is_known
             if not is_known and row[i] > limit:
                 continue
-            square, doubt = _norm_form(
+            square, uncertainty = _norm_form(
                 points[i], directions[j], of_points[:, i], of_queries[:, j], rounding
             )
             slots[j, place] = i
-            if square > doubt / (2 * tolerance):
+            if square > uncertainty / (2 * tolerance):
                 values[j, place] = np.sqrt(square)
             place += 1
 
@@ -72,8 +72,8 @@ def _norm_form(point, direction, of_point, of_query, rounding):
     for t in range(point.size):
         product += point[t] * direction[t]
     h, own = of_point[0], of_query[0]
-    doubt = rounding * (h + own + 2 * of_point[2] * of_query[1]) + of_point[1]
-    return h + own - 2 * np.float64(product), doubt
+    uncertainty = rounding * (h + own + 2 * of_point[2] * of_query[1]) + of_point[1]
+    return h + own - 2 * np.float64(product), uncertainty
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -74,11 +74,11 @@ def _may_be_short(vectors, of_points, of_updates):
     is_long = count >= _SHORT[0] and d >= _SHORT[1] and vectors.dtype == np.float32
     if not (is_long and is_fast()):
         return False
-    h, reach = of_points[0], of_points[2]
+    h, point_norm = of_points[0], of_points[2]
     squares, _, of_right, of_image, _ = of_updates
     # a product is the root of d less than the lengths, as a rule
     terms = np.sum(of_right * (2 * of_image + squares * of_right)) / math.sqrt(d)
-    return 2 * share(d) * terms * np.mean(reach * reach) <= np.mean(h)
+    return 2 * share(d) * terms * np.mean(point_norm * point_norm) <= np.mean(h)
 
 
 def _change_by_tiles(
@@ -180,14 +180,14 @@ def _add_all(products, of_updates, rounding, of_points):
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _add(w, v, ratio, update, rounding, of_points):
     """Add the changes of norms by one update, of all points at once."""
-    h, off, reach = of_points[0], of_points[1], of_points[2]
+    h, off, point_norm = of_points[0], of_points[1], of_points[2]
     square, long = update[0], update[2]
     wide = update[3] + square * long
     both = long * (update[3] + wide)
     for i in range(w.size):
         one, other = np.float64(w[i]), ratio * v[i]
         h[i] += one * (2 * other + square * one)
-        terms, apart = abs(other) * long + abs(one) * wide, rounding * reach[i]
+        terms, apart = abs(other) * long + abs(one) * wide, rounding * point_norm[i]
         off[i] += apart * (2 * terms + apart * both)
 
 

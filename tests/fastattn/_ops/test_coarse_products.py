@@ -11,9 +11,9 @@ from fastattn._ops.cpu.products import Readout, Sums
 from fastattn._ops.cpu.tiles import whole_tiles
 from fastattn._ops.quantized import rounded
 from fastattn.gradients import lowrank as lowrank_gradient
-from fastattn.gradients.lowrank import lowrank_slopes
+from fastattn.gradients.lowrank import lowrank_vjp
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Sample
+from fastattn.methods.lowrank.whitening import PlanningSample
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.derivatives import problem, softmax_vjp
@@ -63,11 +63,13 @@ def test_sums_over_rows_go_on(size, p, counts):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_processors_without_pairs_do_not_round(suite, dtype, monkeypatch):
     arrays, options = suite().inputs(np.random.default_rng(0), dtype, 200, 150)
-    op = suite.op.body("cpu")
+    op = suite.op.kernel("cpu")
     fine = op(*arrays, **options)
     if dtype == np.float32:
         monkeypatch.setattr(products, "multiplies_bytes", lambda: False)
-    for one, other in zip(op(*arrays, **options, coarse=True), fine, strict=True):
+    for one, other in zip(
+        op(*arrays, **options, low_precision=True), fine, strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -77,8 +79,8 @@ def test_processors_without_pairs_do_not_round(suite, dtype, monkeypatch):
 )
 def test_sums_of_weights_are_not_rounded(suite, same):
     arrays, options = suite().inputs(np.random.default_rng(0), np.float32, 256, 256)
-    op = suite.op.body("cpu")
-    fine, found = op(*arrays, **options), op(*arrays, **options, coarse=True)
+    op = suite.op.kernel("cpu")
+    fine, found = op(*arrays, **options), op(*arrays, **options, low_precision=True)
     for i, (one, other) in enumerate(zip(found, fine, strict=True)):
         assert np.array_equal(one, other) == (i in same)
         used = np.isfinite(other)
@@ -89,34 +91,36 @@ def test_sums_of_weights_are_not_rounded(suite, same):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_coarse_derivatives_err_little_more(is_causal):
+def test_low_precision_derivatives_err_little_more(is_causal):
     *inputs, grad = problem(n=3000, m=3000, d=4, p=5, spread=0.6, dtype=np.float32)
-    visible = np.arange(3000) + 1 if is_causal else None
-    head = Head(*inputs, 0.5, visible)
+    prefix_lengths = np.arange(3000) + 1 if is_causal else None
+    head = Head(*inputs, 0.5, prefix_lengths)
     truth = softmax_vjp(*inputs, grad, is_causal=is_causal)
     rng = np.random.default_rng(0)
-    sample = Sample.of(head.unmasked(), rng)
+    sample = PlanningSample.of(head.unmasked(), rng)
     empty = LowRank.plan(sample, rank=35, landmarks=0, rng=rng)
     worst = []
-    for coarse in (False, True):
-        slopes, seen = lowrank_slopes(head, grad, replace(empty, coarse=coarse), rng)
+    for low_precision in (False, True):
+        gradients, seen = lowrank_vjp(
+            head, grad, replace(empty, low_precision=low_precision), rng
+        )
         errors = [
-            oracles.frobenius_error(x, y) for x, y in zip(slopes, truth, strict=True)
+            oracles.frobenius_error(x, y) for x, y in zip(gradients, truth, strict=True)
         ]
         worst.append(max(errors))
         assert seen >= 0.8 * worst[-1]
     assert worst[1] <= 1.02 * worst[0] + 2 * ROUNDING
 
 
-def test_only_tolerances_with_room_are_coarse(monkeypatch):
+def test_only_tolerances_with_room_take_low_precision(monkeypatch):
     inputs = problem(n=4500, m=4400, d=4, p=5, spread=0.6, dtype=np.float32)
     seen = []
 
     def look(head, grad, empty, *args):
-        seen.append(empty.coarse)
-        return lowrank_slopes(head, grad, empty, *args)
+        seen.append(empty.low_precision)
+        return lowrank_vjp(head, grad, empty, *args)
 
-    monkeypatch.setattr(lowrank_gradient, "lowrank_slopes", look)
+    monkeypatch.setattr(lowrank_gradient, "lowrank_vjp", look)
     for tol in (3e-2, 4e-3):
         seen.clear()
         attention_vjp(*inputs, tol=tol, rng=0)
@@ -124,7 +128,7 @@ def test_only_tolerances_with_room_are_coarse(monkeypatch):
         assert all(x == (tol > 1e-2) for x in seen)
 
 
-def test_a_low_rank_that_is_asked_for_is_not_coarse(monkeypatch):
+def test_a_low_rank_that_is_asked_for_is_in_full_precision(monkeypatch):
     *inputs, grad = problem(n=1500, m=1400, d=4, p=5, spread=0.6, dtype=np.float32)
     method = Polynomial(rank=126, basis="hermite")
     fine = attention_vjp(*inputs, grad, method=method, tol=3e-2, rng=0)

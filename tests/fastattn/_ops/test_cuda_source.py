@@ -61,7 +61,7 @@ def test_emulation_tells_a_missing_barrier(tmp_path, falling):
 
 
 @pytest.mark.parametrize("path", BODIES, ids=lambda path: path.name)
-def test_cupy_has_what_bodies_ask_of_it(path):
+def test_cupy_has_what_kernels_ask_of_it(path):
     # NumPy stands in for it below, and has more
     cupy = pytest.importorskip("cupy", reason="cupy is not installed")
     names = set(re.findall(r"\bcp\.(\w+)", path.read_text()))

@@ -19,7 +19,7 @@ OPS = (attend, monomials, moments, means)
 DTYPES = [np.float32, np.float64]
 # sizes around those of warps, tiles and blocks
 SIZES = [1, 2, 31, 32, 33, 63, 65, 129, 1025]
-RECIPES = {
+INDEX_SETS = {
     "constant": total_degree(3, 0),
     "square": total_degree(5, 2),
     "deep": total_degree(1, 24),
@@ -50,9 +50,9 @@ def in_float64(arrays, transform=np.asarray):
     return [transform(x).astype(np.float64) for x in arrays]
 
 
-def sum_roundoff(dtype, terms, recipe, d):
+def sum_roundoff(dtype, terms, index_set, d):
     """Relative error, in absolute sums, of ``terms`` products of monomials."""
-    degree = recipe.degree.max(initial=0)
+    degree = index_set.degree.max(initial=0)
     return 2 * np.finfo(dtype).eps * (terms + (degree + 2) * (d + 4) + 16)
 
 
@@ -72,17 +72,21 @@ class BodyLaws:
     def test_attend_agrees_with_reference(self, gpu, dtype, m, seen):
         n, d, p = 67, 1 + m % 19, 1 + m % 35
         query, key, value = problem(dtype, (2, n, d), (2, m, d), (2, m, p))
-        visible = {
+        prefix_lengths = {
             "all": None,
             "causal": np.minimum(np.arange(1, n + 1), m),
             "some": np.arange(n)[::-1] * m // n,
             "nothing": np.zeros(n, dtype=np.int64),
         }[seen]
-        want = attend.reference(query, key, value, scale=1.5, visible=visible)
+        want = attend.reference(
+            query, key, value, scale=1.5, prefix_lengths=prefix_lengths
+        )
         got = gpu.attend(
             *map(gpu.asarray, (query, key, value)),
             scale=1.5,
-            visible=None if visible is None else gpu.asarray(visible),
+            prefix_lengths=None
+            if prefix_lengths is None
+            else gpu.asarray(prefix_lengths),
         )
         slack = 1.5 * attend_roundoff(query, key, value)
         for ours, theirs in zip(map(gpu.asnumpy, got), want, strict=True):
@@ -93,9 +97,9 @@ class BodyLaws:
     def test_blocks_of_queries_change_nothing(self, gpu, rows):
         query, key, value = problem(np.float64, (1, 65, 3), (1, 40, 3), (1, 40, 4))
         arrays = [gpu.asarray(x) for x in (query, key, value)]
-        visible = gpu.asarray(np.arange(65) % 41)
-        whole = gpu.attend(*arrays, scale=1.0, visible=visible)
-        parts = gpu.attend(*arrays, scale=1.0, visible=visible, rows=rows)
+        prefix_lengths = gpu.asarray(np.arange(65) % 41)
+        whole = gpu.attend(*arrays, scale=1.0, prefix_lengths=prefix_lengths)
+        parts = gpu.attend(*arrays, scale=1.0, prefix_lengths=prefix_lengths, rows=rows)
         slack = attend_roundoff(query, key, value)
         for x, y in zip(whole, parts, strict=True):
             np.testing.assert_allclose(
@@ -105,11 +109,13 @@ class BodyLaws:
     @pytest.mark.parametrize("keys", [1, 7, 39])
     def test_blocks_of_keys_change_nothing(self, gpu, monkeypatch, keys):
         query, key, value = problem(np.float64, (2, 65, 3), (2, 40, 3), (2, 40, 4))
-        visible = np.arange(65) % 41
-        want = attend.reference(query, key, value, scale=1.0, visible=visible)
+        prefix_lengths = np.arange(65) % 41
+        want = attend.reference(
+            query, key, value, scale=1.0, prefix_lengths=prefix_lengths
+        )
         monkeypatch.setitem(gpu.attend.__globals__, "_KEYS", keys)
         arrays = [gpu.asarray(x) for x in (query, key, value)]
-        got = gpu.attend(*arrays, scale=1.0, visible=gpu.asarray(visible))
+        got = gpu.attend(*arrays, scale=1.0, prefix_lengths=gpu.asarray(prefix_lengths))
         slack = attend_roundoff(query, key, value)
         for ours, theirs in zip(map(gpu.asnumpy, got), want, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=slack)
@@ -117,8 +123,10 @@ class BodyLaws:
     def test_attend_keeps_the_dtype_of_query(self, gpu):
         query, key, value = problem(np.float32, (1, 9, 4), (1, 12, 4), (1, 12, 3))
         half = [x.astype(np.float16) for x in (key, value)]
-        want = attend.reference(query, *half, scale=0.5, visible=None)
-        got = gpu.attend(*map(gpu.asarray, (query, *half)), scale=0.5, visible=None)
+        want = attend.reference(query, *half, scale=0.5, prefix_lengths=None)
+        got = gpu.attend(
+            *map(gpu.asarray, (query, *half)), scale=0.5, prefix_lengths=None
+        )
         slack = attend_roundoff(query, key, value)
         for ours, theirs in zip(map(gpu.asnumpy, got), want, strict=True):
             assert ours.dtype == np.float32
@@ -128,92 +136,103 @@ class BodyLaws:
         # the largest logit comes with the last key, 700 above the first
         key = np.linspace(0, 700, 1500)[None, :, None]
         query, value = np.ones((1, 3, 1)), problem(np.float64, (1, 1500, 2))[0]
-        want = attend.reference(query, key, value, scale=1.0, visible=None)
+        want = attend.reference(query, key, value, scale=1.0, prefix_lengths=None)
         got = gpu.attend(
-            *map(gpu.asarray, (query, key, value)), scale=1.0, visible=None
+            *map(gpu.asarray, (query, key, value)), scale=1.0, prefix_lengths=None
         )
         slack = attend_roundoff(query, key, value)
         for ours, theirs in zip(map(gpu.asnumpy, got), want, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=slack)
 
-    @pytest.mark.parametrize("name", RECIPES)
+    @pytest.mark.parametrize("name", INDEX_SETS)
     def test_monomials_are_those_of_the_reference(self, gpu, dtype, n, name):
-        recipe = RECIPES[name]
-        (x,) = problem(dtype, (n, 1 + int(recipe.coordinate.max())))
+        index_set = INDEX_SETS[name]
+        (x,) = problem(dtype, (n, 1 + int(index_set.coordinate.max())))
         # away from zero, where powers would underflow
         x = np.where(np.abs(x) < 0.25, x + 0.5, x).astype(dtype)
-        options = {"parent": recipe.parent, "coordinate": recipe.coordinate}
+        options = {"parent": index_set.parent, "coordinate": index_set.coordinate}
         got = gpu.asnumpy(gpu.monomials(gpu.asarray(x), **options))
         assert got.dtype == dtype
         # the same products in the same order
         np.testing.assert_array_equal(got, monomials.reference(x, **options))
 
-    @pytest.mark.parametrize("name", RECIPES)
+    @pytest.mark.parametrize("name", INDEX_SETS)
     def test_moments_agree_with_reference(self, gpu, dtype, m, name):
-        check_moments(gpu, dtype, m, RECIPES[name], p=1 + m % 70)
+        check_moments(gpu, dtype, m, INDEX_SETS[name], p=1 + m % 70)
 
     @pytest.mark.parametrize("limit", ["_LARGEST_PARTS", "ROWS"])
     def test_moments_add_up_over_blocks(self, gpu, monkeypatch, limit):
         products = gpu.moments.__globals__["spans"].__globals__
         monkeypatch.setitem(products, limit, 256)
-        check_moments(gpu, np.float32, 1025, RECIPES["square"], p=3)
+        check_moments(gpu, np.float32, 1025, INDEX_SETS["square"], p=3)
 
-    @pytest.mark.parametrize("name", RECIPES)
+    @pytest.mark.parametrize("name", INDEX_SETS)
     def test_means_agree_with_reference(self, gpu, dtype, n, name):
-        check_means(gpu, dtype, n, RECIPES[name], p=1 + n % 70)
+        check_means(gpu, dtype, n, INDEX_SETS[name], p=1 + n % 70)
 
     def test_means_add_up_over_blocks(self, gpu, monkeypatch):
         monkeypatch.setitem(gpu.means.__globals__, "ROWS", 100)
-        check_means(gpu, np.float32, 333, RECIPES["square"], p=3)
+        check_means(gpu, np.float32, 333, INDEX_SETS["square"], p=3)
 
-    def test_means_without_weight_are_the_middle(self, gpu):
+    def test_means_without_weight_are_the_value_center(self, gpu):
         options = {"parent": np.zeros(1, int), "coordinate": np.zeros(1, int)}
-        query, center, projection, middle = problem(np.float32, (3, 2), 2, (2, 2), 1)
+        query, center, projection, value_center = problem(
+            np.float32, (3, 2), 2, (2, 2), 1
+        )
         for weight in (0.0, -1.0, np.inf, np.nan):
             readout = np.array([[np.inf, weight]], dtype=np.float32)
-            arrays = (query, center, projection, readout, middle)
+            arrays = (query, center, projection, readout, value_center)
             value, total = gpu.means(*map(gpu.asarray, arrays), **options)
-            np.testing.assert_array_equal(gpu.asnumpy(value), np.tile(middle, (3, 1)))
+            np.testing.assert_array_equal(
+                gpu.asnumpy(value), np.tile(value_center, (3, 1))
+            )
             np.testing.assert_array_equal(gpu.asnumpy(total), np.full(3, weight))
 
 
-def check_moments(gpu, dtype, m, recipe, p):
+def check_moments(gpu, dtype, m, index_set, p):
     """Compare moments with the reference in float64."""
-    c = 1 + int(recipe.coordinate.max())
+    c = 1 + int(index_set.coordinate.max())
     d = c + 2
-    options = {"parent": recipe.parent, "coordinate": recipe.coordinate}
+    options = {"parent": index_set.parent, "coordinate": index_set.coordinate}
     arrays = problem(dtype, (m, d), (m, p), d, (d, c), d, p)
-    key, value, center, projection, tilt, middle = arrays
+    key, value, center, projection, tilt, value_center = arrays
     tilt /= d
     got = gpu.asnumpy(gpu.moments(*map(gpu.asarray, arrays), **options))
     assert got.dtype == dtype
     want = moments.reference(*in_float64(arrays), **options)
     # every term's absolute value, or more: no monomial and no weight is larger
-    positive = (key - center, value - middle, 0 * center, projection, tilt, 0 * middle)
+    positive = (
+        key - center,
+        value - value_center,
+        0 * center,
+        projection,
+        tilt,
+        0 * value_center,
+    )
     absolute = moments.reference(*in_float64(positive, np.abs), **options)
-    slack = sum_roundoff(dtype, m, recipe, d) * absolute
+    slack = sum_roundoff(dtype, m, index_set, d) * absolute
     np.testing.assert_array_less(np.abs(got - want), slack)
 
 
-def check_means(gpu, dtype, n, recipe, p):
+def check_means(gpu, dtype, n, index_set, p):
     """Compare means with the reference in float64, where the sign is beyond doubt."""
-    c, rank = 1 + int(recipe.coordinate.max()), len(recipe)
+    c, rank = 1 + int(index_set.coordinate.max()), len(index_set)
     d = c + 2
-    options = {"parent": recipe.parent, "coordinate": recipe.coordinate}
+    options = {"parent": index_set.parent, "coordinate": index_set.coordinate}
     arrays = problem(dtype, (n, d), d, (d, c), (rank, p + 1), p)
-    query, center, projection, readout, middle = arrays
+    query, center, projection, readout, value_center = arrays
     projection /= d
     got = [gpu.asnumpy(x) for x in gpu.means(*map(gpu.asarray, arrays), **options)]
     assert [x.dtype for x in got] == [dtype, dtype]
     value, total = means.reference(*in_float64(arrays), **options)
     x = np.abs(query - center).astype(np.float64) @ np.abs(projection)
     sums = monomials.reference(x, **options) @ np.abs(readout)
-    slack = sum_roundoff(dtype, rank, recipe, d) * sums
+    slack = sum_roundoff(dtype, rank, index_set, d) * sums
     np.testing.assert_array_less(np.abs(got[1] - total), slack[:, -1])
     clear = np.abs(total) > 4 * slack[:, -1]
     assert clear.any()
     safe = np.where(total > 0, total, np.inf)
-    drift = slack[:, :-1] + np.abs(value - middle) * slack[:, -1:]
+    drift = slack[:, :-1] + np.abs(value - value_center) * slack[:, -1:]
     drift = 2 * drift / safe[:, None] + 4 * np.finfo(dtype).eps * (1 + np.abs(value))
     np.testing.assert_array_less(
         np.abs(got[0] - value)[clear], drift[clear], strict=False
@@ -234,15 +253,15 @@ def cp():
 
 @pytest.fixture(scope="module")
 def gpu(cp):
-    bodies = {op.__name__: op.body("gpu") for op in OPS}
-    return SimpleNamespace(asarray=cp.asarray, asnumpy=cp.asnumpy, **bodies)
+    kernels = {op.__name__: op.kernel("gpu") for op in OPS}
+    return SimpleNamespace(asarray=cp.asarray, asnumpy=cp.asnumpy, **kernels)
 
 
 @pytest.mark.gpu
 # a first run on a device is not to fail for somebody else's warning
 @pytest.mark.filterwarnings("default")
 class TestDevice(BodyLaws):
-    def test_arrays_of_cupy_choose_the_bodies(self, cp):
+    def test_arrays_of_cupy_choose_the_kernels(self, cp):
         (x,) = problem(np.float32, (4, 2))
         options = {"parent": np.zeros(1, int), "coordinate": np.zeros(1, int)}
         assert isinstance(monomials(cp.asarray(x), **options), cp.ndarray)

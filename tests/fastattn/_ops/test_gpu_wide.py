@@ -23,12 +23,12 @@ def agree(op, arrays, options, slack, limits=()):
     """Compare the body with the reference in float64, relative to the largest."""
     skip_without("gpu")
     moved = [bring("gpu", x) for x in arrays]
-    body, dtype = op.body("gpu"), arrays[0].dtype
+    kernel, dtype = op.kernel("gpu"), arrays[0].dtype
     with pytest.MonkeyPatch.context() as patch:
         for name, limit in limits:
-            assert name in body.__globals__
-            patch.setitem(body.__globals__, name, limit)
-        got = body(*moved, **options)
+            assert name in kernel.__globals__
+            patch.setitem(kernel.__globals__, name, limit)
+        got = kernel(*moved, **options)
     exact = [x.astype(np.float64) if x.dtype.kind == "f" else x for x in arrays]
     want = op.reference(*exact, **options)
     got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
@@ -48,7 +48,7 @@ def lowrank_inputs(dtype, rank, landmarks, p):
     weights = 1e-4 * rng.standard_normal((rank + landmarks, p + 1))
     weights[0, -1] = 5
     arrays = projection, marks, weights
-    return rng, Hermite.of(spread, rank).recipe, [x.astype(dtype) for x in arrays]
+    return rng, Hermite.of(spread, rank).op_arguments, [x.astype(dtype) for x in arrays]
 
 
 class WideLaws:
@@ -58,20 +58,22 @@ class WideLaws:
     @pytest.mark.parametrize(("rank", "landmarks", "p"), [(1, 70, 3), (150, 33, 70)])
     @pytest.mark.parametrize("marks", [1 << 23, 40_000])
     def test_key_sums(self, dtype, rank, landmarks, p, marks):
-        rng, recipe, (projection, points, _) = lowrank_inputs(dtype, rank, landmarks, p)
+        rng, op_arguments, (projection, points, _) = lowrank_inputs(
+            dtype, rank, landmarks, p
+        )
         m, d = 2500, len(projection)
         key, value = rng.standard_normal((m, d)), rng.standard_normal((m, p))
-        center, middle = rng.standard_normal(d) / 9, rng.standard_normal(p)
+        center, value_center = rng.standard_normal(d) / 9, rng.standard_normal(p)
         arrays = [x.astype(dtype) for x in (key, value, center)]
-        arrays += [projection, points, middle.astype(dtype)]
-        options = {"offset": -0.5, "longest": 30.0, **recipe}
+        arrays += [projection, points, value_center.astype(dtype)]
+        options = {"offset": -0.5, "longest": 30.0, **op_arguments}
         agree(key_sums, arrays, options, 400, [("_MARKS", marks)])
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("rank", "landmarks", "p"), [(1, 70, 3), (150, 33, 70)])
     @pytest.mark.parametrize("rows", [1 << 18, 100])
     def test_query_means(self, dtype, rank, landmarks, p, rows):
-        rng, recipe, some = lowrank_inputs(dtype, rank, landmarks, p)
+        rng, op_arguments, some = lowrank_inputs(dtype, rank, landmarks, p)
         projection, points, weights = some
         n, d = 300, len(projection)
         arrays = [
@@ -83,7 +85,7 @@ class WideLaws:
         ]  # fmt: skip
         arrays = [x.astype(dtype) for x in arrays]
         limits = [("ROWS", rows), ("_MARKS", 30 * rows)]
-        agree(query_means, arrays, recipe, 400, limits)
+        agree(query_means, arrays, op_arguments, 400, limits)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
@@ -113,8 +115,8 @@ class WideLaws:
         rng, n, m, r, p = np.random.default_rng(1), 200, 230, 70, 70
         shapes = (n, r), (m, r), (m, p), (r, p)
         arrays = [rng.standard_normal(s).astype(dtype) for s in shapes]
-        visible = np.clip(np.arange(n) + 1 + shift, 0, m)
-        options = {"visible": visible, "decay": decay}
+        prefix_lengths = np.clip(np.arange(n) + 1 + shift, 0, m)
+        options = {"prefix_lengths": prefix_lengths, "decay": decay}
         if decay is not None:
             options |= {"row": 120 + np.arange(n), "column": np.arange(m), "origin": 2}
         agree(prefix_products, arrays, options, 400, [("_STATES", states)])

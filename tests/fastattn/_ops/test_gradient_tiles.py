@@ -43,7 +43,7 @@ def test_weights_that_overflow_are_left_to_blas(monkeypatch):
     query, key, value, grad = problem(200, 200, 32, 32, dtype=np.float32)
     # the one key that outweighs all is none that the weights are relative to
     key[101] = 300 * query[5] / np.linalg.norm(query[5])
-    options = {"scale": 1.0, "visible": None}
+    options = {"scale": 1.0, "prefix_lengths": None}
     got = attend_vjp(query, key, value, grad, **options)
     monkeypatch.setattr(gradient_tiles, "serves", lambda *_: False)
     want = attend_vjp(query, key, value, grad, **options)

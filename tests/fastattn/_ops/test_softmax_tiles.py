@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastattn import Exact, approximate
-from fastattn._ops.cpu import softmax as body
+from fastattn._ops.cpu import softmax as kernel
 from fastattn._ops.cpu.softmax_tiles import KEYS, attend_tiles, serves
 from fastattn._ops.cpu.tiles import has_tiles
 from fastattn._ops.softmax import attend
@@ -23,7 +23,7 @@ class TestAttendInTiles(OpLaws):
     def inputs(self, rng, dtype, n, m):
         d, p = self.widths
         arrays = (rng.standard_normal((2, *s)) for s in ((n, d), (m, d), (m, p)))
-        return [x.astype(dtype) for x in arrays], {"scale": 0.4, "visible": None}
+        return [x.astype(dtype) for x in arrays], {"scale": 0.4, "prefix_lengths": None}
 
     def slack(self, arrays, options):
         return roundoff(*arrays, scale=options["scale"])
@@ -34,7 +34,7 @@ class TestAttendVisibleInTiles(TestAttendInTiles):
 
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "visible": rng.integers(0, m + 1, n)}
+        return arrays, {**options, "prefix_lengths": rng.integers(0, m + 1, n)}
 
 
 class TestAttendWithoutValuesInTiles(TestAttendInTiles):
@@ -96,9 +96,13 @@ def test_sums_that_overflow_are_left_to_blas(monkeypatch):
     out, norm = np.empty((200, 8), np.float32), np.empty(200, np.float32)
     assert serves(query, key, value)
     assert not attend_tiles(query, key, value, 1.0, None, out, norm)
-    got, log_sum = attend(query[None], key[None], value[None], scale=1.0, visible=None)
-    monkeypatch.setattr(body, "serves", lambda *_: False)
-    want, same = attend(query[None], key[None], value[None], scale=1.0, visible=None)
+    got, log_sum = attend(
+        query[None], key[None], value[None], scale=1.0, prefix_lengths=None
+    )
+    monkeypatch.setattr(kernel, "serves", lambda *_: False)
+    want, same = attend(
+        query[None], key[None], value[None], scale=1.0, prefix_lengths=None
+    )
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(log_sum, same)
     truth, _ = oracles.attention(query, key, value, scale=1.0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastattn import Exact, Polynomial, RefusalError, approximate, load_sample
 from fastattn.certificates.certify import repaired
 from fastattn.certificates.ratio_estimate import FAILURE
-from fastattn.certificates.sampled import Looks, certify_rows
+from fastattn.certificates.sampled import SharedSampling, certify_rows
 from fastattn.methods.polynomial.expansions import relative_minimax
 from fastattn.problem.batch import Batch
 from tests import oracles
@@ -50,8 +50,8 @@ def assert_certified(inputs, method, trials=400):
     truth, _ = oracles.attention(*inputs)
     (head,) = Batch.of(*inputs, None, False, None).heads()
     draws = np.random.default_rng(0)
-    attempt = method.attempt(head, 1e9, "sampled", draws)
-    answer = repaired(head, attempt, 1e9, Looks(), draws)
+    configured = method.configure(head, 1e9, "sampled", draws)
+    answer = repaired(head, configured, 1e9, SharedSampling(), draws)
     error = oracles.frobenius_error(answer.value, truth)
 
     def trial(rng):
@@ -60,8 +60,8 @@ def assert_certified(inputs, method, trials=400):
             answer.value,
             1e-9,
             rng,
-            settled=answer.settled,
-            guess=answer.squares,
+            exact_rows=answer.exact_rows,
+            error_profile=answer.squares,
         )
         return error <= drawn.upper
 
@@ -107,13 +107,15 @@ def with_errors(tail):
 
 @pytest.mark.parametrize("guess", GUESSES)
 @pytest.mark.parametrize("tail", [0.5, 1.0])
-def test_certificate_holds_whatever_the_errors_are_guessed_to_be(guess, tail):
+def test_certificate_holds_whatever_the_error_profile(guess, tail):
     head, value, squares, error = with_errors(tail)
-    doubt = GUESSES[guess](squares, np.random.default_rng(4))
+    error_profile = GUESSES[guess](squares, np.random.default_rng(4))
 
     def draw(rng):
-        settled = np.zeros(0, int)
-        return certify_rows(head, value, 1e-9, rng, settled=settled, guess=doubt)
+        exact_rows = np.zeros(0, int)
+        return certify_rows(
+            head, value, 1e-9, rng, exact_rows=exact_rows, error_profile=error_profile
+        )
 
     def bounds_the_error(rng):
         return error <= draw(rng).upper
@@ -130,11 +132,11 @@ def test_certificate_holds_whatever_the_errors_are_guessed_to_be(guess, tail):
         assert_fails_rarely(trial, failure=0.05, trials=150, false_alarm=ALARM)
 
 
-def test_a_right_guess_makes_the_margin_small():
+def test_a_right_error_profile_makes_the_margin_small():
     head, value, squares, error = with_errors(1.0)
 
-    def excess(doubt):
-        rows = {"settled": np.zeros(0, int), "guess": doubt}
+    def excess(error_profile):
+        rows = {"exact_rows": np.zeros(0, int), "error_profile": error_profile}
         seeds = np.random.default_rng(0).spawn(20)
         drawn = [certify_rows(head, value, 1e-9, rng, **rows) for rng in seeds]
         return np.median([x.upper for x in drawn]) / error

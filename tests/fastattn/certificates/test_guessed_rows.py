@@ -5,7 +5,7 @@ import pytest
 
 from fastattn import Polynomial, load_sample
 from fastattn.certificates.certify import repaired
-from fastattn.certificates.sampled import ROWS, Looks, certify_rows
+from fastattn.certificates.sampled import ROWS, SharedSampling, certify_rows
 from fastattn.problem.batch import Batch
 from tests import oracles
 from tests.chance import assert_fails_rarely
@@ -22,17 +22,17 @@ def certified(inputs, method):
     truth, _ = oracles.attention(*inputs)
     (head,) = Batch.of(*inputs, None, False, None).heads()
     rng = np.random.default_rng(0)
-    attempt = method.attempt(head, 1e9, "sampled", rng)
-    found = repaired(head, attempt, 1e9, Looks(), rng)
+    configured = method.configure(head, 1e9, "sampled", rng)
+    found = repaired(head, configured, 1e9, SharedSampling(), rng)
 
-    def draw(rng, guess=found.squares, tol=1e-9):
+    def draw(rng, error_profile=found.squares, tol=1e-9):
         return certify_rows(
             head,
             found.value,
             tol,
             rng,
-            settled=found.settled,
-            guess=guess,
+            exact_rows=found.exact_rows,
+            error_profile=error_profile,
             first=ROWS,
         )
 
@@ -42,7 +42,7 @@ def certified(inputs, method):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("head", [0, 1])
-def test_guessed_certificate_holds_at_its_rate(head, second, method):
+def test_certificate_by_an_error_profile_holds_at_its_rate(head, second, method):
     inputs = [x[head, :2048] for x in load_sample("minilm-diffuse")]
     error, draw = certified(inputs, method)
     # where the estimate meets the tolerance and the margin does not, more are drawn
@@ -54,15 +54,15 @@ def test_guessed_certificate_holds_at_its_rate(head, second, method):
     assert_fails_rarely(trial, failure=0.05, trials=200, false_alarm=1e-6)
 
 
-def test_guess_tightens_the_certificate_of_a_few_coordinates():
+def test_error_profile_tightens_the_certificate_of_a_few_coordinates():
     rng = np.random.default_rng(0)
     query, key = 0.8 * rng.standard_normal((2, 2048, 8))
     inputs = query, key, rng.standard_normal((2048, 8))
     error, draw = certified(inputs, Polynomial(rank=165, basis="hermite"))
-    plain, guessed = (
+    plain, profiled = (
         [draw(np.random.default_rng(i), **options).upper for i in range(60)]
-        for options in ({"guess": None}, {})
+        for options in ({"error_profile": None}, {})
     )
-    assert np.mean(guessed) < np.mean(plain)
-    assert np.std(guessed) < 0.7 * np.std(plain)
-    assert error < np.mean(guessed) < 1.4 * error
+    assert np.mean(profiled) < np.mean(plain)
+    assert np.std(profiled) < 0.7 * np.std(plain)
+    assert error < np.mean(profiled) < 1.4 * error

@@ -4,7 +4,7 @@ import numpy as np
 
 from fastattn import Polynomial, approximate
 from fastattn.certificates import certify
-from fastattn.certificates.certify import mend
+from fastattn.certificates.certify import recompute_rows
 from fastattn.problem.batch import Batch
 from tests import oracles
 
@@ -17,19 +17,21 @@ def test_rows_that_are_not_sampled_are_as_good_as_the_truth_of_the_others(rng):
     rows, want = np.arange(300), oracles.attention(query, key, value)[0]
     off = []
     for dtype in (None, np.float64):
-        found, _ = mend(head, np.empty_like(value), np.empty(300, "f4"), rows, dtype)
+        found, _ = recompute_rows(
+            head, np.empty_like(value), np.empty(300, "f4"), rows, dtype
+        )
         off.append(np.linalg.norm(found - want) / np.linalg.norm(want))
     assert off[1] < np.finfo(np.float32).eps < off[0]
 
 
-def test_precise_certificates_mend_in_float64(rng, monkeypatch):
+def test_precise_certificates_recompute_in_float64(rng, monkeypatch):
     asked = []
 
     def spy(head, value, normalizer, rows, dtype=None):
         asked.append(dtype)
-        return mend(head, value, normalizer, rows, dtype)
+        return recompute_rows(head, value, normalizer, rows, dtype)
 
-    monkeypatch.setattr(certify, "mend", spy)
+    monkeypatch.setattr(certify, "recompute_rows", spy)
     query, key, value = 0.2 * rng.standard_normal((3, 600, 4)).astype(np.float32)
     query[:2] *= 20
     for tol in (1e-2, 5e-5):

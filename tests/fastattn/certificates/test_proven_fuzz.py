@@ -8,7 +8,7 @@ import fastattn
 from benches import proven_fuzz, rational
 from fastattn import Exact, Polynomial, RefusalError, StrassenAttention, approximate
 from fastattn.certificates.rounding import frobenius, half_range, largest_norm
-from fastattn.prepared.proven import Extent
+from fastattn.prepared.proven import RowBounds
 
 PROVEN = {"guarantee": "proven", "rng": 0}
 
@@ -209,13 +209,13 @@ def test_half_a_denormal_range_is_not_none():
     np.testing.assert_array_equal(half_range(low, high), [least, 0.0])
 
 
-def test_lengths_that_are_unknown_are_beyond_every_extent():
+def test_lengths_that_are_unknown_are_beyond_every_bound():
     rows, far = np.ones((3000, 2)), np.array([[np.inf, 0.0], [0.0, 0.0]])
-    extent = Extent.of(rows, np.zeros(2), np.eye(2))
+    bounds = RowBounds.of(rows, np.zeros(2), np.eye(2))
     rows = rows.copy()
     rows[2500] = 0.0
     with np.errstate(invalid="ignore"):
         # an infinite factor times zero is NaN, in the second block of rows
         assert largest_norm(rows, np.zeros(2), far) == np.inf
     with pytest.raises(RefusalError, match="query: rows reach"):
-        extent.check("query", rows * 2)
+        bounds.check("query", rows * 2)

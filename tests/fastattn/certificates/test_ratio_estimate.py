@@ -12,7 +12,7 @@ from fastattn.certificates.ratio_estimate import (
     Margin,
     RatioEstimate,
     bernstein,
-    mixed_odds,
+    importance_probabilities,
     promises,
 )
 from fastattn.problem.row_statistics import outlying_rows
@@ -21,14 +21,14 @@ from tests.chance import assert_fails_rarely
 ALARM = 1e-6
 
 
-def drawn(squares, guess, count, rng):
+def drawn(squares, error_profile, count, rng):
     """An estimate from so many rows, drawn by how their errors are guessed."""
     n = len(squares)
-    if guess is None:
+    if error_profile is None:
         return RatioEstimate(rng.choice(squares, count, replace=False), n)
-    odds = mixed_odds(guess, count)
-    rows = rng.choice(n, count, p=odds)
-    return RatioEstimate(squares[rows], n, 1 / (n * odds[rows]))
+    probabilities = importance_probabilities(error_profile, count)
+    rows = rng.choice(n, count, p=probabilities)
+    return RatioEstimate(squares[rows], n, 1 / (n * probabilities[rows]))
 
 
 def test_looks_share_one_chance_of_failure():
@@ -44,26 +44,26 @@ def test_next_look_is_announced():
     assert budget.next == budget.spend()
 
 
-@pytest.mark.parametrize("guessed", [True, False])
-def test_mean_is_unbiased(guessed):
+@pytest.mark.parametrize("profiled", [True, False])
+def test_mean_is_unbiased(profiled):
     rng = np.random.default_rng(0)
     squares = rng.exponential(size=500)
-    guess = squares * rng.exponential(size=500) if guessed else None
-    found = [drawn(squares, guess, 64, rng).mean for _ in range(4000)]
+    error_profile = squares * rng.exponential(size=500) if profiled else None
+    found = [drawn(squares, error_profile, 64, rng).mean for _ in range(4000)]
     error = np.std(found) / math.sqrt(len(found))
     assert abs(np.mean(found) - squares.mean()) < 5 * error
 
 
 @pytest.mark.parametrize("tail", [0.5, 1.5])
-def test_margin_holds_at_its_rate_where_the_guess_is_right(tail):
+def test_margin_holds_at_its_rate_where_the_profile_is_right(tail):
     rng = np.random.default_rng(1)
-    guess = np.exp(rng.standard_normal(4000) * 2 * tail)
-    squares = guess * rng.chisquare(3, 4000)
+    error_profile = np.exp(rng.standard_normal(4000) * 2 * tail)
+    squares = error_profile * rng.chisquare(3, 4000)
     # the few rows that are computed exactly
-    squares[outlying_rows(np.sqrt(guess), 32)] = 0
+    squares[outlying_rows(np.sqrt(error_profile), 32)] = 0
 
     def trial(rng):
-        found = drawn(squares, guess * (squares > 0), 128, rng)
+        found = drawn(squares, error_profile * (squares > 0), 128, rng)
         return found.upper(Margin.of(FAILURE)) >= squares.mean()
 
     assert_fails_rarely(trial, failure=FAILURE, trials=400, false_alarm=ALARM)
@@ -100,22 +100,22 @@ def test_finite_sample_bound_is_taken_where_it_is_as_small():
     assert not promises(1.0, 0.0, 4096, 0.025)
 
 
-def test_odds_hold_one_row_to_few_draws():
-    guess = np.ones(1000)
-    guess[3] = 1e12
-    guess[5] = np.inf
-    guess[7] = np.nan
-    odds = mixed_odds(guess, 100)
-    assert odds.sum() == pytest.approx(1)
-    assert odds.max() * 100 <= 4
-    assert odds.min() >= 0.5 / 1000 * (1 - 1e-9)
+def test_probabilities_hold_one_row_to_few_draws():
+    error_profile = np.ones(1000)
+    error_profile[3] = 1e12
+    error_profile[5] = np.inf
+    error_profile[7] = np.nan
+    probabilities = importance_probabilities(error_profile, 100)
+    assert probabilities.sum() == pytest.approx(1)
+    assert probabilities.max() * 100 <= 4
+    assert probabilities.min() >= 0.5 / 1000 * (1 - 1e-9)
     # what overflowed, and what is not a number, is as likely as the largest
-    assert odds[3] == odds[5] == odds[7]
+    assert probabilities[3] == probabilities[5] == probabilities[7]
 
 
-@pytest.mark.parametrize("guess", [np.zeros(5), np.full(5, np.nan)])
-def test_odds_are_uniform_where_nothing_is_known(guess):
-    np.testing.assert_allclose(mixed_odds(guess, 3), 0.2)
+@pytest.mark.parametrize("error_profile", [np.zeros(5), np.full(5, np.nan)])
+def test_probabilities_are_uniform_where_nothing_is_known(error_profile):
+    np.testing.assert_allclose(importance_probabilities(error_profile, 3), 0.2)
 
 
 def test_errors_that_go_with_sizes_leave_little_to_chance():

@@ -8,12 +8,12 @@ import pytest
 from fastattn import Exact, Polynomial, attention_vjp
 from fastattn.gradients import lowrank as lowrank_gradient
 from fastattn.gradients.first_chunk import first_chunk
-from fastattn.gradients.lowrank import lowrank_slopes, worth_a_try
-from fastattn.gradients.lowrank_causal import causal_slopes
+from fastattn.gradients.lowrank import lowrank_vjp, worth_a_try
+from fastattn.gradients.lowrank_causal import causal_vjp
 from fastattn.methods.lowrank.prefixes import lowrank_by_prefixes
-from fastattn.methods.lowrank.rank_search import Prediction
+from fastattn.methods.lowrank.rank_search import RankEstimate
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Sample
+from fastattn.methods.lowrank.whitening import PlanningSample
 from fastattn.problem import causal_chunks
 from fastattn.problem.causal_chunks import cuts_of
 from fastattn.problem.head import Head
@@ -36,26 +36,26 @@ def short_chunks(monkeypatch):
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize(("rank", "landmarks"), [(20, 0), (10, 8)])
 @pytest.mark.parametrize("far", [False, True])
-def test_causal_slopes_are_the_derivatives_of_the_answer(rank, landmarks, far):
+def test_causal_gradients_are_the_derivatives_of_the_answer(rank, landmarks, far):
     arrays = causal(190, 180, np.float64)
     *inputs, grad = arrays
     if far:
         inputs[1][[7, 60, 170]] *= 12
     head = Head(*inputs, 0.5, np.minimum(np.arange(190) + 1, 180))
     rng = np.random.default_rng(0)
-    sample = Sample.of(head.unmasked(), rng)
+    sample = PlanningSample.of(head.unmasked(), rng)
     empty = LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
-    slopes, state, _ = causal_slopes(head, grad, empty, np.zeros(190, bool))
+    gradients, state, _ = causal_vjp(head, grad, empty, np.zeros(190, bool))
 
     def answer(inputs):
         return lowrank_by_prefixes(replace(head, **inputs), empty)
 
     names = dict(zip(("query", "key", "value"), inputs, strict=True))
-    value, normalizer, good = answer(names)
-    assert good.all()
+    value, normalizer, reliable = answer(names)
+    assert reliable.all()
     np.testing.assert_allclose(state.normalizer, normalizer, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(state.drift, np.sum(grad * value, axis=1), atol=1e-12)
-    for (name, x), slope in zip(names.items(), slopes, strict=True):
+    np.testing.assert_allclose(state.delta, np.sum(grad * value, axis=1), atol=1e-12)
+    for (name, x), slope in zip(names.items(), gradients, strict=True):
         # some direction: all rows, keys and values are in it
         step = rng.standard_normal(x.shape) * np.abs(slope)
         more, less = (
@@ -68,17 +68,19 @@ def test_causal_slopes_are_the_derivatives_of_the_answer(rank, landmarks, far):
 
 
 @pytest.mark.usefixtures("short_chunks")
-def test_hard_rows_add_nothing_to_causal_slopes():
+def test_outlier_rows_add_nothing_to_causal_gradients():
     *inputs, grad = causal(190, 190, np.float64)
     head = Head(*inputs, 0.5, np.arange(190) + 1)
     rng = np.random.default_rng(0)
-    empty = LowRank.plan(Sample.of(head, rng), rank=15, landmarks=0, rng=rng)
-    hard = rng.random(190) < 0.4
-    slopes, state, _ = causal_slopes(head, grad, empty, hard)
-    np.testing.assert_array_equal(state.normalizer == np.inf, hard)
-    np.testing.assert_allclose(slopes[0][hard], 0, rtol=0, atol=1e-300)
-    rest = causal_slopes(head, grad * ~hard[:, None], empty, np.zeros(190, bool))[0]
-    for one, other in zip(slopes, rest, strict=True):
+    empty = LowRank.plan(PlanningSample.of(head, rng), rank=15, landmarks=0, rng=rng)
+    outlier_mask = rng.random(190) < 0.4
+    gradients, state, _ = causal_vjp(head, grad, empty, outlier_mask)
+    np.testing.assert_array_equal(state.normalizer == np.inf, outlier_mask)
+    np.testing.assert_allclose(gradients[0][outlier_mask], 0, rtol=0, atol=1e-300)
+    rest = causal_vjp(head, grad * ~outlier_mask[:, None], empty, np.zeros(190, bool))[
+        0
+    ]
+    for one, other in zip(gradients, rest, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
@@ -144,12 +146,16 @@ def test_a_long_first_chunk_is_exact(first):
     head = Head(*inputs, 0.5, np.minimum(np.arange(190) + 1, 180))
     rng = np.random.default_rng(0)
     # a constant serves no row
-    empty = LowRank.plan(Sample.of(head.unmasked(), rng), rank=1, landmarks=0, rng=rng)
-    slopes, _, far = causal_slopes(head, grad, empty, np.zeros(190, bool), first)
+    empty = LowRank.plan(
+        PlanningSample.of(head.unmasked(), rng), rank=1, landmarks=0, rng=rng
+    )
+    gradients, _, far = causal_vjp(head, grad, empty, np.zeros(190, bool), first)
     truth = softmax_vjp(*inputs, grad, is_causal=True)
     # rows see one key more than their number
-    np.testing.assert_allclose(slopes[0][: first - 1], truth[0][: first - 1], rtol=1e-9)
-    assert not np.allclose(slopes[0][first:], truth[0][first:], rtol=1e-3)
+    np.testing.assert_allclose(
+        gradients[0][: first - 1], truth[0][: first - 1], rtol=1e-9
+    )
+    assert not np.allclose(gradients[0][first:], truth[0][first:], rtol=1e-3)
     # nothing is by the basis but what rows behind the chunk make of keys before theirs
     assert np.all(far[0][: first - 1] == 0)
     assert np.all(far[0][first:] != 0)
@@ -167,7 +173,7 @@ class TestFirstChunks:
         rng = np.random.default_rng(seed)
         query, key, value, grad = rng.standard_normal((4, 2000, 8))
         head = Head(query, key, value, 8**-0.5, np.arange(2000) + 1)
-        sample = Sample.of(head.unmasked(), rng)
+        sample = PlanningSample.of(head.unmasked(), rng)
         empty = LowRank.plan(sample, rank=1, landmarks=landmarks, rng=rng)
         return head, grad, empty, rng
 
@@ -179,8 +185,8 @@ class TestFirstChunks:
         lengths = []
         for wanted in (0.5, 0.35, 0.25):
             first = first_chunk(head, grad, empty, wanted, rng)
-            slopes = causal_slopes(head, grad, empty, np.zeros(2000, bool), first)[0]
-            found = zip(slopes, truth, strict=True)
+            gradients = causal_vjp(head, grad, empty, np.zeros(2000, bool), first)[0]
+            found = zip(gradients, truth, strict=True)
             error = max(oracles.frobenius_error(x, y) for x, y in found)
             assert error <= 1.3 * wanted
             lengths.append(first)
@@ -190,19 +196,19 @@ class TestFirstChunks:
     def test_landmarks_are_tried_behind_one(self, monkeypatch):
         # as if all logits took as long as they do in long heads, and polynomials failed
         head, grad, _, rng = self.problem(60)
-        nothing = Prediction(1, 0, np.inf, 0.0, "refused", None)
+        nothing = RankEstimate(1, 0, np.inf, 0.0, "refused", None)
         for name, fake in {
-            "_SMALL": 0,
+            "_FEW_LOGITS": 0,
             "_LARGE": 0,
             "_MARKS": 60,
-            "predict": lambda *_, **__: [nothing],
+            "search_ranks": lambda *_, **__: [nothing],
             "vjp_work": lambda *_: 1e12,
         }.items():
             monkeypatch.setattr(lowrank_gradient, name, fake)
-        (attempt,) = worth_a_try(head, grad, 0.17, rng)
-        assert (attempt.empty.rank, attempt.empty.landmarks) == (1, 60)
-        assert attempt.first > cuts_of(2000)[1]
-        error = lowrank_slopes(head, grad, attempt.empty, rng, 0.0, attempt.first)[1]
+        (candidate,) = worth_a_try(head, grad, 0.17, rng)
+        assert (candidate.empty.rank, candidate.empty.landmarks) == (1, 60)
+        assert candidate.first > cuts_of(2000)[1]
+        error = lowrank_vjp(head, grad, candidate.empty, rng, 0.0, candidate.first)[1]
         assert error <= 3 * 0.17
         # a head whose rows all see all keys has no early rows
         assert worth_a_try(head.unmasked(), grad, 0.17, rng) == []
@@ -221,8 +227,10 @@ def test_the_check_sees_what_is_wrong_in_causal_heads():
     truth = softmax_vjp(*inputs, grad, is_causal=True)
     for rank in (5, 15, 70):
         rng = np.random.default_rng(rank)
-        empty = LowRank.plan(Sample.of(head, rng), rank=rank, landmarks=0, rng=rng)
-        slopes, seen = lowrank_slopes(head, grad, empty, rng)
-        found = zip(slopes, truth, strict=True)
+        empty = LowRank.plan(
+            PlanningSample.of(head, rng), rank=rank, landmarks=0, rng=rng
+        )
+        gradients, seen = lowrank_vjp(head, grad, empty, rng)
+        found = zip(gradients, truth, strict=True)
         worst = max(oracles.frobenius_error(x, y) for x, y in found)
         assert 0.8 * worst <= seen <= 4 * worst

@@ -20,7 +20,7 @@ needs_pairs = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _of_any_size(monkeypatch):
     # as if the check cost nothing
-    monkeypatch.setattr(exact_gradient, "_SMALL", 0)
+    monkeypatch.setattr(exact_gradient, "_FEW_LOGITS", 0)
 
 
 def errors(found, truth):
@@ -32,30 +32,30 @@ def errors(found, truth):
 
 @pytest.mark.parametrize(("n", "m"), [(40, 300), (301, 203), (1100, 1030)])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_coarse_derivatives_are_off_by_rounding(n, m, is_causal):
+def test_low_precision_derivatives_are_off_by_rounding(n, m, is_causal):
     inputs = problem(n, m, 32, 64, dtype=np.float32)
-    visible = np.arange(n).clip(max=m) if is_causal else None
-    options = {"scale": 0.2, "visible": visible}
+    prefix_lengths = np.arange(n).clip(max=m) if is_causal else None
+    options = {"scale": 0.2, "prefix_lengths": prefix_lengths}
     known = {}
 
-    def beside(rows, normalizer, drift):
-        known[rows.start] = normalizer, drift
-        return normalizer, drift
+    def beside(rows, normalizer, delta):
+        known[rows.start] = normalizer, delta
+        return normalizer, delta
 
-    found = attend_vjp(*inputs, coarse=True, beside=beside, **options)
+    found = attend_vjp(*inputs, low_precision=True, beside=beside, **options)
     assert max(errors(found, attend_vjp.reference(*inputs, **options))) <= ROUNDING
     # threads ask in no fixed order
     parts = (known[start] for start in sorted(known))
-    normalizer, drift = map(np.concatenate, zip(*parts, strict=True))
+    normalizer, delta = map(np.concatenate, zip(*parts, strict=True))
     logits = 0.2 * inputs[0].astype(float) @ inputs[1].T
     if is_causal:
-        logits[np.arange(m) >= visible[:, None]] = -np.inf
-        logits, normalizer, drift = logits[1:], normalizer[1:], drift[1:]
+        logits[np.arange(m) >= prefix_lengths[:, None]] = -np.inf
+        logits, normalizer, delta = logits[1:], normalizer[1:], delta[1:]
     truth = np.log(np.exp(logits).sum(axis=1))
     np.testing.assert_allclose(normalizer, truth, atol=ROUNDING)
     weights = np.exp(logits - truth[:, None])
     wanted = np.sum(inputs[3][-len(weights) :] * (weights @ inputs[2]), axis=1)
-    assert np.linalg.norm(drift - wanted) <= ROUNDING * np.linalg.norm(wanted)
+    assert np.linalg.norm(delta - wanted) <= ROUNDING * np.linalg.norm(wanted)
 
 
 @needs_pairs

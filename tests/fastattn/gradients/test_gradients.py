@@ -38,7 +38,7 @@ class TestAttendVjp(OpLaws):
         d, p = self.widths
         shapes = (n, d), (m, d), (m, p), (n, p)
         arrays = [rng.standard_normal(x).astype(dtype) for x in shapes]
-        return arrays, {"scale": 0.4, "visible": None}
+        return arrays, {"scale": 0.4, "prefix_lengths": None}
 
     def slack(self, arrays, options):
         return slack_of(*arrays, scale=options["scale"])
@@ -47,7 +47,7 @@ class TestAttendVjp(OpLaws):
 class TestAttendVjpVisible(TestAttendVjp):
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "visible": rng.integers(0, m + 1, n)}
+        return arrays, {**options, "prefix_lengths": rng.integers(0, m + 1, n)}
 
 
 class TestAttendVjpOfSomeKeys(TestAttendVjp):
@@ -56,7 +56,7 @@ class TestAttendVjpOfSomeKeys(TestAttendVjp):
         # as if there were as many keys again
         query, key, value, grad = arrays
         out, normalizer = oracles.attention(query, key, value, scale=0.4)
-        known = {"log_normalizer": normalizer + np.log(2), "drift": (grad * out).sum(1)}
+        known = {"log_normalizer": normalizer + np.log(2), "delta": (grad * out).sum(1)}
         # one row that is to add nothing
         known["log_normalizer"][0] = np.inf
         return arrays, {**options, **{k: x.astype(dtype) for k, x in known.items()}}
@@ -66,16 +66,16 @@ class TestAttendVjpBeside(TestAttendVjp):
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
         # rows that see none of the keys, and rows that are to add nothing
-        visible, hard = rng.integers(0, m + 1, n), rng.random(n) < 0.1
+        prefix_lengths, outlier_mask = rng.integers(0, m + 1, n), rng.random(n) < 0.1
         other, moved = rng.standard_normal((2, n)).astype(dtype)
 
-        def beside(rows, log_normalizer, drift):
+        def beside(rows, log_normalizer, delta):
             both = np.logaddexp(log_normalizer, other[rows])
             share = np.exp(log_normalizer - both)
-            both[hard[rows]] = np.inf
-            return both, share * drift + (1 - share) * moved[rows]
+            both[outlier_mask[rows]] = np.inf
+            return both, share * delta + (1 - share) * moved[rows]
 
-        return arrays, {**options, "visible": visible, "beside": beside}
+        return arrays, {**options, "prefix_lengths": prefix_lengths, "beside": beside}
 
     def test_rows_beside_no_keys_are_asked_too(self, place):
         (query, key, value, grad), options = self.inputs(
@@ -83,19 +83,19 @@ class TestAttendVjpBeside(TestAttendVjp):
         )
         asked = []
 
-        def beside(rows, log_normalizer, drift):
+        def beside(rows, log_normalizer, delta):
             assert np.all(log_normalizer == -np.inf)
-            assert np.all(drift == 0)
+            assert np.all(delta == 0)
             asked.extend(range(rows.start, rows.stop))
-            return log_normalizer, drift
+            return log_normalizer, delta
 
-        slopes = self.op.body(place)(
+        gradients = self.op.kernel(place)(
             query, key[:0], value[:0], grad, **{**options, "beside": beside}
         )
         d, p = self.widths
         assert sorted(asked) == list(range(40))
-        assert [x.shape for x in slopes] == [(40, d), (0, d), (0, p)]
-        np.testing.assert_array_equal(slopes[0], 0)
+        assert [x.shape for x in gradients] == [(40, d), (0, d), (0, p)]
+        np.testing.assert_array_equal(gradients[0], 0)
 
 
 @given(
@@ -148,10 +148,10 @@ def test_any_scale_is_right(scale):
 @pytest.mark.parametrize(("n", "m"), [(9, 5), (5, 9), (600, 600)])
 def test_causal_and_masked_keys(n, m, masked):
     mask = np.random.default_rng(1).random(m) < 0.6 if masked else None
-    slopes = assert_right(problem(n=n, m=m), is_causal=True, key_mask=mask)
+    gradients = assert_right(problem(n=n, m=m), is_causal=True, key_mask=mask)
     if masked:
-        np.testing.assert_array_equal(slopes[1][~mask], 0)
-        np.testing.assert_array_equal(slopes[2][~mask], 0)
+        np.testing.assert_array_equal(gradients[1][~mask], 0)
+        np.testing.assert_array_equal(gradients[2][~mask], 0)
 
 
 def test_broadcast_dimensions_are_summed_over():
@@ -165,8 +165,8 @@ def test_broadcast_dimensions_are_summed_over():
 def test_rows_without_a_key_have_no_derivative():
     inputs = problem()
     mask = np.arange(15) >= 4
-    slopes = assert_right(inputs, is_causal=True, key_mask=mask)
-    np.testing.assert_array_equal(slopes[0][:4], 0)
+    gradients = assert_right(inputs, is_causal=True, key_mask=mask)
+    np.testing.assert_array_equal(gradients[0][:4], 0)
     none = attention_vjp(*inputs, key_mask=np.zeros(15, bool))
     for slope in none:
         np.testing.assert_array_equal(slope, 0)
@@ -177,8 +177,8 @@ def test_huge_logits_leave_finite_derivatives(dtype):
     query, key, value, grad = problem(n=40, m=600, dtype=dtype)
     query *= 1000
     assert_right((query, key, value, grad))
-    slopes = attention_vjp(1e12 * query, 1e12 * key, value, grad)
-    assert all(np.isfinite(x).all() for x in slopes)
+    gradients = attention_vjp(1e12 * query, 1e12 * key, value, grad)
+    assert all(np.isfinite(x).all() for x in gradients)
 
 
 def test_derivatives_are_linear_in_that_of_the_output():
@@ -193,10 +193,10 @@ def test_derivatives_are_linear_in_that_of_the_output():
 def test_rows_of_logits_move_together():
     # softmax does not see a constant added to a row: key and query slopes show it
     query, key, value, grad = problem()
-    slopes = attention_vjp(query, key, value, grad)
-    np.testing.assert_allclose(slopes[1].sum(axis=0), 0, atol=1e-13)
+    gradients = attention_vjp(query, key, value, grad)
+    np.testing.assert_allclose(gradients[1].sum(axis=0), 0, atol=1e-13)
     moved = attention_vjp(query, key + 2.5, value, grad)
-    np.testing.assert_allclose(moved[0], slopes[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(moved[0], gradients[0], rtol=0, atol=1e-12)
     constant = attention_vjp(query, key, np.ones_like(value), grad)
     np.testing.assert_allclose(constant[0], 0, atol=1e-14)
 

@@ -17,10 +17,10 @@ from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
 from fastattn.certificates.sampled import ROWS
 from fastattn.gradients import backward
 from fastattn.gradients import lowrank as lowrank_gradient
-from fastattn.gradients.lowrank import lowrank_slopes, worth_a_try
+from fastattn.gradients.lowrank import lowrank_vjp, worth_a_try
 from fastattn.methods.lowrank.basis import Hermite
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Sample
+from fastattn.methods.lowrank.whitening import PlanningSample
 from fastattn.methods.polynomial.expansions import rank_of
 from fastattn.problem.head import Head
 from tests import oracles
@@ -49,8 +49,8 @@ class TestQueryVjp(OpLaws):
         arrays[8] = abs(arrays[8]) / 50
         # rows that are to add nothing, whatever they hold
         arrays[0][::7], arrays[2][3::7], arrays[4][5::7] = 1e15, np.inf, 20
-        recipe = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).recipe
-        return arrays, recipe
+        op_arguments = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).op_arguments
+        return arrays, op_arguments
 
     def slack(self, arrays, options):  # noqa: ARG002
         # features and their sums over 21 functions reach some hundreds
@@ -58,7 +58,7 @@ class TestQueryVjp(OpLaws):
 
     def test_it_is_the_derivative_of_the_answer(self, place):
         arrays, options = self.inputs(np.random.default_rng(3), np.float64, 16, 1)
-        got, sums, normalizer, drift = self.op.body(place)(*arrays, **options)
+        got, sums, normalizer, delta = self.op.kernel(place)(*arrays, **options)
         used = np.isfinite(normalizer)
         assert np.array_equal(np.flatnonzero(~used), [0, 3, 5, 7, 10, 12, 14])
         np.testing.assert_array_equal(got[~used], 0)
@@ -78,7 +78,7 @@ class TestQueryVjp(OpLaws):
 
         functions, factor, log, products = known(query)
         np.testing.assert_allclose(normalizer[used], log, rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(drift[used], products, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(delta[used], products, rtol=1e-10, atol=1e-12)
         right = np.column_stack([grad, -products]) * (factor * np.exp(-log))[:, None]
         np.testing.assert_allclose(sums, functions.T @ right, rtol=1e-9, atol=1e-9)
         for axis in range(4):
@@ -96,11 +96,11 @@ class TestQueryVjpOfLandmarks(TestQueryVjp):
     sizes = (1, 12)
 
 
-def hermite_functions(x, marks, recipe):
+def hermite_functions(x, marks, op_arguments):
     """Orthonormal Hermite polynomials by NumPy's own, and exponentials."""
     columns = [np.zeros(3, int)]
     for parent, axis in zip(
-        recipe["parent"][1:], recipe["coordinate"][1:], strict=True
+        op_arguments["parent"][1:], op_arguments["coordinate"][1:], strict=True
     ):
         columns.append(columns[parent] + np.eye(3, dtype=int)[axis])
     functions = []
@@ -130,16 +130,16 @@ class TestKeyVjp(OpLaws):
         arrays = [rng.uniform(-1, 1, x).astype(dtype) for x in shapes]
         arrays[4] *= dtype(0.5)
         arrays[2] = arrays[2] > 0.8
-        recipe = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).recipe
-        return arrays, {"offset": -0.5, **recipe}
+        op_arguments = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).op_arguments
+        return arrays, {"offset": -0.5, **op_arguments}
 
     def slack(self, arrays, options):  # noqa: ARG002
         return 1e5 * np.finfo(arrays[0].dtype).eps
 
     def test_it_is_the_derivative_of_the_sum(self, place):
         arrays, options = self.inputs(np.random.default_rng(3), np.float64, 1, 9)
-        key, value, far, center, projection, marks, middle, weights = arrays
-        d_key, d_value = self.op.body(place)(*arrays, **options)
+        key, value, far, center, projection, marks, value_center, weights = arrays
+        d_key, d_value = self.op.kernel(place)(*arrays, **options)
 
         def total(key, value):
             both = (key - center) @ projection
@@ -151,7 +151,7 @@ class TestKeyVjp(OpLaws):
                 axis, power = options["coordinate"][j], options["power"][j]
                 columns.append(source * y[:, axis] / np.sqrt(power))
             functions = np.column_stack([*columns, np.exp(y @ marks.T)])
-            right = np.column_stack([value - middle, np.ones(len(key))])
+            right = np.column_stack([value - value_center, np.ones(len(key))])
             return np.sum((functions @ weights) * right, axis=1) * np.exp(log)
 
         for x, got in ((0, d_key), (1, d_value)):
@@ -282,11 +282,11 @@ def test_auto_computes_exactly_what_fails_its_check(monkeypatch):
     tried = []
 
     def misses(*args):
-        slopes, error = lowrank_slopes(*args)
+        gradients, error = lowrank_vjp(*args)
         tried.append(error)
-        return slopes, 10 * error + 1
+        return gradients, 10 * error + 1
 
-    monkeypatch.setattr(lowrank_gradient, "lowrank_slopes", misses)
+    monkeypatch.setattr(lowrank_gradient, "lowrank_vjp", misses)
     got = attention_vjp(*inputs, tol=3e-2, rng=0)
     assert tried
     assert max(errors(got, inputs)) < 1e-5
@@ -298,9 +298,11 @@ def test_the_check_sees_what_is_wrong():
     head = Head(query, key, value, 0.5)
     for rank in (15, 70, 210):
         rng = np.random.default_rng(rank)
-        empty = LowRank.plan(Sample.of(head, rng), rank=rank, landmarks=0, rng=rng)
-        slopes, seen = lowrank_slopes(head, grad, empty, rng)
-        worst = max(errors(slopes, inputs))
+        empty = LowRank.plan(
+            PlanningSample.of(head, rng), rank=rank, landmarks=0, rng=rng
+        )
+        gradients, seen = lowrank_vjp(head, grad, empty, rng)
+        worst = max(errors(gradients, inputs))
         assert 0.8 * worst <= seen <= 4 * worst
 
 
@@ -310,18 +312,18 @@ def test_a_first_look_of_fewer_rows_may_be_enough(monkeypatch):
     query, key, value, grad = inputs = diffuse(1500, 1400, np.float64)
     head = Head(query, key, value, 0.5)
     rng = np.random.default_rng(0)
-    empty = LowRank.plan(Sample.of(head, rng), rank=70, landmarks=0, rng=rng)
+    empty = LowRank.plan(PlanningSample.of(head, rng), rank=70, landmarks=0, rng=rng)
     counts = []
 
     def look(*args):
         counts.append(args[4])
         return real_look(*args)
 
-    real_look = backward.Backward._look
-    monkeypatch.setattr(backward.Backward, "_look", look)
+    real_look = backward.Backward._estimate_error
+    monkeypatch.setattr(backward.Backward, "_estimate_error", look)
     for enough in (0.0, 1.0, 1e-9):
-        slopes, seen = lowrank_slopes(head, grad, empty, rng, enough)
-        worst = max(errors(slopes, inputs))
+        gradients, seen = lowrank_vjp(head, grad, empty, rng, enough)
+        worst = max(errors(gradients, inputs))
         assert 0.8 * worst <= seen <= 4 * worst
     few, many, more = [ROWS] * 2, [2 * ROWS] * 2, [4 * ROWS] * 2
     assert counts == [many, few, few, more]
@@ -333,8 +335,8 @@ def test_a_flat_head_gets_all_monomials_of_a_degree():
     query, key = 0.3**0.5 * rng.standard_normal((2, 6000, 32))
     value, grad = rng.standard_normal((2, 6000, 6))
     head = Head(query, key, value, 32**-0.5)
-    (attempt,) = worth_a_try(head, grad, 3e-2, np.random.default_rng(0))
-    empty = attempt.empty
+    (candidate,) = worth_a_try(head, grad, 3e-2, np.random.default_rng(0))
+    empty = candidate.empty
     assert (empty.rank, empty.landmarks) == (rank_of(32, 2), 0)
-    _, seen = lowrank_slopes(head, grad, empty, rng)
+    _, seen = lowrank_vjp(head, grad, empty, rng)
     assert seen <= 9e-2

@@ -12,7 +12,7 @@ from fastattn._ops.multipole import describe, multipole
 from fastattn._ops.multipole_gradient import multipole_vjp
 from fastattn.gradients import exact as exact_gradient
 from fastattn.gradients import multipole as multipole_gradient
-from fastattn.gradients.multipole import multipole_slopes
+from fastattn.gradients.multipole import cluster_vjp
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.derivatives import problem, slack_of, softmax_vjp
@@ -54,7 +54,7 @@ class TestMultipoleVjp(OpLaws):
 
     def test_rows_out_of_their_limit_add_nothing(self, place):
         arrays, options = self.inputs(np.random.default_rng(0), np.float64, 130, 90)
-        found = self.op.body(place)(*[bring(place, x) for x in arrays], **options)
+        found = self.op.kernel(place)(*[bring(place, x) for x in arrays], **options)
         out = arrays[-1] < 0
         np.testing.assert_array_equal(np.isposinf(found[3]), out)
         np.testing.assert_array_equal(found[0][out], 0)
@@ -64,7 +64,7 @@ class TestMultipoleVjp(OpLaws):
         )
         for i in (0, 7, 8):
             arrays[i] = arrays[i][~out]
-        rest = self.op.body(place)(
+        rest = self.op.kernel(place)(
             *[bring(place, x) for x in arrays], **{**options, "cuts": cuts}
         )
         for one, other in zip(found[1:3], rest[1:3], strict=True):
@@ -72,13 +72,17 @@ class TestMultipoleVjp(OpLaws):
 
     def test_derivatives_are_linear_in_that_of_the_output(self, place):
         arrays, options = self.inputs(np.random.default_rng(4), np.float64, 130, 90)
-        body, grad = self.op.body(place), arrays[7]
+        kernel, grad = self.op.kernel(place), arrays[7]
 
-        def slopes(grad):
+        def gradients(grad):
             arrays[7] = grad
-            return body(*[bring(place, x) for x in arrays], **options)[:3]
+            return kernel(*[bring(place, x) for x in arrays], **options)[:3]
 
-        one, two, both = slopes(grad), slopes(grad**2), slopes(2 * grad - 3 * grad**2)
+        one, two, both = (
+            gradients(grad),
+            gradients(grad**2),
+            gradients(2 * grad - 3 * grad**2),
+        )
         for x, y, z in zip(one, two, both, strict=True):
             np.testing.assert_allclose(2 * x - 3 * y, z, rtol=0, atol=1e-11)
 
@@ -90,8 +94,10 @@ class TestMultipoleVjpWithoutFarKeys(TestMultipoleVjp):
         arrays, options = self.inputs(np.random.default_rng(1), np.float64, 130, 90)
         arrays[8][:] = np.inf
         query, key, value, grad = (arrays[i] for i in (0, 4, 5, 7))
-        found = self.op.body(place)(*[bring(place, x) for x in arrays], **options)
-        truth = attend_vjp.reference(query, key, value, grad, scale=1.0, visible=None)
+        found = self.op.kernel(place)(*[bring(place, x) for x in arrays], **options)
+        truth = attend_vjp.reference(
+            query, key, value, grad, scale=1.0, prefix_lengths=None
+        )
         for one, other in zip(found[:3], truth, strict=True):
             slack = slack_of(query, key, value, grad, scale=1.0)
             np.testing.assert_allclose(one, other, rtol=0, atol=slack)
@@ -107,20 +113,20 @@ class TestMultipoleVjpWithoutNearKeys(TestMultipoleVjp):
 class TestMultipoleVjpOfMiddleKeys(TestMultipoleVjp):
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "all_middle": True}
+        return arrays, {**options, "all_first_order": True}
 
 
-@pytest.mark.parametrize("all_middle", [False, True])
-def test_queries_get_the_derivative_of_the_answer(monkeypatch, all_middle):
+@pytest.mark.parametrize("all_first_order", [False, True])
+def test_queries_get_the_derivative_of_the_answer(monkeypatch, all_first_order):
     # in blocks as they are described
-    if all_middle:
-        monkeypatch.setattr(cpu_multipole, "MIDDLE", -1.0)
+    if all_first_order:
+        monkeypatch.setattr(cpu_multipole, "FIRST_ORDER", -1.0)
     case = TestMultipoleVjp()
     arrays, options = case.inputs(np.random.default_rng(3), np.float64, 70, 80)
     arrays[8][:] = np.inf
     options["threshold"] = 2e-2
     grad = arrays[7]
-    got = multipole_vjp(*arrays, **options, all_middle=all_middle)[0]
+    got = multipole_vjp(*arrays, **options, all_first_order=all_first_order)[0]
 
     def products(query):
         value = multipole(query, *arrays[1:7], **options)[0]
@@ -302,14 +308,14 @@ def test_auto_takes_clusters_where_they_pay(monkeypatch):
     tried = []
 
     def noted(*args, **options):
-        tried.append(multipole_slopes(*args, **options))
+        tried.append(cluster_vjp(*args, **options))
         return tried[-1]
 
-    monkeypatch.setattr(multipole_gradient, "multipole_slopes", noted)
+    monkeypatch.setattr(multipole_gradient, "cluster_vjp", noted)
     got = attention_vjp(*inputs, tol=0.1, rng=0, method=Auto())
-    ((slopes, error),) = tried
+    ((gradients, error),) = tried
     assert 1e-4 < error <= 0.3
-    for one, other in zip(got, slopes, strict=True):
+    for one, other in zip(got, gradients, strict=True):
         np.testing.assert_array_equal(one, other)
     exact = attention_vjp(*inputs, method=Exact())
     worst = [oracles.frobenius_error(x, y) for x, y in zip(got, exact, strict=True)]
@@ -324,11 +330,11 @@ def test_auto_computes_exactly_what_fails_its_check(monkeypatch):
     tried = []
 
     def misses(*args, **options):
-        slopes, error = multipole_slopes(*args, **options)
+        gradients, error = cluster_vjp(*args, **options)
         tried.append(error)
-        return slopes, 10 * error + 1
+        return gradients, 10 * error + 1
 
-    monkeypatch.setattr(multipole_gradient, "multipole_slopes", misses)
+    monkeypatch.setattr(multipole_gradient, "cluster_vjp", misses)
     got = attention_vjp(*inputs, tol=0.1, rng=0)
     assert tried
     exact = attention_vjp(*inputs, method=Exact())
@@ -342,12 +348,12 @@ def test_the_check_sees_what_is_wrong(threshold):
     query, key, value, grad = inputs = sharp(dtype=np.float64)
     head, truth = Head(query, key, value, 0.5), softmax_vjp(*inputs)
     for seed in range(3):
-        slopes, seen = multipole_slopes(
+        gradients, seen = cluster_vjp(
             head,
             grad,
             1.0,
             np.random.default_rng(seed),
             method=Multipole(threshold=threshold),
         )
-        worst = max(map(oracles.frobenius_error, slopes, truth))
+        worst = max(map(oracles.frobenius_error, gradients, truth))
         assert 0.9 * worst <= seen <= 4 * worst

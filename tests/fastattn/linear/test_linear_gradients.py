@@ -23,10 +23,10 @@ def grad_of(inputs, seed=9):
     return grad.astype(query.dtype)
 
 
-def assert_slopes(inputs, grad, slopes, options, rtol=1e-5):
+def assert_gradients(inputs, grad, gradients, options, rtol=1e-5):
     """Compare with central differences along one random direction for each input."""
     rng, h = np.random.default_rng(11), 1e-6
-    for number, slope in enumerate(slopes):
+    for number, slope in enumerate(gradients):
         step = rng.standard_normal(inputs[number].shape)
 
         def loss(sign, number=number, step=step):
@@ -41,15 +41,15 @@ def assert_slopes(inputs, grad, slopes, options, rtol=1e-5):
 
 @pytest.mark.parametrize("options", KINDS_OF_ROWS, ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
-def test_slopes_are_finite_differences(feature_map, options):
+def test_gradients_are_finite_differences(feature_map, options):
     inputs = problem(n=30, m=23)
     mask = np.random.default_rng(1).random(23) < 0.7
     options = {"feature_map": feature_map, "key_mask": mask, **options}
     grad = grad_of(inputs)
-    slopes = linear_attention_vjp(*inputs, grad, **options)
-    assert_slopes(inputs, grad, slopes, options, rtol=1e-4)
-    np.testing.assert_array_equal(slopes[1][~mask], 0)
-    np.testing.assert_array_equal(slopes[2][~mask], 0)
+    gradients = linear_attention_vjp(*inputs, grad, **options)
+    assert_gradients(inputs, grad, gradients, options, rtol=1e-4)
+    np.testing.assert_array_equal(gradients[1][~mask], 0)
+    np.testing.assert_array_equal(gradients[2][~mask], 0)
 
 
 @pytest.mark.parametrize("options", KINDS_OF_ROWS[:3], ids=str)
@@ -57,16 +57,16 @@ def test_slopes_are_finite_differences(feature_map, options):
     ("n", "m"), [(1, 1), (65, 65), (300, 70), (70, 300), (2100, 9)]
 )
 @pytest.mark.parametrize("feature_map", [EluPlusOne(), RandomFeatures(8)], ids=str)
-def test_slopes_are_finite_differences_around_blocks(feature_map, n, m, options):
+def test_gradients_are_finite_differences_around_blocks(feature_map, n, m, options):
     inputs = problem(n=n, m=m)
     options = {"feature_map": feature_map, **options}
     grad = grad_of(inputs)
-    slopes = linear_attention_vjp(*inputs, grad, **options)
-    assert_slopes(inputs, grad, slopes, options, rtol=1e-4)
+    gradients = linear_attention_vjp(*inputs, grad, **options)
+    assert_gradients(inputs, grad, gradients, options, rtol=1e-4)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_slopes_of_broadcast_heads_add_up(is_causal):
+def test_gradients_of_broadcast_heads_add_up(is_causal):
     query, _, _ = problem(lead=(2, 3), n=11)
     _, key, value = problem(lead=(2, 1), m=13)
     whole = [np.broadcast_to(x, (2, 3, *x.shape[-2:])) for x in (query, key, value)]
@@ -95,7 +95,7 @@ def test_library_and_dtype_follow_the_inputs(xp, feature_map, options):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_slopes_are_those_of_torch(is_causal):
+def test_gradients_are_those_of_torch(is_causal):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     inputs = problem(n=90, m=90)
     grad = grad_of(inputs)
@@ -113,7 +113,7 @@ def test_slopes_are_those_of_torch(is_causal):
 
 
 @pytest.mark.parametrize("options", KINDS_OF_ROWS, ids=str)
-def test_without_keys_slopes_are_zero(options):
+def test_without_keys_gradients_are_zero(options):
     inputs = problem(n=5, m=6)
     options = {"feature_map": Taylor(), "key_mask": np.zeros(6, bool), **options}
     for x, slope in zip(
@@ -131,7 +131,7 @@ def test_misuse_is_named():
         linear_attention_vjp(*inputs, grad, feature_map=None)
 
 
-def test_slopes_that_overflow_are_refused():
+def test_gradients_that_overflow_are_refused():
     query, key, value = problem(n=5, m=6, dtype=np.float32)
     grad = grad_of((query, key, value))
     with pytest.raises(RefusalError, match="overflows float32"):

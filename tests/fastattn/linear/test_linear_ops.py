@@ -13,12 +13,12 @@ class TestPrefixProducts(OpLaws):
     def inputs(self, rng, dtype, n, m):
         left, right = rng.random((n, 5)), rng.random((m, 5))
         value, state = rng.standard_normal((m, 3)), rng.standard_normal((5, 3))
-        visible = np.sort(rng.integers(0, m + 1, n))
-        options = {"visible": visible}
+        prefix_lengths = np.sort(rng.integers(0, m + 1, n))
+        options = {"prefix_lengths": prefix_lengths}
         if self.decay is not None:
             column = 3 + np.sort(rng.choice(2 * m, m, replace=False))
             # no row is behind a key that it sees
-            least = np.where(visible, column[visible - 1], 3)
+            least = np.where(prefix_lengths, column[prefix_lengths - 1], 3)
             options |= {"decay": self.decay, "column": column, "origin": 2}
             options["row"] = np.maximum.accumulate(least + rng.integers(0, 3, n))
         return [x.astype(dtype) for x in (left, right, value, state)], options
@@ -39,7 +39,7 @@ class TestPrefixProductsInStep(TestPrefixProducts):
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
         number = np.arange(max(n, m))
-        options["visible"] = np.minimum(number[:n] + 1, m)
+        options["prefix_lengths"] = np.minimum(number[:n] + 1, m)
         if self.decay is not None:
             # later rows, or keys, are further away than the first
             place = 5 + number + self.gap * (number > 200)

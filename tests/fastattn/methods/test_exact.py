@@ -17,7 +17,7 @@ class TestAttend(OpLaws):
             rng.standard_normal((2, rows, width)).astype(dtype)
             for rows, width in [(n, 5), (m, 5), (m, 3)]
         )
-        return [query, key, value], {"scale": 0.4, "visible": None}
+        return [query, key, value], {"scale": 0.4, "prefix_lengths": None}
 
     def slack(self, arrays, options):
         return roundoff(*arrays, scale=options["scale"])
@@ -26,7 +26,7 @@ class TestAttend(OpLaws):
 class TestAttendVisible(TestAttend):
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "visible": rng.integers(0, m + 1, n)}
+        return arrays, {**options, "prefix_lengths": rng.integers(0, m + 1, n)}
 
 
 class TestAttendRows(TestAttend):

@@ -46,7 +46,7 @@ class TestAttendQuantized(OpLaws):
 
     def inputs(self, rng, dtype, n, m):
         arrays = (rng.standard_normal(s) for s in ((n, 7), (m, 7), (m, 5)))
-        options = {"scale": 0.4, "visible": None, "integers": self.integers}
+        options = {"scale": 0.4, "prefix_lengths": None, "integers": self.integers}
         return [x.astype(dtype) for x in arrays], options
 
     def slack(self, arrays, options):
@@ -65,21 +65,21 @@ class TestAttendQuantizedInIntegers(TestAttendQuantized):
 class TestCausalAttendQuantized(TestAttendQuantized):
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "visible": np.arange(n) * m // n}
+        return arrays, {**options, "prefix_lengths": np.arange(n) * m // n}
 
 
 @both
 @pytest.mark.parametrize("place", [None, pytest.param("cpu", marks=needs_eight_bits)])
-@pytest.mark.parametrize("visible", [None, "causal", "any"])
-def test_errors_are_those_of_rounded_factors(place, visible, integers):
+@pytest.mark.parametrize("prefix_lengths", [None, "causal", "any"])
+def test_errors_are_those_of_rounded_factors(place, prefix_lengths, integers):
     query, key, value = problem(300, 301, shift=3.0)
     seen = {
         None: None,
         "causal": np.arange(300) + 2,
         "any": np.random.default_rng(0).integers(0, 302, 300),
-    }[visible]
-    out, norm = attend_quantized.body(place)(
-        query, key, value, scale=0.25, visible=seen, integers=integers
+    }[prefix_lengths]
+    out, norm = attend_quantized.kernel(place)(
+        query, key, value, scale=0.25, prefix_lengths=seen, integers=integers
     )
     logits = 0.25 * query.astype(float) @ key.T.astype(float)
     sees = np.arange(301) < (np.full(300, 301) if seen is None else seen)[:, None]
@@ -110,7 +110,7 @@ def test_weights_out_of_range_are_no_number(integers):
     key[101] = 3000
     query[:20] = np.abs(query[:20]) + 1
     _, norm = attend_quantized(
-        query, key, value, scale=1.0, visible=None, integers=integers
+        query, key, value, scale=1.0, prefix_lengths=None, integers=integers
     )
     assert np.isnan(norm[:20]).all()
 
@@ -165,7 +165,7 @@ def test_few_rows_and_keys_are_served(count):
 
 
 @needs_eight_bits
-def test_coarse_products_are_taken_where_they_suffice():
+def test_low_precision_is_taken_where_it_suffices():
     query, key, value = problem(600, 600, spread=1.5)
     methods = [
         approximate(query, key, value, tol=tol, method=Quantized(), rng=0).plan.method
@@ -250,10 +250,10 @@ def test_eight_bits_come_before_exact_attention_where_others_miss(monkeypatch):
     query, key, value = (0.3 * rng.standard_normal((3, 6000, 8))).astype(np.float32)
     seen, real = [], auto.answer_of
 
-    def missing(head, attempt, tol, rng):
-        seen.append(type(attempt.plan.method).__name__)
-        answer = real(head, attempt, tol, rng)
-        if isinstance(attempt.plan.method, Quantized):
+    def missing(head, configured, tol, rng):
+        seen.append(type(configured.plan.method).__name__)
+        answer = real(head, configured, tol, rng)
+        if isinstance(configured.plan.method, Quantized):
             return answer
         return replace(answer, error=2 * tol)
 
@@ -271,11 +271,11 @@ def test_eight_bits_that_miss_are_not_tried_again(fault, monkeypatch):
     query, key, value = (x[0] for x in load_sample("minilm-sharp"))
     seen, real = [], auto.answer_of
 
-    def missing(head, attempt, tol, rng):
-        seen.append(attempt.plan.method)
+    def missing(head, configured, tol, rng):
+        seen.append(configured.plan.method)
         if fault == "fails":
             raise RefusalError("fails in all rows")
-        return replace(real(head, attempt, tol, rng), error=2 * tol)
+        return replace(real(head, configured, tol, rng), error=2 * tol)
 
     monkeypatch.setattr(auto, "answer_of", missing)
     answer = approximate(query, key, value, tol=0.02, rng=0)

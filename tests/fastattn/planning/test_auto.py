@@ -259,9 +259,9 @@ def test_certificates_that_miss_end_in_exact_attention(monkeypatch):
     inputs = [x.astype(np.float32) for x in large(1.0, d=4)]
     seen = []
 
-    def missing(head, attempt, tol, rng, looks):
-        answer = real_answer(head, attempt, tol, rng, looks)
-        seen.append(attempt.plan.method)
+    def missing(head, configured, tol, rng, shared):
+        answer = real_answer(head, configured, tol, rng, shared)
+        seen.append(configured.plan.method)
         return replace(answer, error=1.5 * tol)
 
     real_answer = auto.answer_of

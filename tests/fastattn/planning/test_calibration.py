@@ -31,7 +31,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def works():
     sizes = (100, 200, 8, 5)
-    counts = {"blocks": 7, "clusters": 3.0, "near": 20.0, "middle": 11.0}
+    counts = {"blocks": 7, "clusters": 3.0, "near": 20.0, "first_order": 11.0}
     return [
         exact_work(*sizes),
         lowrank_work(*sizes, 10, 3),

@@ -59,7 +59,7 @@ def test_large_heads_are_judged_on_rows(monkeypatch):
 
 def test_refused_candidates_run_too(monkeypatch):
     query, key, value = (x[0] for x in load_sample("minilm-diffuse"))
-    monkeypatch.setattr("fastattn.planning.auto._SMALL", 0)
+    monkeypatch.setattr("fastattn.planning.auto._FEW_LOGITS", 0)
     found = explain(query, key, value, tol=1e-3, rng=0, run=True)
     (candidates,), (runs,) = found.heads, found.runs
     refused = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastattn import Auto, Exact, Multipole, Polynomial, RefusalError, load, prepare
-from fastattn.prepared.held_out import Split
+from fastattn.prepared.held_out import QuerySplit
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.chance import assert_fails_rarely
@@ -198,19 +198,21 @@ def test_a_batch_has_a_structure_for_each_head():
     assert np.all(errors <= answer.certificate.error)
 
 
-@pytest.mark.parametrize(("n", "probes", "held"), [(256, 128, 128), (2000, 128, 1000)])
-def test_the_hardest_held_out_queries_are_probes(n, probes, held):
+@pytest.mark.parametrize(
+    ("n", "held_out", "held"), [(256, 128, 128), (2000, 128, 1000)]
+)
+def test_queries_of_the_largest_variance_are_held_out(n, held_out, held):
     query, key, value = problem(n=n)
     head, rng = Head(query, key, value, 0.4), np.random.default_rng(0)
-    split = Split.of(head, rng)
-    assert len(split.probes) == len(split.weight) == probes
+    split = QuerySplit.of(head, rng)
+    assert len(split.held_out) == len(split.weight) == held_out
     assert split.weight.sum() == pytest.approx(held)
     assert len(split.rest) == n - held
-    both = np.concatenate([split.probes, split.rest])
+    both = np.concatenate([split.held_out, split.rest])
     assert len(np.unique(both, axis=0)) == len(both)
     # a query that is harder than all others is never left to chance
     query[:] *= np.where(np.arange(n) % 50 == 0, 5, 1)[:, None]
-    split = Split.of(head, rng)
-    hard = np.linalg.norm(split.probes, axis=1) > 3
-    if held > probes:
-        assert np.all(split.weight[hard] == 1)
+    split = QuerySplit.of(head, rng)
+    is_outlier = np.linalg.norm(split.held_out, axis=1) > 3
+    if held > held_out:
+        assert np.all(split.weight[is_outlier] == 1)

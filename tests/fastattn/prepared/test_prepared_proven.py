@@ -44,10 +44,10 @@ def test_bounds_hold_after_inserts_merges_and_a_load(dtype, tmp_path):
 def test_float32_serves_where_it_can():
     query, key, value = uniform(dtype=np.float32)
     prepared = prepare(key, value, queries=query, tol=1e-2, guarantee="proven", rng=0)
-    assert prepared._heads[0].sums.recipe.dtype == np.float32
+    assert prepared._heads[0].state.expansion.dtype == np.float32
 
 
-def test_worst_keys_within_the_extents_stay_within_the_bound():
+def test_worst_keys_within_the_row_bounds_stay_within_the_bound():
     query, key, value = uniform()
     prepared = prepare(key, value, queries=query, tol=1e-2, guarantee="proven", rng=0)
     # keys at the ends of the range, with values that go with the sign of the error
@@ -61,7 +61,7 @@ def test_worst_keys_within_the_extents_stay_within_the_bound():
 
 
 @pytest.mark.parametrize("rank", [None, 15])
-def test_rows_beyond_the_extents_are_refused(rank):
+def test_rows_beyond_the_row_bounds_are_refused(rank):
     query, key, value = uniform()
     method = Polynomial(rank=rank, degree=6 if rank is None else 2)
     prepared = prepare(
@@ -82,7 +82,7 @@ def test_rows_beyond_the_extents_are_refused(rank):
 def test_more_sums_than_the_bound_allows_for_are_refused(monkeypatch):
     query, key, value = uniform()
     prepared = prepare(key, value, queries=query, tol=1e-2, guarantee="proven", rng=0)
-    monkeypatch.setattr("fastattn.certificates.accumulation.PIECES", 2)
+    monkeypatch.setattr("fastattn.certificates.accumulation.MAX_BLOCKS", 2)
     prepared.insert(key[:1], value[:1])
     with pytest.raises(RefusalError, match="more than 2 inserts"):
         prepared.insert(key[:1], value[:1])

@@ -10,12 +10,12 @@ from benches.cases import worst_points
 from fastattn import Auto, Multipole, Polynomial, approximate, explain
 from fastattn.certificates.certify import repaired
 from fastattn.certificates.ratio_estimate import FAILURE
-from fastattn.certificates.sampled import Looks, certify_rows
-from fastattn.methods.lowrank.causal_cost import leniency
+from fastattn.certificates.sampled import SharedSampling, certify_rows
+from fastattn.methods.lowrank.causal_cost import causal_tolerance_factor
 from fastattn.methods.lowrank.prefixes import lowrank_by_prefixes
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Sample
-from fastattn.methods.multipole.method import multipole_attempt
+from fastattn.methods.lowrank.whitening import PlanningSample
+from fastattn.methods.multipole.method import configured_multipole
 from fastattn.methods.polynomial.prefixes import moments_by_prefixes
 from fastattn.planning import auto
 from fastattn.problem import causal_chunks
@@ -55,7 +55,7 @@ def head_of(*inputs, key_mask=None, scale=None):
 
 def lowrank_of(head, rank=60, landmarks=0):
     rng = np.random.default_rng(1)
-    sample = Sample.of(head.unmasked(), rng)
+    sample = PlanningSample.of(head.unmasked(), rng)
     return LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
 
 
@@ -154,12 +154,14 @@ def runs():
     """Each method with its choices fixed: from a head to an answer."""
     head = head_of(*problem())
     whole = head.unmasked()
-    recipe = METHODS["taylor"].attempt(whole, 0.1, "sampled", np.random.default_rng(0))
-    halves = multipole_attempt(head, 0.1, np.random.default_rng(0))
+    expansion = METHODS["taylor"].configure(
+        whole, 0.1, "sampled", np.random.default_rng(0)
+    )
+    halves = configured_multipole(head, 0.1, np.random.default_rng(0))
     yield "polynomials", partial(lowrank_by_prefixes, empty=lowrank_of(head))
     marks = lowrank_of(head, rank=1, landmarks=30)
     yield "landmarks", partial(lowrank_by_prefixes, empty=marks)
-    yield "monomials", recipe.run
+    yield "monomials", expansion.run
     yield "halves", halves.run
 
 
@@ -205,10 +207,10 @@ def test_early_keys_may_lie_elsewhere():
     key = key + 4 * np.linspace(-1, 1, len(key))[:, None]
     value = value + 1
     head = head_of(query, key, value)
-    _, logarithm, good = lowrank_by_prefixes(head, lowrank_of(head, rank=200))
+    _, logarithm, reliable = lowrank_by_prefixes(head, lowrank_of(head, rank=200))
     _, truth = oracles.attention(query, key, value, is_causal=True)
-    assert good.mean() > 0.98
-    assert np.abs(logarithm - truth)[good].max() < 0.1
+    assert reliable.mean() > 0.98
+    assert np.abs(logarithm - truth)[reliable].max() < 0.1
 
 
 def test_far_keys_are_seen_by_the_rows_behind_them_only():
@@ -217,10 +219,10 @@ def test_far_keys_are_seen_by_the_rows_behind_them_only():
     head = head_of(query, key, value)
     empty = lowrank_of(head, rank=120)
     assert len(empty.insert(key, value).far_key)
-    answer, _, good = lowrank_by_prefixes(head, empty)
+    answer, _, reliable = lowrank_by_prefixes(head, empty)
     truth, _ = oracles.attention(query, key, value, is_causal=True)
-    assert good.mean() > 0.9
-    assert oracles.frobenius_error(answer[good], truth[good]) < 0.02
+    assert reliable.mean() > 0.9
+    assert oracles.frobenius_error(answer[reliable], truth[reliable]) < 0.02
 
 
 def test_keys_that_no_row_sees_are_not_looked_at():
@@ -246,8 +248,8 @@ def test_certificates_hold_at_their_rate(spread):
     method = Polynomial(degree=1, basis="hermite")
     truth, _ = oracles.attention(*inputs, is_causal=True)
     head, draws = head_of(*inputs), np.random.default_rng(0)
-    attempt = method.attempt(head, 1e9, "sampled", draws)
-    answer = repaired(head, attempt, 1e9, Looks(), draws)
+    configured = method.configure(head, 1e9, "sampled", draws)
+    answer = repaired(head, configured, 1e9, SharedSampling(), draws)
     error = oracles.frobenius_error(answer.value, truth)
 
     def trial(rng):
@@ -256,8 +258,8 @@ def test_certificates_hold_at_their_rate(spread):
             answer.value,
             1e-9,
             rng,
-            settled=answer.settled,
-            guess=answer.squares,
+            exact_rows=answer.exact_rows,
+            error_profile=answer.squares,
         )
         return error <= found.upper
 
@@ -266,7 +268,7 @@ def test_certificates_hold_at_their_rate(spread):
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_leniency_is_how_much_less_a_causal_head_errs(shift):
+def test_causal_tolerance_factor_is_how_much_less_a_causal_head_errs(shift):
     query, key, value = problem(3000, d=8, p=16, spread=0.6)
     value = value + shift
     head = head_of(query, key, value)
@@ -279,7 +281,7 @@ def test_leniency_is_how_much_less_a_causal_head_errs(shift):
         truth, _ = oracles.attention(query, key, value, is_causal=is_causal)
         errors.append(oracles.frobenius_error(answer[0], truth))
     wanted = errors[1] / errors[0]
-    found = leniency(head, np.random.default_rng(0))
+    found = causal_tolerance_factor(head, np.random.default_rng(0))
     assert found == pytest.approx(wanted, rel=0.3)
 
 
@@ -304,9 +306,13 @@ def test_large_heads_are_planned_and_explained(monkeypatch):
 
 def test_moments_of_a_prefix_are_its_sums():
     head = head_of(*problem())
-    attempt = METHODS["taylor"].attempt(head, 0.1, "sampled", np.random.default_rng(0))
-    recipe = attempt.run.__self__
-    value, logarithm, _ = moments_by_prefixes(head, recipe.moments, recipe.coefficients)
-    whole = recipe.moments(head).query(head.query[-1:], recipe.coefficients)
+    configured = METHODS["taylor"].configure(
+        head, 0.1, "sampled", np.random.default_rng(0)
+    )
+    expansion = configured.run.__self__
+    value, logarithm, _ = moments_by_prefixes(
+        head, expansion.moments, expansion.coefficients
+    )
+    whole = expansion.moments(head).query(head.query[-1:], expansion.coefficients)
     np.testing.assert_allclose(value[-1:], whole[0], rtol=1e-9)
     np.testing.assert_allclose(logarithm[-1:], whole[1], rtol=1e-9)

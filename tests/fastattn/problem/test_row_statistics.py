@@ -7,13 +7,13 @@ from fastattn import Auto, Exact, Polynomial, approximate
 from fastattn._ops.quantized import attend_quantized, factors
 from fastattn.certificates.certify import repaired
 from fastattn.certificates.ratio_estimate import FAILURE
-from fastattn.certificates.sampled import Looks, certify_rows
-from fastattn.methods.quantized import Quantized, _attempt, _logit_deviation
+from fastattn.certificates.sampled import SharedSampling, certify_rows
+from fastattn.methods.quantized import Quantized, _configured, _logit_deviation
 from fastattn.problem.head import Head
 from fastattn.problem.row_statistics import (
     SeenKeys,
-    guess_errors,
     outlying_rows,
+    profile_errors,
     row_statistics,
 )
 from tests import oracles
@@ -28,9 +28,9 @@ def plain(n, d, seed):
     return 0.4 * query, 0.6 * key, value, rng
 
 
-def head_of(query, key, value, visible=None):
+def head_of(query, key, value, prefix_lengths=None):
     arrays = (np.ascontiguousarray(x, np.float32) for x in (query, key, value))
-    return Head(*arrays, query.shape[1] ** -0.5, visible)
+    return Head(*arrays, query.shape[1] ** -0.5, prefix_lengths)
 
 
 def key_of_few_queries(n=2048, d=32):
@@ -78,8 +78,8 @@ def test_rows_that_see_a_rare_key_are_found(make):
     found = row_statistics(head, np.random.default_rng(0))
     assert key in found.extreme
     seen = SeenKeys.of(head, found, *head.attend())
-    guessed = guess_errors(found, seen)
-    assert np.isin(rows, guessed.hard).all()
+    profiled = profile_errors(found, seen)
+    assert np.isin(rows, profiled.outlier_rows).all()
 
 
 @pytest.mark.parametrize("make", [key_of_few_queries, heavy_key_of_common_spread])
@@ -122,10 +122,12 @@ def test_certificate_of_rounded_logits_holds_at_its_rate(make, logits, monkeypat
         "fastattn.methods.quantized.attend_quantized", attend_quantized.reference
     )
     head = make()
-    attempt = _attempt(Quantized(logits), head, 0.0, "asked for")
+    configured = _configured(Quantized(logits), head, 0.0, "asked for")
     with np.errstate(over="ignore", invalid="ignore"):
         # rows whose weights overflow are computed exactly
-        found = repaired(head, attempt, 0.1, Looks(), np.random.default_rng(0))
+        found = repaired(
+            head, configured, 0.1, SharedSampling(), np.random.default_rng(0)
+        )
     error = relative(found.value, truth_of(head))
 
     def trial(rng):
@@ -134,8 +136,8 @@ def test_certificate_of_rounded_logits_holds_at_its_rate(make, logits, monkeypat
             found.value,
             1e-9,
             rng,
-            settled=found.settled,
-            guess=found.squares,
+            exact_rows=found.exact_rows,
+            error_profile=found.squares,
             first=64,
         )
         return error <= drawn.upper
@@ -150,13 +152,13 @@ def test_log_sum_exps_of_rounded_logits_are_within_their_bound(logits, monkeypat
         "fastattn.methods.quantized.attend_quantized", attend_quantized.reference
     )
     for head in (student_entries(), key_of_few_queries()[0]):
-        attempt = _attempt(Quantized(logits), head, 0.0, "asked for")
+        configured = _configured(Quantized(logits), head, 0.0, "asked for")
         with np.errstate(over="ignore", invalid="ignore"):
-            _, logarithm, good = attempt.run(head)
+            _, logarithm, reliable = configured.run(head)
         _, truth = oracles.attention(head.query, head.key, head.value, scale=head.scale)
-        bound = attempt.log_errors(head, logarithm)
-        off = np.abs(logarithm.astype(np.float64) - truth)[good]
-        assert np.all(off <= bound[good])
+        bound = configured.log_errors(head, logarithm)
+        off = np.abs(logarithm.astype(np.float64) - truth)[reliable]
+        assert np.all(off <= bound[reliable])
         # useful where logits are small
         assert np.median(bound) < 0.5
 
@@ -185,12 +187,12 @@ def test_outlying_rows_are_few_and_the_largest():
 
 def test_hidden_keys_are_not_seen():
     head, rows, key = key_of_few_queries()
-    visible = np.arange(1, 2049)
-    causal = Head(head.query, head.key, head.value, head.scale, visible)
+    prefix_lengths = np.arange(1, 2049)
+    causal = Head(head.query, head.key, head.value, head.scale, prefix_lengths)
     found = row_statistics(causal, np.random.default_rng(0))
     seen = SeenKeys.of(causal, found, *causal.attend())
-    assert np.all(seen.share[visible <= key] <= 1 + 1e-4)
-    later = rows[visible[rows] > key]
+    assert np.all(seen.share[prefix_lengths <= key] <= 1 + 1e-4)
+    later = rows[prefix_lengths[rows] > key]
     assert np.all(seen.share[later] > 0.5)
 
 
@@ -201,28 +203,28 @@ def test_statistics_of_extreme_inputs_are_numbers(scale):
     found = row_statistics(huge, np.random.default_rng(0))
     assert not np.isnan(found.variance).any()
     seen = SeenKeys.of(huge, found, *head.attend())
-    guessed = guess_errors(found, seen)
-    assert not np.isnan(guessed.squares).any()
+    profiled = profile_errors(found, seen)
+    assert not np.isnan(profiled.squares).any()
 
 
-def test_attempts_share_one_chance_of_failure():
-    looks = Looks()
+def test_configured_methods_share_one_chance_of_failure():
+    shared = SharedSampling()
     head, _, _ = key_of_few_queries()
     rng = np.random.default_rng(0)
     spent = []
     for rank in (20, 60):
-        attempt = Polynomial(rank=rank, basis="hermite").attempt(
+        configured = Polynomial(rank=rank, basis="hermite").configure(
             head, 1.0, "sampled", rng
         )
-        found = repaired(head, attempt, 1.0, looks, rng)
+        found = repaired(head, configured, 1.0, shared, rng)
         drawn = certify_rows(
             head,
             found.value,
             1.0,
             rng,
-            settled=found.settled,
-            guess=found.squares,
-            budget=looks.budget,
+            exact_rows=found.exact_rows,
+            error_profile=found.squares,
+            budget=shared.budget,
         )
         spent.append(float(drawn.source.split("confidence ")[1].split("%")[0]))
     assert spent == [98.3, 98.9]
@@ -247,7 +249,7 @@ def test_exact_answers_that_cancel_are_within_their_certificate():
     assert_fails_rarely(trial, failure=FAILURE, trials=40, false_alarm=1e-3)
 
 
-def test_auto_gives_the_failure_of_all_looks():
+def test_auto_gives_the_failure_of_all_samplings():
     head = student_entries(4096)
     answer = approximate(
         head.query, head.key, head.value, tol=0.1, method=Auto(), rng=0
@@ -272,6 +274,6 @@ def test_statistics_of_numbers_at_the_end_of_the_range_are_made(dtype, part, sha
     found = row_statistics(head, rng)
     assert not np.isnan(found.variance).any()
     value, normalizer = np.zeros((300, 4), dtype), np.zeros(300, dtype)
-    guessed = guess_errors(found, SeenKeys.of(head, found, value, normalizer))
-    assert not np.isnan(guessed.squares).any()
-    assert len(guessed.hard) <= 300
+    profiled = profile_errors(found, SeenKeys.of(head, found, value, normalizer))
+    assert not np.isnan(profiled.squares).any()
+    assert len(profiled.outlier_rows) <= 300

@@ -79,11 +79,11 @@ def test_logits_stay(kind, scale, queries, make):
 def test_balanced_sides_have_one_diagonal_covariance(kind, queries):
     query, key = clouds(kind, np.random.default_rng(1))
     t = balance(query, key, 0.7, queries=queries)
-    for rows, middle, side in [
+    for rows, origin, side in [
         (query, t.query_center, t.query_map),
         (key, t.key_center, t.key_map),
     ]:
-        moved = (rows - middle) @ side
+        moved = (rows - origin) @ side
         covariance = moved.T @ moved / len(moved)
         np.testing.assert_allclose(
             covariance, np.diag(t.scales), atol=1e-6 * t.scales[0]

@@ -16,7 +16,7 @@ from fastattn import (
     approximate,
 )
 from fastattn.methods.polynomial.expansions import relative_minimax
-from fastattn.tensor.degree_search import sampled_recipe
+from fastattn.tensor.degree_search import sampled_expansion
 from fastattn.tensor.polynomial import shifted
 from fastattn.tensor.problem import TensorHead
 from fastattn.tensor.sampled import certify_tuples
@@ -181,8 +181,8 @@ def test_weights_that_may_not_add_up_certify_nothing():
     query, keys, values = problem((60, 50), n=20)
     head = TensorHead(query, keys, values, 0.25)
     rng = np.random.default_rng(0)
-    recipe = sampled_recipe(head, Polynomial(degree=3), 1e-2, rng)
-    value, normalizer, _ = recipe.answer(head)
-    wrong = replace(recipe, coefficients=1.5 * recipe.coefficients)
+    expansion = sampled_expansion(head, Polynomial(degree=3), 1e-2, rng)
+    value, normalizer, _ = expansion.answer(head)
+    wrong = replace(expansion, coefficients=1.5 * expansion.coefficients)
     found = certify_tuples(head, wrong, value, normalizer - 2.0, rng)
     assert found.upper == np.inf

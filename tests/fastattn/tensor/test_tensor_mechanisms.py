@@ -113,7 +113,7 @@ class TestWindow:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("sizes", [(5,), (40, 33), (2, 300), (3, 4, 5)])
-    def test_fast_body_agrees_with_reference(self, dtype, sizes):
+    def test_fast_kernel_agrees_with_reference(self, dtype, sizes):
         lengths = (290, 310, 300)[: len(sizes)]
         query, keys, values = problem(lengths, n=301, dtype=dtype)
         number = np.arange(301)

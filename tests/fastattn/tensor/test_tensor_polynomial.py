@@ -12,9 +12,9 @@ from fastattn.methods.polynomial.expansions import (
     relative_minimax,
     total_degree,
 )
-from fastattn.tensor.degree_search import sampled_recipe
-from fastattn.tensor.logit_bounds import Extent
-from fastattn.tensor.polynomial import proven_recipe
+from fastattn.tensor.degree_search import sampled_expansion
+from fastattn.tensor.logit_bounds import LogitBounds
+from fastattn.tensor.polynomial import proven_expansion
 from fastattn.tensor.problem import TensorHead
 from fastattn.tensor.sampled import certify_few_rows, certify_tuples
 from tests import oracles
@@ -81,7 +81,7 @@ def test_worst_values_come_near_the_bound(order):
     shift=st.sampled_from([0.0, 1.0, -3.0]),
     binary=st.booleans(),
 )
-def test_extent_holds_every_logit(order, d, seed, scale, shift, binary):
+def test_logit_bounds_hold_every_logit(order, d, seed, scale, shift, binary):
     rng = np.random.default_rng(seed)
     sides = [
         rng.standard_normal((6, d)) * rng.exponential(size=d) for _ in range(order)
@@ -90,24 +90,24 @@ def test_extent_holds_every_logit(order, d, seed, scale, shift, binary):
         sides = [np.sign(x) for x in sides]
     query, *keys = (x + shift for x in sides)
     head = TensorHead(query, tuple(keys), tuple(keys), scale)
-    extent = Extent.of(head)
+    logit_bounds = LogitBounds.of(head)
     terms = scale * query
     for key in keys:
         terms = (terms[:, None] * key).reshape(-1, d)
     logits = terms.sum(axis=1)
-    assert extent.low <= logits.min() <= logits.max() <= extent.high
-    assert np.abs(terms).sum(axis=1).max() <= extent.reach
-    assert np.all(np.abs(terms).max(axis=0) <= extent.terms)
-    wanted = np.where(extent.terms > 0, scale, 0)
-    np.testing.assert_allclose(np.prod(extent.maps, axis=0), wanted, rtol=1e-12)
+    assert logit_bounds.low <= logits.min() <= logits.max() <= logit_bounds.high
+    assert np.abs(terms).sum(axis=1).max() <= logit_bounds.logit_bound
+    assert np.all(np.abs(terms).max(axis=0) <= logit_bounds.terms)
+    wanted = np.where(logit_bounds.terms > 0, scale, 0)
+    np.testing.assert_allclose(np.prod(logit_bounds.maps, axis=0), wanted, rtol=1e-12)
 
 
-def test_coordinates_are_balanced_before_their_extent_is_taken():
+def test_coordinates_are_balanced_before_logits_are_bounded():
     query, keys, values = problem()
     c = 10.0 ** np.array([3, -4, 0, 8])
-    plain = Extent.of(TensorHead(query, keys, values, 0.25))
+    plain = LogitBounds.of(TensorHead(query, keys, values, 0.25))
     keys = (keys[0] * c, keys[1])
-    scaled = Extent.of(TensorHead(query / c, keys, values, 0.25))
+    scaled = LogitBounds.of(TensorHead(query / c, keys, values, 0.25))
     np.testing.assert_allclose(scaled.bound, plain.bound, rtol=1e-9)
     for one, other in zip(scaled.maps[1:], plain.maps[1:], strict=True):
         np.testing.assert_allclose(one[[2]], other[[2]], rtol=1e-9)
@@ -209,9 +209,9 @@ def test_causal_rows_see_products_of_prefixes(lengths, masked, dtype, xp):
 def test_fast_prefixes_agree_with_the_reference(dtype):
     query, keys, values = problem((40, 99), n=100, d=3, dtype=dtype)
     index = total_degree(3, 3)
-    visible = tuple(np.minimum(np.arange(1, 101) // 2, m) for m in (40, 99))
+    prefix_lengths = tuple(np.minimum(np.arange(1, 101) // 2, m) for m in (40, 99))
     weights = np.random.default_rng(0).uniform(0.1, 1, len(index))
-    arrays = query, keys, values, (np.ones(3, dtype),) * 3, weights, visible
+    arrays = query, keys, values, (np.ones(3, dtype),) * 3, weights, prefix_lengths
     options = {"parent": index.parent, "coordinate": index.coordinate}
     got = prefix_means(*arrays, **options)
     want = prefix_means.reference(*arrays, **options)
@@ -239,10 +239,10 @@ def test_auto_begins_no_exact_attention_of_hours():
 def head_and_answer(inputs, tol, seed=0):
     rng = np.random.default_rng(seed)
     head = TensorHead(*inputs, 1 / inputs[0].shape[1])
-    recipe = sampled_recipe(head, Polynomial(), tol, rng)
-    value, normalizer, good = recipe.answer(head)
-    assert good.all()
-    return head, recipe, value, normalizer
+    expansion = sampled_expansion(head, Polynomial(), tol, rng)
+    value, normalizer, reliable = expansion.answer(head)
+    assert reliable.all()
+    return head, expansion, value, normalizer
 
 
 @pytest.mark.parametrize("rank", [None, 25])
@@ -250,11 +250,11 @@ def test_sampled_tuples_estimate_the_error(rank):
     inputs = problem((60, 50), n=80)
     head = TensorHead(*inputs, 0.25)
     rng = np.random.default_rng(0)
-    recipe = sampled_recipe(head, Polynomial(degree=3, rank=rank), 1e-2, rng)
-    value, normalizer, _ = recipe.answer(head)
+    expansion = sampled_expansion(head, Polynomial(degree=3, rank=rank), 1e-2, rng)
+    value, normalizer, _ = expansion.answer(head)
     truth, _ = oracles.tensor_attention(*inputs)
     error = oracles.frobenius_error(value, truth)
-    found = certify_tuples(head, recipe, value, normalizer, rng)
+    found = certify_tuples(head, expansion, value, normalizer, rng)
     assert error <= found.upper
     # the scatter of 1024 tuples adds to the square
     assert found.estimate <= 3 * error
@@ -265,10 +265,10 @@ def test_sampled_promises_are_kept():
     def kept(rng):
         inputs = problem((40, 40), n=64, d=3, p=2, seed=rng, dtype=np.float32)
         truth, _ = oracles.tensor_attention(*inputs)
-        head, recipe, value, normalizer = head_and_answer(inputs, 1e-2)
+        head, expansion, value, normalizer = head_and_answer(inputs, 1e-2)
         error = oracles.frobenius_error(value, truth)
-        tuples = certify_tuples(head, recipe, value, normalizer, rng)
-        rows = certify_few_rows(head, recipe, value, 16, 1e-2, rng)
+        tuples = certify_tuples(head, expansion, value, normalizer, rng)
+        rows = certify_few_rows(head, expansion, value, 16, 1e-2, rng)
         return error <= min(tuples.upper, rows.upper)
 
     # either certificate may fail
@@ -285,12 +285,12 @@ def test_a_tuple_too_rare_to_be_sampled_is_not_overlooked():
     head = TensorHead(query, keys, values, 0.5)
     rng = np.random.default_rng(0)
     for degree in (2, 4):
-        recipe = sampled_recipe(head, Polynomial(degree=degree), 1e-2, rng)
-        value, normalizer, _ = recipe.answer(head)
+        expansion = sampled_expansion(head, Polynomial(degree=degree), 1e-2, rng)
+        value, normalizer, _ = expansion.answer(head)
         truth, _ = oracles.tensor_attention(*inputs)
         error = oracles.frobenius_error(value, truth)
         assert error > 0.1
-        found = certify_tuples(head, recipe, value, normalizer, rng)
+        found = certify_tuples(head, expansion, value, normalizer, rng)
         assert error <= found.upper
 
 
@@ -300,12 +300,12 @@ def test_a_query_too_rare_to_be_sampled_is_not_overlooked():
     inputs = (query, keys, values)
     head = TensorHead(query, keys, values, 0.5)
     rng = np.random.default_rng(0)
-    recipe = sampled_recipe(head, Polynomial(degree=2), 1e-2, rng)
+    expansion = sampled_expansion(head, Polynomial(degree=2), 1e-2, rng)
     truth, _ = oracles.tensor_attention(*inputs)
-    value, normalizer, _ = recipe.answer(head)
+    value, normalizer, _ = expansion.answer(head)
     error = oracles.frobenius_error(value, truth)
-    assert error <= certify_tuples(head, recipe, value, normalizer, rng).upper
-    assert error <= certify_few_rows(head, recipe, value, 64, 1e-2, rng).upper
+    assert error <= certify_tuples(head, expansion, value, normalizer, rng).upper
+    assert error <= certify_few_rows(head, expansion, value, 64, 1e-2, rng).upper
 
 
 def test_rows_are_computed_where_tuples_scatter_too_much():
@@ -318,13 +318,13 @@ def test_rows_are_computed_where_tuples_scatter_too_much():
     assert error_of(answer, inputs) <= answer.certificate.error <= 1e-2
 
 
-def test_proven_recipe_takes_the_least_degree():
+def test_proven_expansion_takes_the_least_degree():
     inputs = problem()
     head = TensorHead(*inputs, 0.25)
-    extent = Extent.of(head)
-    recipe = proven_recipe(head, extent, 1e-4)
+    logit_bounds = LogitBounds.of(head)
+    expansion = proven_expansion(head, logit_bounds, 1e-4)
     with pytest.raises(RefusalError):
-        proven_recipe(head, extent, 1e-4, recipe.degree - 1)
+        proven_expansion(head, logit_bounds, 1e-4, expansion.degree - 1)
 
 
 def test_an_int_makes_it_reproducible():

@@ -42,7 +42,7 @@ def test_what_is_no_array_is_refused_by_its_type(thing):
         array_namespace(np.ones(2), thing)
 
 
-def test_only_numpy_has_bodies_on_the_cpu(xp):
+def test_only_numpy_has_kernels_on_the_cpu(xp):
     expected = "cpu" if xp.array_type is np.ndarray else None
     assert place_of(xp.asarray(np.ones(2))) == expected
 

@@ -27,19 +27,19 @@ def test_an_op_looks_like_its_reference():
 
 @pytest.mark.parametrize("place", [None, "moon"])
 def test_an_undeclared_place_gets_the_reference(place):
-    assert monomials.body(place) is monomials.reference
+    assert monomials.kernel(place) is monomials.reference
 
 
-def test_a_declared_place_gets_the_body_of_the_same_name():
-    body = monomials.body("cpu")
-    assert body is not monomials.reference
-    assert (body.__name__, body.__module__) == (
+def test_a_declared_place_gets_the_kernel_of_the_same_name():
+    kernel = monomials.kernel("cpu")
+    assert kernel is not monomials.reference
+    assert (kernel.__name__, kernel.__module__) == (
         "monomials",
         "fastattn._ops.cpu.monomials",
     )
 
 
-def test_a_declared_body_that_is_missing_raises():
+def test_a_declared_kernel_that_is_missing_raises():
     broken = Op(double.reference, ("nowhere",))
     with pytest.raises(ModuleNotFoundError):
-        broken.body("nowhere")
+        broken.kernel("nowhere")

@@ -44,8 +44,8 @@ def problem(n, d, r, m, dtype, size=1.0):
     lengths = (np.linalg.norm(x, axis=1) for x in (right, images))
     order = rng.permutation(r)
     of_updates = np.stack([(left**2).sum(axis=1), ratios, *lengths, order])
-    reach = np.linalg.norm(points.astype(np.float64), axis=1)
-    of_points = np.stack([9 * reach**2, np.full(n, 1e-9), reach])
+    point_norm = np.linalg.norm(points.astype(np.float64), axis=1)
+    of_points = np.stack([9 * point_norm**2, np.full(n, 1e-9), point_norm])
     seen = np.where(rng.random(n) < 0.2, rng.integers(0, r + 1, n), 0)
     vectors = np.concatenate([right, images[:m]]).astype(dtype)
     return points, vectors, of_points, seen, of_updates

@@ -39,13 +39,13 @@ def plain_lloyd(points, centers, steps):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("k", [1, 2, 7])
-def test_fast_bodies_agree_with_references(rng, dtype, k):
+def test_fast_kernels_agree_with_references(rng, dtype, k):
     # whole numbers: sums are exact, ties included
     points = rng.integers(-3, 4, (700, 5)).astype(dtype)
     centers = rng.integers(-3, 4, (k, 5)).astype(dtype)
     squares = (centers**2).sum(axis=1)
     slots = rng.integers(700, size=600)
-    got = two_nearest.body("cpu")(points, centers, squares, slots)
+    got = two_nearest.kernel("cpu")(points, centers, squares, slots)
     want = two_nearest.reference(points, centers, squares, slots)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -53,12 +53,12 @@ def test_fast_bodies_agree_with_references(rng, dtype, k):
     labels = got[0]
     args = points, centers, labels, slots
     np.testing.assert_allclose(
-        own_distances.body("cpu")(*args), own_distances.reference(*args), rtol=1e-14
+        own_distances.kernel("cpu")(*args), own_distances.reference(*args), rtol=1e-14
     )
     weights = rng.integers(5, size=600).astype(dtype)
     args = points[slots], labels, weights
     np.testing.assert_array_equal(
-        cluster_sums.body("cpu")(*args, n_clusters=k),
+        cluster_sums.kernel("cpu")(*args, n_clusters=k),
         cluster_sums.reference(*args, n_clusters=k),
     )
 

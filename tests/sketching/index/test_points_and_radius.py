@@ -135,7 +135,7 @@ def test_half_width_is_exact_for_the_points_that_are_kept(size, dtype, rng):
     assert answer.value.dtype == np.float32
     # from the centre, where the points are kept: no rounding of coordinates far off it
     engine = index._engine
-    kept, asked = engine.points.some(slice(None)), engine.points.centred(q)
+    kept, asked = engine.points.take(slice(None)), engine.points.centred(q)
     assert_within(answer.certificate, answer.value, distances(factor, asked, kept))
     assert "as they are kept" in answer.certificate.source
 

@@ -95,7 +95,7 @@ def test_density_of_a_sparse_projection():
 @pytest.mark.parametrize("place", [None, "cpu"])
 def test_hadamard_is_the_matrix(place, d, dtype, rng):
     x = rng.standard_normal((5, d)).astype(dtype)
-    got = hadamard.body(place)(x)
+    got = hadamard.kernel(place)(x)
     assert got.dtype == dtype
     slack = 16 * np.finfo(dtype).eps * np.abs(x).sum()
     np.testing.assert_allclose(got, x @ hadamard_matrix(d), atol=slack, rtol=0)
@@ -112,7 +112,7 @@ def test_hadamard_leaves_its_argument_alone(rng):
 def test_scatter_adds_where_places_coincide(place):
     x, places = np.array([[1.0, 10.0]]), np.array([[0, 0], [2, 0]])
     weights = np.array([[1.0, 2.0], [1.0, -1.0]])
-    got = scatter_columns.body(place)(x, places, weights, size=3)
+    got = scatter_columns.kernel(place)(x, places, weights, size=3)
     np.testing.assert_array_equal(got, [[3.0 - 10.0, 0.0, 10.0]])
 
 

@@ -8,7 +8,7 @@ from fastattn import RefusalError, load_sample
 from fastattn._ops.lowrank import key_sums, query_means
 from fastattn.methods.lowrank.basis import Hermite
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.methods.lowrank.whitening import Sample
+from fastattn.methods.lowrank.whitening import PlanningSample
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.laws import OpLaws, bring, fetch, skip_without
@@ -26,21 +26,21 @@ def gaussian(n=1100, m=1300, d=6, p=5, spread=0.7, dtype=np.float32, seed=0):
 def plan(query, key, value, rank, landmarks, scale=None, seed=0):
     scale = query.shape[1] ** -0.5 if scale is None else scale
     head, rng = Head(query, key, value, scale), np.random.default_rng(seed)
-    sample = Sample.of(head, rng)
+    sample = PlanningSample.of(head, rng)
     return LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
 
 
 def error_of(structure, query, key, value):
     """Relative error on the good rows, and how many there are."""
-    got, _, good = (np.asarray(x) for x in structure.query(query))
+    got, _, reliable = (np.asarray(x) for x in structure.query(query))
     truth, _ = oracles.attention(query, key, value)
-    return oracles.frobenius_error(got[good], truth[good]), int(good.sum())
+    return oracles.frobenius_error(got[reliable], truth[reliable]), int(reliable.sum())
 
 
 def run(op, place, arrays, options):
     """What a body says of arrays that are brought to it."""
     skip_without(place)
-    return fetch(op.body(place)(*[bring(place, x) for x in arrays], **options))
+    return fetch(op.kernel(place)(*[bring(place, x) for x in arrays], **options))
 
 
 class TestKeySums(OpLaws):
@@ -52,9 +52,9 @@ class TestKeySums(OpLaws):
         rank, landmarks = self.sizes
         shapes = [(m, 4), (m, 2), (4,), (4, 4), (landmarks, 3), (2,)]
         arrays = [rng.uniform(-1, 1, x).astype(dtype) for x in shapes]
-        recipe = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).recipe
+        op_arguments = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).op_arguments
         # about one key in twenty is far
-        return arrays, {"offset": -0.5, "longest": 4.5, **recipe}
+        return arrays, {"offset": -0.5, "longest": 4.5, **op_arguments}
 
     def slack(self, arrays, options):  # noqa: ARG002
         # y and landmarks reach 8 and 1: exponents reach 60, of which exp is one sum
@@ -87,7 +87,7 @@ class TestQueryMeans(OpLaws):
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
         rank, landmarks = self.sizes
-        recipe = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).recipe
+        op_arguments = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).op_arguments
         shapes = [
             (n, 4), (4, 4), (4,), (landmarks, 3), (3,), (rank + landmarks, 3),
             (6, 4), (6, 3), (2, 2), (2,),
@@ -99,12 +99,12 @@ class TestQueryMeans(OpLaws):
         arrays[5][0, -1] = 5.0
         arrays[7] = np.abs(arrays[7])
         arrays[8] = np.sort(arrays[8], axis=0)
-        return [x.astype(dtype) for x in arrays], recipe
+        return [x.astype(dtype) for x in arrays], op_arguments
 
     def slack(self, arrays, options):  # noqa: ARG002
         return 512 * np.finfo(arrays[0].dtype).eps
 
-    def test_rows_that_are_not_good_get_the_middle(self, place):
+    def test_unreliable_rows_get_the_value_center(self, place):
         arrays, options = self.inputs(np.random.default_rng(0), np.float64, 200, 1)
         arrays[0][5] *= 1e3
         arrays[0][9] *= 1e300
@@ -121,10 +121,10 @@ class TestQueryMeans(OpLaws):
         arrays, options = self.inputs(np.random.default_rng(0), np.float64, 200, 1)
         arrays[5][0, :2] = 100, -100
         value, logarithm = run(self.op, place, arrays, options)
-        good = ~np.isnan(logarithm)
+        reliable = ~np.isnan(logarithm)
         ends = arrays[8] + arrays[9]
-        np.testing.assert_allclose(value[good, 0], ends[1, 0], rtol=1e-12)
-        np.testing.assert_allclose(value[good, 1], ends[0, 1], rtol=1e-12)
+        np.testing.assert_allclose(value[reliable, 0], ends[1, 0], rtol=1e-12)
+        np.testing.assert_allclose(value[reliable, 1], ends[0, 1], rtol=1e-12)
 
 
 class TestQueryMeansOfPolynomials(TestQueryMeans):
@@ -145,11 +145,11 @@ def test_hermite_polynomials_expand_the_exponential():
     for row in y:
         sums, _, _ = key_sums(
             row[None], np.zeros((1, 1)), zero, eye, none, np.zeros(1),
-            offset=0.0, longest=10.0, **hermite.recipe,
+            offset=0.0, longest=10.0, **hermite.op_arguments,
         )  # fmt: skip
         _, logarithm = query_means(
             x, eye, np.zeros(3), none, zero, 100 * sums, none, np.zeros((0, 2)),
-            np.zeros((2, 1)), np.zeros(1), **hermite.recipe,
+            np.zeros((2, 1)), np.zeros(1), **hermite.op_arguments,
         )  # fmt: skip
         # what is beyond degree 12, orthonormal: a fraction of |y|^13 / sqrt(13!)
         np.testing.assert_allclose(
@@ -158,7 +158,7 @@ def test_hermite_polynomials_expand_the_exponential():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 50, 400])
-def test_indices_are_a_recipe_with_parents_first(rank):
+def test_index_sets_list_parents_first(rank):
     hermite = Hermite.of(np.array([0.9, 0.3, 0.29, 0.01]), rank)
     assert len(hermite) == rank
     tuples = [()]
@@ -177,11 +177,11 @@ def test_indices_are_a_recipe_with_parents_first(rank):
 def test_many_polynomials_of_few_coordinates_reproduce_softmax():
     query, key, value = gaussian(d=2, spread=0.5, dtype=np.float64)
     structure = plan(query, key, value, 91, 0).insert(key, value)
-    got, normalizer, good = structure.query(query)
+    got, normalizer, reliable = structure.query(query)
     truth, logarithm = oracles.attention(query, key, value)
-    assert good.sum() > 0.99 * len(good)
-    assert oracles.frobenius_error(got[good], truth[good]) < 1e-7
-    np.testing.assert_allclose(normalizer[good], logarithm[good], atol=1e-6)
+    assert reliable.sum() > 0.99 * len(reliable)
+    assert oracles.frobenius_error(got[reliable], truth[reliable]) < 1e-7
+    np.testing.assert_allclose(normalizer[reliable], logarithm[reliable], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -190,9 +190,9 @@ def test_as_many_landmarks_as_keys_reproduce_softmax(dtype):
     structure = plan(query, key, value, 1, 40).insert(key, value)
     # one key in five is never a landmark of its own
     assert structure.landmarks == 32
-    error, good = error_of(structure, query, key, value)
+    error, reliable = error_of(structure, query, key, value)
     assert error < 0.02
-    assert good > 0.99 * len(query)
+    assert reliable > 0.99 * len(query)
 
 
 @pytest.mark.parametrize("rank", [1, 20])
@@ -213,12 +213,12 @@ def test_one_huge_key_is_kept_apart(rank, landmarks):
     key[17] *= 1e6
     structure = plan(query, key, value, rank, landmarks).insert(key, value)
     np.testing.assert_allclose(
-        structure.far_key[0] + structure.basis.frame.center, key[17], rtol=1e-6
+        structure.far_key[0] + structure.basis.whitening.center, key[17], rtol=1e-6
     )
     assert len(structure.far_key) == 1
-    error, good = error_of(structure, query, key, value)
+    error, reliable = error_of(structure, query, key, value)
     # rows that the huge key dominates are not good
-    assert 0.3 * len(query) < good < 0.7 * len(query)
+    assert 0.3 * len(query) < reliable < 0.7 * len(query)
     assert error < 0.1
 
 
@@ -284,16 +284,16 @@ def test_rows_do_not_see_each_other(rank, landmarks):
 
 
 @PLANS
-def test_outlying_queries_are_not_good(rank, landmarks):
+def test_outlying_queries_are_not_reliable(rank, landmarks):
     query, key, value = gaussian()
     query[[3, 500]] *= 100
     query[700] = 1e30
     structure = plan(query, key, value, rank, landmarks).insert(key, value)
-    got, normalizer, good = structure.query(query)
-    assert not good[[3, 500, 700]].any()
-    assert good.sum() > 0.98 * len(good)
+    got, normalizer, reliable = structure.query(query)
+    assert not reliable[[3, 500, 700]].any()
+    assert reliable.sum() > 0.98 * len(reliable)
     assert np.isfinite(got).all()
-    np.testing.assert_array_equal(good, ~np.isnan(normalizer))
+    np.testing.assert_array_equal(reliable, ~np.isnan(normalizer))
 
 
 @PLANS
@@ -312,13 +312,13 @@ def test_library_and_dtype_follow_the_inputs(xp, rank, landmarks):
         inputs = gaussian(n=600, m=700, dtype=dtype)
         query, key, value = xp.asarrays(*inputs)
         structure = plan(query, key, value, rank, landmarks).insert(key, value)
-        got, normalizer, good = structure.query(query)
-        for x in (got, normalizer, good):
+        got, normalizer, reliable = structure.query(query)
+        for x in (got, normalizer, reliable):
             assert isinstance(x, xp.array_type)
         assert xp.dtype_name(got) == xp.dtype_name(normalizer) == np.dtype(dtype).name
         want = plan(*inputs, rank, landmarks).insert(*inputs[1:]).query(inputs[0])
         slack = 1e-3 if dtype == np.float32 else 1e-9
-        np.testing.assert_array_equal(np.asarray(good), want[2])
+        np.testing.assert_array_equal(np.asarray(reliable), want[2])
         np.testing.assert_allclose(np.asarray(got), want[0], atol=slack)
 
 
@@ -356,18 +356,18 @@ def test_degenerate_inputs_are_answered(case):
     elif case == "values":
         value[:] = 0.7
     structure = plan(query, key, value, 4, 8).insert(key, value)
-    error, good = error_of(structure, query, key, value)
+    error, reliable = error_of(structure, query, key, value)
     assert error < (0.2 if case == "values" else 1e-4)
-    assert good >= 490
+    assert reliable >= 490
     if case == "values":
         got, _, _ = structure.query(query)
         np.testing.assert_allclose(got, 0.7, rtol=1e-6)
 
 
-def test_before_any_key_no_row_is_good():
+def test_before_any_key_no_row_is_reliable():
     query, key, value = gaussian(n=300)
-    got, normalizer, good = plan(query, key, value, 4, 8).query(query)
-    assert not good.any()
+    got, normalizer, reliable = plan(query, key, value, 4, 8).query(query)
+    assert not reliable.any()
     assert np.isnan(normalizer).all()
     assert np.isfinite(got).all()
 

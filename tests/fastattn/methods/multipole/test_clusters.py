@@ -47,13 +47,13 @@ class TestRegroup(OpLaws):
 
 
 def cut(x, **options):
-    return partition.body("cpu")(x, **{"least": 1, "most": len(x), **options})
+    return partition.kernel("cpu")(x, **{"least": 1, "most": len(x), **options})
 
 
-@pytest.mark.parametrize("body", [partition.reference, partition.body("cpu")])
+@pytest.mark.parametrize("kernel", [partition.reference, partition.kernel("cpu")])
 @pytest.mark.parametrize("n", [1, 2, 5, 100])
 @pytest.mark.parametrize("kind", ["equal rows", "two rows", "one far row", "line"])
-def test_parts_hold_every_row_once(body, n, kind):
+def test_parts_hold_every_row_once(kernel, n, kind):
     x = np.zeros((n, 3))
     if kind == "two rows":
         x[::2] = 1
@@ -61,7 +61,7 @@ def test_parts_hold_every_row_once(body, n, kind):
         x[0] = 1e6
     elif kind == "line":
         x[:, 1] = np.arange(n)
-    order, start = body(x, parts=8, least=2, most=40)
+    order, start = kernel(x, parts=8, least=2, most=40)
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
     sizes = np.diff(start)
     assert start[0] == 0

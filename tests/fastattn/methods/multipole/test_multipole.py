@@ -6,7 +6,7 @@ from threadpoolctl import threadpool_limits
 
 from fastattn import Multipole, RefusalError, approximate, load_sample
 from fastattn._ops.multipole import describe, multipole
-from fastattn.methods.multipole.method import multipole_attempt
+from fastattn.methods.multipole.method import configured_multipole
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.chance import assert_fails_rarely
@@ -54,12 +54,14 @@ class TestMultipoleOp(OpLaws):
     def test_blocks_may_be_answered_for_a_few_rows(self, place):
         arrays, options = self.inputs(np.random.default_rng(0), np.float64, 300, 200)
         skip_without(place)
-        body, cuts = self.op.body(place), options["cuts"]
-        whole, _, _, counts = fetch(body(*[bring(place, x) for x in arrays], **options))
+        kernel, cuts = self.op.kernel(place), options["cuts"]
+        whole, _, _, counts = fetch(
+            kernel(*[bring(place, x) for x in arrays], **options)
+        )
         rows = np.concatenate([np.arange(lo, lo + 5) for lo in cuts[:-1]])
         arrays[0] = arrays[0][rows]
         options["cuts"] = 5 * np.arange(len(cuts))
-        some, _, _, same = fetch(body(*[bring(place, x) for x in arrays], **options))
+        some, _, _, same = fetch(kernel(*[bring(place, x) for x in arrays], **options))
         np.testing.assert_allclose(some, whole[rows], atol=1e-12)
         np.testing.assert_array_equal(same, counts)
 
@@ -255,10 +257,12 @@ def test_a_sample_tells_of_clusters_that_are_of_no_use(rng):
         query, key, value = rng.standard_normal((3, 2048, 32))
         head = Head(spread * query, key, value, 32**-0.5)
         with pytest.raises(RefusalError, match=r"have a mean square of .* too large"):
-            multipole_attempt(head, 0.1, rng, limit=1e12)
+            configured_multipole(head, 0.1, rng, limit=1e12)
     query, key, value = rng.standard_normal((3, 2048, 2))
-    attempt = multipole_attempt(Head(query, key, value, 1.0), 0.1, rng, limit=1e12)
-    assert isinstance(attempt.plan.method, Multipole)
+    configured = configured_multipole(
+        Head(query, key, value, 1.0), 0.1, rng, limit=1e12
+    )
+    assert isinstance(configured.plan.method, Multipole)
 
 
 def test_a_missed_tolerance_is_refused_with_its_number(rng):
@@ -304,18 +308,18 @@ def test_work_beyond_the_limit_is_refused_before_anything_is_answered(rng):
     query, key, value = rng.standard_normal((3, 4000, 16))
     head = Head(query, key, value, 0.25)
     with pytest.raises(RefusalError, match=r"blocks of queries take .* the work"):
-        multipole_attempt(head, 0.05, rng, limit=1.0)
+        configured_multipole(head, 0.05, rng, limit=1.0)
     # few dimensions, which clusters serve
     head = Head(query[:, :6], key[:, :6], value, 0.4)
     with pytest.raises(RefusalError, match="near keys a row takes"):
-        multipole_attempt(head, 1e-6, rng, limit=7e8)
+        configured_multipole(head, 1e-6, rng, limit=7e8)
 
 
-def test_an_attempt_keeps_its_clusters(rng):
+def test_a_configured_method_keeps_its_clusters(rng):
     query, key, value = rng.standard_normal((3, 500, 4))
     head = Head(query, key, value, 0.5)
-    attempt = multipole_attempt(head, 0.05, rng)
-    first, second = attempt.run(head), attempt.run(head)
+    configured = configured_multipole(head, 0.05, rng)
+    first, second = configured.run(head), configured.run(head)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
 

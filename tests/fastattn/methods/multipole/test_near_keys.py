@@ -5,7 +5,7 @@ import pytest
 
 import fastattn.methods.multipole.method
 from fastattn import Multipole, approximate, load_sample
-from fastattn._ops.cpu import multipole as body
+from fastattn._ops.cpu import multipole as kernel
 from fastattn._ops.cpu.near_keys import add_near
 from fastattn._ops.cpu.packing import PackedKeys
 from fastattn._ops.cpu.tiles import multiplies_bytes
@@ -129,14 +129,14 @@ def test_sums_that_overflow_are_left_to_float32(integers):
         np.testing.assert_array_equal(one, other)
 
 
-class TestCoarseMultipoleOp(_Op):
+class TestLowPrecisionMultipoleOp(_Op):
     """The laws of the op, for float64 as before and for float32 to eight bits."""
 
-    coarse = "bfloat16"
+    low_precision = "bfloat16"
 
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        return arrays, {**options, "coarse": self.coarse}
+        return arrays, {**options, "low_precision": self.low_precision}
 
     def slack(self, arrays, options):
         fine = super().slack(arrays, options)
@@ -146,20 +146,20 @@ class TestCoarseMultipoleOp(_Op):
         # no more than from the rows that are furthest from any mean
         size = np.abs(query).max() + np.abs(arrays[1]).max()
         step = np.full((1, query.shape[1]), size)
-        off = slack(step, 0 * step, key, self.coarse == "int8")
+        off = slack(step, 0 * step, key, self.low_precision == "int8")
         return fine + off * max(1.0, np.abs(value).max())
 
 
-class TestIntegerMultipoleOp(TestCoarseMultipoleOp):
-    coarse = "int8"
+class TestIntegerMultipoleOp(TestLowPrecisionMultipoleOp):
+    low_precision = "int8"
 
 
 def test_processors_without_eight_bits_compute_in_float32(monkeypatch):
     arrays, options = _Op().inputs(np.random.default_rng(0), np.float32, 200, 150)
     fine = multipole(*arrays, **options)
-    monkeypatch.setattr(body, "multiplies_bytes", lambda: False)
+    monkeypatch.setattr(kernel, "multiplies_bytes", lambda: False)
     for one, other in zip(
-        multipole(*arrays, **options, coarse="int8"), fine, strict=True
+        multipole(*arrays, **options, low_precision="int8"), fine, strict=True
     ):
         np.testing.assert_array_equal(one, other)
 

@@ -64,7 +64,7 @@ def test_finite_sample_bound_is_named_and_holds():
             answer,
             1e-9,
             rng,
-            settled=np.zeros(0, int),
+            exact_rows=np.zeros(0, int),
             limit=limit,
             expected=error,
         )

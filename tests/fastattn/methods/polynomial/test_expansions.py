@@ -298,8 +298,8 @@ def test_sums_that_overflow_are_flagged_without_warnings():
     index = total_degree(2, 6)
     x = np.random.default_rng(0).standard_normal((600, 2)).astype(np.float32) * 1e8
     zero, one = np.zeros(2, np.float32), np.eye(2, dtype=np.float32)
-    recipe = {"parent": index.parent, "coordinate": index.coordinate}
-    sums = moments(x, x, zero, one, one[0], zero, **recipe)
+    op_arguments = {"parent": index.parent, "coordinate": index.coordinate}
+    sums = moments(x, x, zero, one, one[0], zero, **op_arguments)
     assert not np.isfinite(sums).all()
-    _, total = means(x, zero, one, sums, zero, **recipe)
+    _, total = means(x, zero, one, sums, zero, **op_arguments)
     assert not np.isfinite(total).any()

@@ -10,7 +10,7 @@ from tests import oracles
 from tests.laws import MethodLaws, OpLaws
 
 
-def recipe(d, degree):
+def op_arguments(d, degree):
     index = total_degree(d, degree)
     return {"parent": index.parent, "coordinate": index.coordinate}
 
@@ -20,7 +20,7 @@ class TestMonomials(OpLaws):
     sizes_used = ("n",)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
-        return [rng.uniform(-2, 2, (n, 3)).astype(dtype)], recipe(3, 4)
+        return [rng.uniform(-2, 2, (n, 3)).astype(dtype)], op_arguments(3, 4)
 
     def slack(self, arrays, options):  # noqa: ARG002
         # four factors, each at most 2, multiplied in one order
@@ -36,7 +36,7 @@ class TestMoments(OpLaws):
             rng.uniform(-1, 1, shape)
             for shape in [(m, 4), (m, 2), (4,), (4, 3), (4,), (2,)]
         ]
-        return [x.astype(dtype) for x in arrays], recipe(3, 3)
+        return [x.astype(dtype) for x in arrays], op_arguments(3, 3)
 
     def slack(self, arrays, options):  # noqa: ARG002
         # coordinates reach 8, a monomial of degree 3 reaches 512, a weight exp(8)
@@ -49,7 +49,7 @@ class TestMeans(OpLaws):
     sizes_used = ("n",)
 
     def inputs(self, rng, dtype, n, m):  # noqa: ARG002
-        options = recipe(3, 3)
+        options = op_arguments(3, 3)
         rank = len(options["parent"])
         arrays = [
             rng.uniform(-1, 1, shape)
@@ -64,18 +64,18 @@ class TestMeans(OpLaws):
         return 256 * np.finfo(arrays[0].dtype).eps
 
     @pytest.mark.parametrize("bad", [-1.0, 0.0, np.nan, np.inf])
-    def test_rows_without_a_positive_sum_get_the_middle(self, place, bad):
+    def test_rows_without_a_positive_sum_get_the_value_center(self, place, bad):
         arrays, options = self.inputs(np.random.default_rng(0), np.float64, 5, 1)
         arrays[3][:, -1] = 0
         arrays[3][0, -1] = bad
-        value, total = self.op.body(None)(*arrays, **options)
+        value, total = self.op.kernel(None)(*arrays, **options)
         np.testing.assert_array_equal(value, np.tile(arrays[4], (5, 1)))
         assert not np.any((total > 0) & np.isfinite(total))
-        self.agree_on_middle(place, arrays, options)
+        self.agree_on_value_center(place, arrays, options)
 
-    def agree_on_middle(self, place, arrays, options):
+    def agree_on_value_center(self, place, arrays, options):
         if place == "cpu":
-            value, _ = self.op.body(place)(*arrays, **options)
+            value, _ = self.op.kernel(place)(*arrays, **options)
             np.testing.assert_array_equal(value, np.tile(arrays[4], (5, 1)))
 
 

@@ -83,11 +83,11 @@ def relative(prepared, query, key, value):
 @pytest.mark.parametrize("place", multipole_rows.places)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, 3e-2, 10.0])
-def test_fast_body_agrees_with_reference(place, dtype, threshold):
+def test_fast_kernel_agrees_with_reference(place, dtype, threshold):
     query, key, value, tree = planted(dtype=dtype, n=40)
     arrays = query, key, value, tree.clusters, tree.leaves
     options = {"first": tree.first, "start": tree.start, "threshold": threshold}
-    got = multipole_rows.body(place)(*arrays, **options)
+    got = multipole_rows.kernel(place)(*arrays, **options)
     want = multipole_rows.reference(*arrays, **options)
     slack = 500 * np.finfo(dtype).eps
     for x, y in zip(got[:3], want[:3], strict=True):
@@ -100,7 +100,7 @@ def test_fast_body_agrees_with_reference(place, dtype, threshold):
 def test_summaries_agree_with_reference(dtype):
     _, key, value = clustered(50, dtype=dtype)
     start = np.array([0, 1, 17, 50])
-    got = summarise.body("cpu")(key, value, value[0], start=start)
+    got = summarise.kernel("cpu")(key, value, value[0], start=start)
     want = summarise.reference(key, value, value[0], start=start)
     assert got.dtype == want.dtype == dtype
     assert_allclose(got, want, atol=100 * np.finfo(dtype).eps)
@@ -150,12 +150,13 @@ def test_a_tree_keeps_the_keys_and_their_clusters():
         assert_array_equal(np.sort(order[lo:hi]), np.arange(lo, hi))
     assert_array_equal(tree.start[tree.first], cuts)
     assert np.all(np.diff(tree.start) > 0)
-    both = tree.join(tree)
+    both = tree.merge(tree)
     assert both.count == 1800
     twice = [np.concatenate([x[order]] * 2) for x in (key, value)]
-    assert_allclose(both.leaves, summarise(*twice, tree.middle, start=both.start))
+    assert_allclose(both.leaves, summarise(*twice, tree.value_center, start=both.start))
     assert_allclose(
-        both.clusters, summarise(*twice, tree.middle, start=both.start[both.first])
+        both.clusters,
+        summarise(*twice, tree.value_center, start=both.start[both.first]),
     )
 
 
@@ -216,15 +217,15 @@ def test_more_rows_at_once_have_to_pay():
     head = prepared_over(key, value, query)._heads[0]
     # a row that takes an eighth of exact attention, which BLAS does faster for many
     eighth = replace(head.rows, work=exact_work(1, head.count, 8, 5) / 8)
-    assert eighth.serves(1, head.kept)
-    assert not eighth.serves(64, head.kept)
+    assert eighth.serves(1, head.buffer)
+    assert not eighth.serves(64, head.buffer)
 
 
 def test_most_keys_are_far(decoding):
     prepared, query, _, _ = decoding
     head = prepared._heads[0]
     rows = (query[:300] @ head.transform.query_map).astype(np.float32)
-    *_, counts = head.rows.tree.ask(rows, head.kept, head.rows.threshold)
+    *_, counts = head.rows.tree.ask(rows, head.buffer, head.rows.threshold)
     assert counts[:, 1].mean() < head.count / 4
 
 

@@ -238,7 +238,7 @@ def test_auto_keeps_keys_where_no_polynomial_serves():
 
 
 @pytest.mark.parametrize("method", [None, Polynomial()])
-def test_probes_are_refused_with_the_reason(method):
+def test_held_out_queries_are_refused_with_the_reason(method):
     with pytest.raises(RefusalError, match="a new key of one factor meets all keys of"):
         made(problem(), method, guarantee="sampled")
 
