@@ -13,12 +13,16 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from sketching._lib.threads import run_blocks
 
+# a process that a shell starts in the background ignores interrupts, and so would its
+# children
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
 
 def run(code, threads="2", **options):
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     environment |= {"OPENBLAS_NUM_THREADS": threads}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], check=False,
+        [sys.executable, "-W", "ignore", "-c", HEARS + code], check=False,
         env=environment, capture_output=True, text=True, timeout=300, **options,
     )  # fmt: skip
 
@@ -135,7 +139,8 @@ for call in (_raw_object_cache_notify, elsewhere):
 def test_an_interrupted_command_leaves_no_file(tmp_path):
     x = np.random.default_rng(0).standard_normal((60000, 16)).astype(np.float32)
     np.savez(tmp_path / "in.npz", q=x, k=x, v=x)
-    command = ["-m", "fastattn.cli", "attend", "in.npz", "-o", "out.npz"]
+    code = HEARS + "import sys; from fastattn.cli.main import main; sys.exit(main())"
+    command = ["-c", code, "attend", "in.npz", "-o", "out.npz"]
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", *command, "--method", "exact"],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
