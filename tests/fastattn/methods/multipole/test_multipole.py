@@ -48,7 +48,7 @@ class TestMultipoleOp(OpLaws):
         return [query, *described, key, value, metric], options
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # logits reach 30, and are rounded as products and as sums of 9 features
+        # logits are up to 30, and are rounded as products and as sums of 9 features
         return (len(arrays[4]) + 2048) * np.finfo(arrays[0].dtype).eps
 
     def test_blocks_may_be_answered_for_a_few_rows(self, place):
