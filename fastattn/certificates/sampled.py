@@ -40,7 +40,7 @@ _ROUNDED_ROWS = 64, 128
 # size of a second sample, where the first is inconclusive: one row in so many, most
 _SECOND = 32
 _MOST = 512
-# below this tolerance float32 is too coarse for the exact rows: float64 is used
+# below this tolerance exact rows are computed in float64
 FLOAT64_BELOW = 1e-4
 # rows of exact attention that are compared with float64
 _EXACT_ROWS = 8
@@ -168,10 +168,10 @@ def certify_rows(
     )
     weights = None if probabilities is None else 1 / (probabilities[rows] * len(others))
     squares, found = np.zeros(0), SampledError(math.inf, math.inf, "no row was sampled")
-    for look in (slice(0, first), slice(first, first + second)):
-        if look.start and not (second and found.estimate <= tol < found.upper):
+    for taken in (slice(0, first), slice(first, first + second)):
+        if taken.start and not (second and found.estimate <= tol < found.upper):
             break
-        more = sample.squares(others[rows[look]])
+        more = sample.squares(others[rows[taken]])
         if more is None:
             return SampledError(math.inf, math.inf, "the output is not finite")
         squares = np.append(squares, more)

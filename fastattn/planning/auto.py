@@ -227,13 +227,13 @@ def _sampled(
     """Methods that are predicted to meet the tolerance, the cheapest first."""
     exact = exact_work(*head.sizes, logits=head.logits)
     unit = Exact().plan(head).predicted_seconds / exact
-    least, worth, is_high_variance = exact, (_TIME_SHARE, _TIME_SHARE), True
+    least, shares, is_high_variance = exact, (_TIME_SHARE, _TIME_SHARE), True
     # its own random stream: other draws must not depend on it
     variance = logit_variance(head, rng.spawn(1)[0])
     is_low_variance = variance <= _LOW_VARIANCE
     reason = f"the logit variance is {variance:.1f}"
     if _first(rounded) is not None:
-        (least,), worth = _works(rounded, unit), _ROUNDED_TIME_SHARES
+        (least,), shares = _works(rounded, unit), _ROUNDED_TIME_SHARES
         reason += (
             f"; 8-bit matmuls suffice, and at {head.logits} logits a search costs more "
             "than it saves"
@@ -243,7 +243,7 @@ def _sampled(
         )
         is_high_variance = variance * head.logits >= _HIGH_VARIANCE_LOGITS
     if is_low_variance:
-        tried = list(_lowrank(head, wanted, rng, worth[0] * least))
+        tried = list(_lowrank(head, wanted, rng, shares[0] * least))
     else:
         tried = [_refused(Polynomial(basis="hermite"), reason)]
     works = _works(tried, unit)
@@ -253,7 +253,7 @@ def _sampled(
         _clusters_may_pay(head, tried)
         and min(works, default=exact) > _QUICK_SHARE * exact
     ):
-        limit = min([worth[1] * least, *(_TIME_SHARE * work for work in works)])
+        limit = min([shares[1] * least, *(_TIME_SHARE * work for work in works)])
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
     yield from (x for x in tried if x[1].accepted)

@@ -55,7 +55,7 @@ _LANDMARK_KEYS = 3
 # solve each), and the most trials
 _TIGHT = 0.98
 _WORTHWHILE = 0.97, 0.93
-_PROBES = 8
+_TRIALS = 8
 # least log-log slope of an extrapolation: two errors may be equal by chance
 _FLATTEST = 0.1
 # largest rank that is planned: one for so many logits, and in any case
@@ -177,7 +177,7 @@ class _RankSearch:
         self.largest_rank = min(max(n * m // _LOGITS, _RANK), _LARGEST_RANK)
 
     def start(self) -> RankEstimate | None:
-        """Run a pilot with a few landmarks, unless a low rank is ruled out already."""
+        """Make a pilot run with few landmarks, unless a low rank is ruled out."""
         reason = self._refusal()
         if reason:
             return RankEstimate(1, 0, math.inf, self.cost(1, 0), reason, None)
@@ -293,9 +293,9 @@ class _RankSearch:
         if not (low[0] < count and low[1] > error):
             low = 1, max(1.0, 2 * error)
         marks = filled.landmarks > 0
-        worth = _WORTHWHILE[marks]
+        least_gain = _WORTHWHILE[marks]
         failed = False
-        for _ in range(_PROBES if count > low[0] else 0):
+        for _ in range(_TRIALS if count > low[0] else 0):
             aim = _TIGHT * self.pilots.aim
             slope = math.log(low[1] / error) / math.log(count / low[0])
             slope = max(slope, _FLATTEST)
@@ -304,7 +304,7 @@ class _RankSearch:
                 # the error may fall in steps: bisect where secant steps are too short
                 size = max(size, (low[0] + count) // 2)
             size = max(size, low[0] + 1)
-            if size > worth * count:
+            if size > least_gain * count:
                 break
             few = filled.first(size)
             now = self.pilots.estimate_error(few, share)

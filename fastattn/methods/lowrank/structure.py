@@ -158,15 +158,15 @@ class LowRank:
     def emptied(self) -> "LowRank":
         """Return the structure without its keys."""
         p = len(self.value_center)
-        nothing = np.zeros_like(self.sums)
+        zeros = np.zeros_like(self.sums)
         return replace(
             self,
             count=0,
-            sums=nothing,
+            sums=zeros,
             bounds=_no_bounds(p),
             far_key=self.far_key[:0],
             far_value=self.far_value[:0],
-            weights=nothing,
+            weights=zeros,
         )
 
     def insert(self, key: Array, value: Array) -> "LowRank":

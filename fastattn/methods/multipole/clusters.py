@@ -25,7 +25,7 @@ from sketching._lib.arrays import (
 from sketching._lib.certificate import RefusalError
 
 # rows of a block on which the weights of clusters are estimated
-_PROBES = 64
+_SAMPLED_ROWS = 64
 # rows are unreliable if their estimated squared error exceeds _OUTLYING / (s + _MORE)
 # times the mean, where s is the share of near keys; at most this share of the rows is
 _OUTLYING, _MORE = 2.0, 0.05
@@ -179,7 +179,7 @@ class Clusters:
         for _ in range(_ROUNDS):
             order, cuts = regroup(scaled, order, start=cuts)
         query = xp.take(query, order, axis=0)
-        mean, square, probe = describe(query, cuts=cuts, rows=_PROBES)
+        mean, square, probe = describe(query, cuts=cuts, rows=_SAMPLED_ROWS)
         return Blocks(query, cuts, mean, square, probe, order)
 
     def cluster_logit_variance(self, blocks: Blocks) -> float:

@@ -96,8 +96,8 @@ class Moments:
         logarithm = xp.log(xp.where(positive, total, xp.ones_like(total)))
         if not centred:
             logarithm = logarithm + self.center_logits(query)
-        nothing = xp.full_like(total, xp.nan)
-        return value, xp.where(positive, logarithm, nothing), positive
+        nan = xp.full_like(total, xp.nan)
+        return value, xp.where(positive, logarithm, nan), positive
 
     def center_logits(self, query: Array) -> Array:
         """Return the logits of queries with the mean key, none minus infinity."""

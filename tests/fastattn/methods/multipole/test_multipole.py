@@ -309,7 +309,7 @@ def test_work_beyond_the_limit_is_refused_before_anything_is_answered(rng):
     head = Head(query, key, value, 0.25)
     with pytest.raises(RefusalError, match=r"blocks of queries take .* the budget"):
         configured_multipole(head, 0.05, rng, limit=1.0)
-    # few dimensions, which clusters serve
+    # few dimensions, where clusters are accurate
     head = Head(query[:, :6], key[:, :6], value, 0.4)
     with pytest.raises(RefusalError, match="near keys a row takes"):
         configured_multipole(head, 1e-6, rng, limit=7e8)

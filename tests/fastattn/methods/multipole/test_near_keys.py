@@ -35,7 +35,7 @@ def nothing_yet(n, p):
 
 
 def added(query, mean, key, value, near, integers, before=None):
-    """What ``add_near`` makes of ``before``: nothing, unless it is given."""
+    """The partial sums that ``add_near`` adds to: zeros unless ``before`` is given."""
     state = before or nothing_yet(len(query), value.shape[1])
     packed = PackedKeys(key, integers)
     near = near.astype(np.int32)
