@@ -69,7 +69,7 @@ class Auto:
     these are not faster, clusters of the keys are tried on sampled rows. The cheapest
     method that is predicted to meet the tolerance within its budget, a share of the
     work of exact attention, runs and is certified on fresh rows. If the certificate
-    misses the tolerance, the method runs once more with a smaller target error, then
+    misses the tolerance, a method runs again with a smaller target error, then
     int8/bfloat16 matmuls run, then exact attention. Causal heads are planned in the
     same way, with another tolerance for rows after the first chunk, which is exact.
     With ``"proven"`` the polynomial of least proven degree runs if it is cheaper than

@@ -77,7 +77,8 @@ class Multipole:
     Parameters
     ----------
     clusters : int, optional
-        Number of clusters; by default one for 128 keys, ``2 sqrt(m)`` at most.
+        Number of clusters; by default one for 128 keys (256 with int8/bfloat16
+        matmuls), and ``2 sqrt(m)`` at most.
     threshold : float, optional
         Truncation error, as a share of the softmax denominator, above which a key
         belongs to the near field. By default it is tuned to the tolerance on a few
