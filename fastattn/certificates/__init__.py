@@ -1,4 +1,5 @@
 """Certificates: bounds on rounding, proven bounds, and errors of sampled rows.
 
-A method without a proven bound runs here: outlier rows are recomputed, others sampled.
+Methods without a proven bound run here: outlier rows are recomputed exactly, and the
+error of the other rows is estimated on a sample of them.
 """

@@ -1,37 +1,37 @@
-"""Pieces of keys whose sums are added up under a bound that was proven before them."""
+"""Blocks of keys, and how many of their sums a proven bound allows to be added."""
 
 from collections.abc import Iterator
 
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.certificate import RefusalError
 
-# keys of a sum that is made at once, where several are added up
+# keys in a block: their sum is computed at once, and then added to earlier sums
 ACCUMULATION_BLOCK = 4096
-# sums that may be added up: the bound allows for their rounding
+# the most block sums that are added: proven bounds include so many roundings
 MAX_BLOCKS = 1 << 20
-# proven bounds leave room for queries that are so many times as large
+# proven bounds hold for later queries with entries up to so many times as large
 _ROOM = 1.1
 
 
 def accumulation_blocks(m: int) -> Iterator[slice]:
-    """Cut ``m`` rows into pieces."""
+    """Yield the blocks of rows, ``ACCUMULATION_BLOCK`` each, that ``m`` rows form."""
     for start in range(0, m, ACCUMULATION_BLOCK):
         yield slice(start, min(start + ACCUMULATION_BLOCK, m))
 
 
 def count_blocks(before: int, more: int, otherwise: str) -> int:
-    """Add numbers of pieces; raise ``RefusalError`` where they are too many."""
+    """Add two numbers of blocks; raise ``RefusalError`` above ``MAX_BLOCKS``."""
     if before + more > MAX_BLOCKS:
         raise RefusalError(
-            f"more than {MAX_BLOCKS} inserts: the bound allows for no more roundings; "
+            f"more than {MAX_BLOCKS} inserts: the rounding bound covers no more; "
             f"insert more keys at once, or use {otherwise}"
         )
     return before + more
 
 
 def with_room(query: Array) -> Array:
-    """Queries that are larger than these, so that those to come may be, too."""
+    """Scale queries by ``_ROOM``: later queries may then be larger than these."""
     xp = array_namespace(query)
     fits = xp.abs(query) <= float(xp.finfo(query.dtype).max) / _ROOM
-    # those that nothing is larger than stay as they are
+    # entries that would overflow stay as they are
     return xp.where(fits, xp.where(fits, query, xp.zeros_like(query)) * _ROOM, query)

@@ -1,7 +1,9 @@
-"""Certificates from bounds that are known before any row is computed exactly.
+r"""Certificates from bounds that are known before any row is computed exactly.
 
-A bound on every entry is one on the Frobenius norm, and the answer's own norm less that
-is a lower bound on the truth's. Where this meets the tolerance nothing need be sampled.
+If every entry of the output :math:`\tilde O` of shape ``(n, p)`` has an error of at
+most ``b``, then :math:`\|\tilde O - O\|_F \le b \sqrt{n p}` and :math:`\|O\|_F \ge
+\|\tilde O\|_F - b \sqrt{n p}`. Where the quotient meets the tolerance, no row has to be
+sampled.
 """
 
 import math
@@ -9,37 +11,38 @@ import math
 from fastattn.certificates.ratio_estimate import relative
 from sketching._lib.certificate import Certificate
 
-# norms of answers are sums in working precision
+# relative error of the norm of an output, which is summed in working precision
 _NORM = 1e-5
 
 
 def relative_of_max(
     bound: float, size: tuple[float, float], entries: int, share: float = 0.0
 ) -> float:
-    """Turn a bound on every entry into one relative to the truth's Frobenius norm.
+    """Turn a bound on every entry into a bound on the relative Frobenius error.
 
     Parameters
     ----------
     bound : float
-        At most so much is ``|answer - truth|`` in any entry.
+        Upper bound on ``|output - exact output|`` of every entry.
     size : tuple of float
-        The answer's largest absolute value, and its Frobenius norm in units of that, as
-        ``scaled_frobenius`` gives them.
+        Largest absolute value of the output, and its Frobenius norm in units of that
+        value, as returned by ``scaled_frobenius``.
     entries : int
-        Number of entries of the answer.
+        Number of entries of the output, ``n p``.
     share : float
-        Every entry may be off by so much of itself beside.
+        Further relative error that every entry may have.
 
     Returns
     -------
     float
-        Infinite where the answer may be all error.
+        Bound on ``||output - exact output|| / ||exact output||``; infinite where the
+        error may be as large as the output.
     """
     peak, norm = size
     if not math.isfinite(peak):
         return math.inf
     if peak == 0:
-        # an answer of zeros: right if there are only zeros to average
+        # a zero output is exact only if all values are zero
         return 0.0 if bound == 0 else math.inf
     off = bound / peak * math.sqrt(entries) + share * norm
     return relative(off, norm * (1 - _NORM))
@@ -48,12 +51,12 @@ def relative_of_max(
 def apriori_certificate(
     bound: float, size: tuple[float, float], entries: int, tol: float, source: str
 ) -> Certificate | None:
-    """Certify an answer by a bound on its entries, where that meets ``tol``.
+    """Certify an output by a bound on its entries; None where that exceeds ``tol``.
 
-    The other parameters are those of ``relative_of_max``; ``source`` names the theorem.
+    Parameters as in ``relative_of_max``; ``source`` names the theorem.
     """
     error = relative_of_max(bound, size, entries)
     if not error <= tol:
         return None
-    source = f"{source}; a bound on every entry, relative to the answer's norm"
+    source = f"{source}; a bound on every entry, relative to the norm of the output"
     return Certificate(error, 0.0, "relative-frobenius", source)

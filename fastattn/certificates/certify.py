@@ -1,4 +1,4 @@
-"""Run a method without a proven bound, repair its worst rows, certify the rest."""
+"""Run a method without a proven bound, recompute outlier rows, certify the rest."""
 
 import math
 from dataclasses import dataclass, replace
@@ -25,26 +25,26 @@ from fastattn.problem.rows import SAMPLE
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
-# share of rows that may be computed exactly because they went wrong
+# share of rows that may be recomputed exactly because the method failed on them
 _MOST_RECOMPUTED = 0.02
-# rows that are compared as one
+# rows that are folded into one long row to take minima and maxima
 _FOLD = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Repaired:
-    """An answer whose rows are exact where they may err by far more than the others.
+    """An output whose outlier rows were recomputed exactly.
 
     Parameters
     ----------
     value, log_normalizer : array, shapes (n, p) and (n,)
-        In the dtype of the query, and in that of computation.
+        Output in the dtype of the query, log-sum-exps in the dtype of computation.
     exact_rows : integer array
-        Numbers of the rows that are exact.
+        Indices of the rows that were computed exactly.
     squares : array, shape (n,)
-        How the squared errors of the rows are guessed to compare.
+        Error profile: expected squared errors of the rows up to a common factor.
     has_own : bool
-        Whether the method itself estimated them.
+        Whether the method itself returned an error profile.
     """
 
     value: Array
@@ -61,15 +61,15 @@ def repaired(
     shared: SharedSampling,
     rng: np.random.Generator,
 ) -> Repaired:
-    """Run an attempt; rows that are hard or went wrong are computed exactly.
+    """Run a configured method; recompute outlier rows and failed rows exactly.
 
-    A row went wrong if it cannot be trusted or its answer lies outside the range of
-    the values, which no mean does.
+    A row failed if the method reports it as unreliable, or if its output lies outside
+    the range of the values, which contains every weighted mean of them.
 
     Raises
     ------
     RefusalError
-        If more than two per cent of the rows went wrong.
+        If more than two per cent of the rows failed.
     """
     return _repaired(head, configured, configured.run(head), tol, shared, rng)
 
@@ -83,8 +83,8 @@ def _repaired(
     rng: np.random.Generator,
 ) -> Repaired:
     profiled = _profiled(head, configured, answer, shared, rng)
-    # hard rows are not sampled: they must be as good as what the others are compared
-    # with
+    # outlier rows are not sampled: they need the precision of the exact rows that the
+    # sample is compared with
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else None
     recomputed = _recomputed(head, configured, answer, profiled.outlier_rows, dtype)
     return Repaired(*recomputed, profiled.squares, len(answer) > 3)
@@ -97,9 +97,9 @@ def certified(
     rng: np.random.Generator,
     shared: SharedSampling | None = None,
 ) -> HeadAnswer:
-    """Run an attempt that has no proven bound; its error is that of sampled rows.
+    """Run a method without a proven bound and certify it on sampled rows.
 
-    Attempts at one head share its ``shared``.
+    All methods that are run on one head share one ``shared``.
     """
     shared = SharedSampling() if shared is None else shared
     plan, answer = configured.plan, configured.run(head)
@@ -135,11 +135,11 @@ def certified(
 
 
 def run_proven(head: Head, configured: ConfiguredMethod) -> tuple[Array, Array]:
-    """Answer all queries by the attempt alone: for a bound that covers every row."""
+    """Run a configured method whose bound holds for every row; recompute no row."""
     value, normalizer, reliable, *_ = configured.run(head)
     if not bool(head.xp.all(reliable)):
         raise RefusalError(
-            "a sum of weights is not positive although the bound says so: the inputs "
+            "a sum of weights is not positive, which the bound excludes: the inputs "
             "are too extreme for this precision; use Exact()"
         )
     return head.finish(value, normalizer)
@@ -148,9 +148,9 @@ def run_proven(head: Head, configured: ConfiguredMethod) -> tuple[Array, Array]:
 def recompute_rows(
     head: Head, value: Array, normalizer: Array, rows: Array, dtype: Any = None
 ) -> tuple[Array, Array]:
-    """Replace the rows of the given numbers by exact ones, computed in ``dtype``."""
+    """Replace the rows with the given indices by exact ones, computed in ``dtype``."""
     xp, n = head.xp, head.sizes[0]
-    # special tokens come as many equal rows
+    # special tokens give many equal rows: compute each distinct row once
     first, copies = _distinct(head, rows)
     exact, logarithm = head.with_rows(first).attend(dtype)
     copies = xp.asarray(copies, device=device_of(value))
@@ -160,7 +160,7 @@ def recompute_rows(
     if head.has_fast_kernel:
         value[rows], normalizer[rows] = exact, logarithm
         return value, normalizer
-    # array libraries agree on take, not on writing: gather from old rows and new ones
+    # the array API has take but no portable assignment: gather old and new rows
     source = np.arange(n)
     source[rows] = n + np.arange(len(rows))
     take = xp.asarray(source, device=device_of(value))
@@ -171,7 +171,7 @@ def recompute_rows(
 
 
 def _distinct(head: Head, rows: Array) -> tuple[Array, Array]:
-    """Numbers of rows that differ, and for each of ``rows`` which of them it equals."""
+    """Distinct rows among ``rows``, and for each row the position of its equal."""
     if head.prefix_lengths is not None:
         return rows, np.arange(len(rows))
     _, first, copies = np.unique(
@@ -183,7 +183,7 @@ def _distinct(head: Head, rows: Array) -> tuple[Array, Array]:
 def _known(
     head: Head, configured: ConfiguredMethod, answer: tuple[Array, ...], tol: float
 ) -> HeadAnswer | None:
-    """Answer by a proven bound that meets the tolerance: no row is computed exactly."""
+    """Certify by a proven bound where it meets the tolerance: no row is sampled."""
     value, normalizer, reliable, *_ = answer
     if not bool(head.xp.all(reliable)):
         return None
@@ -200,7 +200,7 @@ def _known(
 
 
 def _first_rows(n: int, configured: ConfiguredMethod, has_own: bool) -> int:
-    """Rows of a first sample: more where a row costs little beside the answer."""
+    """Size of the first sample: larger where exact rows are cheap for the method."""
     if configured.rounding is not None:
         return rounded_rows(n)
     return sampled_rows(n) if has_own else ROWS
@@ -213,13 +213,13 @@ def _profiled(
     shared: SharedSampling,
     rng: np.random.Generator,
 ) -> RowErrors:
-    """Guess the errors of the rows of an answer."""
+    """Estimate the error profile of an output."""
     found = shared.statistics(head, rng)
     seen = SeenKeys.of(head, found, *answer[:2])
     if configured.rounding is None:
         own = to_host(answer[3]) if len(answer) > 3 else None
         return profile_errors(found, seen, own=own, factor=causal_error_profile(head))
-    # errors of single weights average out over the keys that a row sees
+    # errors of single weights average out over the keys that a row attends to
     keys = (
         1.0
         if head.prefix_lengths is None
@@ -241,15 +241,15 @@ def _recomputed(
     value, normalizer, reliable, *_ = answer
     inside = _in_range(head, value)
     if head.prefix_lengths is not None:
-        # zeros, where a row sees no key
+        # rows that attend to no key are zero
         inside = xp.logical_or(inside, head.prefix_lengths == 0)
     reliable = xp.logical_and(reliable, inside)
     wrong = np.flatnonzero(~to_host(reliable))
     if len(wrong) > _MOST_RECOMPUTED * n + len(outlier_rows):
         raise RefusalError(
             f"{configured.plan.method} fails in {len(wrong)} of {n} rows, where its "
-            "sum of weights is not positive or its answer outside the range of the "
-            "values: the logits reach beyond what it serves"
+            "sum of weights is not positive or its output outside the range of the "
+            "values: the logits are too large for it"
         )
     exact_rows = np.union1d(wrong, outlier_rows)
     if len(exact_rows):
@@ -258,7 +258,7 @@ def _recomputed(
 
 
 def _in_range(head: Head, value: Array) -> Array:
-    """Whether each row of an answer is finite and within the range of the values."""
+    """Whether each row of an output is finite and within the range of the values."""
     xp = head.xp
     low, high = (xp.astype(x, value.dtype) for x in _column_min_max(head.value))
     slack = 16 * xp.finfo(value.dtype).eps * xp.max(xp.abs(xp.concat([low, high])))
@@ -274,9 +274,9 @@ def _in_range(head: Head, value: Array) -> Array:
 
 
 def _column_min_max(x: Array) -> tuple[Array, Array]:
-    """The least and the largest of every column; NaN where there is one."""
+    """Minimum and maximum of every column; NaN if the column has one."""
     xp, (n, p) = array_namespace(x), x.shape
-    # long rows are compared faster than many short ones
+    # reductions over few long rows are faster than over many short ones
     folds = n // _FOLD
     if folds > 1:
         wide = xp.reshape(x[: folds * _FOLD, :], (folds, _FOLD * p))

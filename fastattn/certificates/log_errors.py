@@ -1,8 +1,8 @@
 """Bounds on the error of each row's log-sum-exp, from bounds on its weights.
 
-Weights that are all off by a factor between ``exp(-e)`` and ``exp(e)`` have a sum that
-is, and its logarithm is off by ``e``. What is added here is the rounding of the
-logarithm, and of the logits that were left out of the weights.
+If every computed weight is within a factor ``exp(-e)`` to ``exp(e)`` of the exact one,
+so is their sum, and the error of its logarithm is at most ``e``. This module adds the
+rounding of the logarithm, and of logits that are added to it afterwards.
 """
 
 import math
@@ -38,25 +38,26 @@ def log_errors(
     weights : float or array, shape (n,)
         Bound on the error of the logarithm of the sum of a row's weights.
     dtype : dtype
-        The log-sum-exps were computed in it.
+        Precision in which the log-sum-exps were computed.
     left_out : float
-        Norm of what a query was multiplied by to make the logit that the weights lack.
+        Norm ``||c||`` where the weights are those of centred keys, and the logit ``q .
+        c`` of the (scaled) center was added to the log-sum-exp.
     """
     _, m, d, _ = head.sizes
     u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
     size = np.abs(to_host(logarithm).astype(np.float64))
     empty = np.asarray(to_host(logarithm)) == -np.inf
     size = np.where(empty, 0.0, size)
-    # a logarithm, and sums with it, of terms up to that size; then it is stored
+    # rounding of the logarithm and of sums of terms of that size; then of the storage
     error = weights + 8 * u * (size + math.log(max(m, 1)) + 1)
     own = logarithm.dtype
     error += unit_roundoff(head.xp, own) * size + smallest_number(head.xp, own)
     if left_out:
         norms = row_norms(head.query, head.query_squares)
-        # no product with a row of zeros is lost
+        # products with a zero row are exact, products with other rows may underflow
         error += (gamma(d + 6, u) * norms + d * tiny * (1 + norms)) * left_out
         error += 8 * u * norms * left_out + d * tiny * (1 + norms)
     most = float(head.xp.finfo(own).max)
-    # what was cut off at the end of the range is unknown
+    # a log-sum-exp at the end of the range may have been clipped
     error = np.where((size < most) & ~np.isnan(error), error, np.inf)
     return np.where(empty, 0.0, error)

@@ -1,17 +1,19 @@
-r"""The one estimator of a relative error from squared errors of sampled rows.
+r"""Estimator of a relative error from squared errors of sampled rows.
 
 Of ``n`` rows with squared errors ``e_i``, ``K`` are drawn with replacement with
-probabilities ``p_i`` (Hansen and Hurwitz, 1943) and :math:`x_k = e_k / p_k` is an
-unbiased estimate of :math:`E = \sum_i e_i`. Two upper bounds of it are at hand:
+probabilities ``p_i`` (Hansen and Hurwitz, 1943), and every :math:`x_k = e_k / p_k` is
+an unbiased estimate of :math:`E = \sum_i e_i`. There are two upper bounds on ``E``:
 
-* the *margin*: mean of ``x``, standard errors, and a share of the largest ``x``, which
-  stands for what is as large and too rare to be drawn. It is an estimate; its constants
-  were measured on heads made against it (``python -m benches attacks``);
-* the *empirical Bernstein* bound (Maurer and Pontil, arXiv 0907.3740, theorem 4): holds
-  for every distribution of ``x`` in ``[0, R]``, where ``R`` follows from proven bounds
-  of the rows' errors.
+* the *margin*: the mean of ``x``, a number of standard errors, and a multiple of the
+  largest ``x`` over ``K``, for rows with large errors that are too rare to be drawn.
+  The margin is an estimate; its constants were measured on heads that were constructed
+  to defeat it (``python -m benches attacks``);
+* the *empirical Bernstein* bound (Maurer and Pontil, arXiv 0907.3740, theorem 4), which
+  holds for every distribution of ``x`` in ``[0, R]``, where ``R`` follows from proven
+  bounds on the errors of the rows.
 
-Looks at one head, however many answers are tried, share one chance of failure.
+All sampling rounds of a head, over all methods that are tried, share one failure
+probability.
 """
 
 import math
@@ -22,27 +24,28 @@ import numpy as np
 
 from sketching._lib.arrays import Array
 
-# the probability with which a sampled certificate is allowed to be wrong
+# the failure probability of a sampled certificate
 FAILURE = 0.05
-# the share of the remaining chance of failure that a look takes
+# the share of the remaining failure probability that a sampling round takes
 _PART = 1 / 3
-# the largest x counts so many times the logarithm of the odds over the number of rows
+# the largest x counts -log(failure) / K times this factor
 _UNSEEN = 2 / 3
-# the largest of many terms is about so many deviations above their mean
+# the largest of many terms is expected at mean plus so many standard deviations
 _TYPICAL = 4.0
-# a finite-sample bound is taken where it promises at most so many times the margin's
+# the Bernstein bound is used where it is expected to be at most so many margins
 _PROMISE = 1.1
-# a mixture keeps this share of the draws uniform, so that a wrong guess does little
+# share of uniform draws in the mixture, which limits the harm of a wrong profile
 UNIFORM_SHARE = 0.5
-# draws of one row that are expected at most, and rounds that see to it
+# most expected draws of a single row, and iterations that enforce this limit
 _DRAWS, _LEVELS = 4.0, 16
 
 
 class FailureBudget:
-    """The chance of failure that all looks at one head share.
+    """The failure probability that all sampling rounds of a head share.
 
-    The first look takes a third of it, each further one a third of what is left, so
-    that any number of them together fail with ``failure`` at most.
+    The first round takes a third of ``failure``, each further round a third of the
+    remainder, so that by the union bound any number of rounds fails with probability
+    ``failure`` at most.
     """
 
     def __init__(self, failure: float = FAILURE) -> None:
@@ -50,11 +53,11 @@ class FailureBudget:
 
     @property
     def next(self) -> float:
-        """The chance of failure of the next look."""
+        """The failure probability of the next sampling round."""
         return self._left * _PART
 
     def spend(self) -> float:
-        """Return the chance of failure of the next look, and give it away."""
+        """Take the failure probability of the next round out of the budget."""
         failure = self.next
         self._left -= failure
         return failure
@@ -62,14 +65,14 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """What is added to a mean of sampled terms.
+    """What is added to a mean of sampled terms to bound it: an estimated margin.
 
     Parameters
     ----------
     errors : float
         Number of standard errors.
     largest : float
-        Number of times that the largest term, over their count, is added.
+        Factor of the largest term over the number of terms, which is added as well.
     """
 
     errors: float
@@ -77,27 +80,29 @@ class Margin:
 
     @staticmethod
     def of(failure: float) -> "Margin":
-        """Two-sided normal quantile, as squared errors are skewed to the right."""
+        """Margin of a failure probability, with the two-sided normal quantile.
+
+        Squared errors are skewed to the right, where one side would be too optimistic.
+        """
         quantile = NormalDist().inv_cdf(1 - failure / 2)
         return Margin(quantile, -_UNSEEN * math.log(failure))
 
     def over(self, spread: float, largest: float, count: float) -> float:
-        """Return what a mean of ``count`` terms may lack."""
+        """Return the margin of a mean of ``count`` terms with that deviation."""
         return self.errors * spread / math.sqrt(count) + self.largest * largest / count
 
     def expected(self, spread: float, mean: float, count: float) -> float:
-        """Return the same before terms of that mean and deviation are drawn."""
+        """Predict the margin before terms of that mean and deviation are drawn."""
         return self.over(spread, mean + _TYPICAL * spread, count)
 
 
-# margins of a first and of a second look at one head
+# margins of the first and the second sampling round of a head
 _BUDGET = FailureBudget()
 FIRST, SECOND = (Margin.of(_BUDGET.spend()) for _ in range(2))
 
 
-# margin of a uniform sample that no guess of the errors steers: twice the normal
-# quantile of .04, and what a share of three over the size of a sample has (rule of
-# three)
+# margin of a uniform sample without an error profile: twice the normal quantile of .04,
+# and three times the largest term over the size of the sample (rule of three)
 UNIFORM_MARGIN = Margin(3.5, 3.0)
 
 
@@ -110,19 +115,19 @@ class RatioEstimate:
     squares : array, shape (K,)
         Squared errors ``e_i`` of the sampled rows.
     n : float
-        Rows that the sample stands for.
+        Number of rows that the sample represents.
     weights : array, shape (K,), optional
         ``1 / (n p_i)`` of each row; None for uniform draws without replacement.
     sizes : array, shape (K,), optional
-        Squared sizes ``s_i`` of the sampled rows, less what ``known`` has of them; what
-        errors have in common with them leaves nothing to chance.
+        Squared norms ``s_i`` of the sampled rows less the part in ``known``; the
+        component of the errors that is proportional to them has no sampling error.
     known : float
-        The part of the mean squared size that is not estimated.
+        The part of the mean squared norm that is known exactly.
     certain : boolean array, shape (K,), optional
-        Rows that were not drawn but chosen. Rows then stand for ``n * weights / K``
-        rows of a sample that was drawn before, uniformly.
+        Rows that were chosen rather than drawn (two-phase sampling). A row then
+        represents ``n * weights / K`` rows of an earlier, uniform sample.
     beside : float
-        Largest term of rows that were looked at beside the sample.
+        Largest term of further rows that were compared but do not enter the mean.
     """
 
     squares: Array
@@ -145,7 +150,7 @@ class RatioEstimate:
 
     @property
     def size(self) -> float:
-        """Estimated mean squared size of a row."""
+        """Estimated mean squared norm of a row."""
         if self.sizes is None:
             return self.known
         weights = 1.0 if self.weights is None else self.weights
@@ -153,23 +158,23 @@ class RatioEstimate:
 
     @property
     def ratio(self) -> float:
-        """Estimated ratio of the two."""
+        """Estimated ratio of mean squared error and mean squared norm."""
         return self.mean / self.size if self.size > 0 else math.inf
 
     @property
     def is_whole(self) -> bool:
-        """Whether every row was looked at, which leaves nothing to chance."""
+        """Whether the sample contains every row, and has no sampling error."""
         return self.weights is None and len(self.squares) >= self.n
 
     @property
     def _residuals(self) -> Array:
-        """What the squared errors do not have in common with the sizes."""
+        """Squared errors less their component proportional to the squared norms."""
         if self.sizes is None:
             return self.squares
         return self.squares - self.ratio * self.sizes
 
     def excess(self, margin: Margin) -> float:
-        """Return what the mean squared error may lack."""
+        """Return the margin of the mean squared error."""
         if self.is_whole:
             return 0.0
         left, count = self._residuals, len(self.squares)
@@ -182,7 +187,7 @@ class RatioEstimate:
         spread = float(np.std(left, ddof=1)) if count > 1 else math.inf
         largest = max(float(np.max(left)), self.beside, 0.0)
         if self.weights is None and self.sizes is None:
-            # without replacement: the share that was seen is certain
+            # finite-population factor of sampling without replacement
             rest = 1 - count / self.n
             spread, largest = spread * math.sqrt(rest), largest * rest
         return margin.over(spread, largest, count)
@@ -196,18 +201,19 @@ class RatioEstimate:
         return self.ratio + self.excess(margin) / self.size
 
     def share(self, failure: float) -> float:
-        """Share of the rows that err by no more than the largest seen (Wilks)."""
+        """Share of rows whose error is at most the largest one sampled (Wilks)."""
         if self.is_whole:
             return 1.0
         share = float(failure ** (1 / len(self.squares)))
-        # rows are drawn at least so many times as often as with equal odds
+        # every row is drawn with at least this share of the uniform probability
         return share if self.weights is None else 1 - (1 - share) / UNIFORM_SHARE
 
 
 def _two_phase(left: Array, weights: Array, certain: Array) -> float:
-    """Standard error of a weighted mean, some of whose terms are a sample of a sample.
+    """Standard error of a weighted mean under two-phase sampling.
 
-    Rows that are certain, and those that others stand for, are a sample of all.
+    The first phase is a uniform sample of all rows; of this sample, the certain rows
+    are all compared and the others are represented by those that were drawn.
     """
     n = float(weights.sum())
     variance = float(weights @ left**2) / n / (n - 1)
@@ -220,9 +226,11 @@ def _two_phase(left: Array, weights: Array, certain: Array) -> float:
 
 
 def bernstein(terms: Array, limit: float, failure: float) -> float:
-    """Return what the empirical Bernstein bound adds to a mean of terms in [0, limit].
+    r"""Return what the empirical Bernstein bound adds to a mean of terms in [0, limit].
 
-    Maurer and Pontil, arXiv 0907.3740, theorem 4, for one side.
+    With ``K`` terms of standard deviation :math:`\sigma`, ``R = limit`` and :math:`L =
+    \log(2 / f)` it is :math:`\sigma \sqrt{2 L / K} + 7 R L / (3 (K - 1))` (Maurer and
+    Pontil, arXiv 0907.3740, theorem 4, one-sided).
     """
     if len(terms) < 2:
         return math.inf
@@ -237,10 +245,10 @@ def _bernstein(spread: float, limit: float, count: int, failure: float) -> float
 
 
 def promises(limit: float, expected: float, count: int, failure: float) -> bool:
-    """Whether a finite-sample bound will be about as small as the margin.
+    """Whether the Bernstein bound is expected to be about as small as the margin.
 
     ``expected`` is the mean squared error that was predicted before any row was drawn;
-    its terms are taken to spread as much as their mean.
+    the standard deviation of the terms is assumed to equal it.
     """
     if not (math.isfinite(limit) and expected > 0):
         return False
@@ -250,15 +258,16 @@ def promises(limit: float, expected: float, count: int, failure: float) -> bool:
 
 
 def importance_probabilities(sizes: Array, count: int) -> Array:
-    """Probabilities of rows: half uniform, half in proportion to guessed squares.
+    """Sampling probabilities: half uniform, half proportional to the error profile.
 
-    No row is to be drawn more than a few times among ``count`` draws.
+    They are clipped so that no row is expected more than ``_DRAWS`` times among
+    ``count`` draws.
     """
     sizes = np.asarray(sizes, np.float64)
     largest = float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
-    # what overflowed is as large as anything
+    # overflowed entries count as the largest
     sizes = np.clip(np.where(np.isnan(sizes), largest, sizes), 0, largest)
-    # where nothing is known all rows are alike
+    # without a profile the probabilities are uniform
     sizes = sizes / largest if largest > 0 else np.ones(len(sizes))
     for _ in range(_LEVELS):
         most = float(sizes.sum()) * _DRAWS / count
@@ -272,7 +281,7 @@ def importance_probabilities(sizes: Array, count: int) -> Array:
 
 
 def relative(error_norm: float, answer_norm: float) -> float:
-    """Bound ``||error|| / ||truth||`` from the norms of the error and the answer."""
+    """Bound ``||error|| / ||exact output||`` by the norms of error and output."""
     if error_norm == 0:
         return 0.0
     left = answer_norm - error_norm

@@ -1,4 +1,4 @@
-"""A-priori bounds on what floating-point arithmetic adds to an answer.
+"""A-priori bounds on the rounding errors of floating-point arithmetic.
 
 Standard model: ``fl(a op b) = (a op b)(1 + e)``, ``|e| <= u``; a sum of k products has
 relative error ``gamma(k) = k u / (1 - k u)`` of the sum of the absolute products, in
@@ -23,7 +23,7 @@ from sketching._lib.arrays import (
 
 # relative error of exp of a float, in units of u: measured below 2, taken as 8
 EXP = 8
-# rows whose norms are computed at once: they stay in cache
+# rows whose norms are computed at once, so that they stay in cache
 _BLOCK = 2048
 
 
@@ -33,20 +33,21 @@ def unit_roundoff(xp: Any, dtype: Any) -> float:
 
 
 def gamma(terms: float, u: float) -> float:
-    """Bound the relative error of ``terms`` roundings in a row; may be infinite."""
+    """Bound the relative error of ``k`` roundings: ``k u / (1 - k u)``, or infinite."""
     return terms * u / (1 - terms * u) if terms * u < 1 else math.inf
 
 
 def smallest_number(xp: Any, dtype: Any) -> float:
-    """The smallest positive number of ``dtype``: what an underflow may lose."""
+    """The smallest positive number of ``dtype``: the largest error of an underflow."""
     info = xp.finfo(dtype)
     return float(info.smallest_normal) * float(info.eps)
 
 
 def cut_weights(xp: Any, dtype: Any, tuples: int) -> float:
-    """What weights below the least normal number add to a mean, relative to the values.
+    """Bound the error of a mean by tiny weights, relative to the largest value.
 
-    The fast exp clamps them there, in the sum of the weights and in that of the values.
+    The fast exp clamps weights at the least normal number, which changes the sum of the
+    weights and the weighted sum of the values.
     """
     return 4 * tuples * float(xp.finfo(dtype).smallest_normal)
 
@@ -60,14 +61,14 @@ def largest_norm(x: Array, center: Array, projection: Array | None = None) -> fl
     """Largest Euclidean norm of ``(row - center) @ projection``, in float64."""
     blocks = _projected(x, center, projection)
     largest = max((_longest(xp, block) for xp, block in blocks), default=0.0)
-    # the squares were rounded too
+    # includes the rounding of the squares
     return largest * (1 + 1e-12)
 
 
 def _longest(xp: Any, block: Array) -> float:
-    """Largest norm of a row of float64 numbers, of any size; infinite if unknown."""
+    """Largest norm of the rows, without overflow; infinite if one is not finite."""
     peak = float(xp.max(xp.abs(block)))
-    # NaN, of an infinity times zero, would be lost among the maxima of blocks
+    # a NaN (infinity times zero) would be lost in the maximum over blocks
     if peak == 0 or not math.isfinite(peak):
         return 0.0 if peak == 0 else math.inf
     return peak * math.sqrt(float(xp.max(xp.sum((block / peak) ** 2, axis=1))))
@@ -75,20 +76,20 @@ def _longest(xp: Any, block: Array) -> float:
 
 def frobenius(x: Array) -> float:
     """Frobenius norm of a small array on the host, whatever the size of its entries."""
-    # squares of entries that are small, or large, would leave the range
+    # squares of tiny or huge entries would underflow or overflow
     return math.hypot(*np.asarray(x, np.float64).ravel().tolist()) * (1 + 1e-12)
 
 
 def largest_row(x: Array, squares: Array | None = None) -> float:
-    """Bound the largest norm of a row: in the dtype of computation where that holds.
+    """Bound the largest norm of a row; in float64 only where squares leave the range.
 
-    ``squares`` are those of ``row_squares``, if known.
+    ``squares`` are the results of ``row_squares``, if known.
     """
     xp, d = array_namespace(x), x.shape[1]
     info = xp.finfo(compute_dtype(xp, x.dtype))
     squares = row_squares(x) if squares is None else squares
     square = float(squares.max(initial=0.0))
-    # squares that underflowed are lost in the rounding of larger ones, if there are any
+    # squares that underflow are below the rounding error of a sum that is large enough
     if not float(info.smallest_normal) / float(info.eps) ** 2 < square < math.inf:
         return largest_norm(x, np.zeros(d))
     return float(math.sqrt(square) * (1 + (d + 2) * float(info.eps)))
@@ -97,7 +98,7 @@ def largest_row(x: Array, squares: Array | None = None) -> float:
 def row_norms(x: Array, squares: Array | None = None) -> Array:
     """Bound the norm of each row, on the host; infinite where squares overflow.
 
-    ``squares`` are those of ``row_squares``, if known.
+    ``squares`` are the results of ``row_squares``, if known.
     """
     xp, d = array_namespace(x), x.shape[1]
     info = xp.finfo(compute_dtype(xp, x.dtype))
@@ -131,13 +132,13 @@ def _projected(
 
 
 def once_stored(xp: Any, dtype: Any, peak: float, error: float) -> float:
-    """Bound the error of a number once it is rounded to ``dtype``.
+    """Bound the error of a computed number after it is rounded to ``dtype``.
 
-    The true one is at most ``peak``, what is rounded off by ``error``. Infinite where
-    it may round to infinity.
+    The exact number is at most ``peak``, and the computed one has an error of at most
+    ``error``. Infinite where it may round to infinity.
     """
     u = unit_roundoff(xp, dtype)
-    # half a unit in the last place beyond the largest number rounds to that
+    # numbers up to half a unit in the last place above the largest one round to it
     if not peak + error < largest_number(xp, dtype) * (1 + u / 4):
         return math.inf
     return error + u * (peak + error) + smallest_number(xp, dtype)
@@ -145,16 +146,16 @@ def once_stored(xp: Any, dtype: Any, peak: float, error: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ValueRange:
-    """Extent of the values: the unit of a proven bound.
+    """Range of the values: the unit of proven bounds.
 
     Parameters
     ----------
     half : float
-        Half of the largest range of a column.
+        Half of the largest range (maximum minus minimum) of a column.
     peak : float
         The largest absolute value.
     value_center : array, shape (p,)
-        Mid-range of each column, on the host in float64.
+        Mean of minimum and maximum of each column, on the host in float64.
     """
 
     half: float
@@ -163,7 +164,7 @@ class ValueRange:
 
 
 def value_range(head: Head) -> ValueRange:
-    """Measure the values of a head."""
+    """Compute the range of the values of a head."""
     xp = head.xp
     low = to_host(xp.min(head.value, axis=0)).astype(np.float64)
     high = to_host(xp.max(head.value, axis=0)).astype(np.float64)
@@ -174,27 +175,27 @@ def value_range(head: Head) -> ValueRange:
 
 def half_range(low: Array, high: Array) -> Array:
     """Half of ``high - low`` in float64, zero only where they are equal."""
-    # halves first: the range of two large numbers may not be one
+    # halves first: the difference of two large numbers may overflow
     half = high / 2 - low / 2
-    # the half of the smallest number is none
+    # half of the smallest number underflows to zero
     least = np.finfo(np.float64).smallest_subnormal
     return np.where(low < high, np.maximum(half, least), 0.0)
 
 
 def deviation(delta: float, half: float) -> float:
-    """Change of a weighted mean of values when weights are off by ``delta``.
+    """Bound the change of a weighted mean if weights have a relative error ``delta``.
 
-    ``|out' - out| <= delta / (1 - delta) * sum_j a_j |v_j - out|``, and the mean
-    absolute deviation of a bounded variable is at most half its range. Infinite where
-    ``delta`` is one or more, or unknown: weights may then be of any sign.
+    ``|out' - out| <= delta / (1 - delta) * sum_j P_j |v_j - out|``, and the mean
+    absolute deviation of a bounded variable is at most ``half``, half its range.
+    Infinite where ``delta`` is one or more, or NaN: weights may then have any sign.
     """
     return delta / (1 - delta) * half if delta < 1 else math.inf
 
 
 def mean_deviation(delta: float, half: float) -> float:
-    """Change of a mean with weights that are positive, however wrong they are.
+    """Bound the change of a weighted mean whose weights are known to be positive.
 
-    No mean leaves the range of the values: what cannot be bounded by ``deviation`` is
-    the whole of it.
+    Such a mean stays in the range of the values, so that the change is at most
+    ``2 * half`` where ``deviation`` gives no smaller bound.
     """
     return min(deviation(delta, half), 2 * half)

@@ -1,15 +1,16 @@
-"""What sampled rows say about the error of an answer.
+"""Sampled certificates: the error of an output, estimated on rows computed exactly.
 
-Rows are computed exactly after the answer exists. The rows that may err far more than
-the others are known before (``row_statistics``); so they are not left to chance: they
-are computed exactly and *written into* the answer. The others are drawn more often the
-larger their errors are guessed to be, but every row at least half as often as if all
-were alike, so that a wrong guess does little harm. The sample gives an upper estimate
-of the relative Frobenius error (``ratio_estimate``) and the statement, free of any
-distribution, of Wilks (1941): with confidence ``1 - f``, at least a share
-``f ** (1/m)`` of those rows has an error no larger than the largest of ``m`` sampled
-ones. Where the estimate meets the tolerance and its margin does not, more rows are
-drawn once. All looks at one head share one chance of failure.
+The sampled rows are computed exactly after the output exists. Outlier rows, whose
+errors may be far larger than others, are found beforehand (``row_statistics``); they
+are not sampled but recomputed exactly and written into the output. The other rows are
+drawn by importance sampling from an error profile, mixed with uniform draws: every row
+has at least half of the uniform probability, which limits the harm of a wrong profile.
+The sample gives an upper estimate of the relative Frobenius error (``ratio_estimate``)
+and a distribution-free statement (Wilks, 1941): with confidence ``1 - f``, at least a
+share ``f ** (1/m)`` of the rows has an error no larger than the largest of ``m`` rows
+that were drawn uniformly. If the estimate meets the tolerance but its upper bound does
+not, there is one more sampling round. All rounds of a head share one failure
+probability.
 """
 
 import math
@@ -32,34 +33,34 @@ from fastattn.problem.head import Head, host_rows
 from fastattn.problem.row_statistics import RowStatistics, row_statistics
 from sketching._lib.arrays import Array, array_namespace, compute_dtype, to_host
 
-# rows of a sample: one in so many, the fewest, and the most
+# size of a sample: one row in so many, the fewest, and the most
 _SHARE, ROWS, _MOST_ROWS = 128, 128, 256
-# where rounding alone errs, whose sizes are well known: the fewest, and the most
+# fewest and most rows where all error is rounding, whose profile is well known
 _ROUNDED_ROWS = 64, 128
-# rows of a second one, where the first leaves it open: one row in so many, and most
+# size of a second sample, where the first is inconclusive: one row in so many, most
 _SECOND = 32
 _MOST = 512
-# below this tolerance float32 rows are no longer a truth to compare with
+# below this tolerance exact rows are computed in float64
 FLOAT64_BELOW = 1e-4
-# rows that confirm what exact attention rounded
+# rows of exact attention that are compared with float64
 _EXACT_ROWS = 8
 _BLOCK = 2048
-# rounding of the truth itself, in units of eps times the size of the exponents
+# rounding error of the exact rows, in units of eps times (1 + largest |log-sum-exp|)
 TRUTH = 4
 
 
 @dataclass(frozen=True, slots=True)
 class SampledError:
-    """What a sample of rows shows.
+    """Error of an output as estimated from sampled rows.
 
     Parameters
     ----------
     estimate : float
         Estimated relative Frobenius error of the head.
     upper : float
-        The same with a bound for the sampling: the number that is certified.
+        The estimate plus its margin, or a finite-sample bound: the certified error.
     source : str
-        The rule in words, with the share of rows and the largest error seen.
+        The sampling rule in words, with the number of rows and the largest error.
     """
 
     estimate: float
@@ -68,32 +69,32 @@ class SampledError:
 
 
 class SharedSampling:
-    """What all looks at one head share: its statistics and one chance of failure."""
+    """State that all sampling rounds of a head share: statistics and failure budget."""
 
     def __init__(self) -> None:
         self.budget = FailureBudget()
         self._statistics: RowStatistics | None = None
 
     def statistics(self, head: Head, rng: np.random.Generator) -> RowStatistics:
-        """Return the statistics of the rows, which are made once."""
+        """Return the row statistics, which are computed once."""
         if self._statistics is None:
             self._statistics = row_statistics(head, rng)
         return self._statistics
 
 
 def sampled_rows(n: int) -> int:
-    """Rows of a first sample of ``n``."""
+    """Size of the first sample of ``n`` rows."""
     return max(ROWS, min(_MOST_ROWS, n // _SHARE))
 
 
 def rounded_rows(n: int) -> int:
-    """Rows of a first sample of ``n`` where all logits were rounded alike."""
+    """Size of the first sample of ``n`` rows if all error is rounding of the logits."""
     fewest, most = _ROUNDED_ROWS
     return max(fewest, min(most, n // _SHARE))
 
 
 def second_rows(n: int) -> int:
-    """Rows of a second look at ``n`` rows."""
+    """Size of the second sampling round of ``n`` rows."""
     return min(n // _SECOND, _MOST)
 
 
@@ -111,32 +112,33 @@ def certify_rows(
     budget: FailureBudget | None = None,
     expected: float = 0.0,
 ) -> SampledError:
-    """Compare ``value`` with exact attention on a fresh sample of rows.
+    """Estimate the error of an output on a fresh sample of exactly computed rows.
 
     Parameters
     ----------
     head, value : Head, array of shape (n, p)
-        The inputs and the answer.
+        The inputs and the output.
     tol : float
-        Relative Frobenius error that is hoped for.
+        Tolerance: decides on the second sampling round and on the precision of the
+        exact rows.
     rng : Generator
         Draws the rows.
     exact_rows : integer array, optional
-        Rows that are known to be exact. Where it is None, all are up to rounding: they
-        are compared with float64, on few rows, because the same arithmetic again would
-        show no error at all.
+        Indices of rows that are exact. None means that all rows are exact up to
+        rounding: a few of them are compared with float64, since the same arithmetic
+        would reproduce the same rounding.
     size : pair of float, optional
-        What ``scaled_frobenius`` says of ``value``, where that is known.
+        ``scaled_frobenius(value)``, where it is known.
     error_profile : array, shape (n,), optional
-        How the squares of the rows' errors are guessed to compare.
+        Expected squared errors of the rows up to a common factor.
     limit : float
-        Proven bound on the norm of the error of any row.
+        Proven bound on the norm of the error of every row.
     first : int, optional
-        Rows of the first sample.
+        Number of rows in the first sampling round.
     budget : FailureBudget, optional
-        What other looks at the same head have left.
+        Failure budget that earlier rounds of the same head have drawn on.
     expected : float
-        Relative error that is expected; decides whether ``limit`` is of use.
+        Predicted relative error; decides whether ``limit`` gives the smaller bound.
     """
     sample = _Sample.of(head, value, tol, exact_rows, size)
     budget = FailureBudget() if budget is None else budget
@@ -145,7 +147,7 @@ def certify_rows(
         first = _EXACT_ROWS if exact_rows is None else sampled_rows(n)
     second = 0 if exact_rows is None else second_rows(n)
     if len(others) <= 2 * first:
-        # nothing is left to chance at twice the price
+        # at twice the cost all rows are compared, without sampling error
         first, second = len(others), 0
     whole = first == len(others)
     probabilities = (
@@ -158,20 +160,20 @@ def certify_rows(
     if whole or not promises(most, mean, first, budget.next):
         most = math.inf
     else:
-        # bounds of all rows are alike, and so are the chances
+        # the bound is the same for all rows: draw them uniformly
         probabilities = np.full(len(others), 1 / len(others))
     second = min(second, len(others) - first)
     rows = rng.choice(
         len(others), first + second, replace=probabilities is not None, p=probabilities
     )
     weights = None if probabilities is None else 1 / (probabilities[rows] * len(others))
-    squares, found = np.zeros(0), SampledError(math.inf, math.inf, "no row was drawn")
-    for look in (slice(0, first), slice(first, first + second)):
-        if look.start and not (second and found.estimate <= tol < found.upper):
+    squares, found = np.zeros(0), SampledError(math.inf, math.inf, "no row was sampled")
+    for taken in (slice(0, first), slice(first, first + second)):
+        if taken.start and not (second and found.estimate <= tol < found.upper):
             break
-        more = sample.squares(others[rows[look]])
+        more = sample.squares(others[rows[taken]])
         if more is None:
-            return SampledError(math.inf, math.inf, "the answer is not finite")
+            return SampledError(math.inf, math.inf, "the output is not finite")
         squares = np.append(squares, more)
         part = None if weights is None else weights[: len(squares)]
         estimate = RatioEstimate(squares, len(others), part)
@@ -181,7 +183,7 @@ def certify_rows(
 
 @dataclass(slots=True)
 class _Sample:
-    """An answer and what its rows are compared with."""
+    """An output, and what comparing its rows with exact ones needs."""
 
     head: Head
     value: Array
@@ -204,15 +206,15 @@ class _Sample:
     ) -> "_Sample":
         xp, others = head.xp, np.arange(head.sizes[0])
         if exact_rows is not None and len(exact_rows) < len(others):
-            # where every row is settled, they are compared among themselves
+            # if all rows are exact, they are sampled and compared nevertheless
             others = np.delete(others, exact_rows)
         peak, norm = scaled_frobenius(value) if size is None else size
         dtype = xp.float64 if exact_rows is None or tol < FLOAT64_BELOW else head.dtype
-        # an exact answer is off by its own rounding, which few rows may not show;
-        # settled rows are not sampled, but they too were rounded to the query's dtype
+        # rounding of exact attention, which a few rows may not reveal; exact rows are
+        # not sampled, but were rounded to the dtype of the query as well
         eps = float(xp.finfo(head.dtype if exact_rows is None else dtype).eps)
         own = float(xp.finfo(head.query.dtype).eps) / 2
-        # weights that underflow are missed here as they are in the answer
+        # weights that underflow are missing in the exact rows as in the output
         lost = lost_norm(
             xp, head.dtype, head.query.dtype, head.sizes, head.largest_value, peak
         )
@@ -236,9 +238,9 @@ class _Sample:
     def state_error(
         self, found: RatioEstimate, failure: float, limit: float = math.inf
     ) -> SampledError:
-        """Turn squared errors of sampled rows into the statement about all rows.
+        """Turn squared errors of sampled rows into a bound on the error of all rows.
 
-        A finite ``limit`` of every term makes it one that holds for any errors.
+        A finite ``limit`` of the terms gives the empirical Bernstein bound.
         """
         rounding = TRUTH * self.rounding * (1 + self.exponent) + self.own
         margin = Margin.of(failure)
@@ -255,7 +257,7 @@ def statement(
     limit: float = math.inf,
     rows: str = "rows",
 ) -> SampledError:
-    """Say what squared errors of rows mean for an answer of a given norm.
+    """Bound the relative error of an output of norm ``norm``, and describe the rule.
 
     ``rounding`` is added to the relative error, ``lost`` to the norm of the error.
     """
@@ -271,7 +273,7 @@ def statement(
     return SampledError(
         estimate,
         upper,
-        f"{len(found.squares)} of {n} {rows} computed exactly after the answer, "
+        f"{len(found.squares)} of {n} {rows} computed exactly afterwards, "
         f"{rule}: estimated error {estimate:.2e}; with confidence {1 - failure:.1%} at "
         f"least {found.share(failure):.1%} of them err by at most {largest:.2e} of the "
         "largest entry",
@@ -279,7 +281,7 @@ def statement(
 
 
 def scaled_frobenius(x: Array) -> tuple[float, float]:
-    """Largest absolute value and Frobenius norm in units of it, a block at a time."""
+    """Return the largest absolute value, and the Frobenius norm in units of it."""
     xp = array_namespace(x)
     blocks = [
         slice(s, min(s + _BLOCK, x.shape[0])) for s in range(0, x.shape[0], _BLOCK)
@@ -302,9 +304,10 @@ def lost_norm(
     values: float,
     peak: float,
 ) -> float:
-    """Frobenius norm, in units of ``peak``, of what underflows in an exact answer.
+    """Bound the error by underflow of exact attention: Frobenius norm over ``peak``.
 
-    Weights of ``values`` at most are cut off in ``dtype``, answers in their ``own``.
+    Weights underflow in ``dtype``, each with values of at most ``values``; outputs
+    underflow in their ``own`` dtype.
     """
     n, m, _, p = sizes
     entry = 0.0

@@ -1,1 +1,1 @@
-"""The cost of a method: its work, and the seconds that this machine takes for it."""
+"""Cost model: the work of a method, and its time on this machine."""

@@ -1,9 +1,9 @@
-"""How long each kind of work takes: built in, or measured on this machine and kept.
+"""Rates of the cost model: the time of each kind of work relative to a multiply-add.
 
-The built-in ratios were measured once (AVX-512, OpenBLAS). They are constants, so that
-which method runs depends on the inputs and the seed, not on how busy the machine is.
-``fastattn calibrate`` puts measured ones in force, by a file that every later process
-reads when it first needs a rate.
+The built-in rates were measured once (AVX-512, OpenBLAS). They are constants, so that
+the choice of a method depends on the inputs and the seed, not on the load of the
+machine. ``fastattn calibrate`` measures rates and writes them to a file, which every
+later process reads when it first needs a rate.
 """
 
 import math
@@ -26,36 +26,36 @@ from sketching._lib.arrays import Array
 from sketching._lib.threads import single_threaded_blas
 from sketching._ops.processor import compiles_for
 
-# of the file; another layout gets another number
+# version of the file format
 _FORMAT = 3
-# instructions that bodies make a difference by
+# instruction sets that select different kernels
 _INSTRUCTIONS = "avx2", "avx512f", "avx512vnni", "avx512bf16"
-# the product that is timed
+# sizes of the matrix product that is timed
 _ROWS, _COLUMNS, _KEYS = 1024, 64, 256
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Multiply-adds inside a matrix product that take as long as one of each.
+    """Time of each kind of work, in multiply-adds of a float32 matrix product.
 
     Parameters
     ----------
     softmax : float
-        One logit turned into a weight: maximum, exp and sum.
+        Softmax of one logit: maximum, exp and sum.
     monomial : float
-        One monomial, or one landmark's weight, of one row.
+        One basis function (monomial or landmark) of one row.
     row : float
-        One row read, centred and written by the passes of a low rank.
+        Fixed work of one row in a low rank: read, centred and written.
     parted : float
-        One row put into a cluster or block, and its share of the trials.
+        One row assigned to a cluster or block, and its share of the trial runs.
     gathered : float
-        One number of a key gathered for a block of queries.
+        One entry of a key gathered for a block of queries.
     cluster : float
-        One product of a query with what a cluster holds.
+        One multiply-add of a query with the moments of a cluster.
     coarse : float
-        One multiply-add in eight bits, where the processor has them.
+        One multiply-add of a bfloat16 matmul, where the processor has them.
     weight : float
-        One logit of those turned into a weight.
+        Softmax of one logit of an int8/bfloat16 matmul.
     """
 
     softmax: float = 7.0
@@ -69,17 +69,16 @@ class Rates:
 
 
 class Speed(NamedTuple):
-    """Rates with what they are rates of.
+    """Rates, with the absolute time of a multiply-add.
 
     Parameters
     ----------
     rates : Rates
-        In multiply-adds inside a matrix product.
+        In multiply-adds of a matrix product.
     product : float or None
-        Seconds of one such multiply-add on one thread; None where it is yet to be
-        measured.
+        Seconds of one multiply-add on one thread; None if not measured yet.
     source : str
-        Where the rates are from.
+        "built in", or the path of the file with the rates.
     """
 
     rates: Rates
@@ -94,7 +93,7 @@ def rates() -> Rates:
 
 @contextmanager
 def using(rates: Rates) -> Iterator[None]:
-    """Put rates in force for the calls within."""
+    """Use other rates in a ``with`` block."""
     token = _overriding.set(rates)
     try:
         yield
@@ -104,9 +103,9 @@ def using(rates: Rates) -> Iterator[None]:
 
 @cache
 def speed() -> Speed:
-    """Read what was measured for this machine; else what is built in.
+    """Return the rates measured on this machine, else the built-in ones.
 
-    A file that does not fit is ignored with a warning.
+    A file for another machine or version is ignored with a warning.
     """
     path = cache_path()
     built_in = Speed(Rates(), None, "built in")
@@ -122,16 +121,16 @@ def speed() -> Speed:
 
 
 def seconds_a_product() -> float:
-    """Seconds of one multiply-add in a product of attention's shape, on one thread."""
-    # two threads must not see two numbers: what is cheaper would be left to chance
+    """Seconds of one multiply-add, in a matmul of a block of logits, on one thread."""
+    # all threads must use the same number, or the choice of a method would vary
     with _lock:
         known = speed().product
         return _measured_product() if known is None else known
 
 
 def cache_path() -> Path:
-    """Where rates are kept: $FASTATTN_CACHE, or by the XDG Base Directory rules."""
-    # a user who is in no list of users has no home: the path stays as it is then
+    """Path of the file of rates: $FASTATTN_CACHE, or in the XDG cache directory."""
+    # for a user without an entry in the user database the path keeps its "~"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(
         os.environ.get("FASTATTN_CACHE") or Path(home, "fastattn"), "rates.json"
@@ -139,13 +138,13 @@ def cache_path() -> Path:
 
 
 def keep(rates: Rates, product: float) -> Path:
-    """Write measured rates for later processes; this one takes them, too."""
+    """Write measured rates for later processes, and use them in this one."""
     import json
     from tempfile import NamedTemporaryFile
 
     path = cache_path()
     if path.parts[0] == "~":
-        raise OSError("this user has no home: say where in FASTATTN_CACHE")
+        raise OSError("this user has no home directory: set FASTATTN_CACHE")
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {**_fitting(), "product": product, "rates": asdict(rates)}
     with NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
@@ -168,13 +167,13 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def time_product(x: Array, y: Array, out: Array) -> float:
-    """Seconds that one multiply-add takes in a product."""
+    """Seconds of one multiply-add in a matrix product."""
     return timed(lambda: np.matmul(x, y, out=out)) / float(out.size * len(y))
 
 
 def product_operands() -> tuple[Array, Array, Array]:
-    """What ``time_product`` multiplies, and where to: a block of logits in cache."""
-    # two arrays: of one and itself BLAS computes a triangle
+    """Operands and output of ``time_product``: a block of logits that fits in cache."""
+    # two different arrays: for ``x @ x.T`` BLAS would compute one triangle only
     x, y = (
         np.ones((_ROWS, _COLUMNS), np.float32),
         np.ones((_COLUMNS, _KEYS), np.float32),
@@ -186,7 +185,7 @@ def product_operands() -> tuple[Array, Array, Array]:
 def _measured_product() -> float:
     operands = product_operands()
     with single_threaded_blas():
-        # the best of some: noise only ever adds
+        # the minimum: noise only adds time
         return min(time_product(*operands) for _ in range(20))
 
 
@@ -213,18 +212,18 @@ def _parse(path: Path) -> Speed:
 
 
 def _fitting() -> dict[str, Any]:
-    """What a file must agree with to be of use here."""
-    # an import of the package by its own part would be a circle
+    """The entries of a file that must match this process."""
+    # not imported: that would be circular
     version = sys.modules["fastattn"].__version__
     return {"format": _FORMAT, "fastattn": version, "processor": processor()}
 
 
 def processor() -> str:
-    """Name of the processor, with what it can do that bodies make a difference by.
+    """Name of the processor, with the instruction sets that select kernels.
 
-    Some names, as "AMD EPYC", stand for processors of several generations.
+    A name alone, such as "AMD EPYC", may stand for several generations.
     """
-    # numba is imported no earlier than a file of rates is read
+    # imports numba, but only when a file of rates is read
     known = [name for name in _INSTRUCTIONS if compiles_for(name)]
     return " ".join([_name(), *known])
 
@@ -245,7 +244,7 @@ _lock = threading.Lock()
 
 
 def _begin_as_child() -> None:
-    """Let go of the lock: the thread that measured is not in the child."""
+    """Renew the lock: a thread that holds it does not exist in the child process."""
     global _lock  # noqa: PLW0603
     _lock = threading.Lock()
 

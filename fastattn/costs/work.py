@@ -1,7 +1,7 @@
-"""What a method costs: counted in multiply-adds of a matrix product.
+"""Work of the methods, in multiply-adds of a float32 matrix product.
 
-Which method runs compares counts alone; only the seconds that ``explain`` prints need
-the speed of this machine.
+Methods are chosen by work alone; only the seconds that ``explain`` prints depend on the
+speed of this machine.
 """
 
 from fastattn.costs.rates import rates, seconds_a_product
@@ -9,14 +9,14 @@ from sketching._lib.threads import single_threaded_blas
 
 
 def exact_work(n: int, m: int, d: int, p: int, *, logits: int | None = None) -> float:
-    """Work of exact attention, over so many logits where rows see some keys only."""
+    """Work of exact attention; ``logits`` is their number under a causal mask."""
     return (n * m if logits is None else logits) * _pair_work(d, p)
 
 
 def quantized_work(
     n: int, m: int, d: int, p: int, *, integers: bool, logits: int | None = None
 ) -> float:
-    """Work of attention in products of eight bits, over so many logits."""
+    """Work of attention by int8/bfloat16 matmuls; ``logits`` as in ``exact_work``."""
     each = _pair_work(d, p, "int8" if integers else "bfloat16")
     return (n * m if logits is None else logits) * each + (n + m) * rates().row
 
@@ -26,17 +26,17 @@ def _pair_work(d: int, p: int, low_precision: str = "") -> float:
     rate = rates()
     if not low_precision:
         return d + p + rate.softmax
-    # four bytes are multiplied where two bfloat16 numbers are
+    # an instruction multiplies four int8 numbers, or two bfloat16 numbers
     return ((d / 2 if low_precision == "int8" else d) + p) * rate.coarse + rate.weight
 
 
 def polynomial_work(n: int, m: int, d: int, p: int, rank: int) -> float:
-    """Work of the polynomial method with ``rank`` monomials."""
+    """Work of the polynomial method, ``O((n + m) rank p)``."""
     return (n + m) * (rank * (p + 1 + rates().monomial) + d * d)
 
 
 def lowrank_work(n: int, m: int, d: int, p: int, rank: int, landmarks: int) -> float:
-    """Work of ``rank`` polynomials and ``landmarks`` with a Gaussian law of queries."""
+    """Work of a low rank with ``rank`` Hermite polynomials and ``landmarks``."""
     rate = rates()
     functions = rank * (p + rate.monomial) + landmarks * (d + p + rate.monomial)
     return (n + m) * (functions + d * (d + 1) + rate.row)
@@ -54,7 +54,11 @@ def multipole_work(
     first_order: float,
     low_precision: str = "",
 ) -> float:
-    """Work of near keys and clusters for blocks of queries; counts are a row's."""
+    """Work of the multipole method with ``blocks`` of queries.
+
+    ``clusters``, ``near`` and ``first_order`` are average numbers per row: of clusters,
+    of near keys, and of keys in clusters whose first moments are used.
+    """
     rate = rates()
     keys = (
         4 * m * d + (near + first_order) * (d + p) * rate.gathered + first_order * d * p
@@ -65,6 +69,6 @@ def multipole_work(
 
 
 def seconds(work: float) -> float:
-    """Turn work into seconds of this machine, spread over the threads of BLAS."""
+    """Predict the seconds of some work on this machine, on all BLAS threads."""
     with single_threaded_blas() as threads:
         return work * seconds_a_product() / threads

@@ -31,10 +31,10 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer
 
-# keys that the fast bodies sum before they add to the running sums: least and most,
-# or, in tiles, few enough that there are no more terms in all
+# keys that the fast kernels sum before they add to the running sums: least and most
+# (kernels with smaller tiles have no more terms in total)
 _KEYS_A_BLOCK = (320, 1024)
-# rows that are compared with float64 where no bound is small enough
+# rows that are compared with float64 where no a-priori bound is small enough
 _ROWS = 32
 
 
@@ -42,19 +42,20 @@ _ROWS = 32
 class Exact:
     """Exact softmax attention in blocks that stay in cache.
 
-    Logits of any size are right: each row is shifted by the largest logit seen so
-    far (Milakov and Gimelshein, 2018). Nothing of size n x m is stored.
+    Online softmax: each row is shifted by its largest logit so far, so that logits of
+    any size are safe (Milakov and Gimelshein, 2018). No n x m array is stored.
 
     Parameters
     ----------
     block : int, optional
-        Queries in a block; by default what keeps a block of logits in cache and
+        Queries in a block; by default as many as keep a block of logits in cache and
         every thread busy.
 
     Notes
     -----
-    ``guarantee="proven"`` bounds the rounding; where float32 cannot promise the
-    tolerance, the head is computed in float64. ``"sampled"`` checks rows.
+    ``guarantee="proven"`` bounds the rounding error; where the bound in float32 exceeds
+    the tolerance, the head is computed in float64. ``"sampled"`` compares sampled rows
+    with float64 where no a-priori bound meets the tolerance.
 
     Examples
     --------
@@ -78,8 +79,8 @@ class Exact:
         if self.block is not None:
             check_integer("block", self.block, least=1)
 
-    def plan(self, head: Head, reason: str = "asked for") -> Plan:
-        """Say what exact attention costs for this head."""
+    def plan(self, head: Head, reason: str = "requested") -> Plan:
+        """Return the plan of exact attention for this head."""
         work = exact_work(*head.sizes, logits=head.logits)
         return Plan(self, 0.0, seconds(work), reason)
 
@@ -90,7 +91,7 @@ class Exact:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Iterator[Candidate]:
-        """Exact attention is always accepted."""
+        """Yield the plan; exact attention is always accepted."""
         yield Candidate(self.plan(head), accepted=True)
 
     def solve(
@@ -99,9 +100,9 @@ class Exact:
         tol: float,
         guarantee: str,
         rng: np.random.Generator,
-        reason: str = "asked for",
+        reason: str = "requested",
     ) -> HeadAnswer:
-        """Compute the head and bound the rounding."""
+        """Compute the head and bound the rounding error."""
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
         value, normalizer = head.finish(*head.attend(rows=self.block))
@@ -120,18 +121,18 @@ class Exact:
                 log_error,
             )
         sampled = _sampled(head, value, normalizer, size, tol, rng)
-        # rows in float64 are no truth where float64 itself is too short
+        # the float64 rows themselves have a rounding error
         upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64)
         if math.isinf(upper):
             raise RefusalError(
                 f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
-                "the answer underflows; scale query, key or value or pass float64 "
+                "the output underflows; scale query, key or value or pass float64 "
                 "arrays"
             )
         if upper > tol:
             raise RefusalError(
-                f"tol={tol:g} is below what {head.dtype} holds for this head "
-                f"({upper:.1e}): pass float64 arrays or a larger tol"
+                f"tol={tol:g} is below what {head.dtype} holds for this head (error "
+                f"{upper:.1e}): pass float64 arrays or a larger tol"
             )
         return HeadAnswer(
             value,
@@ -174,10 +175,10 @@ def _sampled(
     tol: float,
     rng: np.random.Generator,
 ) -> SampledError:
-    """Compare rows with float64, those of large exponents and values more often."""
+    """Compare rows with float64, drawn by an error profile of their rounding."""
     found = row_statistics(head, rng)
     with np.errstate(over="ignore", invalid="ignore"):
-        # a product is off in proportion to the norms, an exp and a sum by a little
+        # rounding of logits is proportional to the norms, that of exp and sums constant
         norms = abs(head.scale) * row_norms(head.query, head.query_squares)
         rounding = 1 + norms * _norms(head)[1]
     seen = SeenKeys.of(head, found, value, normalizer)
@@ -196,9 +197,10 @@ def _sampled(
 
 
 def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
-    """Rounding bound of the head over the norm of its answer, in units of ``peak``.
+    """Bound the relative Frobenius error by the rounding bound of every entry.
 
-    Infinite where it is sure to exceed ``tol``.
+    ``peak`` and ``norm`` are ``scaled_frobenius`` of the output. Infinite where the
+    bound is certain to exceed ``tol``.
     """
     n, m, _, p = head.sizes
     if m == 0:
@@ -206,7 +208,7 @@ def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
     if not math.isfinite(peak):
         return math.inf
     if peak == 0:
-        # right if there are only zeros to average
+        # a zero output is exact if all values are zero
         return 0.0 if head.largest_value == 0 else math.inf
     root = math.sqrt(n * p)
     most = tol / (1 + tol) * norm * peak / root
@@ -217,14 +219,14 @@ def _relative_bound(head: Head, peak: float, norm: float, tol: float) -> float:
 def rounding_bound(head: Head, dtype: Any, most: float = math.inf) -> float:
     r"""Bound ``max |computed - exact|`` of streaming attention in ``dtype``.
 
-    A logit is off by at most :math:`(\gamma_{d+2} + 4u) L` with
-    :math:`L = s \max\|q\| \max\|k\|`, an exp by 8u, and every rescaling of the running
-    sums by another 8u: a relative error of the weights. The weighted sums add
-    :math:`\gamma` of the number of terms, relative to the largest value. What
-    underflows adds the smallest number, an exp the least normal one. Rows whose logits
-    could overflow are scaled, so that weights are positive whatever they are: a mean
-    of values is off by their range at most. Sums that could overflow make the bound
-    infinite, and so do those that alone exceed ``most``.
+    A logit has an error of at most :math:`(\gamma_{d+2} + 4u) L` with :math:`L = s
+    \max\|q\| \max\|k\|` and the unit roundoff :math:`u`; exp, and every rescaling of
+    the running sums, add a relative error of :math:`8u` to the weights. The weighted
+    sums add :math:`\gamma` of the number of terms, relative to the largest value. An
+    underflow adds the smallest number, an underflow of exp the least normal number.
+    Rows whose logits could overflow are rescaled, so that weights are positive in any
+    case, and the error of a mean is at most the range of the values. The bound is
+    infinite if sums could overflow, or if the error of sums alone exceeds ``most``.
     """
     xp, m = head.xp, head.sizes[1]
     if m == 0:
@@ -259,15 +261,15 @@ def _norms(head: Head) -> tuple[float, float]:
 def _is_held(query_norm: float, key_norm: float, xp: Any, dtype: Any) -> bool:
     """Whether ``dtype`` holds scaled queries, and their products with keys."""
     most = largest_number(xp, dtype) / 4
-    # NaN is not, where nothing is multiplied by infinity
+    # false for NaN, from zero times infinity
     return query_norm < most and query_norm * key_norm < most
 
 
 def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
     """Bound the error of each row's log-sum-exp of exact attention in ``dtype``.
 
-    By default that is the head's own. A row is off by what its logits and their exps
-    are, and the sum of those.
+    The dtype is by default that of the head. The bound, shape (n,), adds the errors of
+    the logits, of their exps, and of the sum of these.
     """
     xp, (n, m, d, _) = head.xp, head.sizes
     dtype, is_fast = head.dtype if dtype is None else dtype, head.has_fast_kernel
@@ -282,7 +284,7 @@ def log_error_of(head: Head, logarithm: Array, dtype: Any = None) -> Array:
         logit_bound = query * key
         error = _exponent_error(m, d, logit_bound, key, xp, dtype, is_fast=is_fast)
         error -= math.log1p(-sums) if sums < 1 else -math.inf
-        # NaN is no bound, nor what overflowed on the way
+        # a bound that is NaN or overflowed is infinite
         error = np.where((logit_bound < most) & (query < most), error, np.inf)
     return log_errors(head, logarithm, error, dtype)
 
@@ -315,7 +317,7 @@ def weights_error(
     *,
     is_fast: bool,
 ) -> float:
-    """Bound the relative error of weights; ``query_norm`` is that times the scale."""
+    """Bound the relative error of weights; ``query_norm`` includes the scale."""
     logit_bound = query_norm * key_norm
     if not _is_held(query_norm, key_norm, xp, dtype):
         return math.inf
@@ -333,9 +335,9 @@ def _exponent_error(
     *,
     is_fast: bool,
 ) -> Any:
-    """Bound what logits up to ``logit_bound`` are off by, and the exps of them."""
+    """Bound the log of a weight's relative error, for logits up to ``logit_bound``."""
     u = unit_roundoff(xp, dtype)
-    # the query is scaled, the product summed, the peak subtracted
+    # scaling the query, summing the product, subtracting the maximum
     exponent = (gamma(d + 2, u) + 4 * u) * logit_bound
     exponent += EXP * (_blocks(m, is_fast) + 1) * u
     return exponent + d * smallest_number(xp, dtype) * (1 + key_norm)

@@ -1,4 +1,4 @@
-"""Exact softmax attention but for products of eight bits, which take half the time."""
+"""Attention over all keys with int8/bfloat16 matmuls, at about half the time."""
 
 import math
 from collections.abc import Iterator
@@ -29,45 +29,45 @@ from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice
 
-# the coarsest first
+# formats of the logits' factors, the fastest (least precise) first
 _LOGITS = "int8", "bfloat16"
-# rows and keys whose logits are looked at first; logits that err by this share of the
-# tolerance need no pilot, since errors of weights average out, and those that err by so
-# many times it have no use for one
+# rows and keys whose logits are rounded first. No pilot run is needed where their RMS
+# error is below _SAFE times the tolerance (accepted, since errors of weights average
+# out) or above _HOPELESS times the tolerance (refused)
 _ROWS, _KEYS = 128, 1024
 _SAFE, _HOPELESS = 0.75, 4.5
-# rows that tell the error of all, and the share of the tolerance that they may err by
+# rows of a pilot run, and the share of the tolerance that its error may be
 _PILOT = 32
 _SURE = 0.6
-# relative deviation of a product of two numbers that are rounded to bfloat16
+# relative standard deviation of a product of two numbers rounded to bfloat16
 _ROUNDED = 0.6 * 2.0**-8
-# largest relative error of a weight: its exp, and its rounding to bfloat16
+# largest relative error of a weight: that of exp, and of rounding to bfloat16
 _WEIGHT = 7.5e-5 + 1.01 * 2.0**-8
-# a column of keys that are all alike
+# least int8 step, for columns in which all keys are equal
 _LEAST = np.float32(1e-30)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Softmax attention over all keys with products of eight bits.
+    """Softmax attention over all keys with int8/bfloat16 matmuls.
 
-    Queries, keys and values are centred and rounded to eight bits, and so are the
-    weights; what is added up, and the part of the logits that the mean query has, is
-    not. On real heads, sharp or diffuse, it errs by .1 to .4 per cent with factors of
-    the logits in bfloat16 and by .2 to 1.6 per cent with integers, in about half and a
-    third of the time of exact attention.
+    Queries, keys and values are centred and rounded, and so are the weights; sums, and
+    the logits of the mean query, stay in float32. On transformer heads, peaked or
+    diffuse, the relative error is .1 to .4 per cent with logits in bfloat16 and .2 to
+    1.6 per cent with logits in int8, at about half and a third of the time of exact
+    attention.
 
     Parameters
     ----------
     logits : {"int8", "bfloat16"}, optional
-        What the factors of the logits are rounded to; by default the coarsest that a
-        few rows say meets the tolerance. Values and weights are bfloat16.
+        Format of the factors of the logits; by default int8 if that meets the tolerance
+        on a few rows, else bfloat16. Values and weights are bfloat16.
 
     Notes
     -----
-    It needs NumPy arrays in float32 or float16 and a processor with AVX-512 BF16 and
-    VNNI; elsewhere it would take longer than :class:`Exact` and is refused. Nothing is
-    proven: ``guarantee="proven"`` is refused, too.
+    The method needs NumPy arrays in float32 or float16 and a processor with AVX-512
+    BF16 and VNNI; on others it would be slower than :class:`Exact` and is refused.
+    Nothing is proven: ``guarantee="proven"`` is refused, too.
 
     Examples
     --------
@@ -98,7 +98,7 @@ class Quantized:
     def candidates(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
-        """Say what would run, or why it would be refused."""
+        """Yield the plan, or the reason for a refusal."""
         yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
@@ -117,7 +117,7 @@ class Quantized:
     def configure(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> ConfiguredMethod:
-        """Choose what is coarse enough for one head."""
+        """Choose the format of the logits for one head."""
         if guarantee == "proven":
             raise RefusalError(
                 "Quantized() has no proven bound: use guarantee='sampled', or Exact()"
@@ -126,20 +126,22 @@ class Quantized:
         if reason:
             raise RefusalError(reason)
         if self.logits is not None:
-            return _configured(self, head, math.nan, "asked for")
-        return configured_quantized(head, tol, rng, "asked for")
+            return _configured(self, head, math.nan, "requested")
+        return configured_quantized(head, tol, rng, "requested")
 
 
 def why_not(head: Head) -> str:
-    """Say why a head is not multiplied in eight bits; nothing if it may be."""
+    """Return why int8/bfloat16 matmuls are refused for a head, or an empty string."""
     if head.dtype != head.xp.float32:
-        return f"eight bits are too coarse for {head.dtype}: use Exact() or Auto()"
+        return (
+            f"8-bit matmuls are too inaccurate for {head.dtype}: use Exact() or Auto()"
+        )
     if head.sizes[1] == 0:
-        return "there is no key to multiply with: use Exact() or Auto()"
+        return "there are no keys: use Exact() or Auto()"
     if not multiplies_quantized(head.query):
         return (
-            "products of eight bits need NumPy arrays and a processor with AVX-512 "
-            "BF16 and VNNI: use Exact() or Auto()"
+            "int8/bfloat16 matmuls need NumPy arrays and a processor with AVX-512 BF16 "
+            "and VNNI: use Exact() or Auto()"
         )
     return ""
 
@@ -147,23 +149,23 @@ def why_not(head: Head) -> str:
 def configured_quantized(
     head: Head, tol: float, rng: np.random.Generator, reason: str
 ) -> ConfiguredMethod:
-    """Choose the coarsest products that a few logits, or rows, say meet a tolerance.
+    """Choose int8 or bfloat16 by the errors of some logits, or by a pilot run.
 
     Parameters
     ----------
     head : Head
-        One head, of which ``why_not`` says nothing.
+        One head for which ``why_not`` returns an empty string.
     tol : float
-        Relative Frobenius error that is allowed.
+        Tolerance, the relative Frobenius error.
     rng : Generator
         Draws the rows.
     reason : str
-        Goes into the plan.
+        Reason of the plan.
 
     Raises
     ------
     RefusalError
-        If none is predicted to.
+        If neither is predicted to meet the tolerance.
     """
     n, truth, error = head.sizes[0], None, math.inf
     few = head.with_rows(np.sort(rng.choice(n, min(n, _PILOT), replace=False)))
@@ -177,11 +179,11 @@ def configured_quantized(
             error, most = _relative(_run(few, logits=logits)[0], truth), _SURE
         if error <= most * tol:
             return _configured(Quantized(logits), head, error, reason)
-    raise RefusalError(f"products of eight bits err by {error:.1e} in a few rows")
+    raise RefusalError(f"int8/bfloat16 matmuls err by {error:.1e} in a few rows")
 
 
 def _logit_errors(head: Head, rng: np.random.Generator) -> list[float]:
-    """Root mean squares of the errors of some logits, for either rounding."""
+    """Root mean square rounding errors of some logits, in int8 and in bfloat16."""
     query, key = (
         host_rows(x, rng.choice(x.shape[0], min(x.shape[0], size), replace=False))
         for x, size in ((head.query, _ROWS), (head.key, _KEYS))
@@ -212,11 +214,11 @@ def _configured(
 
 
 def _logit_deviation(head: Head, *, logits: str) -> Array:
-    """Deviation of the rounding error of each row's logits, and of its weights.
+    """Standard deviation of the rounding error of each row's logits, shape (n,).
 
-    A number rounded to steps of one has a variance of a twelfth; the errors of the
-    factors are taken to be independent of one another. Weights and values are rounded
-    to bfloat16, which is as if logits erred by as much.
+    Rounding to multiples of a step has the variance step^2 / 12; the errors of factors
+    are assumed to be independent. The rounding of weights and values to bfloat16 counts
+    as an equally large error of the logits.
     """
     query, key = (to_host(x).astype(np.float32) for x in (head.query, head.key))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -232,10 +234,10 @@ def _logit_deviation(head: Head, *, logits: str) -> Array:
 
 
 def _log_errors(head: Head, logarithm: Array, *, logits: str) -> Array:
-    """Bound the error of each row's log-sum-exp by those of its logits and weights.
+    """Bound the error of each row's log-sum-exp by the errors of logits and weights.
 
-    A factor is off by half a step at most. What float32 adds on the way is of the size
-    of the logits; a weight is off by the rounding to bfloat16 and that of its exp.
+    A factor has an error of half a step at most. The rounding in float32 is relative to
+    the norms of query and key; a weight adds the errors of bfloat16 and of exp.
     """
     _, m, d, _ = head.sizes
     query, key = (to_host(x).astype(np.float32) for x in (head.query, head.key))
@@ -253,7 +255,7 @@ def _log_errors(head: Head, logarithm: Array, *, logits: str) -> Array:
             query *= column
             steps = float(np.max(key @ (1 / column))) + d / 2
             off = (query.sum(axis=1) + query.max(axis=1) / STEPS * steps) / 2
-    # what float32 rounded here is much less than this
+    # 2^-10 covers the float32 rounding of this bound itself
     weights = off * (1 + 2.0**-10) + logit_rounding + _WEIGHT + 2 * gamma(m, u)
     return log_errors(head, logarithm, weights, np.float32)
 
@@ -271,7 +273,7 @@ def _run(head: Head, *, logits: str) -> tuple[Array, Array, Array]:
 
 
 def _relative(answer: Array, truth: Array) -> float:
-    """Relative Frobenius error; infinite where something overflows."""
+    """Relative Frobenius error; infinite if it overflows."""
     answer, truth = (to_host(x).astype(np.float64) for x in (answer, truth))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         error = np.linalg.norm(answer - truth)

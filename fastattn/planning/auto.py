@@ -1,4 +1,4 @@
-"""The rule that picks a method for each head."""
+"""Auto: the choice of a method for each head."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -28,49 +28,52 @@ from fastattn.problem.plan import Candidate, ConfiguredMethod, HeadAnswer, Plan
 from fastattn.problem.row_statistics import logit_variance
 from sketching._lib.certificate import RefusalError
 
-# a method must be predicted to take at most this share of exact attention's time; of
-# that of products of eight bits, which need next to no planning, where they serve: low
-# ranks, and clusters
+# budget of a method as a share of the time of exact attention; and of low ranks and of
+# clusters as a share of the time of int8/bfloat16 matmuls, where these meet the
+# tolerance, since they need almost no planning
 _TIME_SHARE = 0.8
 _ROUNDED_TIME_SHARES = 0.5, 0.9
-# heads with fewer logits than this are computed exactly: planning costs as much. With
-# fewer than the second number even products of eight bits gain less than their check
+# with fewer logits a head is computed exactly: planning costs more than it saves; with
+# fewer than the second number even int8/bfloat16 matmuls save less than their pilot run
 _FEW_LOGITS, _FEWEST_LOGITS = 1 << 24, 1 << 21
-# with fewer logits clusters are not tried: a refusal would cost too much; nor are they
-# up to the second number where a low rank serves
+# with fewer logits clusters are not tried: a refusal would cost too much; up to the
+# second number they are tried only if no low rank is accepted
 _LARGE, _LARGEST = 1 << 26, 1 << 28
-# where products of eight bits serve, low ranks are tried if the variance of the logits
-# times this is no more than their number, clusters if times that it is at least so
-# much: the smaller a head, the clearer it must be that another search will pay
+# where int8/bfloat16 matmuls meet the tolerance, low ranks are tried if logit variance
+# times the first number is at most the number of logits, clusters if logit variance
+# times the number of logits is at least the second number: the smaller a head, the
+# likelier another search must be to find a faster method
 _LOW_VARIANCE_LOGITS, _HIGH_VARIANCE_LOGITS = 5 << 25, 1 << 30
-# logits of a larger variance, judged roughly, are not worth fitting a basis to
+# low ranks are not tried above this estimate of the logit variance
 _LOW_VARIANCE = 6.0
-# nor are clusters tried where a low rank takes less than this share of exact
-# attention's time
+# clusters are not tried where a low rank takes less than this share of the time of
+# exact attention
 _QUICK_SHARE = 0.15
-# errors as small as this leave room for sums over keys of products of eight bits, which
-# add a twentieth to it
+# least tolerance for bfloat16 matmuls in the sums of polynomials over keys, whose
+# rounding adds a twentieth of it
 _LOW_PRECISION_SUMS = 0.009
-# answers that may miss their certificate before the head is computed exactly, and where
-# one serves to make the next
+# runs whose certificate may miss the tolerance before the head is computed exactly:
+# with a new search each, and where a run is repeated with a smaller target error
 _TRIES, _TRIES_AGAIN = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """Give each head the cheapest method that meets the tolerance, or exact attention.
+    """Use the fastest method that meets the tolerance, or exact attention, per head.
 
     Notes
     -----
-    With ``guarantee="sampled"`` a few rows tell whether products of eight bits are good
-    enough, where the processor has them. Small structures over a sample of the keys
-    predict how many polynomials or landmarks a head needs; where those do not pay,
-    clusters of the keys are tried on sampled rows. The cheapest that is predicted to
-    meet the tolerance in clearly less work than exact attention runs and is checked on
-    fresh rows; if it misses, a larger one gets a chance, then eight bits, then exact
-    attention. Causal heads are planned alike, but for what their first rows, which are
-    exact, allow. With ``"proven"`` the least proven polynomial runs if it is cheaper
-    than exact attention.
+    With ``guarantee="sampled"`` a pilot run on a few rows decides whether int8/bfloat16
+    matmuls meet the tolerance, where the processor has them. Pilot runs of low ranks on
+    a sample of the keys predict how many polynomials or landmarks a head needs; where
+    these are not faster, clusters of the keys are tried on sampled rows. The cheapest
+    method that is predicted to meet the tolerance within its budget, a share of the
+    work of exact attention, runs and is certified on fresh rows. If the certificate
+    misses the tolerance, a method runs again with a smaller target error, then
+    int8/bfloat16 matmuls run, then exact attention. Causal heads are planned in the
+    same way, with another tolerance for rows after the first chunk, which is exact.
+    With ``"proven"`` the polynomial of least proven degree runs if it is cheaper than
+    exact attention.
 
     Examples
     --------
@@ -85,7 +88,7 @@ class Auto:
     def candidates(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
-        """Say what is considered; the first that is accepted would run."""
+        """Yield the methods that are considered; the first accepted one would run."""
         reason = _why_exact(head, guarantee)
         if reason is None:
             rounded = _rounded(head, tol, guarantee, rng)
@@ -97,12 +100,12 @@ class Auto:
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
-        """Run the first accepted candidate whose answer keeps its certificate."""
+        """Run accepted candidates until a certificate meets the tolerance."""
         reason = _why_exact(head, guarantee)
         if reason is not None:
             return Exact().solve(head, tol, guarantee, rng, reason)
         reason, aim = "nothing cheaper meets the tolerance", 1.0
-        # all answers that are tried share one chance of failure
+        # all runs share one failure probability
         configured, more, shared = None, 1.0, SharedSampling()
         rounded = _rounded(head, tol, guarantee, rng)
         for number in range(_TRIES_AGAIN):
@@ -129,10 +132,10 @@ class Auto:
                 f"{configured.plan.predicted_error:.2e} was predicted"
             )
             if configured.rounding:
-                # the same rounding would err alike
+                # the rounding would be the same
                 rounded = []
                 break
-            # what was certified says how much more to ask for
+            # scale the target by how far the certificate missed the tolerance
             more = 0.9 * tol / answer.error
             aim *= more
         last = _first(rounded)
@@ -148,12 +151,12 @@ class Auto:
 def _first(
     considered: Iterable[tuple[ConfiguredMethod | None, Candidate]],
 ) -> ConfiguredMethod | None:
-    """The first attempt that was accepted."""
+    """The first configured method that is accepted."""
     return next((x for x, c in considered if x and c.accepted), None)
 
 
 def _why_exact(head: Head, guarantee: str) -> str | None:
-    """Say why a head goes to exact attention without planning, if it does."""
+    """Return why a head is computed exactly without planning; None if it is not."""
     least = _FEW_LOGITS
     if guarantee == "sampled" and not why_not(head):
         least = _FEWEST_LOGITS
@@ -161,7 +164,7 @@ def _why_exact(head: Head, guarantee: str) -> str | None:
         return None
     n, m, _, _ = head.sizes
     logits = f"{n} x {m}" if head.prefix_lengths is None else head.logits
-    return f"{logits} logits are too few for planning to pay"
+    return f"{logits} logits are too few: planning costs more than it saves"
 
 
 def _considered(
@@ -172,9 +175,9 @@ def _considered(
     rng: np.random.Generator,
     rounded: list[tuple[ConfiguredMethod | None, Candidate]],
 ) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
-    """Yield attempts with the verdict on each; None where there is nothing to run."""
+    """Yield configured methods, None if there is nothing to run, and candidates."""
     if guarantee == "proven":
-        # a bound needs no room for its own sampling
+        # a proven bound has no sampling margin: the full tolerance
         return _proven(head, tol, rng)
     if head.logits < _FEW_LOGITS:
         return iter(rounded)
@@ -184,11 +187,11 @@ def _considered(
 def _rounded(
     head: Head, tol: float, guarantee: str, rng: np.random.Generator
 ) -> list[tuple[ConfiguredMethod | None, Candidate]]:
-    """Products of eight bits, where they are to be had at all."""
+    """int8/bfloat16 matmuls, if the head and the processor support them."""
     if guarantee == "proven" or why_not(head):
         return []
     try:
-        # a stream of its own: other choices must not depend on the processor
+        # its own random stream: other choices must not depend on the processor
         configured = configured_quantized(
             head, tol, rng.spawn(1)[0], "predicted to meet the tolerance"
         )
@@ -200,7 +203,7 @@ def _rounded(
 def _proven(
     head: Head, tol: float, rng: np.random.Generator
 ) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
-    """The least polynomial that is proven to meet the tolerance, if it pays."""
+    """The polynomial of least degree proven to meet the tolerance, if it is faster."""
     try:
         expansion = proven_expansion(head, tol, rng)
     except RefusalError as error:
@@ -221,23 +224,26 @@ def _sampled(
     rng: np.random.Generator,
     rounded: list[tuple[ConfiguredMethod | None, Candidate]],
 ) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
-    """What is predicted to meet the tolerance, the cheapest first."""
+    """Methods that are predicted to meet the tolerance, the cheapest first."""
     exact = exact_work(*head.sizes, logits=head.logits)
     unit = Exact().plan(head).predicted_seconds / exact
-    least, worth, is_high_variance = exact, (_TIME_SHARE, _TIME_SHARE), True
-    # a stream of its own: what else is drawn must not depend on it
+    least, shares, is_high_variance = exact, (_TIME_SHARE, _TIME_SHARE), True
+    # its own random stream: other draws must not depend on it
     variance = logit_variance(head, rng.spawn(1)[0])
     is_low_variance = variance <= _LOW_VARIANCE
-    reason = f"the variance of the logits is {variance:.1f}"
+    reason = f"the logit variance is {variance:.1f}"
     if _first(rounded) is not None:
-        (least,), worth = _works(rounded, unit), _ROUNDED_TIME_SHARES
-        reason += f", and eight bits serve: {head.logits} logits do not pay a search"
+        (least,), shares = _works(rounded, unit), _ROUNDED_TIME_SHARES
+        reason += (
+            f"; 8-bit matmuls suffice, and at {head.logits} logits a search costs more "
+            "than it saves"
+        )
         is_low_variance = (
             is_low_variance and variance * _LOW_VARIANCE_LOGITS <= head.logits
         )
         is_high_variance = variance * head.logits >= _HIGH_VARIANCE_LOGITS
     if is_low_variance:
-        tried = list(_lowrank(head, wanted, rng, worth[0] * least))
+        tried = list(_lowrank(head, wanted, rng, shares[0] * least))
     else:
         tried = [_refused(Polynomial(basis="hermite"), reason)]
     works = _works(tried, unit)
@@ -247,7 +253,7 @@ def _sampled(
         _clusters_may_pay(head, tried)
         and min(works, default=exact) > _QUICK_SHARE * exact
     ):
-        limit = min([worth[1] * least, *(_TIME_SHARE * work for work in works)])
+        limit = min([shares[1] * least, *(_TIME_SHARE * work for work in works)])
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
     yield from (x for x in tried if x[1].accepted)
@@ -256,14 +262,14 @@ def _sampled(
 
 
 def _refused(method: Any, reason: str) -> tuple[None, Candidate]:
-    """A method that is not tried, and why."""
+    """A method that is not tried, with the reason."""
     return None, Candidate(Plan(method, math.nan, math.nan, reason), accepted=False)
 
 
 def _works(
     tried: list[tuple[ConfiguredMethod | None, Candidate]], unit: float
 ) -> list[float]:
-    """Work of what was accepted, where a multiply-add takes ``unit`` seconds."""
+    """Work of the accepted methods, where a multiply-add takes ``unit`` seconds."""
     return [c.plan.predicted_seconds / unit for _, c in tried if c.accepted]
 
 
@@ -271,10 +277,10 @@ def _clusters_may_pay(
     head: Head,
     tried: list[tuple[ConfiguredMethod | None, Candidate]],
 ) -> bool:
-    """Whether the chance that clusters serve is worth what their refusal costs."""
+    """Whether clusters are likely enough to be faster to risk an expensive refusal."""
     if head.logits >= _LARGEST:
         return True
-    # each rectangle of a causal head is smaller
+    # the rectangles of a causal head are smaller still
     if head.logits < _LARGE or head.prefix_lengths is not None:
         return False
     return not any(candidate.accepted for _, candidate in tried)
@@ -283,7 +289,7 @@ def _clusters_may_pay(
 def _multipole(
     head: Head, wanted: float, rng: np.random.Generator, limit: float
 ) -> tuple[ConfiguredMethod | None, Candidate]:
-    """Near keys and far clusters, if they are predicted to cost less than the limit."""
+    """The multipole method, if its predicted work is within the budget ``limit``."""
     reason = "predicted to meet the tolerance"
     try:
         configured = configured_multipole(head, wanted, rng, limit=limit, reason=reason)
@@ -295,8 +301,8 @@ def _multipole(
 def _lowrank(
     head: Head, wanted: float, rng: np.random.Generator, limit: float
 ) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
-    """Low ranks that are predicted to meet the tolerance, the cheapest first."""
-    # pilots see all keys; rows that see some may err by so many times more
+    """Low ranks, as ``search_ranks`` orders them."""
+    # pilot runs use all keys; rows over prefixes may have another error
     factor = 1.0 if head.prefix_lengths is None else causal_tolerance_factor(head, rng)
     whole = head.unmasked()
     try:
@@ -322,7 +328,7 @@ def _lowrank(
         reason = found.reason or "predicted to meet the tolerance"
         empty = found.empty
         if not found.landmarks:
-            # what corrects landmarks would magnify the rounding
+            # the projection onto landmarks would amplify the rounding
             empty = replace(empty, low_precision=wanted >= _LOW_PRECISION_SUMS)
         configured = configured_lowrank(head, empty, found.error / factor, reason)
         yield configured, Candidate(configured.plan, found.accepted)

@@ -1,9 +1,9 @@
-"""Measure the rates of the cost model on this machine, by the library's own work.
+"""Measure the rates of the cost model on this machine by timing the library's methods.
 
-Every piece of work is timed in turns with a matrix product, so that what slows the
-machine down for a while slows both. Predicted work is linear in the rates: those that
-predict the measured times best are found by least squares, a little drawn to the ones
-that are built in, which decide where the times say nothing.
+Timings of each task alternate with timings of a matrix product, so that slow phases of
+the machine affect both. Predicted work is linear in the rates, which are fitted to the
+measured times by least squares, with a small ridge towards the built-in rates: these
+determine rates that the times do not.
 """
 
 from collections.abc import Callable
@@ -28,30 +28,30 @@ from fastattn.methods.multipole.method import Multipole, configured_multipole
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 
-# rounds, of which the median counts
+# rounds, of which the median is used
 _ROUNDS = 11
-# how much the built-in rates weigh against one time
+# ridge: weight of the built-in rates against one timing
 _PRIOR = 0.1
-# no rate is further than this from the built-in one
+# largest factor between a fitted rate and the built-in one
 _FACTOR = 8.0
-# polynomials and landmarks
+# numbers of polynomials and landmarks of the low ranks, and rows of their heads
 _LOW_RANKS = (1, 32), (1, 384), (384, 0)
 _FLAT = 4096
-# queries and keys, the errors wanted of the multipole method, and its clusters
-_SHARP = (2048, 0.3, None), (8192, 0.1, None), (4096, 0.01, None), (4096, 0.2, 512)
+# peaked heads for the multipole method: rows, wanted error, clusters
+_PEAKED = (2048, 0.3, None), (8192, 0.1, None), (4096, 0.01, None), (4096, 0.2, 512)
 _NAMES = tuple(field.name for field in fields(Rates))
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Work that is timed, and what the cost model says of it under the rates in force.
+class Task:
+    """A task that is timed, and its work predicted by the cost model.
 
     Parameters
     ----------
     run : callable
-        Does the work.
+        Runs the task.
     work : callable
-        Predicts it, in multiply-adds.
+        Predicts its work, in multiply-adds, with the rates in force.
     """
 
     run: Callable[[], Any]
@@ -63,83 +63,83 @@ def calibrate() -> tuple[Rates, float]:
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):
-        pieces = _pieces(np.random.default_rng(0))
+        tasks = _tasks(np.random.default_rng(0))
         operands = product_operands()
-        times = np.empty((_ROUNDS + 1, len(pieces), 2))
+        times = np.empty((_ROUNDS + 1, len(tasks), 2))
         for turn in times:
-            for piece, pair in zip(pieces, turn, strict=True):
-                pair[:] = timed(piece.run), time_product(*operands)
+            for task, pair in zip(tasks, turn, strict=True):
+                pair[:] = timed(task.run), time_product(*operands)
         # the first round compiles
         measured = np.median(times[1:, :, 0] / times[1:, :, 1], axis=0)
-        return fit(pieces, measured), float(times[1:, :, 1].min())
+        return fit(tasks, measured), float(times[1:, :, 1].min())
 
 
-def fit(pieces: list[Piece], measured: Array) -> Rates:
-    """Find the rates under which the work of the pieces is what was measured."""
+def fit(tasks: list[Task], measured: Array) -> Rates:
+    """Fit the rates to the measured times of the tasks, in multiply-adds."""
     from scipy.optimize import lsq_linear
 
     start = np.array([getattr(Rates(), name) for name in _NAMES])
-    base = _predicted(pieces, np.zeros_like(start))
-    slopes = np.stack(
-        [_predicted(pieces, row) - base for row in np.diag(start)], axis=1
+    base = _predicted(tasks, np.zeros_like(start))
+    effects = np.stack(
+        [_predicted(tasks, row) - base for row in np.diag(start)], axis=1
     )
-    # relative errors of the times, and of the rates in units of the built-in ones
-    rows = np.concatenate([slopes / measured[:, None], _PRIOR * np.eye(len(start))])
+    # residuals are relative: to the times, and to the built-in rates
+    rows = np.concatenate([effects / measured[:, None], _PRIOR * np.eye(len(start))])
     wanted = np.append(1 - base / measured, np.full(len(start), _PRIOR))
     found = lsq_linear(rows, wanted, (1 / _FACTOR, _FACTOR)).x
     return _rates_of(found * start)
 
 
-def _predicted(pieces: list[Piece], numbers: Array) -> Array:
+def _predicted(tasks: list[Task], numbers: Array) -> Array:
     with using(_rates_of(numbers)):
-        return np.array([piece.work() for piece in pieces])
+        return np.array([task.work() for task in tasks])
 
 
 def _rates_of(numbers: Array) -> Rates:
     return Rates(*(float(x) for x in numbers))
 
 
-def _pieces(rng: np.random.Generator) -> list[Piece]:
-    """Pieces of work, each of a few milliseconds, that show every rate."""
+def _tasks(rng: np.random.Generator) -> list[Task]:
+    """Tasks of a few milliseconds each, which together determine every rate."""
     heads = [_head(_FLAT // 2, d, 1.0, rng) for d in (32, 64)]
-    pieces = [Piece(head.attend, _exact(head)) for head in heads]
+    tasks = [Task(head.attend, _exact(head)) for head in heads]
     flat = _head(_FLAT, 32, 0.5, rng)
     sample = PlanningSample.of(flat, rng)
     for rank, landmarks in _LOW_RANKS:
         empty = LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
-        pieces.append(_low_rank(flat, empty))
-    for n, error, clusters in _SHARP:
-        pieces.append(_sharp(_head(n, 32, 2.0, rng), error, Multipole(clusters)))
+        tasks.append(_low_rank(flat, empty))
+    for n, error, clusters in _PEAKED:
+        tasks.append(_multipole(_head(n, 32, 2.0, rng), error, Multipole(clusters)))
     if multiplies_quantized(flat.query):
-        pieces += [_quantized(head, x) for head in heads for x in (False, True)]
-    return pieces
+        tasks += [_quantized(head, x) for head in heads for x in (False, True)]
+    return tasks
 
 
 def _exact(head: Head) -> Callable[[], float]:
     return lambda: exact_work(*head.sizes)
 
 
-def _quantized(head: Head, integers: bool) -> Piece:
+def _quantized(head: Head, integers: bool) -> Task:
     arrays = head.query, head.key, head.value
     options = {"scale": head.scale, "prefix_lengths": None, "integers": integers}
-    return Piece(
+    return Task(
         lambda: attend_quantized(*arrays, **options),
         lambda: quantized_work(*head.sizes, integers=integers),
     )
 
 
-def _low_rank(head: Head, empty: LowRank) -> Piece:
-    return Piece(
+def _low_rank(head: Head, empty: LowRank) -> Task:
+    return Task(
         lambda: empty.insert(head.key, head.value).query(head.query),
         lambda: lowrank_work(*head.sizes, empty.rank, empty.landmarks),
     )
 
 
-def _sharp(head: Head, error: float, method: Multipole) -> Piece:
-    """Clustering, trials and the answer of a head by the multipole method."""
+def _multipole(head: Head, error: float, method: Multipole) -> Task:
+    """The multipole method: clustering, trial thresholds and the output."""
 
     def configured() -> Any:
-        # without a limit no choice depends on the rates
+        # without a budget no choice depends on the rates
         return configured_multipole(
             head, error, np.random.default_rng(0), method=method
         )
@@ -147,11 +147,11 @@ def _sharp(head: Head, error: float, method: Multipole) -> Piece:
     def work() -> float:
         return float(configured().plan.predicted_seconds / seconds_a_product())
 
-    return Piece(lambda: configured().run(head), work)
+    return Task(lambda: configured().run(head), work)
 
 
 def _head(n: int, d: int, spread: float, rng: np.random.Generator) -> Head:
-    """Normal rows whose coordinates fade, with logits of a given deviation."""
+    """Gaussian rows with decaying coordinates and a given logit deviation."""
     fade = np.arange(1, d + 1) ** -0.5
     fade *= (spread / np.linalg.norm(fade**2)) ** 0.5
     query, key, value = rng.standard_normal((3, n, d), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A table of what was considered for each head, and of what came out where it ran."""
+"""A table of the methods considered for each head, with the results of runs."""
 
 import math
 import time
@@ -14,9 +14,9 @@ from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import single_threaded_blas
 
-# logits that are computed to know the error of a run
+# logits that are computed exactly to measure the error of a run
 _LOGITS = 1 << 26
-# seconds that a candidate may be predicted to take, and still run
+# candidates with a longer predicted time (in seconds) do not run
 _LONGEST = 300.0
 
 Solve = Callable[[Any, Any, float, str, np.random.Generator], HeadAnswer]
@@ -24,19 +24,19 @@ Solve = Callable[[Any, Any, float, str, np.random.Generator], HeadAnswer]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came out where a candidate ran.
+    """Time and error of a candidate that ran.
 
     Parameters
     ----------
     seconds : float
-        Of the whole call, its own planning and certificate included: the less of two.
+        Time of the whole call including planning and certificate; the least of two.
     certified : float
-        The error of the certificate, in its own norm.
+        The error of the certificate, in the norm of the certificate.
     error : float
-        The error in that norm; of a large head, on sampled rows; NaN where there is
-        nothing to compare with.
+        The measured error in that norm, on sampled rows of a large head; NaN where it
+        is not measured.
     failure : str
-        Why there is no answer, and so no number; empty where there is one.
+        Why the run was refused; empty if it was not.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What was considered for each head.
+    """The methods that were considered for each head.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ class Explanation:
         For each head, in C order, its candidates in the order of consideration; the
         first accepted one would run.
     runs : tuple of tuple of Run or None
-        What came out of each candidate, None where it says nothing that can be run;
-        empty where none was.
+        The run of each candidate, None where it has too little detail to run; empty
+        without ``run=True``.
     """
 
     lead: tuple[int, ...]
@@ -72,7 +72,7 @@ class Explanation:
             head[5:5] = ["took", "certified", "measured"]
         rows = [head, *self._rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        # numbers are set to the right
+        # numbers are aligned right
         sides = ["<", "<", "<", *">" * (len(head) - 4), "<"]
         return "\n".join(
             "  ".join(
@@ -112,11 +112,11 @@ def run_candidates(
     solve: Solve,
     compare: bool,
 ) -> tuple[Run | None, ...]:
-    """Run every candidate that is concrete, the refused ones too.
+    """Run every candidate with all parameters chosen, including refused ones.
 
-    ``solve`` answers a head by a method. Errors are measured where ``compare`` says
-    that the methods answer what exact attention does, and where a row of it is quickly
-    computed.
+    ``solve`` runs a method on a head. Errors are measured if ``compare`` is true, which
+    means that the methods approximate exact attention, and if rows of exact attention
+    are cheap enough.
     """
     n, m, _, _ = head.sizes
     streams = rng.spawn(len(candidates) + 1)
@@ -128,7 +128,7 @@ def run_candidates(
     plans = [candidate.plan for candidate in candidates]
     with single_threaded_blas():
         return tuple(
-            # what has no predicted time is not concrete: there was nothing to predict
+            # NaN: without a predicted time, some parameters were not chosen
             None
             if not plan.predicted_seconds <= _LONGEST
             else _run(head, plan.method, tol, guarantee, stream, rows, truth, solve)
@@ -146,11 +146,11 @@ def _run(
     truth: Array | None,
     solve: Solve,
 ) -> Run:
-    """Run a method as it would be; if it misses the tolerance, with any."""
+    """Run a method twice; without a tolerance if it misses ``tol``."""
     failure = ""
     for wanted in (tol, math.inf):
         try:
-            # twice: the first may compile
+            # twice: the first run may compile
             timed = [
                 _timed(method, head, wanted, guarantee, stream, solve)
                 for stream in rng.spawn(2)
@@ -178,7 +178,7 @@ def _timed(
 
 
 def _error(answer: HeadAnswer, rows: Array, truth: Array) -> float:
-    """Error of an answer on rows, in the norm of its certificate."""
+    """Error of an output on some rows, in the norm of its certificate."""
     difference = host_rows(answer.value, rows).astype(np.float64) - truth
     if answer.norm == "max":
         return float(np.abs(difference).max())
@@ -187,7 +187,7 @@ def _error(answer: HeadAnswer, rows: Array, truth: Array) -> float:
 
 
 def brief(method: Any, number: Callable[[Any], str] = repr) -> str:
-    """Write a method without the settings that were left as they are."""
+    """Format a method with the parameters that differ from their defaults."""
     changed = ", ".join(
         f"{field.name}={number(getattr(method, field.name))}"
         for field in fields(method)

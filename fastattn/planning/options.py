@@ -1,4 +1,4 @@
-"""Checks of the options that are common to all calls."""
+"""Validation of the options that all calls have in common."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ GUARANTEES = ("sampled", "proven")
 def check_options(
     tol: Any, method: Any, guarantee: Any, rng: RandomSource
 ) -> tuple[float, Method, np.random.Generator]:
-    """Check what is common to all calls."""
+    """Check tol, method, guarantee and rng; fill in defaults."""
     tol = check_number("tol", tol, above=0)
     check_choice("guarantee", guarantee, GUARANTEES)
     method = Auto() if method is None else method

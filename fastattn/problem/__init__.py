@@ -1,4 +1,4 @@
-"""The inputs of a call: heads and batches of heads, and what a plan is.
+"""The inputs of a call: heads, batches of heads, and plans.
 
-Beside them changes of coordinates, causal chunks, and statistics of rows.
+Further changes of coordinates, causal chunks, and statistics of rows.
 """

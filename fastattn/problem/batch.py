@@ -1,4 +1,4 @@
-"""Checked inputs, taken apart into heads and put together again."""
+"""Checked inputs as a batch of heads, and answers of heads as one result."""
 
 import math
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ class Batch:
         key_mask: Array | None,
         finite: bool = True,
     ) -> "Batch":
-        """Check the inputs; without ``finite`` their numbers are left to the caller."""
+        """Check the inputs; with ``finite=False`` the caller checks for NaN."""
         xp = array_namespace(query, key, value)
         query, key, value = plain(query), plain(key), plain(value)
         for name, x in (("query", query), ("key", key), ("value", value)):
@@ -89,7 +89,7 @@ class Batch:
         return map(self.head, range(self.count))
 
     def head(self, number: int) -> Head:
-        """Return one head, in C order; nothing is copied but masked keys."""
+        """Return one head, in C order; only keys and values under a mask are copied."""
         xp = array_namespace(self.query)
         place = tuple(int(i) for i in np.unravel_index(number, self.lead))
         query, key, value = (pick(x, place) for x in (self.query, self.key, self.value))
@@ -151,7 +151,7 @@ class Batch:
 
 
 def own_place(x: Array, place: tuple[int, ...], trailing: int = 2) -> tuple[int, ...]:
-    """Where the head at ``place`` is in an array whose leading dimensions broadcast."""
+    """Index of the head at ``place`` in an array whose leading dimensions broadcast."""
     lead = x.shape[: x.ndim - trailing]
     place = place[len(place) - len(lead) :]
     return tuple(i if size > 1 else 0 for i, size in zip(place, lead, strict=True))
@@ -194,7 +194,7 @@ def check_rows(key: Array, value: Array) -> None:
         )
 
 
-# how a mask of keys can be meant
+# the two readings of an ambiguous key mask
 _FORMS = (
     "a mask for each sequence, (batch, keys), is passed as key_mask[:, None], a mask "
     "for each head, (heads, keys), as key_mask[None]"
@@ -209,7 +209,7 @@ def read_mask(
     try:
         lead = np.broadcast_shapes(*(x.shape[:-2] for x in inputs))
     except ValueError:
-        # which is said of the inputs
+        # reported where the inputs are checked
         return key_mask
     return placed_mask(name, key_mask, lead)
 
@@ -217,9 +217,10 @@ def read_mask(
 def placed_mask(name: str, key_mask: Array, lead: tuple[int, ...]) -> Array:
     """Return a mask of keys that broadcasts to heads; raise where it is ambiguous.
 
-    Dimensions align at the right end, as they do for arrays. A mask that has fewer than
-    the inputs, and would fit them from the left as well, is refused: (batch, keys) with
-    as many heads as sequences. Of a batch of single heads it would make a square.
+    Dimensions are aligned on the right, as in broadcasting. A mask with fewer
+    dimensions than the inputs that would also fit when aligned on the left is refused:
+    (batch, keys) where there are as many heads as sequences, or single heads, which it
+    would broadcast to (batch, batch).
     """
     own = tuple(key_mask.shape[:-1])
     has_queries = len(own) == len(lead) + 1 and own[-1] == 1
@@ -238,7 +239,7 @@ def placed_mask(name: str, key_mask: Array, lead: tuple[int, ...]) -> Array:
 
 
 def _fits(own: tuple[int, ...], lead: tuple[int, ...]) -> bool:
-    """Whether dimensions broadcast to as many others, which stay as they are."""
+    """Whether dimensions broadcast to ``lead``, of the same length, unchanged."""
     return all(a in (1, b) for a, b in zip(own, lead, strict=True))
 
 

@@ -1,10 +1,9 @@
-"""Causal attention by parts, each answered by a method that knows no mask.
+"""Causal attention in chunks of keys, by methods without a mask.
 
-Row ``i`` sees the first ``prefix_lengths[i]`` keys. In prefix form the keys are cut
-into chunks: a row is answered by a structure over the chunks before its own, exactly
-within its own, and the two answers are merged by their log-sum-exps. By halving, the
-rows that see all of the first half of the keys meet it in a rectangle without a mask,
-and both halves are cut again.
+Row ``i`` attends to the first ``prefix_lengths[i]`` keys. The keys are cut into chunks.
+A row uses an approximation over all chunks before its own and exact attention within
+its own chunk; the two outputs are merged by their log-sum-exps, as in FlashAttention.
+(The alternative, halving the keys recursively, is ``multipole.causal_halving``.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,15 +18,15 @@ from fastattn.problem.partial_softmax import merge_partials
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.threads import run_blocks
 
-# sums over chunks that exist at once stay below this many bytes
+# most bytes of chunk states that exist at once
 _LARGEST_PANEL = 1 << 25
 
-# values, log-sum-exps, and whether each row can be trusted
+# outputs, log-sum-exps, and whether each row is reliable
 Answer: TypeAlias = tuple[Array, Array, Array]
 _T = TypeVar("_T")
 _S = TypeVar("_S")
 
-# keys of a chunk; and of the first, a share of all keys up to a most
+# keys in a chunk; the first chunk has a share of all keys, up to a maximum
 _CHUNK = 768
 _FIRST, _MOST_FIRST = 1 / 8, 4096
 
@@ -36,15 +35,15 @@ class Prefix(Protocol):
     """A structure over the first keys of a head."""
 
     def query(self, query: Array) -> Answer:
-        """Answer rows that see all of these keys."""
+        """Compute the output of rows that attend to all of these keys."""
         ...
 
 
 def cuts_of(seen: int, first: int | None = None) -> list[int]:
-    """Cut ``seen`` keys into chunks, from 0 to ``seen``.
+    """Return the chunk boundaries of ``seen`` keys, from 0 to ``seen``.
 
-    The first is longer: where values average out, its rows are by far the largest, and
-    an error there would count most.
+    The first chunk is longer: where values average out, the outputs of rows with short
+    prefixes have the largest norms, so that their errors weigh most.
     """
     if first is None:
         first = int(min(max(_FIRST * seen, _CHUNK), _MOST_FIRST, seen))
@@ -54,12 +53,13 @@ def cuts_of(seen: int, first: int | None = None) -> list[int]:
 def chunks_of(
     prefix_lengths: Array, first: int | None = None
 ) -> list[tuple[slice, slice]]:
-    """Cut rows and keys alike: rows see all keys before theirs, but none behind them.
+    """Cut rows and keys into chunks.
 
-    The keys of the last chunk are none.
+    The rows of a chunk attend to all keys of earlier chunks and to no key of later
+    ones. The last chunk has no keys: its rows attend to all of them.
     """
     cuts = cuts_of(int(prefix_lengths[-1]), first)
-    # chunk k serves the rows that see cuts[k] keys, but not yet cuts[k + 1]
+    # chunk k has the rows with cuts[k] <= prefix length < cuts[k + 1]
     rows = [
         *(int(i) for i in np.searchsorted(prefix_lengths, cuts)),
         len(prefix_lengths),
@@ -71,26 +71,27 @@ def chunks_of(
 
 
 def largest_chunk(seen: int) -> int:
-    """Largest number of keys within which a row is answered exactly."""
+    """Largest number of keys in a chunk, over which attention is exact."""
     return max(high - low for low, high in pairwise(cuts_of(seen)))
 
 
 def by_prefixes(
     head: Head, prefixes: Callable[[list[int]], Iterable[Sequence[Prefix]]]
 ) -> Answer:
-    """Answer a head by structures over prefixes of its keys.
+    """Compute a causal head with approximations over prefixes of its keys.
 
     Parameters
     ----------
     head : Head
         A head whose ``prefix_lengths`` does not decrease.
     prefixes : callable
-        From numbers of keys, which increase, to structures over so many first keys, a
-        few at a time.
+        Maps increasing numbers of keys to structures over the first so many keys,
+        yielded a few at a time.
 
     Returns
     -------
     value, log_normalizer, reliable : array, shapes (n, p), (n,) and (n,)
+        Outputs, log-sum-exps, and whether each row is reliable.
     """
     chunks = chunks_of(to_host(head.prefix_lengths))
     parts = [within(head, *chunks[0])]
@@ -104,7 +105,7 @@ def by_prefixes(
 
 
 def parallel_map(head: Head, work: Callable[[_T], _S], items: Sequence[_T]) -> list[_S]:
-    """Return ``work`` of every item, done side by side on the CPU."""
+    """Apply ``work`` to every item, in parallel on the CPU."""
     if place_of(head.query) != "cpu":
         return [work(item) for item in items]
     found: list[Any] = [None] * len(items)
@@ -117,21 +118,21 @@ def parallel_map(head: Head, work: Callable[[_T], _S], items: Sequence[_T]) -> l
 
 
 def concat_rows(head: Head, parts: list[Answer | None]) -> Answer:
-    """Put the answers to consecutive rows together."""
+    """Concatenate the outputs of consecutive rows."""
     columns = zip(*(part for part in parts if part is not None), strict=True)
     value, logarithm, reliable = (head.xp.concat(list(column)) for column in columns)
     return value, logarithm, reliable
 
 
 def merge_chunk_partials(one: Answer, other: Answer) -> Answer:
-    """Merge answers to the same rows over disjoint sets of keys."""
+    """Merge outputs of the same rows over disjoint sets of keys."""
     xp = array_namespace(one[0])
     value, logarithm = merge_partials(one[:2], other[:2])
     return value, logarithm, xp.logical_and(one[2], other[2])
 
 
 def within(head: Head, rows: slice, keys: slice) -> Answer | None:
-    """Answer some rows exactly over those of some keys that they see."""
+    """Compute exact attention of some rows over some keys, up to their prefixes."""
     if rows.start == rows.stop:
         return None
     value, logarithm = part_of(head, rows, keys).attend()
@@ -139,7 +140,7 @@ def within(head: Head, rows: slice, keys: slice) -> Answer | None:
 
 
 def part_of(head: Head, rows: slice, keys: slice) -> Head:
-    """Cut out some rows with those of some keys that they see."""
+    """Return the head of some rows and some keys, with prefix lengths within these."""
     prefix_lengths = head.prefix_lengths
     return replace(
         head,
@@ -153,7 +154,7 @@ def part_of(head: Head, rows: slice, keys: slice) -> Head:
 
 
 def causal_error_profile(head: Head) -> Array:
-    """How the squared errors of rows compare that see different numbers of keys."""
+    """Error profile of a causal head: squared errors fall as 1 / prefix length."""
     if head.prefix_lengths is None:
         return np.ones(head.sizes[0])
     prefix_lengths = to_host(head.prefix_lengths)
@@ -171,7 +172,7 @@ def panels(counts: list[int], nbytes: int) -> Iterator[list[slice]]:
 
 
 def _beyond(head: Head, rows: slice, keys: slice, before: Prefix) -> Answer | None:
-    """Answer some rows over the keys before some, and over those they see of them."""
+    """Merge the approximation over earlier keys with exact attention over own ones."""
     own = within(head, rows, keys)
     if own is None:
         return None

@@ -1,4 +1,4 @@
-"""Derivatives of all heads: checked on the way in, assembled on the way out."""
+"""Gradients of a batch: check the output gradient, assemble those of the heads."""
 
 import numpy as np
 
@@ -8,12 +8,12 @@ from sketching._lib.arrays import Array, array_namespace, plain, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_finite
 
-# derivatives by query, key and value
+# gradients with respect to query, key and value
 Gradients = tuple[Array, Array, Array]
 
 
 def check_grad(batch: Batch, grad: Array) -> Array:
-    """Return ``grad_output`` checked against what it is the derivative by."""
+    """Check ``grad_output`` against the shape and dtype of the output."""
     try:
         array_namespace(batch.query, grad)
     except TypeError as error:
@@ -34,7 +34,7 @@ def check_grad(batch: Batch, grad: Array) -> Array:
 
 
 def unmasked(batch: Batch, place: tuple[int, ...], gradients: Gradients) -> Gradients:
-    """Give masked keys, which the head was not told of, derivatives of zero."""
+    """Insert zero gradients for masked keys, which the head does not contain."""
     if batch.key_mask is None:
         return gradients
     m = batch.key.shape[-2]
@@ -47,7 +47,7 @@ def unmasked(batch: Batch, place: tuple[int, ...], gradients: Gradients) -> Grad
 
 
 def assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:
-    """Put the derivatives of heads into the shape and dtype of an argument."""
+    """Assemble the gradients of the heads in the shape and dtype of an argument."""
     xp = array_namespace(x)
     parts = [sums[place] for place in np.ndindex(*x.shape[:-2])]
     whole = parts[0] if len(parts) == 1 else xp.stack(parts)
@@ -55,7 +55,7 @@ def assembled(name: str, x: Array, sums: dict[tuple[int, ...], Array]) -> Array:
         whole = xp.astype(xp.reshape(whole, x.shape), x.dtype, copy=False)
     if not bool(xp.all(xp.isfinite(whole))):
         raise RefusalError(
-            f"the derivative by {name} overflows {x.dtype}: scale grad_output down or "
+            f"the gradient of {name} overflows {x.dtype}: scale grad_output down or "
             "pass arrays of a wider dtype"
         )
     return whole

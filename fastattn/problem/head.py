@@ -32,7 +32,7 @@ class Head:
     scale : float
         The factor of the logits.
     prefix_lengths : integer array, shape (n,), or None
-        Row ``i`` sees the first ``prefix_lengths[i]`` keys; None means all.
+        Row ``i`` attends to the first ``prefix_lengths[i]`` keys; None means all.
     """
 
     query: Array
@@ -60,7 +60,7 @@ class Head:
 
     @lazy
     def logits(self) -> int:
-        """Number of pairs of a query and a key that it sees."""
+        """Number of logits: pairs of a query and a key that it attends to."""
         n, m, _, _ = self.sizes
         return (
             n * m
@@ -87,18 +87,18 @@ class Head:
 
     @property
     def has_fast_kernel(self) -> bool:
-        """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
+        """Whether a kernel in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
         return place_of(self.query) is not None
 
     def trimmed(self) -> "Head":
-        """Return the same head without the last keys, which no row sees."""
+        """Return the same head without the last keys that no row attends to."""
         if self.prefix_lengths is None:
             return self
         seen = int(self.xp.max(self.prefix_lengths))
         return replace(self, key=self.key[:seen, :], value=self.value[:seen, :])
 
     def unmasked(self) -> "Head":
-        """Return the head whose rows all see all keys."""
+        """Return the head without a causal mask."""
         return replace(self, prefix_lengths=None)
 
     def slice(self, rows: slice) -> "Head":
@@ -111,7 +111,7 @@ class Head:
         )
 
     def with_rows(self, rows: Array) -> "Head":
-        """Return the same head for the queries numbered ``rows`` only."""
+        """Return the same head for the queries with indices ``rows`` only."""
         xp = self.xp
         rows = xp.asarray(rows, device=device_of(self.query))
         prefix_lengths = self.prefix_lengths
@@ -145,14 +145,14 @@ class Head:
         return out[0, ...], normalizer[0, ...]
 
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
-        """Round an answer to the dtype of the query, its normalizer to the head's."""
+        """Round an output to the dtype of the query, log-sum-exps to the head's."""
         return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
 
 
 def row_squares(x: Array) -> Array:
     """Squared norms of all rows, in the dtype of computation, on the host.
 
-    Infinite where squares overflow; what underflows is lost.
+    Infinite where squares overflow; squares that underflow count as zero.
     """
     xp, (n, d) = array_namespace(x), x.shape
     dtype, found = compute_dtype(xp, x.dtype), np.empty(n)
@@ -168,12 +168,12 @@ def row_squares(x: Array) -> Array:
 def rounded_answer(
     value: Array, log_normalizer: Array, dtype: Any, log_dtype: Any
 ) -> tuple[Array, Array]:
-    """Round values and log-sum-exps to the dtypes that they are returned in.
+    """Round outputs and log-sum-exps to the dtypes in which they are returned.
 
-    Of log-sum-exps only those of rows that see no key are minus infinity.
+    Only rows that attend to no key get the log-sum-exp minus infinity.
     """
     xp = array_namespace(value)
-    # what is too large becomes infinite: no certificate covers that
+    # outputs that overflow become infinite: no certificate covers those
     with np.errstate(over="ignore"):
         value = xp.astype(value, dtype, copy=False)
         if log_normalizer.dtype == log_dtype:

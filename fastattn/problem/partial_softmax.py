@@ -1,4 +1,7 @@
-"""Answers over some of the keys, merged by their log-sum-exps."""
+"""Softmax attention over some of the keys, merged by log-sum-exps.
+
+As in FlashAttention (Dao et al., arXiv 2205.14135) and ring attention.
+"""
 
 import numpy as np
 
@@ -8,11 +11,15 @@ Answer = tuple[Array, Array]
 
 
 def merge_partials(one: Answer, other: Answer) -> Answer:
-    """Merge answers ``(n, p)`` and log-sum-exps ``(n,)`` over disjoint keys."""
+    r"""Merge outputs ``(n, p)`` and log-sum-exps ``(n,)`` over disjoint keys.
+
+    With log-sum-exps :math:`l_1, l_2` the output is :math:`(e^{l_1} o_1 + e^{l_2} o_2)
+    / (e^{l_1} + e^{l_2})`.
+    """
     xp = array_namespace(one[0])
     left, right = one[1], other[1]
     peak = xp.where(left > right, left, right)
-    # where neither has seen a key
+    # rows that attend to no key at all
     base = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
     left, right = xp.exp(left - base), xp.exp(right - base)
     total = left + right
@@ -22,5 +29,5 @@ def merge_partials(one: Answer, other: Answer) -> Answer:
 
 
 def empty_partial(n: int, p: int) -> Answer:
-    """What queries are told by no keys, on the host."""
+    """The output and log-sum-exps over no keys, on the host."""
     return np.zeros((n, p)), np.full(n, -np.inf)

@@ -1,4 +1,4 @@
-"""Plans for a head, the answer to it, and what a method is asked."""
+"""The plan of a head, its answer, and the protocol of methods."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,18 +14,19 @@ from sketching._lib.certificate import Certificate, RefusalError
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run for one head, and what was expected of it.
+    """The method that runs for one head, with predicted error and time.
 
     Parameters
     ----------
     method : object
-        The method with every choice made, for example ``Polynomial(degree=2)``.
+        The method with all parameters chosen, for example ``Polynomial(degree=2)``.
     predicted_error : float
-        Relative Frobenius error, or the proven bound; 0 for exact attention.
+        Relative Frobenius error, or the proven bound; 0 for exact attention, NaN
+        where it is unknown.
     predicted_seconds : float
-        From the cost model of this machine.
+        Seconds according to the cost model of this machine.
     reason : str
-        Why this method was taken, in a few words.
+        Why this method was chosen or refused, in a few words.
     """
 
     method: Any
@@ -36,7 +37,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One method that was considered for a head: taken or refused, and why."""
+    """One method that was considered for a head: accepted or refused, and why."""
 
     plan: Plan
     accepted: bool
@@ -44,10 +45,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadAnswer:
-    """The answer of one head with what it promises.
+    """The output and log-sum-exps of one head, with its certificate.
 
-    ``log_error``, on the host, bounds the error of each row's log-sum-exp; None where
-    nothing is known of it.
+    ``log_error``, shape (n,) on the host, bounds the errors of the log-sum-exps; None
+    where there is no bound.
     """
 
     value: Array
@@ -63,56 +64,57 @@ class HeadAnswer:
     def under(
         certificate: Certificate, value: Array, log_normalizer: Array, plan: Plan
     ) -> "HeadAnswer":
-        """Join an answer with a promise that was made before it."""
+        """Combine an output with a certificate that was known beforehand."""
         c = certificate
         promise = c.error, c.failure, c.norm, c.source
         return HeadAnswer(value, log_normalizer, *promise, plan)
 
     @property
     def certificate(self) -> Certificate:
-        """What is promised."""
+        """The certificate."""
         return Certificate(self.error, self.failure, self.norm, self.source)
 
 
 class Method(Protocol):
-    """A recipe for attention."""
+    """A method of attention with its parameters."""
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
-        """Answer the head within ``tol``; raise ``RefusalError`` if that cannot be."""
+        """Compute the head to ``tol``; raise ``RefusalError`` if that is impossible."""
         ...
 
     def candidates(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
-        """Say what would be tried for the head, without running it."""
+        """Yield the candidates for the head, without running them."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConfiguredMethod:
-    """A method with every choice made, ready to answer the queries of its head.
+    """A method with all parameters chosen for a head, ready to run.
 
     Parameters
     ----------
     plan : Plan
-        What will run.
+        The method, with predicted error and time.
     run : callable
-        From a head to values, log-sum-exps, whether each row can be trusted and, where
-        the method knows, how the squares of the rows' errors are guessed to compare.
+        Maps a head to outputs (n, p), log-sum-exps (n,), whether each row is reliable
+        (n,) and, where the method knows it, the error profile (n,).
     bound : float
-        Proven bound on the largest absolute error; infinite where none is claimed.
+        Proven bound on the largest absolute error, which is the certificate; infinite
+        where there is none.
     retighten : callable, optional
-        From a factor to an attempt with that many times the error.
+        Maps a factor to the method configured for that many times the error.
     limit : float
-        The same where it is not the certificate, which is to be relative to the answer,
-        but may serve to make it.
+        Proven bound on the largest absolute error that is not the certificate itself,
+        but serves to compute a relative one.
     rounding : callable, optional
-        From a head to the deviation of the error of each row's logits, where all are
-        rounded; another attempt of the same kind would then err alike.
+        Maps a head to the standard deviations (n,) of the rounding errors of its
+        logits, if these are the only error: running again would not reduce it.
     log_errors : callable, optional
-        From a head and its log-sum-exps to bounds on their errors.
+        Maps a head and its log-sum-exps to bounds (n,) on their errors.
     """
 
     plan: Plan
@@ -125,7 +127,7 @@ class ConfiguredMethod:
 
 
 def candidate_of(method: Any, plan: Callable[[], Plan]) -> Candidate:
-    """Say what a method plans to run, or why it would be refused."""
+    """Return the plan as a candidate, or the reason for which it is refused."""
     try:
         return Candidate(plan(), accepted=True)
     except RefusalError as error:

@@ -1,11 +1,11 @@
-r"""What each row of an answer may err by, known before any row is sampled.
+r"""Error profiles: the expected errors of the rows of an output, before sampling.
 
-An error sits where a row puts its weight: with weights ``w'`` in place of ``w``,
-:math:`o_i' - o_i = \sum_j (w_{ij}' - w_{ij}) (v_j - o_i)`. Few keys can hold much of
-it: those that are long, in the metric of the keys too, those whose values are far from
-the mean, and those that the most unusual queries see. The logits of all rows with these
-*extreme keys* are exact; with the answer's own log-sum-exp they say which share of a
-row each takes, and which sums of weights are too small to be true.
+With approximate weights ``w'`` in place of ``w``, the error of row ``i`` is
+:math:`o_i' - o_i = \sum_j (w_{ij}' - w_{ij}) (v_j - o_i)`. A few keys can cause most of
+it: keys of large norm, also in the metric of the keys; keys whose values are far from
+the mean; and the keys that outlier queries attend to most. The logits of all rows with
+these *extreme keys* are computed exactly; with the log-sum-exps of the output they show
+each key's share of a row, and which sums of weights are impossibly small.
 """
 
 import math
@@ -19,37 +19,36 @@ from fastattn._ops.rows import squared_lengths
 from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
-# queries and keys that statistics of all are judged from; rows of a block
+# sample sizes for the statistics of keys and of queries; rows in a block
 _KEYS, _QUERIES = 2048, 512
 _BLOCK = 2048
-# rows and keys that the variance of all logits is judged from
+# rows and keys from which the variance of all logits is estimated
 _PAIRS = 256
-# extreme keys of each kind; unusual queries of each kind, and the keys of each
+# extreme keys of each kind; outlier queries of each kind, and keys for each of them
 _EXTREME = 16
 _UNUSUAL, _SEEN = 8, 2
-# added to the variances of keys and queries, in units of their mean or largest
+# ridge of the variances of keys and queries, relative to their mean or largest
 _RIDGE = 1e-3
-# a sum of weights may be so many times smaller than one of them before that tells no
-# more about the size of the error
+# ratio of a key's weight to the sum of weights, which is at most 1 if exact, beyond
+# which a larger ratio says no more about the error
 _SHARE = 3.0
-# variance of logits beyond which no polynomial, nor landmarks, tell more or less
+# logit variance above which all low-rank errors are regarded as equally large
 _VARIANCE = 50.0
-# what a row's answer may be off by for the keys that are not extreme, as a share of the
-# deviation of the values: in low ranks, and where all logits are rounded
+# contribution of the keys that are not extreme to a row's error, relative to the
+# standard deviation of the values: for low ranks, and where all logits are rounded
 _BULK, _ROUNDED_BULK = 0.1, 0.15
-# rows that are computed exactly because their errors may be far larger than others': so
-# many times the median, and most of them by the guessed error, by what they see of an
-# extreme key, and by the spread of their logits
+# outlier rows: those above so many times the median, and the most that are recomputed
+# exactly because of the error profile, of an extreme key, and of the logit variance
 OUTLYING = 2.0
 _MOST_BY_ERROR, _MOST_BY_SEEN_KEY = 32, 16
 MOST_OUTLIERS = 64
-# and those of derivatives, whose hard rows nothing else finds
+# the most outlier rows by logit variance in gradients, which have no other criterion
 _MOST_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _KeyMetric:
-    """Centre and covariance of a sample of the keys.
+    """Mean and covariance of a sample of the keys.
 
     Parameters
     ----------
@@ -74,7 +73,7 @@ class _KeyMetric:
         some = np.sort(rng.choice(m, min(m, _KEYS), replace=False))
         keys = host_rows(head.key, some).astype(np.float64)
         tiny = float(np.finfo(np.float64).tiny)
-        # numbers of any size: neither the mean nor a square overflows
+        # scaled, so that neither the mean nor a square overflows
         unit = max(float(np.abs(keys).max()), tiny)
         keys /= unit
         center = keys.mean(axis=0)
@@ -88,14 +87,14 @@ class _KeyMetric:
 
     @property
     def root(self) -> Array:
-        """A query times this has the length of the deviation of its logits."""
+        """A query times this matrix has the norm of the deviation of its logits."""
         return self.axes * np.sqrt(self.variances)
 
     @property
     def whiten(self) -> Array:
-        """A centred key times this has the length that is unusual in the metric.
+        """A centred key times this matrix has its Mahalanobis norm.
 
-        Only axes of small variance, the first, tell more than the length of a key.
+        Only axes of small variance, the first, add to what the Euclidean norm shows.
         """
         few = -(-len(self.variances) // 2)
         least = _RIDGE * max(float(self.variances.mean()), np.finfo(np.float64).tiny)
@@ -103,12 +102,12 @@ class _KeyMetric:
 
 
 def high_variance_rows(head: Head, rng: np.random.Generator) -> Array:
-    """Numbers of the few rows whose logits vary far more than those of the others."""
+    """Indices of the outlier rows by logit variance."""
     return outlying_rows(logit_spread(head, rng), min(_MOST_ROWS, head.sizes[0] // 4))
 
 
 def outlying_rows(sizes: Array, count: int) -> Array:
-    """Numbers of so many rows, at most, whose size is far above the median."""
+    """Indices of at most ``count`` rows whose size is far above the median."""
     sizes = _no_nan(np.array(sizes))
     median = np.partition(sizes, len(sizes) // 2)[len(sizes) // 2]
     outlying = np.flatnonzero(sizes > OUTLYING * median)
@@ -118,23 +117,23 @@ def outlying_rows(sizes: Array, count: int) -> Array:
 
 
 def _largest(sizes: Array, count: int) -> Array:
-    """Numbers of the largest; what overflowed is large."""
+    """Indices of the largest sizes; NaN counts as infinite."""
     sizes = _no_nan(np.array(sizes))
     count = min(count, len(sizes))
     return np.argpartition(-sizes, count - 1)[:count] if count else np.zeros(0, int)
 
 
 def logit_spread(head: Head, rng: np.random.Generator) -> Array:
-    """How much the logits of each row vary over the keys, up to a factor.
+    """Logit variance of each row over a sample of the keys, up to a common factor.
 
-    It is the variance over a sample of the keys, at ``d * d`` products a row.
+    The cost is ``d * d`` multiply-adds per row.
     """
     return _logit_spread(head, _KeyMetric.of(head, rng))
 
 
 def _logit_spread(head: Head, metric: _KeyMetric) -> Array:
     (spread,) = _lengths(head.query, _first_mean(head), [metric.root], head.dtype)
-    # a row whose spread overflows is a hard one
+    # a row whose variance overflows is an outlier
     return _no_nan(spread)
 
 
@@ -148,14 +147,14 @@ def _first_mean(head: Head) -> Array:
 def _lengths(
     x: Array, center: Array, turns: Sequence[Array | None], dtype: Any
 ) -> list[Array]:
-    """Squared lengths of the rows of ``(x - center) @ turn``, on the host.
+    """Squared norms of the rows of ``(x - center) @ turn``, on the host.
 
-    A turn of one dimension scales the columns; None leaves them as they are.
+    A one-dimensional turn scales the columns; None stands for the identity.
     """
     xp, (n, d) = array_namespace(x), x.shape
     move = {"dtype": dtype, "device": device_of(x)}
     zeros, ones, found = xp.zeros(d, **move), xp.ones(d, **move), []
-    # what overflows makes the rows hard ones
+    # rows that overflow become outliers
     with np.errstate(over="ignore", invalid="ignore"):
         shift = xp.asarray(center, **move)
         for turn in turns:
@@ -172,7 +171,7 @@ def _lengths(
 
 
 def logit_variance(head: Head, rng: np.random.Generator) -> float:
-    """Variance of the logits over a few rows and keys, but for what keys share."""
+    """Logit variance over a few rows and keys, both centred."""
     few = (
         host_rows(x, rng.choice(x.shape[0], min(x.shape[0], _PAIRS)))
         for x in (head.query, head.key)
@@ -184,14 +183,14 @@ def logit_variance(head: Head, rng: np.random.Generator) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowStatistics:
-    """Statistics of all rows that do not depend on an answer.
+    """Statistics of all rows that do not depend on an output.
 
     Parameters
     ----------
     variance : array, shape (n,)
-        Variance of the row's logits over the keys.
+        Logit variance of each row over the keys.
     extreme : integer array, shape (e,)
-        Numbers of the extreme keys.
+        Indices of the extreme keys.
     distance : array, shape (e,)
         Distances of their values from the mean value.
     mean : array, shape (p,)
@@ -208,7 +207,7 @@ class RowStatistics:
 
 
 def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
-    """Measure the rows of one head, at ``d * d`` products a row and a key."""
+    """Compute the statistics, at ``d * d`` multiply-adds per row and key."""
     metric = _KeyMetric.of(head, rng)
     spread, unusual = _lengths(
         head.query, _first_mean(head), [metric.root, _column_scales(head)], head.dtype
@@ -226,14 +225,14 @@ def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
 
 
 def _column_scales(head: Head) -> Array:
-    """One over the deviation of each column of the queries."""
+    """Reciprocal standard deviation of each column of the queries."""
     n = head.sizes[0]
     some = np.unique(np.linspace(0, n - 1, min(n, _QUERIES)).astype(np.intp))
     sample = host_rows(head.query, some).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         sample -= sample.mean(axis=0)
         width = np.abs(sample).max(axis=0)
-        # squares of what is scaled neither overflow nor underflow
+        # scaled squares neither overflow nor underflow
         width *= np.std(sample / np.where(width > 0, width, 1.0), axis=0)
     width = np.nan_to_num(width, nan=np.inf)
     least = max(_RIDGE * float(width.max()), np.finfo(np.float64).tiny)
@@ -241,7 +240,7 @@ def _column_scales(head: Head) -> Array:
 
 
 def _value_sizes(head: Head) -> tuple[Array, Array, float]:
-    """Distances of the values from their mean, that, and their root mean square."""
+    """Distances of the values from their mean, the mean, and the RMS distance."""
     xp = head.xp
     with np.errstate(over="ignore", invalid="ignore"):
         mean = to_host(xp.mean(xp.astype(head.value, head.dtype, copy=False), axis=0))
@@ -252,7 +251,7 @@ def _value_sizes(head: Head) -> tuple[Array, Array, float]:
 
 
 def _seen_keys(head: Head, rows: Array) -> Array:
-    """The keys that the given rows see most of."""
+    """The keys with the largest logits in the given rows."""
     few = head.with_rows(rows)
     logits = _logits(few, few.key, np.arange(head.sizes[1]))
     logits, each = np.ascontiguousarray(to_host(logits).T), np.arange(len(rows))
@@ -264,10 +263,10 @@ def _seen_keys(head: Head, rows: Array) -> Array:
 
 
 def _logits(head: Head, key: Array, numbers: Array) -> Array:
-    """Logits of the keys of given numbers, one to a row, minus infinity if not seen."""
+    """Logits of some keys, shape (keys, n); minus infinity where a key is masked."""
     xp = head.xp
     query, key = (xp.astype(x, head.dtype, copy=False) for x in (head.query, key))
-    # keys are rows: the largest of a column is found faster than that of a row
+    # keys are rows: maxima over columns are faster than maxima over rows
     with np.errstate(over="ignore", invalid="ignore"):
         logits = xp.matmul(key, xp.matrix_transpose(query * head.scale))
     if head.prefix_lengths is None:
@@ -278,24 +277,24 @@ def _logits(head: Head, key: Array, numbers: Array) -> Array:
 
 
 def _no_nan(x: Array) -> Array:
-    """What is not a number may be as large as anything."""
+    """Replace NaN by infinity, in place."""
     x[np.isnan(x)] = np.inf
     return x
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenKeys:
-    """What the rows of an answer see of the extreme keys.
+    """Weights of the extreme keys in the rows of an output.
 
     Parameters
     ----------
     share : array, shape (n,)
-        Largest weight of an extreme key, over the answer's own sum of weights: above
+        Largest weight of an extreme key, over the output's own sum of weights: above
         one where that sum is too small.
     farthest : array, shape (n,)
         Largest weight times the distance of the key's value from the mean value.
     distance : array, shape (n,)
-        Distance of the row's answer from the mean value.
+        Distance of the row's output from the mean value.
     """
 
     share: Array
@@ -306,7 +305,7 @@ class SeenKeys:
     def of(
         head: Head, found: RowStatistics, value: Array, normalizer: Array
     ) -> "SeenKeys":
-        """Compare an answer's sums of weights with the logits of the extreme keys."""
+        """Compare the log-sum-exps of an output with logits of the extreme keys."""
         xp, n = head.xp, head.sizes[0]
         move = {"dtype": head.dtype, "device": device_of(head.query)}
         numbers = xp.asarray(found.extreme, device=move["device"])
@@ -316,10 +315,10 @@ class SeenKeys:
         share, farthest = np.empty((2, n))
         for start in range(0, n, _BLOCK):
             rows = slice(start, min(start + _BLOCK, n))
-            # rows that went wrong, or see no key, are settled elsewhere
+            # failed rows, and rows without keys, are handled in certify
             with np.errstate(over="ignore", invalid="ignore"):
                 logits = _logits(head.slice(rows), key, found.extreme)
-                # an exp of the largest, in place of the largest exp
+                # the exp of the maximum, for the maximum of the exps
                 share[rows] = to_host(xp.max(logits, axis=0))
                 farthest[rows] = to_host(xp.max(logits + far, axis=0))
         own = to_host(normalizer).astype(np.float64)
@@ -330,15 +329,15 @@ class SeenKeys:
 
 
 def series_squares(variance: Array) -> Array:
-    """How the squared errors of a series of exp compare, by the logits' variance."""
+    """Error profile of a truncated series of exp, by the logit variance of rows."""
     return np.minimum(np.asarray(variance), _VARIANCE) ** 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowErrors:
-    """Guessed squared errors of the rows of an answer, up to a common factor.
+    """Error profile of an output, and its outlier rows.
 
-    Those numbered ``outlier_rows`` may err far more than others: they must be exact.
+    ``squares`` are expected squared errors of the rows up to a common factor.
     """
 
     squares: Array
@@ -353,23 +352,23 @@ def profile_errors(
     own: Array | None = None,
     factor: Array | float = 1.0,
 ) -> RowErrors:
-    r"""Guess what the rows err by, from what they see of the extreme keys.
+    r"""Compute the error profile of an output and find its outlier rows.
 
-    It is the error of a row's logits, or of its weights where those come from a series,
-    times the distance of the values that it sees from its answer.
+    The expected error of a row is the error of its logits (or of its weights, for a
+    truncated series) times the distance of the values it attends to from its output.
 
     Parameters
     ----------
     found, seen : RowStatistics, SeenKeys
-        Of the head, and of the answer.
+        Statistics of the head, and weights of its extreme keys in the output.
     rounding : array, shape (n,), optional
-        Deviation of the error of a row's logits. By default the error is taken to grow
-        with the variance of the logits, as what a series leaves out, and with the share
-        of an extreme key.
+        Standard deviation of the error of a row's logits. By default it is the error of
+        a truncated series, which grows with the logit variance, plus a term that grows
+        with the share of an extreme key.
     own : array, shape (n,), optional
-        Squared errors as the method itself estimates them, up to a factor.
+        Error profile of the method itself (squares, up to a factor).
     factor : array, shape (n,), or float
-        Factors of the squares for what is known of the rows beside.
+        Further factor of the squares, such as that of causal prefixes.
     """
     n, bulk, spread = len(found.variance), _ROUNDED_BULK, _MOST_BY_SEEN_KEY
     large = np.maximum(seen.share / _SHARE, 1.0)
@@ -393,7 +392,7 @@ def profile_errors(
 
 
 def _combined(own: Array, squares: Array) -> Array:
-    """Add two guesses in units of their medians."""
+    """Add two error profiles in units of their medians."""
     units = [float(np.median(x[np.isfinite(x)])) for x in (own, squares)]
     if min(units) > 0:
         return own / units[0] + squares / units[1]

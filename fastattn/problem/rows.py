@@ -1,18 +1,18 @@
-"""Some rows of a matrix: drawn, taken, marked, and put back."""
+"""Rows of a matrix: sample, gather, mask and scatter."""
 
 import numpy as np
 
 from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array, array_namespace, device_of
 
-# rows that transforms and statistics are made from
+# size of the samples from which transforms and statistics are computed
 SAMPLE = 4096
 
 
 def sample_rows(
     head: Head, rng: np.random.Generator, size: int = SAMPLE
 ) -> tuple[Array, Array]:
-    """Return up to so many random queries and keys on the host."""
+    """Return up to ``size`` random queries, and keys, on the host."""
     n, m, _, _ = head.sizes
     return (
         host_rows(head.query, _draw(n, size, rng)),
@@ -21,23 +21,23 @@ def sample_rows(
 
 
 def _draw(count: int, size: int, rng: np.random.Generator) -> Array:
-    """Row numbers of a sample without replacement, in order."""
+    """Sorted row indices of a sample without replacement."""
     if count <= size:
         return np.arange(count)
     return np.sort(rng.choice(count, size=size, replace=False))
 
 
 def row_mask(rows: Array, x: Array) -> Array:
-    """Boolean array, true at the numbers of some of the rows of ``x``."""
+    """Boolean array over the rows of ``x``, true at the indices ``rows``."""
     mask = np.zeros(x.shape[0], dtype=bool)
     mask[rows] = True
     return array_namespace(x).asarray(mask, device=device_of(x))
 
 
 def scatter_rows(part: Array, rows: Array, n: int) -> Array:
-    """Put the rows of a matrix at the numbers ``rows`` of ``n``, zeros elsewhere."""
+    """Put rows at the indices ``rows`` of a matrix of ``n`` rows; others are zero."""
     xp, (count, width) = array_namespace(part), part.shape
-    # array libraries agree on take, not on writing
+    # the array API has take but no portable assignment
     source = np.full(n, count)
     source[rows] = np.arange(count)
     device = device_of(part)

@@ -1,10 +1,10 @@
-"""What may be done to query and key without changing attention.
+"""Changes of coordinates of query and key under which attention is invariant.
 
-* Key centring: softmax does not see a constant added to a row of logits.
-* Query centring: ``(q - a) . k + a . k``, where the second term depends on the key
-  only, so it becomes a weight ``exp(scale a . k)`` of the key.
+* Key centring: softmax is invariant to a constant added to a row of logits.
+* Query centring: ``q . k = (q - a) . k + a . k``; the second term depends on the key
+  only and becomes a weight ``exp(scale a . k)`` of the key.
 * Balancing: ``q . k = (T^T q) . (T^-1 k)`` for any invertible ``T``; with the T of
-  :func:`balance` both sides get the same diagonal covariance, sorted.
+  :func:`balance` queries and keys get the same diagonal covariance, sorted.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ import numpy as np
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# directions with less of the trace than this are numerically absent
+# eigenvalues below this share of the largest are numerically zero
 _RELATIVE_FLOOR = 1e-10
 
 
@@ -46,13 +46,13 @@ class Transform:
 
 
 def identity(d: int, scale: float) -> Transform:
-    """Leave query and key as they are; the scale goes to both sides."""
+    """Return the identity; the scale is split between both sides."""
     zero, root = np.zeros(d), abs(scale) ** 0.5 * np.eye(d)
     return Transform(zero, zero, root, np.sign(scale) * root, zero, np.ones(d))
 
 
 def center(query: Array, key: Array, scale: float, *, queries: bool) -> Transform:
-    """Centre the keys and, if ``queries``, the queries; leave coordinates alone."""
+    """Centre the keys and, if ``queries``, the queries, without balancing."""
     plain = identity(query.shape[1], scale)
     mean_query = mean(query) if queries else plain.query_center
     return replace(
@@ -83,7 +83,7 @@ def balance(query: Array, key: Array, scale: float, *, queries: bool) -> Transfo
     plain = center(query, key, scale, queries=queries)
     if scale == 0:
         return plain
-    # entries far apart overflow on the way, and what is not finite has no factors
+    # huge entries overflow, and matrices that are not finite have no factors
     try:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             left, left_inverse = _factor(query, plain.query_center)
@@ -95,7 +95,7 @@ def balance(query: Array, key: Array, scale: float, *, queries: bool) -> Transfo
             "or key down, or use Exact()"
         ) from error
     root = np.sqrt(np.maximum(sigma, np.finfo(np.float64).tiny))
-    # a flip of sign, for a negative scale, goes to the keys
+    # the sign of a negative scale goes to the keys
     return Transform(
         plain.query_center,
         plain.key_center,
@@ -114,11 +114,11 @@ def mean(x: Array) -> Array:
 def _factor(x: Array, origin: Array) -> tuple[Array, Array]:
     """A square root ``L`` of the covariance of the rows of ``x``, and its inverse."""
     centred = np.asarray(x, dtype=np.float64) - origin
-    # in units of the largest entry, so that squares neither over- nor underflow
+    # in units of the largest entry: squares neither overflow nor underflow
     unit = float(np.abs(centred).max()) or 1.0
     centred /= unit
     values, vectors = np.linalg.eigh(centred.T @ centred / len(x))
-    # rows that are all the same have no directions: any map serves them
+    # if all rows are equal the covariance is zero, and any map will do
     floor = values[-1] * _RELATIVE_FLOOR if values[-1] > 0 else 1.0
     root = np.sqrt(np.maximum(values, floor))
     return vectors * (root * unit), (vectors / (root * unit)).T

@@ -1,1 +1,1 @@
-"""Low ranks fitted to a head: basis functions, landmarks, the search for a rank."""
+"""Low-rank attention fitted to a head: basis functions, landmarks, rank search."""

@@ -1,10 +1,13 @@
-"""The functions of a query in which a low-rank softmax is written.
+r"""The basis functions of a low-rank softmax: Hermite polynomials and landmarks.
 
-They are ``r`` orthonormal Hermite polynomials and ``c`` exponentials ``exp(x . p -
-|p|^2 / 2)`` at landmarks ``p``. Projecting ``exp(q . k)`` onto them, in least squares
-under the normal law of the queries, needs inner products only: with a key,
-``y^alpha / sqrt(alpha!)`` and ``exp(y . p)``, each times ``a(k)``; between two
-landmarks, ``exp(p . p')``. No query is looked at.
+In whitened coordinates ``x`` of a query and ``y`` of a key, with :math:`x \sim N(0, I)`
+and :math:`e^{q \cdot k} = a(k) e^{x \cdot y - |y|^2 / 2}` up to a factor of the query,
+the basis consists of ``r`` orthonormal Hermite polynomials :math:`He_\alpha(x)` and
+``c`` exponentials :math:`e^{x \cdot p - |p|^2 / 2}` at landmarks ``p``. The
+least-squares projection of :math:`e^{q \cdot k}` under the Gaussian distribution of the
+queries needs inner products only: :math:`y^\alpha / \sqrt{\alpha!}` and :math:`e^{y
+\cdot p}`, each times ``a(k)``, with a key; :math:`e^{p \cdot p'}` between landmarks.
+They are known in closed form, so that no query is evaluated.
 """
 
 import heapq
@@ -18,29 +21,29 @@ from fastattn.methods.lowrank.whitening import Whitening
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# without a limit, a coordinate with a mean square above 1/2 would get all monomials
+# without a limit, a coordinate with a mean square above 1/2 would take all indices
 _LARGEST_DEGREE = 12
-# added to the landmarks' correlations, and what follows where rounding defeats it
+# ridge of the landmarks' Gram matrix; larger ones if the factorization fails
 _JITTERS = (1e-6, 1e-4, 1e-2)
-# share of a landmark that sums in float32 do not tell from their rounding: undamped,
-# what many polynomials leave of landmarks turned it into errors of some per cent
+# float32 rounding of sums, relative to a landmark's squared norm: without this ridge
+# landmarks whose residual after many polynomials is small amplified it to some per cent
 _NOISE = 1e-7
-# share of the logits' variance in coordinates that landmarks may ignore
+# share of the logit variance in trailing coordinates that landmarks may ignore
 _IGNORED = 1e-4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hermite:
-    """Multi-indices: each is its parent with one more of its last coordinate.
+    """Multi-indices of Hermite polynomials, each a parent times one coordinate.
 
     Parameters
     ----------
     parent, coordinate, power : integer array, shape (r,)
-        Index ``j`` is index ``parent[j] < j`` and ``coordinate[j]``, which is not
-        before any other in it and which it has ``power[j]`` times; index 0 is empty,
-        with power 1.
+        Index ``j`` is index ``parent[j] < j`` with coordinate ``coordinate[j]`` raised
+        to ``power[j]``; no coordinate of the parent comes after it. Index 0 is the
+        constant, with power 1.
     factorial : array, shape (r,)
-        The number ``alpha!``.
+        ``alpha!``, the product of the factorials of the powers.
     """
 
     parent: Array
@@ -52,8 +55,9 @@ class Hermite:
     def of(spread: Array, rank: int) -> "Hermite":
         """Take the ``rank`` indices of largest energy ``E y^(2 alpha) / alpha!``.
 
-        Best first. The two successors of an index repeat its last coordinate, or
-        move that on; ``spread``, the mean squares of the coordinates, must not
+        Best-first search with a heap: the successors of an index raise the power of
+        its last coordinate by one, or replace this coordinate by the next one.
+        ``spread``, shape (t,), are the mean squares of the coordinates, which must not
         increase.
         """
         mean = [float(x) for x in spread]
@@ -80,7 +84,7 @@ class Hermite:
 
     @property
     def op_arguments(self) -> dict[str, Any]:
-        """The keywords of the ops."""
+        """The keyword arguments of the ops in ``_ops.lowrank``."""
         return {
             "parent": self.parent,
             "coordinate": self.coordinate,
@@ -97,23 +101,23 @@ class Hermite:
         )
 
     def features(self, y: Array) -> Array:
-        """Every ``y^alpha / sqrt(alpha!)`` of rows on the host: ``(c, r)``."""
+        """Features ``y^alpha / sqrt(alpha!)``, (c, r), of rows (c, t) on the host."""
         plain = monomials(y, parent=self.parent, coordinate=self.coordinate)
         return plain * (1 / np.sqrt(self.factorial)).astype(y.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Basis:
-    """A frame, the indices of the polynomials, and the landmarks.
+    """Whitened coordinates, polynomial indices and landmarks.
 
     Parameters
     ----------
     whitening : Whitening
-        Coordinates, those that are used only.
+        The coordinates, without the trailing ones that are not used.
     hermite : Hermite
-        The polynomials, at least the constant.
+        The polynomials; the first is the constant.
     landmarks : array, shape (c, t)
-        In the coordinates of the keys.
+        In the coordinates ``y`` of the keys.
     """
 
     whitening: Whitening
@@ -142,7 +146,7 @@ class Basis:
     def fitting(
         whitening: Whitening, hermite: Hermite, *, landmarks: bool
     ) -> Whitening:
-        """Drop the last coordinates that no polynomial, and no landmark, needs."""
+        """Drop trailing coordinates that neither polynomials nor landmarks need."""
         total = max(float(whitening.spread.sum()), np.finfo(np.float64).tiny)
         left = np.cumsum(whitening.spread[::-1])[::-1] / total
         ignored = _IGNORED if landmarks else 1.0
@@ -161,7 +165,11 @@ class Basis:
         return sum(int(x.nbytes) for x in arrays)
 
     def project(self, sums: Array) -> Array:
-        """Turn inner products with the functions, ``(r + c, w)``, into weights."""
+        """Turn inner products with the basis, (r + c, w), into coefficients.
+
+        Solves the normal equations; polynomials are orthonormal, so that only the Schur
+        complement of the landmarks has to be factorized.
+        """
         if not len(self.landmarks):
             return sums
         from scipy.linalg import cho_solve
@@ -173,7 +181,7 @@ class Basis:
         return np.concatenate([head - self._mixed.T @ solution, solution])
 
     def first(self, count: int) -> "Basis":
-        """Keep the first functions only: the polynomials come before the landmarks."""
+        """Keep the first ``count`` basis functions: polynomials, then landmarks."""
         rank = min(count, len(self.hermite))
         marks = max(count - len(self.hermite), 0)
         # the Cholesky factor of a leading block is the leading block of the factor
@@ -191,7 +199,7 @@ class Basis:
         return basis
 
     def equals(self, other: "Basis") -> bool:
-        """Whether sums over this basis and the other may be added."""
+        """Whether states over this basis and the other may be added."""
         if self is other:
             return True
         mine, theirs = (
@@ -206,7 +214,7 @@ class Basis:
 
 
 def _factor(gram: Array) -> Array:
-    """Cholesky factor of the landmarks' correlations."""
+    """Cholesky factor of the landmarks' normalized Gram matrix, with a ridge."""
     if not np.isfinite(gram).all():
         raise RefusalError(
             "the logits vary too much for landmarks: exp of their variance overflows"
@@ -218,4 +226,6 @@ def _factor(gram: Array) -> Array:
             return np.linalg.cholesky(gram)
         except np.linalg.LinAlgError:
             continue
-    raise RefusalError("the landmarks cannot be told apart in float64")
+    raise RefusalError(
+        "the landmarks are numerically dependent in float64: give fewer landmarks"
+    )

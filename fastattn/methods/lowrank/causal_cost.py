@@ -1,9 +1,11 @@
-"""What a causal head costs by prefixes, and how much error its rows may have.
+r"""Cost of a causal low rank over prefixes, and the tolerance of its rows.
 
-An approximation whose relative error over all keys is known errs, over prefixes, with
-what varies between the rows that see one prefix. The first rows are exact, and where
-the values average out they are the largest by far: the others may then err by more
-than the tolerance of the whole head.
+Low ranks are planned on rows that attend to all keys; a causal head applies them to
+rows over prefixes. Two effects change the relative error. The error of an approximation
+is proportional to how much outputs over the same keys vary between rows, which depends
+on the prefix length. And the rows of the first chunk are exact; where values average
+out, they have the largest norms, so that the other rows may have a relative error above
+the tolerance of the head. Both are estimated from a few exact rows.
 """
 
 import math
@@ -18,18 +20,41 @@ from fastattn.problem.causal_chunks import cuts_of
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, to_host
 
-# strata of the rows beyond the first chunk, and rows of each that are looked at
+# strata of the rows after the first chunk, and rows sampled in each stratum
 _STRATA, _ROWS = 6, 12
-# rows that are looked at over all keys
+# rows that are computed over all keys
 _WHOLE = 32
-# rows of the first chunk that are looked at: the first of all, and some of the others
+# rows sampled in the first chunk: the very first ones, and some of the others
 _EARLY, _SOME = 256, 96
-# what a chunk costs beside its products: calls, and arrays that are read again
+# fixed work of a chunk, in multiply-adds: calls, and arrays that are read again
 _CHUNK_WORK = 4e7
 
 
 def causal_tolerance_factor(head: Head, rng: np.random.Generator) -> float:
-    """How many times the tolerance a structure may err that is judged on all keys."""
+    r"""Factor of the tolerance that an error measured over all keys may have.
+
+    With outputs :math:`o_i` over the prefix of row ``i``, outputs :math:`w_i` over all
+    keys, and variances :math:`\sigma^2` of both between rows over the same keys, it is
+
+    .. math:: \sqrt{\frac{\sum_i |o_i|^2}{\sum_{i \ge s} \sigma^2(o_i)} \cdot
+        \frac{\sigma^2(w)}{E |w|^2}},
+
+    where the rows from ``s`` on are approximated and the rows before, those of the
+    first chunk, are exact. Sums are estimated by strata of rows, geometric in their
+    index; a stratum uses the prefix length of its median row.
+
+    Parameters
+    ----------
+    head : Head
+        A causal head.
+    rng : Generator
+        Draws the rows.
+
+    Returns
+    -------
+    float
+        1 where nothing is approximated or the ratio is not finite.
+    """
     prefix_lengths = to_host(head.prefix_lengths)
     start = int(np.searchsorted(prefix_lengths, cuts_of(int(prefix_lengths[-1]))[1]))
     n = len(prefix_lengths)
@@ -39,7 +64,7 @@ def causal_tolerance_factor(head: Head, rng: np.random.Generator) -> float:
     edges = np.geomspace(max(start, 1), n, _STRATA + 1).astype(int)
     edges = np.unique([start, *edges[1:-1], n])
     for lo, hi in pairwise(edges):
-        # rows of a stratum as if all saw as many keys as the one in the middle
+        # all rows of a stratum over the prefix of its median row
         size, spread = _sizes(
             head, int(prefix_lengths[(lo + hi) // 2]), lo, hi, _ROWS, rng
         )
@@ -51,7 +76,7 @@ def causal_tolerance_factor(head: Head, rng: np.random.Generator) -> float:
 
 
 def _early(head: Head, start: int, rng: np.random.Generator) -> float:
-    """Sum of the squares of the answers to the first rows, those of the first chunk."""
+    """Estimate the squared norm of the outputs in the first chunk, rows < ``start``."""
     early = min(_EARLY, start)
     rows = np.concatenate([np.arange(early), _spread(early, start, _SOME, rng)])
     if not len(rows):
@@ -63,7 +88,7 @@ def _early(head: Head, start: int, rng: np.random.Generator) -> float:
 
 
 def _spread(lo: int, hi: int, count: int, rng: np.random.Generator) -> Array:
-    """Row numbers at even distances, the first of them at random."""
+    """Row indices at equal distances, from a random start."""
     step = max(1, (hi - lo) // count)
     return np.arange(lo + rng.integers(step), hi, step)
 
@@ -71,7 +96,7 @@ def _spread(lo: int, hi: int, count: int, rng: np.random.Generator) -> Array:
 def _sizes(
     head: Head, seen: int, lo: int, hi: int, count: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Mean square of answers over the first keys, and of what varies in them."""
+    """Mean squared norm, and variance, of outputs of rows over the first keys."""
     rows = _spread(lo, hi, count, rng)
     part = replace(
         head, key=head.key[:seen, :], value=head.value[:seen, :], prefix_lengths=None
@@ -85,9 +110,21 @@ def _sizes(
 
 
 def lowrank_cost(head: Head, first: int | None = None) -> Callable[[int, int], float]:
-    """Work of a head from the numbers of polynomials and landmarks.
+    """Return the work, in multiply-adds, as a function of rank and landmarks.
 
-    Of a causal head the ``first`` keys are one chunk.
+    Parameters
+    ----------
+    head : Head
+        One head, causal or not.
+    first : int, optional
+        Keys in the first chunk of a causal head.
+
+    Returns
+    -------
+    callable
+        ``cost(rank, landmarks)`` with ``r`` polynomials and ``c`` landmarks. A causal
+        head adds exact attention within the chunks and, for each chunk, a projection
+        of ``(r + c) (p + 1)`` sums onto the landmarks.
     """
     if head.prefix_lengths is None:
         return lambda rank, landmarks: lowrank_work(*head.sizes, rank, landmarks)
@@ -96,7 +133,7 @@ def lowrank_cost(head: Head, first: int | None = None) -> Callable[[int, int], f
 
     def cost(rank: int, landmarks: int) -> float:
         work = lowrank_work(*head.sizes, rank, landmarks) + sum(within)
-        # double precision: sums are added, and projected onto the landmarks
+        # in float64: states are added, and projected onto the landmarks
         projected = (rank + landmarks) * (p + 1) * (2 * landmarks + 16)
         return work + chunks * projected
 
@@ -104,7 +141,7 @@ def lowrank_cost(head: Head, first: int | None = None) -> Callable[[int, int], f
 
 
 def chunk_work(head: Head, first: int | None = None) -> tuple[int, float, float]:
-    """Number of chunks of a causal head, its exact work and that of calls."""
+    """Number of chunks of a causal head, work of exact chunks, and fixed work."""
     prefix_lengths = to_host(head.prefix_lengths)
     cuts = np.asarray(cuts_of(int(prefix_lengths[-1]), first))
     before = cuts[np.searchsorted(cuts, prefix_lengths, side="right") - 1]

@@ -1,9 +1,10 @@
-"""Landmarks for a low-rank softmax: keys that the polynomials explain least.
+"""Landmarks for a low-rank softmax, by randomly pivoted Cholesky factorization.
 
-What ``r`` polynomials leave of the kernel of two keys is ``a(k) a(k') (exp(y . y') -
-Phi(y) . Phi(y'))``. A randomly pivoted Cholesky factorization of it on a few keys
-(Chen, Epperly, Tropp and Webber, arXiv 2207.06503), in batches of pivots, finds keys
-that span it; one step of weighted k-means over more keys then moves them.
+After ``r`` polynomials with features ``Phi``, the residual of the positive definite
+kernel of two keys is ``R(k, k') = a(k) a(k') (exp(y . y') - Phi(y) . Phi(y'))``. Its
+randomly pivoted Cholesky factorization on a sample of keys (Chen, Epperly, Tropp and
+Webber, arXiv 2207.06503), in batches of pivots, selects keys whose kernel columns span
+``R``; a step of weighted k-means (Lloyd) over more keys then moves these landmarks.
 """
 
 import math
@@ -16,31 +17,32 @@ from sketching._lib.arrays import Array
 
 # pivots drawn at once
 _BATCH = 64
-# a pivot that the others explain but for this share of its size is none
+# pivots with a relative residual below this are numerically dependent
 _FLOOR = 1e-5
-# largest exponent, of a kernel kept in float32
+# largest exponent of a kernel stored in float32
 _LARGEST = 80.0
-# weights below exp(-15) of the largest count as that
+# log of the least weight relative to the largest: smaller weights are raised to it
 _LEAST_LOG = -15.0
-# one key in so many is never a pivot: it tells what the pivots leave of the others
+# one key in so many is held out and never a pivot, to estimate the residual trace
 _HELD = 5
 _BLOCK = 1024
 
 
 class PivotedCholesky:
-    """Pivoted Cholesky factorizations of the residual kernel that can be continued.
+    """Randomly pivoted Cholesky factorization of the residual kernel, in batches.
 
     Parameters
     ----------
     y, log_weight : array, shapes (k, t), (k,)
-        Coordinates of keys, and ``log a`` up to a constant.
+        Coordinates of keys, and ``log a(k)`` up to a constant.
     hermite : Hermite
-        The polynomials.
+        The polynomials whose part of the kernel is subtracted.
     rng : Generator
-        Draws the pivots, with chances in proportion to the root of what is left.
+        Draws the pivots, with probabilities proportional to the root of the residual
+        diagonal.
     parts : int, optional
-        The keys are cut into so many, each of which is factorized by itself: as many
-        pivots then take so many times less work.
+        Number of parts of the keys that are factorized separately, each with its share
+        of the pivots: the work falls by this factor.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class PivotedCholesky:
 
     @property
     def residual_trace_ratio(self) -> float:
-        """Square root of the share of the other keys' trace that is not explained."""
+        """Root of residual trace over trace, on the keys that are not pivots."""
         left, others = np.sum([part.traces for part in self._parts], axis=0)
         return math.sqrt(left / others) if others > 0 else 0.0
 
@@ -75,7 +77,7 @@ class PivotedCholesky:
         return sum(part.open for part in self._parts)
 
     def add_batch(self, count: int) -> bool:
-        """Add one batch of pivots, up to ``count`` in all; say if there may be more."""
+        """Add a batch of pivots, up to ``count`` in total; return if there were any."""
         before = len(self)
         wanted = min(_BATCH, count - before)
         for i, part in enumerate(self._parts):
@@ -86,7 +88,7 @@ class PivotedCholesky:
         return len(self) > before
 
     def add_until(self, count: int) -> bool:
-        """Add pivots up to ``count`` in all; say if there are more than before."""
+        """Add pivots up to ``count`` in total; return if there were any."""
         before = len(self)
         while self.add_batch(count):
             pass
@@ -94,7 +96,7 @@ class PivotedCholesky:
 
 
 class _Factorization:
-    """One pivoted Cholesky factorization, of keys of the given weights."""
+    """The factorization of one part of the keys, with weights ``a(k)``."""
 
     def __init__(
         self, y: Array, weight: Array, hermite: Hermite, rng: np.random.Generator
@@ -116,13 +118,14 @@ class _Factorization:
 
     @property
     def traces(self) -> tuple[float, float]:
-        """What is not explained, and all, of the trace of the keys but the pivots."""
+        """Residual trace, and trace of the kernel, over keys that are not pivots."""
         others = float(self._whole.sum() - self._whole[self._picks].sum())
         return float(self._left.sum()), others
 
     def add_batch(self, size: int, room: int) -> Array:
-        """Add so many pivots, or fewer; ``room`` is made for so many in all."""
-        # plain chances, as in the literature, would crowd a batch at the extremes
+        """Add up to ``size`` pivots; memory is reserved for ``room`` in total."""
+        # probabilities proportional to the residual itself, as in the paper, crowd the
+        # pivots of a batch at extreme keys
         chance = np.sqrt(self._left[: self.open])
         size = min(size, int(np.count_nonzero(chance)))
         if size <= 0:
@@ -143,7 +146,7 @@ class _Factorization:
         return self.y[picks[kept]]
 
     def _residual(self, picks: Array) -> Array:
-        """Rows of the kernel less what the polynomials and earlier pivots explain."""
+        """Rows of the kernel less the parts of polynomials and earlier pivots."""
         rows = self.y[picks] @ self.y.T
         np.minimum(rows, np.float32(_LARGEST), out=rows)
         np.exp(rows, out=rows)
@@ -156,20 +159,20 @@ class _Factorization:
         return rows
 
     def _reserve(self, count: int) -> None:
-        """Make room for the rows of ``count`` pivots."""
+        """Reserve memory for the rows of ``count`` pivots."""
         rows = np.empty((count, len(self.y)), dtype=np.float32)
         rows[: len(self._picks)] = self._rows[: len(self._picks)]
         self._rows = rows
 
 
 def relative_weights(log_weight: Array) -> Array:
-    """Weights relative to the largest, none of them negligible."""
+    """Weights relative to the largest, at least ``exp(_LEAST_LOG)``."""
     shifted = log_weight - log_weight.max(initial=-np.inf)
     return np.exp(np.maximum(shifted, _LEAST_LOG)).astype(np.float32)
 
 
 def one_lloyd_step(y: Array, weight: Array, landmarks: Array) -> Array:
-    """Move each landmark to the weighted mean of the keys that are nearest to it."""
+    """Move each landmark to the weighted mean of its nearest keys (one Lloyd step)."""
     count = len(landmarks)
     if count == 0:
         return landmarks
@@ -192,13 +195,14 @@ def one_lloyd_step(y: Array, weight: Array, landmarks: Array) -> Array:
 
 
 def _independent(gram: Array, root: Array) -> tuple[Array, Array]:
-    """Inverse Cholesky factor of pivots none of which the others explain, and places.
+    """Inverse Cholesky factor of the independent pivots of a batch, and their indices.
 
-    A pivot is explained if less than ``_FLOOR`` of its squared size ``root`` is left.
+    A pivot is dropped if its residual is below ``_FLOOR`` times ``root`` squared, its
+    diagonal entry of the kernel.
     """
     from scipy.linalg.lapack import dpstrf, dtrtri
 
-    # in units in which the sizes are one, so that one tolerance serves all
+    # scaled to a unit diagonal, so that one tolerance applies to all pivots
     scaled = gram.astype(np.float64) / root / root[:, None]
     factor, order, rank, _ = dpstrf(scaled, tol=_FLOOR, lower=1)
     kept = order[:rank] - 1

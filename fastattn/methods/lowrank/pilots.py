@@ -1,8 +1,9 @@
-"""Errors of small structures, which tell how many functions a head needs.
+"""Pilot runs: errors of low ranks over a sample of the keys, on held-out queries.
 
-A structure over a few keys answers queries that were held out. The share of them that
-the answer will have computed exactly, because their logits spread most, is left out
-here, too: it can hold most of the error.
+A pilot run fills a low-rank structure with a few thousand keys and compares its outputs
+for held-out queries with exact attention over the same keys. Held-out queries of high
+logit variance are left out in the proportion in which outlier rows will be recomputed
+exactly, since they can hold most of the error.
 """
 
 import math
@@ -19,31 +20,31 @@ from fastattn.problem.row_statistics import MOST_OUTLIERS, OUTLYING, series_squa
 from sketching._lib.arrays import Array, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
-# what is aimed at, as a share of the tolerance: before anything is known, and of what
-# a certificate leaves
+# target error as a share of the tolerance before the first pilot run; and as a share of
+# the tolerance after a certificate's margin, for one and for two sampling rounds
 _CAUTION = 0.66
 _BOLD = 0.9, 0.95
-# relative deviation of the squared errors beyond which half is believed
+# relative standard deviation of squared errors above which half the excess counts
 _HEAVY = 2.5
-# queries and keys of a first pilot; others have all queries that are held out, and so
-# many times the keys
+# queries and keys of a first pilot run; later ones use all held-out queries and a
+# multiple of the keys
 _QUERIES = 128
 _KEYS = 2048
-# heads with no more keys get half of everything, since planning must stay cheap
+# heads with no more keys use half as many keys, since planning must stay cheap
 _FEW_KEYS = 16384
-# rows over all keys that show how large answers are
+# rows that are computed over all keys, to compare the norms of outputs
 _DRIFT_ROWS = 32
 
 
 class Pilots:
-    """The pilots of one head, and the error to aim at by what they show.
+    """The pilot runs of one head, and the target error that follows from them.
 
     Parameters
     ----------
     head, sample, whitening : Head, PlanningSample, Whitening
-        One head, a sample of it, and the coordinates fitted to that.
+        One head, a sample of it, and the coordinates fitted to the sample.
     tol : float
-        Relative Frobenius error that is allowed.
+        Relative Frobenius error that the certificate may show.
     """
 
     def __init__(
@@ -62,24 +63,24 @@ class Pilots:
 
     @property
     def enough(self) -> float:
-        """An error that is not worth another pilot."""
+        """An error that is small enough to end the search."""
         return 0.75 * self.aim + 0.25 * self.last
 
     def subsample(self, share: int) -> tuple[Array, Array]:
-        """So many parts of the keys of a pilot, and their values."""
-        # the last keys: landmarks come from the first
+        """The keys and values of a pilot run of ``share`` times the basic size."""
+        # the last keys of the sample: landmarks are chosen among the first
         some = slice(-share * self.keys, None)
         return self.sample.key[some], self.sample.value[some]
 
     def fill(self, empty: LowRank, share: int) -> LowRank | None:
-        """Insert the keys of a pilot; None where that fails."""
+        """Insert the keys of a pilot run; None where sums overflow."""
         try:
             return empty.insert(*self.subsample(share))
         except RefusalError:
             return None
 
     def estimate_error(self, filled: LowRank | None, share: int) -> float:
-        """Error of a structure that holds the keys of a pilot."""
+        """Relative error on held-out queries of a structure with a pilot run's keys."""
         if filled is None:
             return math.inf
         truth, size = self._answers(share)
@@ -92,7 +93,7 @@ class Pilots:
         return math.sqrt(float(squares.sum())) / size if size else 0.0
 
     def _answers(self, share: int) -> tuple[Array, float]:
-        """True answers over the keys of a pilot, and their size over all keys."""
+        """Exact outputs over a pilot run's keys; their norm, corrected to all keys."""
         if share not in self._truth:
             query = self.held if share > 1 else self.held[:_QUERIES]
             truth, _ = Head(query, *self.subsample(share), self.sample.scale).attend()
@@ -102,10 +103,11 @@ class Pilots:
         return self._truth[share]
 
     def _drift(self, part: Array) -> float:
-        """How much larger answers over all keys are, next to what varies in them.
+        """Correction of the norm of outputs over part of the keys to all keys.
 
-        The errors follow what varies. Where the rows share one mean, its size over few
-        keys says little about its size over all.
+        It is the ratio of the shares of the norm that vary between rows. Errors are
+        proportional to this variation; the mean that all rows have in common has
+        another norm over a few keys than over all keys.
         """
         if self._whole is None:
             head, few = self.head, self.held[:_DRIFT_ROWS]
@@ -116,19 +118,19 @@ class Pilots:
         return varied / self._whole if self._whole > 0 and varied > 0 else 1.0
 
     def _set_aim(self, squares: Array, reliable: Array) -> None:
-        """Leave what a certificate adds for its sampling, after one look and after two.
+        """Set the target errors: the tolerance less the margin of the certificate.
 
-        ``aim`` is what a first sample of rows should be content with; ``last`` asks for
-        a second one, which costs more.
+        ``aim`` is the target for a certificate after one sampling round, ``last`` the
+        larger one that needs the second round.
         """
         mean = float(squares.mean())
-        # relative first: squares of squares may underflow
+        # divided by the mean first, since fourth powers may underflow
         relative = squares / mean if mean > 0 else np.ones(len(squares))
         weighted = relative**2 / (
             self.probabilities[reliable] * len(self.probabilities)
         )
         spread = math.sqrt(max(float(weighted.mean()) - 1, 0.0))
-        # a few rows can feign a heavy tail
+        # the estimate of a heavy tail from few rows is unreliable
         spread = min(spread, (spread + _HEAVY) / 2)
         both = ROWS + second_rows(self.head.sizes[0])
         one, two = (
@@ -142,20 +144,20 @@ class Pilots:
 
 
 def _spread(query: Array, whitening: Whitening) -> Array:
-    """How much the logits of each query vary over the keys."""
+    """Logit variance of each query over the keys."""
     x = query.astype(np.float64) @ whitening.to_query[:, :-1] - whitening.origin[:-1]
     return x**2 @ whitening.spread
 
 
 def _outliers(spread: Array, n: int) -> Array:
-    """The share of the queries that is computed exactly whatever the method."""
+    """Indices of held-out queries that would be outlier rows in the head."""
     count = round(MOST_OUTLIERS * len(spread) / n)
     outliers = np.argsort(-spread, kind="stable")[:count]
     return outliers[spread[outliers] > OUTLYING * np.median(spread)]
 
 
 def _varying(answer: Array) -> float:
-    """The share of rows that their mean does not explain."""
+    """Norm of the rows less their mean, relative to the norm of the rows."""
     answer = answer.astype(np.float64)
     size = float(np.linalg.norm(answer))
     return float(np.linalg.norm(answer - answer.mean(axis=0))) / size if size else 0.0

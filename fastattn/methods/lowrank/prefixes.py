@@ -1,4 +1,4 @@
-"""Low-rank structures over every prefix of the keys, from sums over chunks."""
+"""Low-rank structures over the prefixes of the keys, as cumulative sums of chunks."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import RefusalError
 
-# a sum of weights may be so much smaller than all keys let expect
+# log of the factor by which a prefix may have a smaller mean weight than all keys
 _SLACK = 20.0
 
 
@@ -32,9 +32,9 @@ class LowRankPrefix:
     structure : LowRank
         Over the keys of the prefix.
     mean : array, shape (d,)
-        Of all of its keys, in units of the scale.
+        Mean of all keys of the prefix times the scale.
     far : boolean array
-        Which keys of its last chunk are far.
+        Which keys of the last chunk of the prefix are far.
     """
 
     structure: LowRank
@@ -43,7 +43,7 @@ class LowRankPrefix:
 
     @property
     def near_mean(self) -> Array:
-        """Mean of the keys that are not far, in units of the scale."""
+        """Mean of the keys that are not far, times the scale."""
         structure, whitening = self.structure, self.structure.basis.whitening
         far = len(structure.far_key)
         total = (structure.count + far) * self.mean
@@ -51,26 +51,26 @@ class LowRankPrefix:
         return (total - whitening.scale * apart) / max(structure.count, 1)
 
     def query(self, query: Array) -> Answer:
-        """Answer queries; the least sum that is true follows from the mean key."""
+        """Compute outputs; rows are unreliable below the bound by the mean key."""
         value, logarithm, reliable = self.structure.query(query, slack=_SLACK)
         xp, dtype = array_namespace(query), logarithm.dtype
         move = mover(query, dtype)
         count = self.structure.count + len(self.structure.far_key)
-        # by convexity, the mean weight is at least the weight of the mean key
+        # Jensen: the mean weight is at least the weight of the mean key
         least = xp.matmul(xp.astype(query, dtype, copy=False), move(self.mean))
         least = least + math.log(LEAST * count)
         return value, logarithm, xp.logical_and(reliable, logarithm > least)
 
 
 def lowrank_by_prefixes(head: Head, empty: LowRank) -> Answer:
-    """Answer a causal head by a low-rank structure, given without keys."""
+    """Compute a causal head with the basis of an empty low-rank structure."""
     return by_prefixes(head, lambda counts: lowrank_prefixes(head, empty, counts))
 
 
 def lowrank_prefixes(
     head: Head, empty: LowRank, counts: list[int]
 ) -> Iterator[list[LowRankPrefix]]:
-    """Yield structures over so many first keys, a few at a time."""
+    """Yield structures over the first ``counts`` keys, a few at a time."""
 
     def part(keys: slice) -> tuple[LowRank, Array, Array]:
         key, value = head.key[keys, :], head.value[keys, :]
@@ -88,7 +88,7 @@ def lowrank_prefixes(
 
 
 def _accumulated(before: LowRank, parts: list[LowRank]) -> list[LowRank]:
-    """Add parts one after the other; their sums are projected all at once."""
+    """Cumulative sums of the parts, projected onto the basis in one solve."""
     with np.errstate(over="ignore", invalid="ignore"):
         sums = list(accumulate((part.sums for part in parts), initial=before.sums))[1:]
         weights = sums
@@ -96,7 +96,7 @@ def _accumulated(before: LowRank, parts: list[LowRank]) -> list[LowRank]:
             # one solve with many columns
             wide = before.basis.project(np.concatenate(sums, axis=1))
             weights = np.split(wide, len(parts), axis=1)
-    # what is not finite stays so
+    # sums that are not finite stay so: checking the last is enough
     if not np.isfinite(weights[-1]).all():
         raise RefusalError("sums over keys overflow: the inputs are too extreme")
     structures = []

@@ -1,8 +1,8 @@
-"""How many polynomials or landmarks a head needs: one pilot, then a trace.
+"""Search for the least number of polynomials or landmarks that a head needs.
 
-A small structure over a few keys gives an error on queries that were held out. From
-there the error follows what is left of the trace of the kernel of the keys, which a
-pivoted Cholesky factorization, or the energies of the polynomials, give for any size.
+A pilot run of a small low rank gives an error on held-out queries. The error at other
+ranks is extrapolated from the residual trace of the kernel of the keys, which pivoted
+Cholesky factorization (or the energies of polynomials) gives at every rank.
 """
 
 import math
@@ -19,71 +19,71 @@ from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 
-# logits of a larger variance, over the whole head, are not worth a pilot
+# heads of a larger logit variance are refused without a pilot run
 LARGEST_VARIANCE = 4.0
-# nor are heads whose error comes from fewer of the queries than this share
+# so are heads whose error is caused by a smaller effective share of the queries
 _LEAST_SHARE = 0.1
-# a pilot that misses the tolerance by this factor ends the search
+# a pilot run that misses the tolerance by this factor ends the search
 _HOPELESS = 6.0
-# so does this factor for the polynomials of a pilot, which are more to begin with
+# the same for the first pilot run of polynomials, which starts at a higher rank
 _FAR = 8.0
-# keys that landmarks are drawn from: at least and at most, one in so many between;
-# they are factorized in parts
+# keys that landmarks are drawn from: fewest and most, one key in so many between, and
+# the number of parts that are factorized separately
 _PIVOT_KEYS = 1152, 4096
 _PIVOT_SHARE = 8
 _PARTS = 2
-# landmarks of a first pilot, polynomials of the other
+# landmarks of the first pilot run, polynomials of their first pilot run
 _LANDMARKS = 64
 _RANK = 128
-# indices that are looked at before twice as many, and then all, and the share taken
-# beyond what is likely to be enough: a pilot tells the error of any prefix, but of no
-# more
+# energies are computed for so many indices first, then for twice as many, then for all;
+# the next pilot run takes this factor of the predicted rank, since it also gives the
+# error of every smaller rank
 _MANY = 640
 _MORE = 1.2
-# a share of the trace, and an error, that are no more than rounding
+# a share of the trace, and an error, that are rounding only
 _NOTHING = 1e-7
 _TINY = 1e-30
-# the error falls faster than the root of the trace, and so much faster at last than
-# from the first pilot on, on a doubly logarithmic scale
+# log-log slopes: of the error against the root of the residual trace, and of the error
+# against the rank in later steps relative to the first step
 _BEND = 2.1
 _FASTER = 1.5
-# parts of the keys of a pilot: few keys flatter no polynomial, but blame landmarks
+# keys of later pilot runs in units of the first: few keys bias landmarks' errors up
 _POLYNOMIAL_KEYS = 2
 _LANDMARK_KEYS = 3
-# where a step went further than it had to: how close to the aim is close enough, the
-# share that must be left for another trial, of polynomials and of landmarks, which
-# cost a solution each, and the most trials
+# reducing a rank that is larger than needed: target as a share of the aim, least
+# reduction that justifies another trial of polynomials and of landmarks (which cost a
+# solve each), and the most trials
 _TIGHT = 0.98
 _WORTHWHILE = 0.97, 0.93
-_PROBES = 8
-# the least slope that is believed: two errors may be alike by chance
+_TRIALS = 8
+# least log-log slope of an extrapolation: two errors may be equal by chance
 _FLATTEST = 0.1
-# the largest rank that is ever planned, one for so many logits
+# largest rank that is planned: one for so many logits, and in any case
 _LARGEST_RANK = 2304
 _LOGITS = 1 << 16
-# keys that energies of many polynomials are summed over
+# keys over which the energies of polynomials are summed
 _ENERGY_KEYS = 512
-# traces go on to fall up to this much faster, on a doubly logarithmic scale: than up to
-# the first pilot, and than from there on
+# most by which the log-log slope of the trace may steepen: against the slope up to the
+# first pilot run, and against the slope from there on
 _STEEPER = 4.0, 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankEstimate:
-    """One choice of sizes with the error and the cost expected of it.
+    """Rank and landmarks with predicted error and cost.
 
     Parameters
     ----------
     rank, landmarks : int
         Numbers of polynomials and of landmarks.
     error : float
-        Relative Frobenius error; infinite where there was no pilot.
+        Predicted relative Frobenius error; infinite where there was no pilot run.
     cost : float
-        In the units of the caller.
+        Predicted cost, in the unit of the caller.
     reason : str
-        Why it was refused; empty where it was not.
+        Why it is refused; empty if it is accepted.
     empty : LowRank or None
-        The structure without keys; None where it was refused before there was one.
+        The structure without keys; None where it was refused before a pilot run.
     """
 
     rank: int
@@ -95,7 +95,7 @@ class RankEstimate:
 
     @property
     def accepted(self) -> bool:
-        """Whether it is predicted to meet the tolerance within the cost allowed."""
+        """Whether it is predicted to meet the tolerance within the budget."""
         return not self.reason
 
 
@@ -110,32 +110,32 @@ def search_ranks(
     whitening: Whitening | None = None,
     landmarks: bool = True,
 ) -> list[RankEstimate]:
-    """Find the least sizes that are predicted to meet a tolerance.
+    """Find the least rank, or number of landmarks, predicted to meet a tolerance.
 
-    Landmarks with a constant, and polynomials without landmarks, are looked at; the
-    mixed sizes were rarely the cheapest.
+    Two families are searched: landmarks with the constant polynomial, and polynomials
+    without landmarks; mixtures were rarely the cheapest.
 
     Parameters
     ----------
     head, sample : Head, PlanningSample
         One head and a sample of it.
     tol : float
-        Relative Frobenius error that is allowed.
+        Tolerance, the relative Frobenius error.
     rng : Generator
         Draws landmarks.
     cost : callable
-        Predicted cost from a rank and a number of landmarks, in any unit.
+        Predicted cost of a rank and a number of landmarks, in any unit.
     limit : float
-        Sizes that cost more are of no interest.
+        Budget: the largest cost of interest, in the same unit.
     whitening : Whitening, optional
-        That of the sample, where it is known.
+        The whitening fitted to the sample, where it is known.
     landmarks : bool, default True
-        Whether landmarks are looked at.
+        Whether landmarks are searched.
 
     Returns
     -------
-    list of Prediction
-        Those that were accepted, the cheapest first; else the one that came nearest.
+    list of RankEstimate
+        The accepted ones, cheapest first; else the one with the least error.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         whitening = Whitening.fit(sample) if whitening is None else whitening
@@ -144,7 +144,7 @@ def search_ranks(
         if first is not None:
             return [first]
         found = [search.polynomials()]
-        # landmarks are looked for where they may be cheaper by half
+        # landmarks are searched where they may cost less than half
         search.limit = found[0].cost / 2 if found[0].accepted else limit
         if landmarks and (search.landmarks_may_pay or not found[0].accepted):
             found.append(search.landmarks())
@@ -155,7 +155,7 @@ def search_ranks(
 
 
 class _RankSearch:
-    """The pilots and traces of one head."""
+    """The state of the search for one head: pilot runs and residual traces."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class _RankSearch:
         self.largest_rank = min(max(n * m // _LOGITS, _RANK), _LARGEST_RANK)
 
     def start(self) -> RankEstimate | None:
-        """Run the pilot of a few landmarks, unless that is ruled out already."""
+        """Make a pilot run with few landmarks, unless a low rank is ruled out."""
         reason = self._refusal()
         if reason:
             return RankEstimate(1, 0, math.inf, self.cost(1, 0), reason, None)
@@ -194,12 +194,12 @@ class _RankSearch:
         return None
 
     def landmarks(self) -> RankEstimate:
-        """A constant and as many landmarks as it takes."""
+        """Search the least number of landmarks, with the constant polynomial."""
         pivots, empty, error = self.pivots, self.empty, self.error
         most = self._most(lambda size: (1, size), 2 * pivots.most // 3)
         size = len(pivots)
         if size > most and error <= _HOPELESS * self.tol:
-            return self._end(empty, error, "other sizes cost less")
+            return self._end(empty, error, "landmarks exceed the budget")
         hopeful = error <= _HOPELESS * self.tol
         share = min(self.pilots.aim / max(error, _TINY), 1.0)
         left = pivots.residual_trace_ratio * share ** (1 / _BEND)
@@ -213,7 +213,7 @@ class _RankSearch:
                 return self._least(filled, error, before, _LANDMARK_KEYS)
             grown = self._continue(before, (size, error), most)
         if not error <= _HOPELESS * self.tol:
-            reason = f"{size} landmarks err by {error:.1e} in a pilot"
+            reason = f"{size} landmarks: error {error:.1e} in a pilot run"
         elif error <= self.pilots.last:
             reason = ""
         else:
@@ -223,13 +223,13 @@ class _RankSearch:
     def _continue(
         self, before: tuple[int, float], now: tuple[int, float], most: int
     ) -> bool:
-        """Add as many pivots as two errors ask for, if they are not too many."""
+        """Add as many pivots as extrapolation from two errors needs, if affordable."""
         if not (now[0] > before[0] and _TINY < now[1] < before[1]):
             return False
         slope = _FASTER * math.log(before[1] / now[1]) / math.log(now[0] / before[0])
         slope = max(slope, _FLATTEST)
         for wanted in (self.pilots.aim, self.pilots.last):
-            # nothing more to do for what is met, though not comfortably
+            # a target that is met already needs no more pivots
             if now[1] <= wanted:
                 return False
             size = now[0] * (now[1] / wanted) ** (1 / slope)
@@ -238,25 +238,25 @@ class _RankSearch:
         return False
 
     def polynomials(self) -> RankEstimate:
-        """As many polynomials as it takes, without landmarks."""
+        """Search the least number of polynomials, without landmarks."""
         most = self._most(lambda size: (size, 0), self.largest_rank)
         few = min(_RANK, most)
         hermite, left = self._indices(few)
-        # the pilot of the landmarks tells whether one of the polynomials may pay
+        # the pilot run of landmarks predicts whether one of polynomials can succeed
         expected = (
             self.error
             * float(left[-1])
             / max(self.pivots.residual_trace_ratio, _NOTHING)
         )
         if not expected <= _HOPELESS * self.tol:
-            reason = f"{few} polynomials leave too much of the kernel"
+            reason = f"{few} polynomials leave too large a residual trace of the kernel"
             return RankEstimate(few, 0, math.inf, self.cost(few, 0), reason, None)
         empty = self._without_landmarks(hermite)
         error = self.pilots.estimate_error(self.pilots.fill(empty, 1), 1)
-        # as many as cost what the pilot of the landmarks did
+        # polynomials of the same cost as the pilot run of landmarks
         self.landmarks_may_pay = self.error < error
         if not error <= _FAR * self.tol:
-            reason = f"{few} polynomials err by {error:.1e} in a pilot"
+            reason = f"{few} polynomials: error {error:.1e} in a pilot run"
             return self._end(empty, error, reason)
         for _ in range(2):
             enough = self._enough(empty.rank, error, most)
@@ -272,7 +272,7 @@ class _RankSearch:
         return self._end(empty, error, "" if met else _too_many(most, "polynomials"))
 
     def _enough(self, rank: int, error: float, most: int) -> Hermite | None:
-        """Somewhat more indices than meet the aim, by the error of ``rank`` of them."""
+        """Indices predicted to meet the aim, and some more; None if above ``most``."""
         for many in dict.fromkeys(min(x, most) for x in (_MANY, 2 * _MANY, most)):
             hermite, left = self._indices(many)
             if rank <= many:
@@ -285,26 +285,26 @@ class _RankSearch:
     def _least(
         self, filled: LowRank, error: float, low: tuple[int, float], share: int
     ) -> RankEstimate:
-        """The first functions of a structure that meet the aim by themselves.
+        """Reduce a structure to its first basis functions that still meet the aim.
 
-        ``low`` is a number of functions with an error that is too large.
+        ``low`` is a number of functions and their error, which is too large.
         """
         count, error = filled.rank + filled.landmarks, max(error, _TINY)
         if not (low[0] < count and low[1] > error):
             low = 1, max(1.0, 2 * error)
         marks = filled.landmarks > 0
-        worth = _WORTHWHILE[marks]
+        least_gain = _WORTHWHILE[marks]
         failed = False
-        for _ in range(_PROBES if count > low[0] else 0):
+        for _ in range(_TRIALS if count > low[0] else 0):
             aim = _TIGHT * self.pilots.aim
             slope = math.log(low[1] / error) / math.log(count / low[0])
             slope = max(slope, _FLATTEST)
             size = math.ceil(count * min(error / max(aim, _TINY), 1.0) ** (1 / slope))
             if failed:
-                # the error may fall in steps: a chord alone would creep
+                # the error may fall in steps: bisect where secant steps are too short
                 size = max(size, (low[0] + count) // 2)
             size = max(size, low[0] + 1)
-            if size > worth * count:
+            if size > least_gain * count:
                 break
             few = filled.first(size)
             now = self.pilots.estimate_error(few, share)
@@ -316,16 +316,16 @@ class _RankSearch:
         return self._end(filled.emptied(), error, "")
 
     def _refusal(self) -> str:
-        """Say what rules out a low rank before anything is tried."""
+        """Return why a low rank is ruled out before a pilot run, or an empty string."""
         variance = float(self.whitening.spread.sum())
         if not variance <= LARGEST_VARIANCE:
-            return f"the variance of the logits is {variance:.1f}"
+            return f"the logit variance is {variance:.1f}"
         if not self.whitening.share >= _LEAST_SHARE:
-            return f"{self.whitening.share:.1%} of the queries make the error"
+            return f"{self.whitening.share:.1%} of the queries cause most of the error"
         if len(self.sample.held) == 0:
-            return "there are too few queries to plan for"
+            return "there are too few queries for a pilot run"
         if self.cost(1, 1) > self.limit:
-            return "a single landmark costs more than exact attention"
+            return "a single landmark exceeds the budget"
         return ""
 
     def _with_landmarks(self, size: int) -> LowRank:
@@ -337,7 +337,7 @@ class _RankSearch:
         return LowRank.over(whitening, hermite, None, self.sample)
 
     def _most(self, sizes: Callable[[int], tuple[int, int]], cap: int) -> int:
-        """The largest size up to ``cap`` that is within the cost allowed."""
+        """The largest size up to ``cap`` within the budget."""
         low, high = 1, cap
         while low < high:
             midpoint = (low + high + 1) // 2
@@ -348,7 +348,7 @@ class _RankSearch:
         return low
 
     def _indices(self, rank: int) -> tuple[Hermite, Array]:
-        """Indices, and the root of the share of the trace that the first ones leave."""
+        """Indices, and root of residual trace over trace for each prefix of them."""
         hermite = Hermite.of(self.whitening.spread, rank)
         y, log_weight = self.whitening.coordinates(self.sample.key[:_ENERGY_KEYS])
         weight = np.exp(log_weight - log_weight.max())
@@ -366,9 +366,9 @@ class _RankSearch:
 
 
 def _add_pivots(pivots: PivotedCholesky, target: float, most: int) -> bool:
-    """Add pivots until ``target`` is left of the trace, if that is within reach."""
+    """Add pivots until the residual trace ratio is ``target``, if attainable."""
     start, first = len(pivots), pivots.residual_trace_ratio
-    # the constant alone leaves all of it
+    # the constant polynomial alone leaves the whole trace
     if not _is_attainable(pivots, target, most, (1, 1.0), _STEEPER[0]):
         return False
     while pivots.add_batch(most):
@@ -386,7 +386,7 @@ def _is_attainable(
     before: tuple[int, float],
     steeper: float,
 ) -> bool:
-    """Whether the slope since ``before`` may lead to the target."""
+    """Whether extrapolating the log-log slope since ``before`` meets the target."""
     size, left = before
     if pivots.residual_trace_ratio <= target or len(pivots) <= size:
         return True
@@ -396,4 +396,4 @@ def _is_attainable(
 
 
 def _too_many(most: int, what: str) -> str:
-    return f"{most} {what}, the most that pay, leave too large an error"
+    return f"the error of {most} {what}, the most within the budget, is too large"

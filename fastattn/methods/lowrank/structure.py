@@ -1,9 +1,9 @@
-"""A low-rank softmax prepared on keys and values: inner products with a basis.
+"""Low-rank softmax attention: a key-value state of inner products with a basis.
 
-The structure holds one number for each function of the basis and each value column,
-whatever the number of keys, so that keys can be streamed in and two structures over
-one basis can be merged. Only far keys, at most a few in a hundred of the kind that the
-basis was made from, are kept as they are.
+The key-value state has shape ``(r + c, p + 1)`` with ``r`` polynomials and ``c``
+landmarks, whatever the number of keys: keys can be streamed in, and states over one
+basis can be merged. Only far keys, at most a few per cent of keys distributed like
+those that the basis was fitted to, are stored themselves.
 """
 
 import math
@@ -30,37 +30,37 @@ from sketching._lib.arrays import (
 )
 from sketching._lib.certificate import RefusalError
 
-# keys that landmarks are drawn from: more would crowd at the extremes
+# keys that landmarks are drawn from: with more, landmarks crowd at extreme keys
 PIVOT_KEYS = 2304
-# of logits: their exponentials would leave the range of float32
+# largest logit variance: beyond it exponentials leave the range of float32
 _LARGEST_VARIANCE = 25.0
-# of the mean weight of a key, in float64
+# largest log of the mean weight of a key, in float64
 _LARGEST_LOG = 500.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """Inner products of keys and values with a basis; everything is on the host.
+    """A low-rank structure: basis, and state of the keys and values; on the host.
 
     Parameters
     ----------
     basis : Basis
-        Functions of a query.
+        The basis functions.
     value_center : array, shape (p,)
-        What is subtracted from the values before they are summed.
+        Subtracted from the values before they are summed.
     count : int
-        Number of keys so far, without the far ones.
+        Number of keys so far, without far keys.
     sums : array, shape (r + c, p + 1)
-        Sum over keys of function times weight times ``[value - value_center, 1]``,
-        float64.
+        Key-value state ``sum_j a(k_j) f(k_j) [v_j - value_center, 1]`` of the inner
+        products ``f`` with the basis, in float64.
     bounds : array, shape (2, p)
-        The least and the largest of ``value - value_center``.
+        Minimum and maximum of ``value - value_center`` per column.
     far_key, far_value : array, shapes (a, d), (a, p)
-        Far keys less the centre, and their values less ``value_center``.
+        Far keys less the mean key, and their values less ``value_center``.
     weights : array, shape (r + c, p + 1)
-        The sums projected onto the basis.
+        Coefficients of the basis functions: ``sums`` projected onto the basis.
     low_precision : bool
-        Whether sums over keys, and derivatives, may be made of products of eight bits.
+        Whether sums over keys, and gradients, may use bfloat16 matmuls.
     """
 
     basis: Basis
@@ -77,9 +77,9 @@ class LowRank:
     def plan(
         sample: PlanningSample, *, rank: int, landmarks: int, rng: np.random.Generator
     ) -> "LowRank":
-        """Make an empty structure whose basis is fitted to a sample.
+        """Return an empty structure whose basis is fitted to a sample.
 
-        Fewer landmarks come out where the keys have no more to tell.
+        There may be fewer landmarks, if fewer keys are numerically independent.
         """
         full = Whitening.fit(sample)
         hermite = Hermite.of(full.spread, rank)
@@ -99,21 +99,21 @@ class LowRank:
         pivots: Array | None,
         sample: PlanningSample,
     ) -> "LowRank":
-        """Make an empty structure from what a planner has found.
+        """Return an empty structure over given coordinates, polynomials and pivots.
 
-        ``pivots`` are coordinates of keys, which the landmarks start from.
+        ``pivots``, coordinates of keys of shape (c, t), are the initial landmarks.
 
         Raises
         ------
         RefusalError
-            If the logits vary so much that no basis is worth a try.
+            If the logit variance is too large for a low rank.
         """
         variance = float(whitening.spread.sum())
         if not (
             variance <= _LARGEST_VARIANCE and abs(whitening.offset) <= _LARGEST_LOG
         ):
             raise RefusalError(
-                f"the logits have a variance of {variance:.3g}, too much for a low rank"
+                f"the logit variance is {variance:.3g}, too much for a low rank"
             )
         marks = np.zeros((0, len(whitening.spread)), dtype=np.float32)
         if pivots is not None:
@@ -151,35 +151,35 @@ class LowRank:
         return self.basis.nbytes + sum(int(x.nbytes) for x in mine + far)
 
     def first(self, count: int) -> "LowRank":
-        """Return the same keys over the first functions of the basis only."""
+        """Return the structure with the first ``count`` basis functions only."""
         basis, sums = self.basis.first(count), self.sums[:count]
         return replace(self, basis=basis, sums=sums, weights=basis.project(sums))
 
     def emptied(self) -> "LowRank":
         """Return the structure without its keys."""
         p = len(self.value_center)
-        nothing = np.zeros_like(self.sums)
+        zeros = np.zeros_like(self.sums)
         return replace(
             self,
             count=0,
-            sums=nothing,
+            sums=zeros,
             bounds=_no_bounds(p),
             far_key=self.far_key[:0],
             far_value=self.far_value[:0],
-            weights=nothing,
+            weights=zeros,
         )
 
     def insert(self, key: Array, value: Array) -> "LowRank":
-        """Add keys and their values; returns the new structure."""
+        """Add keys and their values; return the new structure."""
         return self.filled(key, value)[0] if key.shape[0] else self
 
     def filled(self, key: Array, value: Array) -> tuple["LowRank", Array]:
-        """Add keys, at least one, as ``insert`` does; also says which are far."""
+        """Add at least one key; return the new structure, and which keys are far."""
         part, far = self.part(key, value)
         return self.merge(part), far
 
     def part(self, key: Array, value: Array) -> tuple["LowRank", Array]:
-        """Sum over keys, at least one, without projecting; also says which are far."""
+        """Return the state of at least one key, not projected, and which are far."""
         whitening = self.basis.whitening
         move = mover(key, _dtype_of(key))
         sums, bounds, far = key_sums(
@@ -206,12 +206,12 @@ class LowRank:
         return part, far
 
     def merge(self, other: "LowRank") -> "LowRank":
-        """Add the keys of another structure; returns the new structure.
+        """Add the keys of another structure; return the new structure.
 
         Raises
         ------
         ValueError
-            If the bases differ, which happens where ``plan`` was called twice.
+            If the bases differ, as after two calls of ``plan``.
         """
         same = np.array_equal(self.value_center, other.value_center)
         if not (same and self.basis.equals(other.basis)):
@@ -226,7 +226,7 @@ class LowRank:
         return self.merged_with(other, sums, weights)
 
     def merged_with(self, other: "LowRank", sums: Array, weights: Array) -> "LowRank":
-        """Add the keys of another structure, whose sums are added already."""
+        """Return the merged structure, given its sums and weights."""
         return replace(
             self,
             count=self.count + other.count,
@@ -243,24 +243,24 @@ class LowRank:
         )
 
     def query(self, query: Array, *, slack: float = 0.0) -> tuple[Array, Array, Array]:
-        """Answer queries.
+        """Compute the output of queries.
 
-        Sums of weights may be ``exp(slack)`` times smaller than convexity promises
-        of keys like those that the basis was made from.
+        Rows whose sum of weights is below ``exp(-slack)`` times the lower bound by
+        Jensen's inequality (for keys like those of the sample) are unreliable.
 
         Returns
         -------
         value : array, shape (n, p)
             Within the range of the values in every column.
         log_normalizer : array, shape (n,)
-            Of the true logits: centring is undone. NaN where the row is not good.
+            Log-sum-exps of the logits, centring undone; NaN in unreliable rows.
         reliable : boolean array, shape (n,)
-            The other rows are to be computed exactly: queries far from those that
-            the basis was made for, or sums of weights that are too small to be true.
+            False for rows that must be recomputed exactly: queries far from those that
+            the basis was fitted to, or impossibly small sums of weights.
         """
         xp, whitening = array_namespace(query), self.basis.whitening
         move = mover(query, _dtype_of(query))
-        # in units of what convexity promises at least: count exp(offset)
+        # in units of the lower bound by Jensen's inequality: count exp(offset)
         unit = math.exp(slack) / max(self.count, 1)
         bounds = np.where(np.isfinite(self.bounds), self.bounds, 0.0)
         far = np.column_stack([self.far_value, np.ones(len(self.far_value))])

@@ -1,10 +1,10 @@
-"""A sample of one head, and the coordinates in which its queries are white.
+r"""A sample of one head, and the whitening of its queries.
 
-The queries, each weighted as it counts in the error, are modelled as one normal law.
-In coordinates ``x`` of a query and ``y`` of a key with ``q . k = x . y + tilt . k``,
-that law is standard, and ``exp(q . k)`` is ``a(k) sum_alpha He_alpha(x) y^alpha /
-sqrt(alpha!)`` with ``a(k) = exp(tilt . k + |y|^2 / 2)`` and orthonormal Hermite
-polynomials ``He``.
+The queries, weighted by their influence on the error, are modelled as Gaussian. In
+coordinates ``x`` of a query and ``y`` of a key with :math:`q \cdot k = x \cdot y + t
+\cdot k` the Gaussian is standard, and :math:`e^{q \cdot k} = a(k) \sum_\alpha
+He_\alpha(x)\, y^\alpha / \sqrt{\alpha!}` with :math:`a(k) = e^{t \cdot k + |y|^2 / 2}`
+and orthonormal Hermite polynomials :math:`He_\alpha` (their generating function).
 """
 
 from dataclasses import dataclass, replace
@@ -16,38 +16,38 @@ from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# rows of a sample
+# sample sizes: queries; held-out queries, between two numbers, one of so many; keys
 _QUERIES = 896
 _HELD = (256, 512)
 _HELD_OF = 16
 _FEWEST_KEYS = 2048
 _MOST_KEYS = 8192
-# keys from which the denominators of the sampled queries are judged
+# keys from which the softmax denominators of the sampled queries are estimated
 _MASS_KEYS = 512
-# queries whose logits vary more than this many times as much as the average are not
-# answered, keys twice as many times as long as the median are kept apart
+# queries whose logit variance is above so many times the mean are unreliable; keys with
+# a squared distance from the mean above twice so many medians are far keys
 _LIMIT = 10.0
-# keys kept apart are one in twenty at the most, whatever their lengths
+# quantile of the key lengths up to which no key is far: at most one in twenty is
 _TAIL = 0.95
-# share of the queries' plain covariance in the weighted one
+# share of the unweighted covariance of the queries in the weighted one
 _BLEND = 0.02
-# floor of the covariance, relative to its mean diagonal and to the squared mean
+# ridge of the covariance, relative to its mean diagonal and to the squared mean
 _RIDGE = 1e-6
 _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanningSample:
-    """What the planner of one head draws once, on the host.
+    """Sampled rows of one head for planning, on the host.
 
     Parameters
     ----------
     query : array, shape (b, d)
-        Queries that coordinates are fitted to.
+        Queries that the whitening is fitted to.
     held : array, shape (h, d)
-        Other queries, which errors are judged on.
+        Held-out queries, on which errors are estimated.
     key, value : array, shapes (c, d), (c, p)
-        Keys with their values in random order: a prefix is a sample too.
+        Keys with their values in random order: every prefix is a sample, too.
     scale : float
         The factor of the logits.
     """
@@ -60,7 +60,7 @@ class PlanningSample:
 
     @staticmethod
     def of(head: Head, rng: np.random.Generator) -> "PlanningSample":
-        """Draw the rows; they are copied to the host, in float32 or float64."""
+        """Draw the rows and copy them to the host, in float32 or float64."""
         n, m, _, _ = head.sizes
         held = min(max(_HELD[0], min(_HELD[1], n // _HELD_OF)), n // 4)
         rows = rng.choice(n, min(n, _QUERIES + held), replace=False)
@@ -86,20 +86,21 @@ class Whitening:
     center : array, shape (d,)
         The mean key.
     to_key : array, shape (d, t + 1)
-        A centred key times it is ``[y, tilt . k]``.
+        A centred key times this matrix is ``[y, t . k]``.
     to_query, origin : array, shapes (d, t + 1), (t + 1,)
-        A query times the map, minus the origin, is ``[x, s q . center]``.
+        A query times the matrix, minus the origin, is ``[x, s q . center]``.
     spread : array, shape (t,)
-        Mean square of each coordinate of the keys, which does not increase; their sum
-        is the variance of the logits.
+        Mean square of each coordinate of the keys, not increasing; the sum is the
+        logit variance.
     offset : float
-        Added to ``log a(k)``, so that the weights average one.
+        Added to ``log a(k)``, so that the mean of ``a`` is one.
     limit : float
-        Queries with ``sum(spread x^2)`` beyond it are not answered.
+        Queries with a logit variance ``sum(spread x^2)`` above it are unreliable.
     longest : float
-        Keys whose squared distance from the centre is beyond it are kept apart.
+        Keys whose squared distance from the mean key is above it are far keys.
     share : float
-        Effective share of the sampled queries, each counted with ``1 / D^2``.
+        Effective sample size over number of the queries, weighted by ``1 / D^2`` with
+        the softmax denominators ``D``.
     scale : float
         The factor of the logits.
     """
@@ -117,7 +118,7 @@ class Whitening:
 
     @staticmethod
     def fit(sample: PlanningSample) -> "Whitening":
-        """Fit the coordinates to a sample; refuses inputs whose squares overflow."""
+        """Fit the whitening to a sample; raise ``RefusalError`` if squares overflow."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             center, near, longest = _near_keys(sample.key)
             key = near * near.dtype.type(sample.scale)
@@ -147,7 +148,7 @@ class Whitening:
         )
 
     def keep(self, used: int) -> "Whitening":
-        """Return the frame with its first ``used`` coordinates only."""
+        """Return the whitening with its first ``used`` coordinates only."""
         pick = np.append(np.arange(used), len(self.spread))
         return replace(
             self,
@@ -158,7 +159,7 @@ class Whitening:
         )
 
     def coordinates(self, key: Array) -> tuple[Array, Array]:
-        """Coordinates y of keys on the host, and log a; far keys are left out."""
+        """Coordinates ``y`` and ``log a`` of the keys that are not far, on the host."""
         centred = key - self.center.astype(key.dtype)
         centred = centred[np.einsum("ij,ij->i", centred, centred) <= self.longest]
         both = centred @ self.to_key.astype(key.dtype)
@@ -174,14 +175,14 @@ def _check_finite(*arrays: Array) -> None:
 
 
 def effective(weight: Array) -> float:
-    """Effective number of equal weights."""
+    """Effective sample size ``(sum w)^2 / sum w^2``."""
     return float(np.sum(weight) ** 2 / np.sum(weight**2))
 
 
 def _near_keys(key: Array) -> tuple[Array, Array, float]:
-    """Centre, centred keys that are not too long, and the squared length allowed."""
+    """Mean key, centred keys that are not far, and the limit of squared lengths."""
     keep = np.ones(len(key), dtype=bool)
-    # twice: a huge key moves the first centre
+    # twice: a huge key shifts the first mean
     for _ in range(2):
         center = key[keep].mean(axis=0, dtype=np.float64)
         centred = key - center.astype(key.dtype)
@@ -196,8 +197,8 @@ def _near_keys(key: Array) -> tuple[Array, Array, float]:
 
 
 def _log_mass(query: Array, key: Array) -> Array:
-    """Log of the sum of ``exp(q . k)`` over the keys, less the smallest of them."""
-    # no column of values is needed
+    """Log-sum-exps of the queries over the keys, less the smallest of them."""
+    # only log-sum-exps are needed: values without columns
     _, mass = attend(
         query[None],
         key[None],
@@ -210,11 +211,11 @@ def _log_mass(query: Array, key: Array) -> Array:
 
 
 def _query_law(query: Array, mass: Array, second: Array) -> tuple[Array, Array, float]:
-    """Mean and covariance of the queries as they count, and their logits' variance."""
+    """Weighted mean and covariance of the queries, and their mean logit variance."""
     q = query.astype(np.float64)
     weight = _query_weights(mass, q.shape[1])
     keep = np.ones(len(q), dtype=bool)
-    # outliers are answered exactly: leave them out
+    # outlier rows are recomputed exactly: leave them out
     for _ in range(3):
         share = np.where(keep, weight, 0.0) / weight[keep].sum()
         mean = share @ q
@@ -232,10 +233,11 @@ def _query_law(query: Array, mass: Array, second: Array) -> tuple[Array, Array, 
 
 
 def _query_weights(mass: Array, enough: int) -> Array:
-    """Weights ``1 / D^2`` as in the error, or ``1 / D`` where denominators vary little.
+    """Weights of the queries from the logs ``mass`` of their softmax denominators D.
 
-    The first is what a normal law calls for; where it is nearly flat the second did
-    better, and where few queries would count it is flattened.
+    ``1 / D^2`` is a query's weight in the squared error. Where these weights are nearly
+    uniform, ``1 / D`` gave smaller errors; where the effective sample size is below
+    ``enough``, the power is reduced.
     """
     power = 2.0
     if effective(np.exp(-2 * mass)) >= len(mass) / 4:

@@ -1,1 +1,1 @@
-"""The multipole method: the near field exactly, the far field by cluster moments."""
+"""The multipole method: near field exactly, far field by moments of clusters."""

@@ -1,7 +1,8 @@
-"""Causal attention by halving: rectangles without a mask, exact where they are small.
+"""Causal attention by recursive halving into rectangles without a mask.
 
-The rows that see all of the first half of the keys meet it in one rectangle, and both
-halves are cut again, as HyperAttention does (Han et al., arXiv 2310.05869).
+The rows that attend to the whole first half of a range of keys form a rectangle with
+it, which needs no mask; both halves of the range are cut again, as in HyperAttention
+(Han et al., arXiv 2310.05869). Small triangles on the diagonal are computed exactly.
 """
 
 import math
@@ -25,28 +26,29 @@ from sketching._lib.certificate import RefusalError
 
 # a rectangle must be predicted to take at most this share of exact attention's time
 _TIME_SHARE = 0.8
-# how often keys are halved at most: what is left is small next to the rectangles
+# the most halvings: the triangles that remain are small next to the rectangles
 _DEEPEST = 8
 
-# from a rectangle, the work that is of interest, and choices made for a like one
+# maps a rectangle, a budget and the method configured for another rectangle of the
+# size, if there is one, to a configured method
 Maker = Callable[[Head, float, ConfiguredMethod | None], ConfiguredMethod]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rectangle:
-    """Rows that see all of the first half of a range of keys, and that half."""
+    """The first half of a range of keys, and the rows that attend to all of it."""
 
     rows: slice
     keys: slice
 
     @property
     def logits(self) -> int:
-        """Number of pairs."""
+        """Number of logits."""
         rows, keys = self.rows, self.keys
         return int((rows.stop - rows.start) * (keys.stop - keys.start))
 
     def of(self, head: Head) -> Head:
-        """Cut it out of a head."""
+        """Return the rectangle as a head without a mask."""
         return replace(
             head,
             query=head.query[self.rows, :],
@@ -57,12 +59,15 @@ class _Rectangle:
 
 
 def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod:
-    """Choose for one rectangle of every size, the largest first, until it does not pay.
+    """Configure the method for one rectangle of each size, from the largest down.
+
+    Smaller rectangles, for which the method is not faster than exact attention, are
+    computed exactly.
 
     Raises
     ------
     RefusalError
-        If the largest is refused, or all together exceed the limit.
+        If the largest rectangle is refused, or the total work exceeds ``limit``.
     """
     prefix_lengths = to_host(head.prefix_lengths)
     levels: list[ConfiguredMethod] = []
@@ -73,7 +78,7 @@ def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod
         if not largest.logits:
             break
         exact = exact_work(*head.sizes, logits=largest.logits)
-        # what is asked for runs at least once, whatever it takes
+        # a method that the user requested runs at the first level whatever the cost
         most = _TIME_SHARE * exact if levels or math.isfinite(limit) else math.inf
         try:
             configured = make(largest.of(head), most, None)
@@ -88,18 +93,16 @@ def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod
         work -= (1 - share) * exact_work(*head.sizes, logits=area)
         levels.append(configured)
     if not levels:
-        raise RefusalError("no row sees enough keys to halve them: use Exact()")
+        raise RefusalError("no row attends to enough keys to halve them: use Exact()")
     if work > limit:
-        raise RefusalError(
-            f"halves of the keys take {work / limit:.1f} times the work allowed"
-        )
+        raise RefusalError(f"causal halving takes {work / limit:.1f} times the budget")
     return _configured(levels, make, work)
 
 
 def _configured(
     levels: list[ConfiguredMethod], make: Maker, work: float
 ) -> ConfiguredMethod:
-    """Describe the choices for all sizes by those for the largest."""
+    """Combine the levels; the plan names the parameters of the largest rectangle."""
     plan = replace(levels[0].plan, predicted_seconds=seconds(work))
 
     def retighten(factor: float) -> ConfiguredMethod:
@@ -114,13 +117,13 @@ def _configured(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Halves:
-    """The choices for every size of rectangle, and how they are made for another."""
+    """Configured methods for the rectangles of every size."""
 
     levels: list[ConfiguredMethod]
     make: Maker
 
     def __call__(self, head: Head) -> tuple[Array, ...]:
-        """Answer a causal head; the rows' errors are guessed to be alike."""
+        """Compute a causal head, with a uniform error profile."""
         prefix_lengths = to_host(head.prefix_lengths)
         answer = self._answer(head, prefix_lengths, 0, int(prefix_lengths[-1]) + 1, 0)
         return *concat_rows(head, [answer]), np.ones(len(prefix_lengths))
@@ -128,7 +131,7 @@ class _Halves:
     def _answer(
         self, head: Head, prefix_lengths: Array, low: int, high: int, level: int
     ) -> Answer | None:
-        """Answer rows that see ``low`` keys but not ``high``, over those beyond."""
+        """Compute the rows with low <= prefix length < high, over the keys from low."""
         if level == len(self.levels):
             rows = _rows(prefix_lengths, low, high)
             return within(head, rows, slice(low, min(high, head.sizes[1])))
@@ -147,7 +150,7 @@ class _Halves:
         return concat_rows(head, [first, second])
 
     def _rectangle(self, part: Head, level: int) -> Answer:
-        """Answer a rectangle as the first of its size was planned, or exactly."""
+        """Compute a rectangle with the parameters of its level, or exactly."""
         try:
             found = self.make(part, math.inf, self.levels[level]).run(part)
             return found[0], found[1], found[2]
@@ -157,7 +160,7 @@ class _Halves:
 
 
 def _rectangles(prefix_lengths: Array, level: int) -> Iterator[_Rectangle]:
-    """Yield the rectangles of the ranges that keys are cut into by so many halvings."""
+    """Yield the rectangles of the ranges of keys after ``level`` halvings."""
     edges = [0, int(prefix_lengths[-1]) + 1]
     for _ in range(level):
         halves = [(low + high) // 2 for low, high in pairwise(edges)]
@@ -168,6 +171,6 @@ def _rectangles(prefix_lengths: Array, level: int) -> Iterator[_Rectangle]:
 
 
 def _rows(prefix_lengths: Array, low: int, high: int) -> slice:
-    """Rows that see ``low`` keys but not ``high``."""
+    """Rows with low <= prefix length < high."""
     first, last = np.searchsorted(prefix_lengths, [low, high])
     return slice(int(first), int(last))

@@ -1,8 +1,8 @@
-"""Keys and values by cluster, and queries by blocks of similar ones.
+"""Clusters of keys and values, and blocks of similar queries.
 
-The coordinates are balanced: queries and keys have the same mean squares, so that a
-distance between keys, each coordinate times the root of its mean square, is how much
-the logits of a typical query differ.
+In balanced coordinates queries and keys have the same mean square ``s_l`` in each
+coordinate ``l``. The distance of two keys with coordinates scaled by ``sqrt(s_l)`` is
+then the root mean square difference of their logits over the queries.
 """
 
 import math
@@ -24,14 +24,13 @@ from sketching._lib.arrays import (
 )
 from sketching._lib.certificate import RefusalError
 
-# rows of a block that stand for it where the weights of clusters are estimated
-_PROBES = 64
-# rows are not good where the estimated square of their error is so many times the mean
-# over the share of the keys that the others take, which is the share of near ones and a
-# little more; but no more than this share of the rows
+# rows of a block on which the weights of clusters are estimated
+_SAMPLED_ROWS = 64
+# rows are unreliable if their estimated squared error exceeds _OUTLYING / (s + _MORE)
+# times the mean, where s is the share of near keys; at most this share of the rows is
 _OUTLYING, _MORE = 2.0, 0.05
 _DOUBTED = 0.018
-# rounds of k-means over the queries: distances from the mean of a block make the error
+# rounds of k-means over the queries: the error grows with distances from block means
 _ROUNDS = 2
 
 
@@ -42,13 +41,14 @@ class Blocks:
     Parameters
     ----------
     query : array, shape (n, d)
-        Block ``r`` is ``cuts[r]`` to ``cuts[r + 1]``.
+        Block ``r`` has the rows from ``cuts[r]`` up to ``cuts[r + 1]``.
     cuts : integer array, shape (R + 1,)
-        On the host.
+        Block boundaries, on the host.
     mean, square, probe : array, shapes (R, d), (R, d), (R, s, d)
-        What every block is described by.
+        Mean, mean squares of the coordinates about the mean, and ``s`` sample rows of
+        each block, as ``describe`` returns them.
     order : integer array, shape (n,)
-        Numbers of the rows before they were sorted.
+        Indices of the rows before they were sorted.
     """
 
     query: Array
@@ -61,7 +61,7 @@ class Blocks:
     def subsample(
         self, some: Array, sizes: Array, rng: np.random.Generator
     ) -> "Blocks":
-        """Draw rows of some blocks, so many of each; described as they were."""
+        """Draw ``sizes`` rows of the blocks ``some``; keep the blocks' descriptions."""
         cuts = self.cuts
         rows = np.concatenate(
             [
@@ -83,25 +83,28 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clusters:
-    """Keys and values, sorted so that those of a cluster are contiguous.
+    """Keys and values, sorted so that clusters are contiguous.
 
     Parameters
     ----------
     key, value : array, shapes (m, d) and (m, p)
         Keys in balanced coordinates, and their values.
     start : integer array, shape (C + 1,)
-        Cluster ``c`` is ``start[c]`` to ``start[c + 1]``; on the host.
+        Cluster ``c`` has the keys from ``start[c]`` up to ``start[c + 1]``; on the
+        host.
     group : integer array, shape (C,)
-        Clusters that share their first moments; it does not decrease; on the host.
+        Group of each cluster, not decreasing; the clusters of a group share their
+        first moments; on the host.
     to_query, offset : array, shapes (d, d) and (d,)
-        A query times the map is in balanced coordinates; times ``offset`` it is the
-        logit of the mean key.
+        A query times the matrix is in balanced coordinates; a query times ``offset`` is
+        its logit with the mean key.
     metric : array, shape (d,)
         Mean square of each coordinate.
     order : integer array, shape (m,), optional
-        Numbers of the keys before they were sorted.
+        Indices of the keys before they were sorted.
     low_precision : str
-        What the logits' factors of near keys may be rounded to; nothing if empty.
+        Precision of the matmuls of near keys, "int8" or "bfloat16"; empty for full
+        precision.
     """
 
     key: Array
@@ -124,7 +127,7 @@ class Clusters:
         clusters: int,
         groups: int,
     ) -> "Clusters":
-        """Cluster the keys: halving, then one round of k-means over all of them."""
+        """Cluster the keys by recursive halving and one round of k-means."""
         xp = array_namespace(key)
         dtype = compute_dtype(xp, key.dtype)
         move = mover(key, dtype)
@@ -156,12 +159,12 @@ class Clusters:
         return size * int(bits) // 8 + sum(int(x.nbytes) for x in numbers)
 
     def arrange(self, query: Array, size: int) -> Blocks:
-        """Cut queries into blocks of about ``size``.
+        """Sort queries into blocks of about ``size`` similar ones.
 
         Raises
         ------
         RefusalError
-            If the logits are too large for the sums to be in range.
+            If sums of weights may overflow or underflow.
         """
         xp, n = array_namespace(query), query.shape[0]
         query = xp.matmul(xp.astype(query, self.key.dtype, copy=False), self.to_query)
@@ -176,13 +179,14 @@ class Clusters:
         for _ in range(_ROUNDS):
             order, cuts = regroup(scaled, order, start=cuts)
         query = xp.take(query, order, axis=0)
-        mean, square, probe = describe(query, cuts=cuts, rows=_PROBES)
+        mean, square, probe = describe(query, cuts=cuts, rows=_SAMPLED_ROWS)
         return Blocks(query, cuts, mean, square, probe, order)
 
     def cluster_logit_variance(self, blocks: Blocks) -> float:
-        """Mean square of the logits between queries and keys, each from its centre.
+        """Mean square of ``(q - block mean) . (k - cluster mean)`` over all pairs.
 
-        Beyond one, an expansion says little: a few rows may hold most of the error.
+        Above one the expansion about the centers is poor, and a few rows may hold most
+        of the error.
         """
         xp = array_namespace(self.key)
         _, local, _ = describe(self.key, cuts=self.start, rows=1)
@@ -193,7 +197,7 @@ class Clusters:
     def answer(
         self, blocks: Blocks, threshold: float
     ) -> tuple[Array, Array, Array, Any]:
-        """What ``multipole`` says of sorted queries."""
+        """Call the op ``multipole`` for sorted queries."""
         answer: tuple[Array, Array, Array, Any] = multipole(
             blocks.query,
             blocks.mean,
@@ -213,18 +217,18 @@ class Clusters:
     def query(
         self, query: Array, threshold: float, blocks: Blocks
     ) -> tuple[Array, Array, Array, Array]:
-        """Answer queries.
+        """Compute the output of queries.
 
         Returns
         -------
         value : array, shape (n, p)
         log_normalizer : array, shape (n,)
-            Of the true logits: centring is undone.
+            Log-sum-exps of the logits, centring undone.
         reliable : boolean array, shape (n,)
-            The other rows are to be computed exactly: their sums are not finite, or
-            their errors are estimated to be the largest by far.
-        doubt : array, shape (n,)
-            How the squares of the rows' errors are estimated to compare.
+            False for rows that must be recomputed exactly: sums that are not finite, or
+            estimated errors far above the others.
+        error_profile : array, shape (n,)
+            Estimated squared errors of the rows up to a common factor.
         """
         xp = array_namespace(query)
         value, logarithm, error, counts = self.answer(blocks, threshold)
@@ -242,26 +246,26 @@ class Clusters:
 def sampled_logit_variance(
     query: Array, key: Array, transform: Transform, blocks: int, clusters: int
 ) -> float:
-    """Estimate ``cluster_logit_variance`` from a few queries and keys of NumPy."""
+    """Estimate ``cluster_logit_variance`` from a few queries and keys, in NumPy."""
     metric, squares = np.sqrt(transform.scales).astype(np.float32), []
     key = (key - transform.key_center) @ transform.key_map
     for rows, parts in ((query @ transform.query_map, blocks), (key, clusters)):
         x = rows.astype(np.float32)
         order, cuts = partition(x * metric, parts=parts, least=2, most=len(x))
         _, square, _ = describe(x[order], cuts=cuts, rows=1)
-        # parts of few rows hug them
+        # the degrees of freedom of so many means: few rows are close to their own mean
         squares.append(np.diff(cuts) @ square / max(1, len(x) - len(square)))
     return float(squares[0] @ squares[1])
 
 
 def largest_row_error(error: Array, near: float) -> float:
-    """Return the estimate beyond which rows are not good.
+    """Return the estimated squared error above which rows are unreliable.
 
-    Where ``near``, the share of the keys that are near, is small, the others are cheap
-    and a row must hold much of the error before it is worth being computed exactly.
+    The smaller the share ``near`` of near keys, the cheaper are the other rows next to
+    an exact one, and the larger must be the error of a row that is recomputed.
     """
     xp, n = array_namespace(error), error.shape[0]
-    # a sum of estimates that are not finite leaves none to compare with
+    # if an estimate is not finite there is no mean to compare with
     mean = float(xp.mean(error))
     most = float(xp.sort(error)[n - 1 - int(_DOUBTED * n)])
     large = _OUTLYING / (near + _MORE) * mean
@@ -271,7 +275,7 @@ def largest_row_error(error: Array, near: float) -> float:
 def _by_group(
     x: Array, order: Array, start: Array, groups: int
 ) -> tuple[Array, Array, Array]:
-    """Sort clusters so that those of a group are contiguous."""
+    """Group the clusters, and sort them so that groups are contiguous."""
     xp = array_namespace(x)
     centre, _, _ = describe(xp.take(x, order, axis=0), cuts=start, rows=1)
     by, cuts = partition(centre, parts=groups, least=1, most=len(start))
@@ -281,12 +285,12 @@ def _by_group(
 
 
 def _check_in_range(query: Array, key: Array) -> None:
-    """Raise ``RefusalError`` where squares of logits may leave the floating range."""
+    """Raise ``RefusalError`` if squares of logits may overflow."""
     xp = array_namespace(query, key)
     longest = [float(xp.max(xp.sum(x**2, axis=1))) ** 0.5 for x in (query, key)]
     limit = float(xp.finfo(key.dtype).max) ** 0.3
     if not math.prod(longest) <= limit:
         raise RefusalError(
-            f"logits may reach {math.prod(longest):.1e}, too far for sums by clusters "
-            f"in {key.dtype}: scale query or key down, or use Exact()"
+            f"logits may be as large as {math.prod(longest):.1e}, too large for "
+            f"clusters in {key.dtype}: scale query or key down, or use Exact()"
         )

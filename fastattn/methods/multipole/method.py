@@ -1,4 +1,4 @@
-"""The multipole method: near keys exactly, far ones by the moments of clusters."""
+"""The multipole method: near keys exactly, far keys by moments of clusters."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -27,66 +27,71 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer, check_number
 
-# keys of a cluster where it is not given, more where near keys are cheap, and what
-# holds the number of clusters down
+# default keys per cluster: in full precision, and where int8/bfloat16 matmuls make near
+# keys cheap; the number of clusters is at most _MOST sqrt(m)
 _KEYS, _MORE_KEYS = 128, 256
 _MOST = 2.0
-# clusters of a group, and most groups
+# clusters per group of shared first moments, and the most groups
 _CLUSTERS = 16
 _GROUPS = 16
-# so many serve errors as large as this in less time
-_FEW_GROUPS, _COARSE = 4, 0.02
-# queries of a block: a multiple of the root of their number, more where near keys are
-# cheap, fewer where they spread, but no fewer than the last
+# the most groups at tolerances from _LARGE_TOL on: fewer groups are faster there
+_FEW_GROUPS, _LARGE_TOL = 4, 0.02
+# queries per block in units of sqrt(n): in full precision, and where near keys are
+# cheap; divided by _FEWER while cluster_logit_variance is too large, down to _FEWEST
 _QUERIES, _MORE_QUERIES = 2.83, 6.0
 _FEWER = 4
 _FEWEST = 16
-# errors as small as these leave room for products of eight bits, which err by a quarter
-# of it at most on real heads: factors of logits in integers, or in bfloat16
-_COARSE_ENOUGH = {"int8": 0.02, "bfloat16": 0.005}
-# integers are in units of a column's largest: it may be so many deviations
+# least tolerance for matmuls of near keys with logit factors in int8 or bfloat16: on
+# transformer heads their rounding causes an error of a quarter of it at most
+_LEAST_TOL = {"int8": 0.02, "bfloat16": 0.005}
+# int8 is used if no entry of a key column is above so many standard deviations
 _OUTSTANDING = 12.0
-# the largest mean square of logits between centred queries and keys
+# largest cluster_logit_variance: mean square of (q - block mean) . (k - cluster mean)
 _LARGEST_VARIANCE = 1.5
-# a sample, of so many rows or so many a cluster, must exceed it clearly; clusters that
-# leave more than this share of the mean square of all logits are of no use
+# rows of the sample that estimates this variance: at least, and per cluster
 _SAMPLE, _A_CLUSTER = 1024, 8
-# the metric is fitted to one row in so many, where work is limited
+# under a budget, balanced coordinates are fitted to one row in so many
 _SAMPLED = 4
+# a sampled variance refuses a head above _CLEARLY _LARGEST_VARIANCE, or above _USELESS
+# times the mean square of all logits, which clusters must reduce
 _CLEARLY = 1.25
 _USELESS = 0.55
-# answers that may miss their certificate where the threshold is not given
+# most runs where the threshold is not given and the certificate misses the tolerance
 _TRIES = 3
-# the share of the tolerance that all but the first aim at
+# target of the later runs, as a share of the tolerance
 _LESS = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Multipole:
-    r"""Softmax attention with near keys exactly and far ones by clusters.
+    r"""Softmax attention with near keys exactly and far keys by cluster moments.
 
-    Keys are clustered, queries are cut into blocks of similar ones. In a block with
-    the mean :math:`a` the weight of a key is :math:`e^{a \cdot k} e^{(q - a) \cdot
-    k}`: the first factor is taken as it is for every key, the second is expanded about
-    the weighted centre of the key's cluster, as in a treecode. Keys whose remainder may
-    exceed a share of a row's weight are near, and done exactly. It serves rows of
-    attention that are sharp, where no low rank does.
+    Keys are clustered, and queries are sorted into blocks of similar ones. In a block
+    with mean :math:`a` the weight of a key is :math:`e^{a \cdot k} e^{(q - a) \cdot
+    k}`: the first factor is exact for every key, the second is expanded about the
+    weighted center of the key's cluster, as in a treecode. Keys whose truncation error
+    may exceed a share ``threshold`` of the softmax denominator form the near field and
+    are evaluated exactly. Use it for peaked attention, whose weight matrix has no
+    low-rank approximation.
 
     Parameters
     ----------
     clusters : int, optional
-        Number of clusters; by default one for about a hundred keys, or fewer.
+        Number of clusters; by default one for 128 keys (256 with int8/bfloat16
+        matmuls), and ``2 sqrt(m)`` at most.
     threshold : float, optional
-        The share of a row's weight beyond which a key's remainder makes it near. By
-        default what the tolerance needs, judged on a few rows.
+        Truncation error, as a share of the softmax denominator, above which a key
+        belongs to the near field. By default it is tuned to the tolerance on a few
+        rows.
 
     Notes
     -----
-    The answer is no convex combination of the values; a row outside their range is
-    computed exactly. Nothing is proven: ``guarantee="proven"`` is refused. Where the
-    tolerance leaves room and the processor has AVX-512 BF16 and VNNI, float32 queries
-    and near keys are multiplied in eight bits, relative to the mean of a block. With
-    ``is_causal=True`` the keys are halved: rows behind a half meet all of it.
+    The output is no convex combination of the values; a row outside their range is
+    recomputed exactly. Nothing is proven: ``guarantee="proven"`` is refused. Where the
+    tolerance allows it and the processor has AVX-512 BF16 and VNNI, float32 queries and
+    near keys, both relative to block means, are multiplied by int8/bfloat16 matmuls.
+    With ``is_causal=True`` the keys are halved recursively into rectangles without a
+    mask (``causal_halving``).
 
     Examples
     --------
@@ -116,7 +121,7 @@ class Multipole:
     def candidates(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
-        """Say what would run, or why it would be refused."""
+        """Yield the plan, or the reason for a refusal."""
         yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
@@ -129,7 +134,7 @@ class Multipole:
         for _ in range(_TRIES - 1):
             if answer.error <= tol or configured.retighten is None:
                 break
-            # what was certified says how much more to ask for
+            # scale the target by how far the certificate missed the tolerance
             configured = configured.retighten(_LESS * tol / answer.error)
             answer = certified(head, configured, tol, rng, shared)
         if answer.error <= tol:
@@ -142,7 +147,7 @@ class Multipole:
     def configure(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> ConfiguredMethod:
-        """Make every choice for one head."""
+        """Choose all parameters for one head."""
         if guarantee == "proven":
             raise RefusalError(
                 "Multipole() has no proven bound: use guarantee='sampled', "
@@ -158,7 +163,7 @@ def configured_multipole(
     *,
     limit: float = math.inf,
     method: Multipole | None = None,
-    reason: str = "asked for",
+    reason: str = "requested",
 ) -> ConfiguredMethod:
     """Cluster the keys of a head and choose the threshold.
 
@@ -167,15 +172,15 @@ def configured_multipole(
     head : Head
         One head.
     wanted : float
-        The relative Frobenius error that a certificate should show.
+        The relative Frobenius error that the certificate should show.
     rng : Generator
-        Draws the rows that the threshold is judged on.
+        Draws the rows on which the threshold is tuned.
     limit : float
-        Most work that is of interest, in multiply-adds.
+        Budget, in multiply-adds.
     method : Multipole, optional
-        Choices that are made already.
+        Parameters that are given.
     reason : str
-        Goes into the plan.
+        Reason of the plan.
 
     Raises
     ------
@@ -193,7 +198,7 @@ def configured_multipole(
     count = method.clusters or clusters_for(
         m, _MORE_KEYS if cost.low_precision else _KEYS
     )
-    groups = _FEW_GROUPS if wanted >= _COARSE else _GROUPS
+    groups = _FEW_GROUPS if wanted >= _LARGE_TOL else _GROUPS
     clusters, blocks = arrange(head, count, cost, limit, rng, groups)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
 
@@ -227,8 +232,8 @@ def _by_halves(
     method: Multipole,
     reason: str,
 ) -> ConfiguredMethod:
-    """Cluster the keys of every rectangle of a causal head."""
-    # one stream for all rectangles: they are answered in no fixed order
+    """Configure the rectangles of a causal head."""
+    # the same stream for every rectangle: their order is not fixed
     seed = int(rng.integers(2**63))
 
     def make(
@@ -247,7 +252,7 @@ def _by_halves(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Predicted work of one head from what its blocks count."""
+    """Predicted work of one head from the average counts of its blocks."""
 
     n: int
     m: int
@@ -257,7 +262,7 @@ class Cost:
     low_precision: str = ""
 
     def __call__(self, counts: Counts) -> float:
-        """Work, in multiply-adds, for what blocks count on average."""
+        """Work, in multiply-adds, for average counts of near keys and clusters."""
         return multipole_work(
             self.n,
             self.m,
@@ -272,16 +277,16 @@ class Cost:
 
 
 def _low_precision(head: Head, wanted: float) -> str:
-    """What the logits' factors of near keys are rounded to; nothing if empty."""
+    """Precision of the matmuls of near keys; empty for full precision."""
     if head.dtype != head.xp.float32 or not multiplies_quantized(head.query):
         return ""
-    if wanted >= _COARSE_ENOUGH["int8"] and not _stands_out(head):
+    if wanted >= _LEAST_TOL["int8"] and not _stands_out(head):
         return "int8"
-    return "bfloat16" if wanted >= _COARSE_ENOUGH["bfloat16"] else ""
+    return "bfloat16" if wanted >= _LEAST_TOL["bfloat16"] else ""
 
 
 def _stands_out(head: Head) -> bool:
-    """Whether the largest key of a column leaves few integers to the others."""
+    """Whether a column of the keys has an outlier that makes int8 steps too large."""
     xp = head.xp
     key = xp.astype(head.key, head.dtype, copy=False)
     step, deviation = xp.abs(key - xp.mean(key, axis=0)), xp.std(key, axis=0)
@@ -289,7 +294,7 @@ def _stands_out(head: Head) -> bool:
 
 
 def clusters_for(m: int, keys: int = _KEYS) -> int:
-    """Choose the number of clusters for so many keys."""
+    """Number of clusters for ``m`` keys, about ``keys`` in each."""
     return max(1, min(m // keys, int(_MOST * math.sqrt(m))))
 
 
@@ -301,7 +306,7 @@ def arrange(
     rng: np.random.Generator,
     groups: int = _GROUPS,
 ) -> tuple[Clusters, Blocks]:
-    """Cluster the keys and cut the queries into blocks that are small enough."""
+    """Cluster the keys and sort the queries into small enough blocks."""
     n, clusters = head.sizes[0], None
     each = _MORE_QUERIES if cost.low_precision else _QUERIES
     size = max(_FEWEST, int(each * math.sqrt(n)))
@@ -310,7 +315,7 @@ def arrange(
         if floor > limit:
             raise RefusalError(
                 f"{count} clusters and {-(-n // size)} blocks of queries take "
-                f"{floor / limit:.1f} times the work allowed"
+                f"{floor / limit:.1f} times the budget"
             )
         with np.errstate(over="ignore", invalid="ignore"):
             clusters = clusters or _cluster(head, count, size, limit, rng, groups)
@@ -319,11 +324,11 @@ def arrange(
             variance = clusters.cluster_logit_variance(blocks)
         if variance <= _LARGEST_VARIANCE:
             return clusters, blocks
-        # smaller blocks serve more heads, but seldom cheaply
+        # smaller blocks reduce the variance, but rarely stay within a budget
         if size == _FEWEST or math.isfinite(limit):
             break
         size = max(size // _FEWER, _FEWEST)
-    # a certificate that samples all rows is true in any case
+    # the certificate compares all rows of such a head, and holds in any case
     if n <= ROWS:
         return clusters, blocks
     raise RefusalError(_too_far(size, variance))
@@ -332,7 +337,7 @@ def arrange(
 def _glance(
     query: Array, key: Array, transform: Transform, size: int, blocks: int, count: int
 ) -> None:
-    """Raise ``RefusalError`` where a sample shows that clusters are of no use."""
+    """Raise ``RefusalError`` if a sample shows too large a variance in clusters."""
     every = -(-max(len(query), len(key)) // max(_SAMPLE, _A_CLUSTER * count))
     few = slice(0, None, every)
     variance = sampled_logit_variance(query[few], key[few], transform, blocks, count)
@@ -358,12 +363,12 @@ def _cluster(
 ) -> Clusters:
     few = SAMPLE
     if math.isfinite(limit):
-        # most such heads are refused, which must not take long
+        # under a budget most heads are refused, which must be cheap
         few = min(SAMPLE, max(_SAMPLE, max(head.sizes[:2]) // _SAMPLED))
     query, key = sample_rows(head, rng, few)
     transform = balance(query, key, head.scale, queries=False)
     if math.isfinite(limit):
-        # spares most hopeless heads the clustering
+        # refuse most unsuitable heads before clustering
         _glance(query, key, transform, size, -(-head.sizes[0] // size), count)
     groups = min(groups, max(1, count // _CLUSTERS))
     return Clusters.of(

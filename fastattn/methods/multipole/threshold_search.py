@@ -1,7 +1,7 @@
-"""The threshold between near and far keys that a tolerance needs.
+"""Tune the threshold between near and far field to a tolerance.
 
-A few rows of a few blocks are answered exactly and by trial thresholds. The error
-grows like a power of the threshold, so that two or three trials suffice.
+A few rows of a few blocks are computed exactly and with trial thresholds. The error is
+about a power of the threshold, so that two or three secant steps suffice.
 """
 
 import math
@@ -17,32 +17,33 @@ from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_er
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
-# blocks of a sample, and queries for each: fewer are not worth a larger one
+# most blocks of the sample, one for so many queries
 _BLOCKS = 16
 _QUERIES_A_BLOCK = 1024
-# a threshold and the error that it often makes with so many keys; the threshold of an
-# error falls with the keys, the error of a threshold is a power of it
+# initial guess: threshold _TYPICAL[0] gives the error _TYPICAL[1] with _KEYS keys; for
+# m keys the threshold is proportional to m ** -_THINNER, and the error to threshold **
+# _SLOPE, whose estimates are clipped to _SLOPES
 _TYPICAL, _KEYS = (2.4e-4, 0.045), 1 << 15
 _THINNER = 0.85
 _SLOPE, _SLOPES = 0.8, (0.4, 1.2)
-# near keys ~ threshold ** -_CROWD
+# the number of near keys is proportional to threshold ** -_CROWD
 _CROWD = 0.9
 _TRIES = 4
-# the share of the wanted error that is aimed at
+# target error as a share of the wanted one
 _AIM = 0.85
-# a trial whose error is within this factor of the aim says enough
+# a trial whose error is within this factor of the target ends the search
 _CLOSE = 1.5
-# thresholds that are tried
+# least and largest threshold
 _SMALLEST, _LARGEST = 1e-10, 0.3
-# an error that is as good as none
+# an error that counts as zero
 _NOTHING = 1e-14
-# predicted work may exceed the limit by this factor before the search is given up
+# the search is given up where predicted work exceeds the budget by this factor
 _HOPE = 1.3
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What blocks count on average, each weighted by its rows."""
+    """Averages per row: near keys, first-order keys and clusters of its block."""
 
     near: float
     first_order: float
@@ -51,7 +52,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A threshold, the certificate that is expected of it, and what it counts."""
+    """A threshold with the expected certified error, and its average counts."""
 
     threshold: float
     error: float
@@ -60,18 +61,18 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:
-    """Some rows of some blocks with their exact answers.
+    """Some rows of some blocks with their exact outputs.
 
     Parameters
     ----------
     clusters : Clusters
         The keys.
     blocks : Blocks
-        The sampled rows; the blocks are described as a whole.
+        The sampled rows, with the descriptions of their whole blocks.
     truth : array, shape (rows, p)
-        Exact answers, in float64 on the host.
+        Exact outputs, in float64 on the host.
     share : array, shape (rows,)
-        The share of all rows that each stands for.
+        The share of all rows that each row represents.
     n : int
         Number of all rows.
     """
@@ -84,12 +85,12 @@ class Trial:
 
     @staticmethod
     def of(clusters: Clusters, blocks: Blocks, rng: np.random.Generator) -> "Trial":
-        """Draw rows and answer them exactly."""
+        """Draw rows and compute them exactly."""
         n = int(blocks.cuts[-1])
         sizes = np.diff(blocks.cuts)
         count = min(len(sizes), max(4, min(_BLOCKS, n // _QUERIES_A_BLOCK)))
         total = sampled_rows(n)
-        # large blocks more often: each then stands for as many rows
+        # equally many rows of each block, weighted by the size of the block
         some = np.sort(rng.choice(len(sizes), count, replace=False))
         few = np.minimum(sizes[some], -(-total // count))
         sample = blocks.subsample(some, few, rng)
@@ -104,18 +105,18 @@ class Trial:
         return Trial(clusters, sample, _double(truth[0, ...]), share, n)
 
     def run(self, threshold: float) -> tuple[float, Counts]:
-        """The error that a certificate is expected to show, and the counts."""
+        """The error that a certificate would be expected to show, and the counts."""
         value, _, error, counts = self.clusters.answer(self.blocks, threshold)
         weight = np.add.reduceat(self.share, self.blocks.cuts[:-1])
         found = Counts(*(float(x) for x in weight @ counts))
         limit = largest_row_error(error, found.near / self.clusters.key.shape[0])
         with np.errstate(all="ignore"):
             squares = np.sum((_double(value) - self.truth) ** 2, axis=1)
-            # those rows are going to be computed exactly
+            # these rows will be recomputed exactly
             squares[to_host(error) > limit] = 0
             size = float(self.share @ np.sum(self.truth**2, axis=1))
             mean = float(self.share @ squares)
-            # rows of larger errors are going to be drawn more often
+            # importance sampling will draw rows with larger estimated errors more often
             error_profile, rows = to_host(error), sampled_rows(self.n)
             probabilities = importance_probabilities(
                 np.where(error_profile > limit, 0, error_profile), rows
@@ -130,18 +131,18 @@ class Trial:
 def choose(
     trial: Trial, wanted: float, cost: Callable[[Counts], float], limit: float
 ) -> Choice:
-    """Choose the threshold whose certificate is expected to show ``wanted``.
+    """Find the threshold with an expected certified error of ``wanted``.
 
     Raises
     ------
     RefusalError
-        As soon as the work is predicted to exceed ``limit``, or if no threshold was
-        found.
+        As soon as the work is predicted to exceed the budget ``limit``, or if no
+        threshold gives the error.
     """
     aim = _AIM * wanted
-    # where a certificate was infinite nothing is left to aim at
+    # zero after a certificate that was infinite
     if not aim > 0:
-        raise RefusalError(f"no threshold serves an error of {wanted:.1e}: use Exact()")
+        raise RefusalError(f"no threshold gives an error of {wanted:.1e}: use Exact()")
     slope, (typical, error) = _SLOPE, _TYPICAL
     typical *= (_KEYS / trial.clusters.key.shape[0]) ** _THINNER
     threshold = min(typical * (aim / error) ** (1 / slope), _LARGEST)
@@ -170,7 +171,7 @@ def choose(
         threshold, last = there.threshold, here
     if best is None:
         raise RefusalError(
-            f"no threshold serves an error of {wanted:.1e}: {here.threshold:.1e} makes "
+            f"no threshold gives an error of {wanted:.1e}: {here.threshold:.1e} gives "
             f"{error:.1e}, the logits vary too much within blocks of queries"
         )
     if cost(best.counts) > limit:
@@ -191,7 +192,7 @@ def _scaled(choice: Choice, aim: float, slope: float) -> Choice:
 def _too_much(choice: Choice, work: float, limit: float) -> str:
     return (
         f"threshold={choice.threshold:.1e} with {choice.counts.near:.0f} near keys a "
-        f"row takes {work / limit:.1f} times the work allowed"
+        f"row takes {work / limit:.1f} times the budget"
     )
 
 

@@ -1,9 +1,9 @@
-"""Polynomials whose proven bound is of use to a tolerance relative to the answer.
+"""Polynomials whose proven bound is small enough for a relative tolerance.
 
-The bound holds for every row before anything runs. A few exact rows say how large the
-answer will be and by how much the polynomial errs. Where the bound meets the tolerance
-it will be the certificate; where it is not much larger than the error, it is the range
-of the squared errors for a bound of their mean that holds for any finite sample.
+The bound holds for every row before anything runs. A few exact rows estimate the norm
+of the output and the error of the polynomial. Where the bound meets the tolerance, it
+becomes the certificate; where it is not much larger than the error, it is the range of
+the squared errors in an empirical Bernstein bound.
 """
 
 import math
@@ -18,32 +18,33 @@ from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
-# exact rows that tell the size of the answer; a few may leave this part of it open
+# exact rows that estimate the norm of the output; safety factor of that estimate
 _ROWS, _ROOM = 16, 0.8
-# any bound will do to begin with; an error that large is none that is meant
+# tolerance with which the expansion is built, before its bound is compared; largest
+# tolerance for which a bound is tried
 _ANY, _MEANT = 1e6, 1.0
 
 
 def apriori_expansion(
     head: Head, degree: int, tol: float, rng: np.random.Generator
 ) -> tuple[PolynomialExpansion, float] | None:
-    """Make the proven polynomial of a degree, where its bound is of use.
+    """Return the proven polynomial of a degree, if its bound is small enough.
 
     Parameters
     ----------
     head : Head
-        One head whose rows see all keys.
+        One head without a causal mask; others return None.
     degree : int
         Degree of the polynomial.
     tol : float
-        Relative Frobenius error that is allowed.
+        Tolerance, the relative Frobenius error.
     rng : Generator
-        Draws the rows that centres and maps are made from, and the exact ones.
+        Draws the rows from which the transform is computed, and the exact rows.
 
     Returns
     -------
     expansion, error : PolynomialExpansion and float, or None
-        The polynomial with its bound, and the relative error that is expected.
+        The polynomial with its bound, and the relative error on the exact rows.
     """
     if head.prefix_lengths is not None or head.sizes[1] == 0 or tol > _MEANT:
         return None
@@ -67,7 +68,7 @@ def apriori_expansion(
 
 
 def _answers(head: Head, expansion: PolynomialExpansion, rows: Array) -> Array:
-    """What the polynomial says to the given rows, from all logits."""
+    """Outputs of the polynomial in the given rows, computed from all logits."""
     t = expansion.transform
     every = np.arange(head.sizes[1])
     query, key, value = (

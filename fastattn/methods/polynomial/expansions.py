@@ -1,8 +1,9 @@
-"""Polynomials that stand for exp, and the monomials that make them low rank.
+"""Polynomial approximations of exp, and the monomials that make them low rank.
 
-If ``p`` is within a relative error of exp on the interval of the logits, then
-``p(u . v)`` is a sum of products of monomials of ``u`` and of ``v``, one for each
-multi-index of degree at most that of ``p``: rank C(d + g, g) for degree g.
+If ``p`` approximates exp on the interval of the logits, ``exp(u . v)`` is close to
+``p(u . v)``, which is a sum of products of monomials of ``u`` and of ``v``, one for
+each multi-index up to the degree ``g`` of ``p``: rank C(d + g, g) (Alman and Song,
+arXiv 2302.13214).
 """
 
 import functools
@@ -14,7 +15,7 @@ from numpy.polynomial import chebyshev as cheb
 
 from sketching._lib.arrays import Array
 
-# beyond it float64 loses the relative accuracy of exp(-bound) against exp(bound)
+# beyond it exp(-bound) is below the rounding error of exp(bound) in float64
 LARGEST_BOUND = 8.0
 LARGEST_DEGREE = 24
 
@@ -53,14 +54,14 @@ def relative_minimax(degree: int, bound: float) -> tuple[Array, float]:
         return _padded(relative_minimax(LARGEST_DEGREE, bound), degree)
     extrema = -np.cos(np.pi * np.arange(degree + 2) / (degree + 1))
     best = np.ones(1)
-    # a wide interval starts from the extrema of narrower ones: from Chebyshev's the
-    # exchange would not settle
+    # wide intervals start from the extrema of narrower ones: from Chebyshev extrema the
+    # exchange would not converge
     steps = max(0, math.ceil(math.log(bound, 1.5)))
     for width in bound * 1.5 ** np.arange(-steps, 1.0):
         best, extrema = _exchange(degree, float(width), extrema)
     powers = cheb.cheb2poly(best)
     powers = powers / bound ** np.arange(len(powers))
-    # judged as returned: near the floor of float64 the change of basis counts
+    # the error of the returned coefficients: the change of basis adds rounding
     scaled = powers * np.longdouble(bound) ** np.arange(len(powers))
     error = whole_interval_error(cheb.poly2cheb(scaled), bound)
     if degree > 0:
@@ -71,13 +72,13 @@ def relative_minimax(degree: int, bound: float) -> tuple[Array, float]:
 
 
 def _padded(found: tuple[Array, float], degree: int) -> tuple[Array, float]:
-    """Write a polynomial with its error as one of a degree that is not lower."""
+    """Pad the coefficients with zeros up to a degree."""
     coefficients, error = found
     return np.pad(coefficients, (0, degree + 1 - len(coefficients))), error
 
 
 def _exchange(degree: int, bound: float, extrema: Array) -> tuple[Array, Array]:
-    """Remez exchange from given extrema; the best iterate and its extrema."""
+    """Remez exchange from given extrema; return the best iterate and its extrema."""
     count = 64 * (degree + 40)
     grid = -np.cos(np.pi * (np.arange(count) + 0.5) / count)
     signs = (-1.0) ** np.arange(degree + 2)
@@ -88,7 +89,7 @@ def _exchange(degree: int, bound: float, extrema: Array) -> tuple[Array, Array]:
         error = cheb.chebval(grid, solution[:-1]) * np.exp(-bound * grid) - 1
         largest = float(np.abs(error).max())
         peaks = _alternating_peaks(error, degree + 2)
-        # rounding ends the exchange where the error is near that of float64
+        # stop where rounding prevents further equioscillation
         if largest >= least or len(peaks) < degree + 2:
             break
         least, best = largest, (solution[:-1], extrema)
@@ -116,7 +117,7 @@ def whole_interval_error(coefficients: Array, bound: float) -> float:
     1/cos(pi K / (2 N)) times its largest sample (Ehlich and Zeller, 1964). The
     function here is within 1e-14 of its Chebyshev expansion of degree
     ``degree + 64`` for every bound up to ``LARGEST_BOUND``; N is 32 times that.
-    Samples are taken in the longest floats there are, with an allowance for theirs.
+    Samples are computed in long double, and the bound includes their rounding.
     """
     degree = len(coefficients) + 63
     count = 32 * degree
@@ -129,7 +130,7 @@ def whole_interval_error(coefficients: Array, bound: float) -> float:
 
 
 def least_degree(bound: float, error: float) -> int | None:
-    """Return the least degree whose minimax error on ``bound`` is at most ``error``."""
+    """Return the least degree whose minimax error up to ``bound`` is ``error``."""
     if bound > LARGEST_BOUND:
         return None
     for degree in range(LARGEST_DEGREE + 1):
@@ -140,17 +141,17 @@ def least_degree(bound: float, error: float) -> int | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IndexSet:
-    """Multi-indices as a recipe for features: each is its parent times a coordinate.
+    """Multi-indices of monomials: each is its parent times one coordinate.
 
     Parameters
     ----------
     parent, coordinate : integer array, shape (r,)
-        Feature ``j`` is feature ``parent[j] < j`` times coordinate ``coordinate[j]``;
-        feature 0 is the constant 1.
+        Monomial ``j`` is monomial ``parent[j] < j`` times coordinate
+        ``coordinate[j]``; monomial 0 is the constant 1.
     degree : integer array, shape (r,)
         The total degree of each multi-index.
     multiplicity : array, shape (r,)
-        The multinomial number ``degree! / alpha!``.
+        The multinomial coefficient ``degree! / alpha!``.
     """
 
     parent: Array
@@ -162,7 +163,7 @@ class IndexSet:
         return len(self.parent)
 
     def prefix(self, rank: int) -> "IndexSet":
-        """Return the first ``rank`` multi-indices; parents come first, so it is one."""
+        """Return the first ``rank`` multi-indices; parents precede their children."""
         return IndexSet(
             self.parent[:rank],
             self.coordinate[:rank],
@@ -186,11 +187,11 @@ def total_degree(d: int, degree: int) -> IndexSet:
     levels = [_Level.root()]
     for _ in range(degree):
         levels.append(levels[-1].children(np.ones(d)))
-    return _join(levels, np.zeros(sum(len(x.parent) for x in levels)))
+    return _sorted(levels, np.zeros(sum(len(x.parent) for x in levels)))
 
 
 def by_energy(scales: Array, coefficients: Array, rank: int) -> IndexSet:
-    r"""Keep the ``rank`` multi-indices that carry most of the kernel's energy.
+    r"""Return the ``rank`` multi-indices with the most energy.
 
     For Gaussian ``u`` and ``v`` with covariance ``diag(scales)``, the term of
     :math:`\alpha` in :math:`p(u \cdot v)` has mean square
@@ -202,11 +203,10 @@ def by_energy(scales: Array, coefficients: Array, rank: int) -> IndexSet:
     scales : array, shape (d,)
         Variances of the balanced coordinates.
     coefficients : array, shape (g + 1,)
-        Coefficients of ``p``; multi-indices go up to degree g, ``LARGEST_DEGREE`` at
-        most. Where a coefficient is 0, no energy is left from there on.
+        Coefficients of ``p``; multi-indices have degrees up to g, ``LARGEST_DEGREE`` at
+        most. All degrees from the first zero coefficient on have zero energy.
     rank : int
-        Size of the set, the constant included; where there are fewer multi-indices
-        than that, all are kept.
+        Size of the set, including the constant; all multi-indices if there are fewer.
 
     Returns
     -------
@@ -218,7 +218,7 @@ def by_energy(scales: Array, coefficients: Array, rank: int) -> IndexSet:
         before = coefficients[g - 1]
         ratio = coefficients[g] / before if before != 0 else 0.0
         levels.append(levels[-1].children(scales * ratio, keep=rank))
-    return _join(levels, np.concatenate([x.energy for x in levels])).prefix(rank)
+    return _sorted(levels, np.concatenate([x.energy for x in levels])).prefix(rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -239,7 +239,7 @@ class _Level:
         return _Level(0, 0, zero, zero, zero, one, one)
 
     def children(self, scales: Array, keep: int | None = None) -> "_Level":
-        """Every member times each coordinate not before its last; the best ``keep``."""
+        """Multiply members by coordinates from their last on; keep the best ones."""
         count = len(scales) - self.coordinate
         source = np.repeat(np.arange(len(count)), count)
         step = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
@@ -247,7 +247,7 @@ class _Level:
         run = np.where(step == 0, self.run[source] + 1, 1)
         factor = (self.degree + 1) / run
         gain = np.abs(factor * (2 * run - 1) * scales[coordinate])
-        # a child is never ahead of its parent, so that prefixes are closed
+        # at most the energy of the parent, so that parents precede their children
         energy = self.energy[source] * np.minimum(gain, 1.0) ** 2
         order = np.arange(len(energy))
         if keep is not None and len(energy) > keep:
@@ -263,9 +263,9 @@ class _Level:
         )
 
 
-def _join(levels: list[_Level], energy: Array) -> IndexSet:
-    """Put the levels into one set, sorted by decreasing energy."""
-    # stable: among equals parents stay ahead of their children
+def _sorted(levels: list[_Level], energy: Array) -> IndexSet:
+    """Concatenate the levels, sorted by decreasing energy."""
+    # stable sort: parents stay ahead of children of equal energy
     order = np.argsort(-energy, kind="stable")
     position = np.empty_like(order)
     position[order] = np.arange(len(order))

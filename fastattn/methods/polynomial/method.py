@@ -51,11 +51,11 @@ _DEFAULT_DEGREE = 2
 class Polynomial:
     r"""Softmax attention in linear time by a polynomial in place of exp.
 
-    With :math:`p(x) = \sum_g c_g x^g` near exp on the logits,
+    With :math:`p(x) = \sum_g c_g x^g` close to exp on the logits,
     :math:`p(u \cdot v) = \sum_\alpha c_{|\alpha|} \frac{|\alpha|!}{\alpha!}
-    u^\alpha v^\alpha` is a sum over :math:`\binom{d+g}{g}` monomials, so that sums
-    over all keys are made once and used by every query: :math:`O(r (d + p))` for each
-    query and key, nothing of size n x m or n x r.
+    u^\alpha v^\alpha` is a sum over :math:`r = \binom{d+g}{g}` monomials. The sums over
+    keys are computed once and used by every query: :math:`O((n + m) r (d + p))` work,
+    and no array of size n x m or n x r.
 
     Parameters
     ----------
@@ -63,23 +63,24 @@ class Polynomial:
         Degree of the polynomial. By default the least that meets the tolerance
         (``guarantee="proven"``), or 2.
     rank : int, optional
-        Keep this many monomials, those with the most energy after balancing; by
-        default all up to ``degree``.
+        Number of monomials, those with the most energy after balancing; by default
+        all up to ``degree``.
     landmarks : int, optional
-        Keys, or means of keys, that correct the remainder of the polynomial; the
-        basis is then "hermite". Landmarks without degree and rank are Nystrom
+        Number of landmarks, keys or means of keys, whose exponentials are added to the
+        basis, which is then "hermite". Landmarks without degree and rank are Nystrom
         attention.
     basis : {"minimax", "taylor", "hermite"}
-        Least largest relative error on the interval of the logits; Taylor at 0; or
-        Hermite polynomials of the queries as if those were normal, which is least
-        squares over them. Only "minimax" can be proven.
+        Minimax relative error on the interval of the logits; Taylor polynomial at 0; or
+        Hermite polynomials, the least-squares fit for Gaussian queries. Only "minimax"
+        can be proven.
 
     Notes
     -----
-    Keys and queries are centred and balanced first. With ``guarantee="sampled"`` the
-    rows whose logits spread most, and rows that went wrong, are computed exactly.
-    With ``is_causal=True`` sums run over the chunks of keys before a row's own, within
-    which it is computed exactly; a proven bound holds for every row all the same.
+    Keys and queries are centred and balanced first. With ``guarantee="sampled"``
+    outlier rows (of high logit variance), and rows on which the method fails, are
+    recomputed exactly. With ``is_causal=True`` a row uses the sums over all chunks of
+    keys before its own chunk, and exact attention within it; a proven bound holds for
+    every row nevertheless.
 
     Examples
     --------
@@ -116,7 +117,7 @@ class Polynomial:
     def candidates(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
-        """Say what would run, or why it would be refused."""
+        """Yield the plan, or the reason for a refusal."""
         yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
@@ -135,26 +136,26 @@ class Polynomial:
     def configure(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> ConfiguredMethod:
-        """Make every choice for one head."""
+        """Choose all parameters for one head."""
         if guarantee == "sampled" and self.fits_a_basis:
             empty = self.structure(head, rng)
-            return configured_lowrank(head, empty, math.nan, "asked for")
+            return configured_lowrank(head, empty, math.nan, "requested")
         if guarantee == "sampled" and self.basis == "minimax" and self.rank is None:
             degree = _DEFAULT_DEGREE if self.degree is None else self.degree
             known = apriori_expansion(head, degree, tol, rng)
             if known is not None:
                 configured = configured_polynomial(
-                    head, known[0], self.basis, "asked for"
+                    head, known[0], self.basis, "requested"
                 )
                 plan = replace(configured.plan, predicted_error=known[1])
                 bound = configured.bound
                 return replace(configured, plan=plan, bound=math.inf, limit=bound)
         expansion = self.expansion(head, tol, guarantee, rng)
-        return configured_polynomial(head, expansion, self.basis, "asked for")
+        return configured_polynomial(head, expansion, self.basis, "requested")
 
     @property
     def fits_a_basis(self) -> bool:
-        """Whether a ``structure`` answers, with a basis fitted to queries and keys."""
+        """Whether the method is a ``structure``, with a basis fitted to the head."""
         return self.basis == "hermite" or self.landmarks > 0
 
     def expansion(
@@ -165,7 +166,7 @@ class Polynomial:
         rng: np.random.Generator,
         max_blocks: int | None = None,
     ) -> PolynomialExpansion:
-        """Choose a polynomial; ``max_blocks`` is that of ``proven_expansion``."""
+        """Choose a polynomial; ``max_blocks`` as in ``proven_expansion``."""
         if guarantee != "proven":
             return self._sampled_expansion(head, rng)
         if self.basis != "minimax" or self.landmarks:
@@ -176,7 +177,7 @@ class Polynomial:
         return proven_expansion(head, tol, rng, self.degree, self.rank, max_blocks)
 
     def structure(self, head: Head, rng: np.random.Generator) -> LowRank:
-        """Make the empty low-rank structure of a basis fitted to the head."""
+        """Return the empty low-rank structure with a basis fitted to the head."""
         if self.basis == "taylor":
             raise RefusalError("landmarks do not correct a Taylor polynomial")
         rank = self._hermite_rank(head.sizes[2])
@@ -187,7 +188,7 @@ class Polynomial:
         if self.rank is not None:
             return self.rank
         if self.degree is None and self.landmarks:
-            # landmarks alone need the constant only
+            # landmarks alone need only the constant polynomial
             return 1
         degree = _DEFAULT_DEGREE if self.degree is None else self.degree
         check_rank(d, degree, None)
@@ -231,7 +232,7 @@ class Polynomial:
 def configured_polynomial(
     head: Head, expansion: PolynomialExpansion, basis: str, reason: str
 ) -> ConfiguredMethod:
-    """Describe a recipe by the method that it makes concrete."""
+    """Configure the method of a given polynomial expansion."""
     degree = int(expansion.index.degree.max())
     method = Polynomial(degree=degree, rank=len(expansion.index), basis=basis)
     work = polynomial_work(*head.sizes, len(expansion.index))
@@ -249,7 +250,7 @@ def configured_polynomial(
 def configured_lowrank(
     head: Head, empty: LowRank, predicted_error: float, reason: str
 ) -> ConfiguredMethod:
-    """Describe an empty low-rank structure by the method that it makes concrete."""
+    """Configure the method of a given empty low-rank structure."""
     rank, landmarks = empty.rank, empty.landmarks
     method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
     work = lowrank_cost(head)(rank, landmarks)
@@ -270,7 +271,7 @@ def answer_of(
     rng: np.random.Generator,
     shared: SharedSampling | None = None,
 ) -> HeadAnswer:
-    """Run an attempt and attach its certificate, whether or not it meets ``tol``."""
+    """Run a configured method and certify it, whether or not it meets ``tol``."""
     plan = configured.plan
     if math.isfinite(configured.bound):
         value, normalizer = run_proven(head, configured)

@@ -1,7 +1,7 @@
-"""A low-rank softmax prepared on keys and values: sums of monomials.
+"""The key-value state of the polynomial method: sums of monomials over keys.
 
-The structure holds one number for each monomial and value column, whatever the number
-of keys, so that keys can be streamed in and two structures can be merged.
+The state has shape ``(r, p + 1)`` with ``r`` monomials, whatever the number of keys:
+keys can be streamed in, and states add.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,21 @@ from sketching._lib.arrays import Array, array_namespace, mover
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Moments of keys and values under one index set.
+    """Sums of monomials of the keys times their values, for one index set.
 
     Parameters
     ----------
     transform : Transform
-        Coordinates of queries and keys.
+        Coordinates ``u`` of queries and ``v`` of keys.
     index : IndexSet
         The monomials.
     value_center : array, shape (p,)
-        What is subtracted from the values before they are summed.
+        Subtracted from the values before they are summed.
     scale : float
         The factor of the logits.
     sums : array, shape (r, p + 1)
-        Sum over keys of monomial times weight times ``[value - value_center, 1]``.
+        ``sum_j v_j^alpha exp(t . (k_j - c)) [value_j - value_center, 1]``, with the
+        tilt ``t`` and key center ``c`` of the transform.
     """
 
     transform: Transform
@@ -66,16 +67,16 @@ class Moments:
     def query(
         self, query: Array, coefficients: Array, *, centred: bool = False
     ) -> tuple[Array, Array, Array]:
-        """Answer queries with the polynomial of the given coefficients.
+        """Compute the output of queries, with the coefficients of a polynomial.
 
-        ``centred`` leaves the logit of the centre out of the log-sum-exps.
+        With ``centred``, log-sum-exps are those of centred keys.
 
         Returns
         -------
         value : array, shape (n, p)
         log_normalizer : array, shape (n,)
-            Of the true logits: centring is undone. NaN where the sum of weights is
-            not positive.
+            Log-sum-exps of the logits, centring undone unless ``centred``. NaN where
+            the sum of weights is not positive.
         positive : boolean array, shape (n,)
             Rows whose sum of weights is positive and finite.
         """
@@ -95,11 +96,11 @@ class Moments:
         logarithm = xp.log(xp.where(positive, total, xp.ones_like(total)))
         if not centred:
             logarithm = logarithm + self.center_logits(query)
-        nothing = xp.full_like(total, xp.nan)
-        return value, xp.where(positive, logarithm, nothing), positive
+        nan = xp.full_like(total, xp.nan)
+        return value, xp.where(positive, logarithm, nan), positive
 
     def center_logits(self, query: Array) -> Array:
-        """Return the logits of queries and the centre of the keys, none -infinity."""
+        """Return the logits of queries with the mean key, none minus infinity."""
         xp = array_namespace(query)
         center = self.scale * self.transform.key_center
         for dtype in (self.sums.dtype, xp.float64):
@@ -108,5 +109,5 @@ class Moments:
                 logits = xp.matmul(xp.astype(query, dtype, copy=False), move(center))
             if bool(xp.all(xp.isfinite(logits))):
                 break
-        # minus infinity would say that a row sees no key
+        # minus infinity is reserved for rows that attend to no key
         return xp.maximum(logits, xp.full_like(logits, float(xp.finfo(dtype).min)))

@@ -1,4 +1,4 @@
-"""Sums of monomials over every prefix of the keys, from sums over chunks."""
+"""Sums of monomials over the prefixes of the keys, as cumulative sums of chunks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,23 +17,23 @@ from sketching._lib.arrays import Array, mover
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _MomentsPrefix:
-    """Moments with the coefficients of their polynomial; log-sum-exps are centred."""
+    """Moments with the coefficients of a polynomial; log-sum-exps of centred keys."""
 
     moments: Moments
     coefficients: Array
 
     def query(self, query: Array) -> Answer:
-        """Answer queries."""
+        """Compute the output of queries that attend to all keys of the prefix."""
         return self.moments.query(query, self.coefficients, centred=True)
 
 
 def moments_by_prefixes(
     head: Head, moments: Callable[[Head], Moments], coefficients: Array
 ) -> Answer:
-    """Answer a causal head by sums of monomials and a polynomial of them.
+    """Compute a causal head by sums of monomials over prefixes of the keys.
 
-    Keys are centred within the chunks too, so that no logit of the centre, which may be
-    large, is rounded before the answers are merged.
+    Keys are centred in the exact part, too: the logit with the mean key, which may be
+    large, is then added once, after the outputs are merged.
     """
     xp = head.xp
 

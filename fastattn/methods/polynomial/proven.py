@@ -1,9 +1,10 @@
-"""Polynomials whose error is bounded for every row before they are run.
+"""Polynomials with an error bound for every row that is proven before they run.
 
-If every weight is off by a relative ``delta`` at most, every output is off by
-``delta / (1 - delta)`` half ranges of the values. ``delta`` is the error of the minimax
-polynomial on an interval that holds every logit (Cauchy-Schwarz after centring and
-balancing), plus what dropped monomials and rounding can add.
+If all weights have a relative error of at most ``delta``, every output has an error of
+at most ``delta / (1 - delta)`` half ranges of the values. ``delta`` is the error of the
+minimax polynomial on an interval with all logits (Cauchy-Schwarz after centring and
+balancing), plus bounds on dropped monomials and on rounding (Alman and Song, arXiv
+2302.13214).
 """
 
 import itertools
@@ -50,14 +51,15 @@ from fastattn.problem.transforms import Transform, balance, center, identity
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import RefusalError
 
+# largest log of a key's weight: the weight and its reciprocal stay in float32's range
 _LARGEST_TILT = 60.0
-# fewest keys that exact attention sums before it rescales
+# fewest keys that exact attention sums before it rescales the running sums
 _LEAST_BLOCK = 320
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LogitBounds:
-    """How far the coordinates of a head reach under a transform."""
+    """Largest norms of the coordinates of a head under a transform."""
 
     transform: Transform
     query: float  # largest norm of u
@@ -67,7 +69,7 @@ class _LogitBounds:
 
     @property
     def bound(self) -> float:
-        """Cauchy-Schwarz bound of every logit."""
+        """Bound on all ``|u . v|`` by Cauchy-Schwarz."""
         return self.query * self.key
 
 
@@ -84,21 +86,22 @@ def proven_expansion(
     Parameters
     ----------
     head : Head
-        Every row of it is looked at once, for the bound of the logits.
+        One head; all rows are read once, to bound the logits.
     tol : float
-        Wanted bound, in half ranges of the values.
+        Tolerance, in units of half the range of the values.
     rng : Generator
-        Draws the rows that centres and maps are made from; any would be valid.
+        Draws the rows from which the transform is computed; any draw is valid.
     degree, rank : int, optional
-        Fixed by the caller.
+        Degree and number of monomials, if given.
     max_blocks : int, optional
-        The bound is to hold for other keys that reach no further too: for as many sums
-        over ``ACCUMULATION_BLOCK`` keys, added up in float64.
+        If given, the bound also holds for other keys within the same norms: for this
+        many sums over ``ACCUMULATION_BLOCK`` keys each, added in float64.
 
     Raises
     ------
     RefusalError
-        With the bound of the logits and the degree and rank that would be needed.
+        If no degree meets ``tol``; the message has the bound of the logits and the
+        degree and rank that would be needed.
     """
     logit_bounds = _tightest_bounds(head, rng)
     value_bounds = value_range(head)
@@ -106,7 +109,7 @@ def proven_expansion(
     if not bound <= LARGEST_BOUND:
         raise RefusalError(
             f"logits are bounded by {bound:.3g} after centring, more than "
-            f"{LARGEST_BOUND:g}: no degree up to {LARGEST_DEGREE} serves them; "
+            f"{LARGEST_BOUND:g}: no degree up to {LARGEST_DEGREE} suffices; "
             "scale query or key down, or use Exact()"
         )
     wanted = tol / (1 + tol)
@@ -137,14 +140,14 @@ def proven_expansion(
 
 
 def _tightest_bounds(head: Head, rng: np.random.Generator) -> _LogitBounds:
-    """Take the symmetry with the smallest logits on a sample; measure all rows."""
+    """Choose the transform with the least logit bound on a sample; bound all rows."""
     query, key = sample_rows(head, rng)
     transforms = []
     for make, queries in itertools.product((center, balance), (False, True)):
-        # without squares there is less that overflows
+        # other transforms use no squares, and may not overflow
         with suppress(RefusalError):
             transforms.append(make(query, key, head.scale, queries=queries))
-    # a mean of skewed keys may lie further from the furthest of them than the origin
+    # for skewed keys, centring may increase the largest norm
     transforms.append(identity(query.shape[1], head.scale))
     best = min(
         transforms,
@@ -170,7 +173,7 @@ def _tightest_bounds(head: Head, rng: np.random.Generator) -> _LogitBounds:
 
 
 def _even(one: float, other: float) -> int:
-    """The power of two that makes lengths alike: monomials of long ones overflow."""
+    """Exponent of the power of two that balances two norms, to avoid overflow."""
     if not all(0 < x < math.inf for x in (one, other)):
         return 0
     return round((math.log2(one) - math.log2(other)) / 2)
@@ -185,7 +188,7 @@ def _expansion(
     dtype: Any,
     max_blocks: int | None,
 ) -> PolynomialExpansion:
-    """Make the recipe of one degree and precision and bound its error."""
+    """Build the expansion of one degree and precision, and bound its error."""
     bound = max(logit_bounds.bound, 1e-3)
     coefficients, delta = relative_minimax(degree, bound)
     d = logit_bounds.transform.query_map.shape[1]
@@ -198,11 +201,11 @@ def _expansion(
     exponent = _exponent_rounding(
         head, logit_bounds, u, smallest_number(head.xp, dtype)
     )
-    # other bodies may sum all keys in working precision
+    # other kernels may sum all keys in working precision
     m = head.sizes[1] if max_blocks is None else ACCUMULATION_BLOCK
     summed = min(m, SUMMED_ROWS) + 2 if place_of(head.query) == "cpu" else m
     if max_blocks is not None:
-        # each is rounded once, they are added up in float64, and that is rounded
+        # rounding of each sum, of their addition in float64, and of the result
         summed += 2 + math.ceil(max_blocks * unit_roundoff(np, np.float64) / u)
     sums = _sum_rounding(logit_bounds, coefficients, degree, summed + len(index), u)
     weights = (1 + delta) * (math.exp(exponent) if exponent < 1 else math.inf) - 1
@@ -218,7 +221,7 @@ def _expansion(
         lost = _underflow(head, logit_bounds, coefficients, len(index), dtype)
         error += lost / (1 - off) * max(1.0, value_bounds.half)
         share = off + lost
-        # within a chunk, values are summed as they are; then two means are merged
+        # exact attention in a chunk does not center values; then two means are merged
         error += 2 * own_sums * value_bounds.peak
         if head.prefix_lengths is not None:
             lost = head.sizes[1] * smallest_number(head.xp, dtype)
@@ -243,9 +246,9 @@ def _may_overflow(
     degree: int,
     dtype: Any,
 ) -> bool:
-    """Whether a sum of monomials times values could leave the range of ``dtype``.
+    """Whether sums of monomials times values may overflow in ``dtype``.
 
-    Nor may what the coordinates are made of, on the way to them.
+    Includes the transform, and intermediate results of the coordinates.
     """
     t, most = logit_bounds.transform, largest_number(head.xp, dtype) / 16
     sides = _power(logit_bounds.key, degree) * _power(logit_bounds.query, degree)
@@ -259,18 +262,18 @@ def _may_overflow(
 
 
 def _tilt(logit_bounds: _LogitBounds) -> float:
-    """Largest logarithm of a key's weight."""
+    """Bound on the log of a key's weight, ``|t| max |k - c|``."""
     return frobenius(logit_bounds.transform.tilt) * logit_bounds.key_input
 
 
 def _underflow(
     head: Head, logit_bounds: _LogitBounds, coefficients: Array, rank: int, dtype: Any
 ) -> float:
-    """What underflows in the sums may change a mean by, for values within +-1.
+    """Bound the effect of underflow in the sums on a mean of values within +-1.
 
-    Every product on the way may lose the smallest number, and is multiplied by what
-    comes after: powers of the coordinates, coefficients and the weight of a key. The
-    sum of the weights is at least ``exp(-bound - tilt)`` for each key.
+    Every product may lose the smallest number, times the factors that follow: powers of
+    the coordinates, coefficients and the weight of a key. The sum of the weights is at
+    least ``exp(-bound - tilt)`` per key.
     """
     degree, d = len(coefficients) - 1, logit_bounds.transform.query_map.shape[1]
     tiny, tilt = (
@@ -285,17 +288,18 @@ def _underflow(
 
 
 def _power(x: float, degree: int) -> float:
-    """The largest power of ``x`` up to a degree; infinite where Python would raise."""
+    """The largest power of ``x`` up to a degree; infinite if it overflows."""
     return math.prod([max(1.0, x)] * degree)
 
 
 def _dropped(
     head: Head, logit_bounds: _LogitBounds, index: IndexSet, coefficients: Array
 ) -> float:
-    """Relative error of leaving monomials out: all of them less the kept ones.
+    """Bound the relative error of weights by dropped monomials.
 
     The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l a_l^alpha_l`` with
-    ``a_l = max |u_l| max |v_l|``, and exp is at least ``exp(-bound)``.
+    ``a_l = max |u_l| max |v_l|``; these terms are summed over all monomials, less those
+    that are used. A weight is at least ``exp(-bound)``.
     """
     t = logit_bounds.transform
     entries = largest_entries(head.query, t.query_center, t.query_map)
@@ -306,7 +310,7 @@ def _dropped(
     for j in range(1, len(index)):
         term[j] = term[index.parent[j]] * entries[index.coordinate[j]]
     kept = float(np.sum(term * index.weights(size)))
-    # two rounded sums that are almost the same
+    # rounding of the difference of two almost equal sums
     slack = 8 * len(index) * unit_roundoff(np, np.float64) * everything
     return (max(everything - kept, 0.0) + slack) * math.exp(logit_bounds.bound)
 
@@ -316,10 +320,10 @@ def _dropped(
 def _exponent_rounding(
     head: Head, logit_bounds: _LogitBounds, u: float, tiny: float
 ) -> float:
-    """Absolute error of a logit, and relative error of a key's weight.
+    """Bound the error of a logit plus the relative error of a key's weight.
 
-    Coordinates are off by ``gamma(d + 4)`` times the norms of input and map, and by
-    what underflows: ``tiny`` in each product, and in each entry of a map.
+    The error of coordinates is ``gamma(d + 4)`` times the norms of input and map, plus
+    underflow: ``tiny`` in each product, and in each entry of a map.
     """
     t, d = logit_bounds.transform, head.sizes[2]
     g, least = gamma(d + 4, u), 2 * d * tiny
@@ -342,15 +346,16 @@ def _exponent_rounding(
 def _chunk_rounding(
     head: Head, logit_bounds: _LogitBounds, u: float
 ) -> tuple[float, float, float]:
-    """Relative errors of exact weights within a chunk, their sum, and a part's share.
+    """Bound the rounding of the exact part of a causal row, and of merging.
 
-    The first two as in ``exact.rounding_bound``, with keys that are centred. A share is
-    ``exp`` of a log-sum-exp, which is no larger than the logits and the logarithm of
-    the number of keys, and is off by a few roundings of that size.
+    Relative errors of: weights within a chunk; their sums, both as in
+    ``exact.rounding_bound`` with centred keys; and the share of a part in the merged
+    output, ``exp`` of a difference of log-sum-exps, which are at most the largest logit
+    plus the log of the number of keys, with a few roundings of that size.
     """
     m, d = head.sizes[1:3]
     keys = largest_chunk(m)
-    # no fast body sums fewer keys at once
+    # no fast kernel sums fewer keys at once
     blocks = -(-keys // _LEAST_BLOCK)
     logits = abs(head.scale) * largest_row(head.query) * logit_bounds.key_input
     exponent = (gamma(d + 2, u) + 5 * u) * logits + EXP * (blocks + 1) * u
@@ -365,10 +370,10 @@ def _chunk_rounding(
 def _sum_rounding(
     logit_bounds: _LogitBounds, coefficients: Array, degree: int, terms: int, u: float
 ) -> float:
-    """Rounding of the sums over monomials and keys, relative to the sum of weights.
+    """Bound the rounding of sums over monomials and keys, relative to sums of weights.
 
-    Every computed term is within ``gamma`` of its absolute value, the absolute terms of
-    a weight add up to ``sum_g |c_g| B^g``, and the weight is at least ``exp(-B)``.
+    The error of a term is ``gamma`` times its absolute value, the absolute terms of a
+    weight add up to at most ``sum_g |c_g| B^g``, and a weight is at least ``exp(-B)``.
     """
     absolute = float(
         np.polynomial.polynomial.polyval(logit_bounds.bound, np.abs(coefficients))

@@ -1,4 +1,4 @@
-"""A polynomial softmax with every choice made: coordinates, monomials, coefficients."""
+"""A polynomial expansion of softmax: coordinates, monomials, coefficients."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# more monomials than this are refused: exact attention is cheaper by far
+# largest number of monomials: beyond it exact attention is much cheaper
 LARGEST_RANK = 1 << 16
 
 
@@ -37,13 +37,14 @@ class PolynomialExpansion:
     coefficients : array, shape (g + 1,)
         Coefficients of the polynomial, lowest first.
     value_center : array, shape (p,)
-        What is subtracted from the values.
+        Subtracted from the values.
     dtype : dtype
         Precision of the sums.
     bound : float
         Proven bound on the largest absolute error; infinite where none is claimed.
     off : float
-        The same on the relative error of each row's sum of weights.
+        Proven bound on the relative error of every row's sum of weights; infinite
+        where there is none.
     """
 
     transform: Transform
@@ -55,13 +56,13 @@ class PolynomialExpansion:
     off: float = math.inf
 
     def answer(self, head: Head) -> tuple[Array, Array, Array]:
-        """Sum the monomials over the keys and answer the queries."""
+        """Sum the monomials over the keys, and compute the output of the queries."""
         if head.prefix_lengths is not None:
             return moments_by_prefixes(head, self.moments, self.coefficients)
         return self.moments(head).query(head.query, self.coefficients)
 
     def log_errors(self, head: Head, logarithm: Array) -> Array | None:
-        """Bound the error of each row's log-sum-exp; None where nothing is claimed."""
+        """Bound the error of each row's log-sum-exp; None where there is no bound."""
         if not self.off < 1:
             return None
         center = abs(head.scale) * frobenius(self.transform.key_center)
@@ -82,10 +83,10 @@ class PolynomialExpansion:
 
 
 def check_rank(d: int, degree: int, rank: int | None) -> None:
-    """Raise ``RefusalError`` if the monomials would be too many to sum."""
+    """Raise ``RefusalError`` if there would be too many monomials."""
     if degree > LARGEST_DEGREE:
         raise RefusalError(
-            f"degree {degree} is above {LARGEST_DEGREE}, where float64 ends"
+            f"degree {degree} is above {LARGEST_DEGREE}, the limit of float64"
         )
     needed = rank_of(d, degree)
     if (needed if rank is None else min(rank, needed)) > LARGEST_RANK:
@@ -96,7 +97,7 @@ def check_rank(d: int, degree: int, rank: int | None) -> None:
 
 
 def coefficients_of(basis: str, degree: int, bound: float) -> Array:
-    """Coefficients of a polynomial of exp that needs no sample of logits."""
+    """Coefficients of the Taylor or minimax polynomial up to ``bound``."""
     if basis == "taylor":
         return taylor(degree)
     return relative_minimax(degree, max(bound, 1e-3))[0]

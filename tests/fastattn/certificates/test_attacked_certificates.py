@@ -70,7 +70,7 @@ ATTACKS = {
 METHODS = [Exact(), Polynomial(), Polynomial(degree=3), Polynomial(5, rank=30), None]
 
 
-# what a polynomial of a given degree, or rank, does not serve
+# heads that a polynomial of a given degree, or rank, refuses
 TOO_LARGE = {
     ("one huge key", Polynomial(degree=3)),
     ("one huge key", Polynomial(5, rank=30)),
@@ -139,7 +139,7 @@ def test_constant_values_have_a_finite_certificate():
 def test_no_input_gets_a_wrong_certificate(
     n, m, d, logs, offsets, dtype, tol, method, guarantee, seed
 ):
-    # queries are few: a sample is all of them, so nothing is left to chance
+    # few queries: the sample contains all of them, and has no sampling error
     rng = np.random.default_rng(seed)
     limit = np.finfo(dtype).max / 8
     with np.errstate(over="ignore", under="ignore"):

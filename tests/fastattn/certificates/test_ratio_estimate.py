@@ -1,4 +1,4 @@
-"""The one estimator of a relative error, and the chance of failure that looks share."""
+"""The estimator of a relative error, and the failure budget of sampling rounds."""
 
 import math
 
@@ -22,7 +22,7 @@ ALARM = 1e-6
 
 
 def drawn(squares, error_profile, count, rng):
-    """An estimate from so many rows, drawn by how their errors are guessed."""
+    """An estimate from so many rows, drawn by an error profile."""
     n = len(squares)
     if error_profile is None:
         return RatioEstimate(rng.choice(squares, count, replace=False), n)

@@ -1,4 +1,4 @@
-"""Attention in products of eight bits: the body, the promise, and who gets it."""
+"""Attention by int8/bfloat16 matmuls: the kernel, its certificate, and refusals."""
 
 from dataclasses import replace
 
@@ -198,7 +198,7 @@ def test_a_row_whose_weights_overflow_is_computed_exactly():
     ("change", "message"),
     [
         ({"guarantee": "proven"}, "no proven bound"),
-        ({"dtype": np.float64}, "too coarse for float64"),
+        ({"dtype": np.float64}, "too inaccurate for float64"),
         ({"here": False}, "AVX-512 BF16 and VNNI"),
     ],
 )

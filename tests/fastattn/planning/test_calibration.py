@@ -1,4 +1,4 @@
-"""Rates: built in until measured ones are kept, and never those of another machine."""
+"""Rates: built in until measured ones are stored, never those of another machine."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from fastattn.costs import rates as _rates
 from fastattn.costs.rates import Rates, cache_path, keep, rates, speed, using
 from fastattn.costs.work import exact_work, lowrank_work, multipole_work
 from fastattn.planning import calibration
-from fastattn.planning.calibration import Piece, calibrate, fit
+from fastattn.planning.calibration import Task, calibrate, fit
 from sketching._ops.cpu import features
 
 NAMES = [field.name for field in dataclasses.fields(Rates)]
@@ -134,18 +134,18 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     assert cache_path() == tmp_path / ".cache" / "fastattn" / "rates.json"
 
 
-def pieces_of(count):
-    return [Piece(lambda: None, lambda i=i: works()[i]) for i in range(count)]
+def tasks_of(count):
+    return [Task(lambda: None, lambda i=i: works()[i]) for i in range(count)]
 
 
 def test_the_fit_finds_the_rates_that_made_the_times():
     factors = np.linspace(0.6, 1.8, len(NAMES))
     built_in = np.array(dataclasses.astuple(Rates()))
     want = Rates(*(float(x) for x in factors * built_in))
-    pieces = pieces_of(len(works()))
+    tasks = tasks_of(len(works()))
     with using(want):
         measured = np.array(works())
-    found = fit(pieces, measured)
+    found = fit(tasks, measured)
     with using(found):
         np.testing.assert_allclose(works(), measured, rtol=0.05)
     before = np.abs(np.log(np.array(works()) / measured)).max()
@@ -153,14 +153,14 @@ def test_the_fit_finds_the_rates_that_made_the_times():
 
 
 def test_the_fit_keeps_built_in_rates_where_the_times_agree_with_them():
-    found = fit(pieces_of(3), np.array(works()[:3]))
+    found = fit(tasks_of(3), np.array(works()[:3]))
     np.testing.assert_allclose(
         dataclasses.astuple(found), dataclasses.astuple(Rates()), rtol=1e-6
     )
 
 
 def test_the_fit_stays_within_reach_of_the_built_in_rates():
-    found = np.array(dataclasses.astuple(fit(pieces_of(4), np.full(4, 1e-3))))
+    found = np.array(dataclasses.astuple(fit(tasks_of(4), np.full(4, 1e-3))))
     assert np.all(found >= np.array(dataclasses.astuple(Rates())) / 8.001)
     assert np.all(np.isfinite(found))
 
@@ -171,15 +171,15 @@ def test_every_rate_shows_in_a_piece_and_comes_out_finite(monkeypatch):
     found, product = calibrate()
     assert 1e-13 < product < 1e-7
     assert all(x > 0 for x in dataclasses.astuple(found))
-    pieces = calibration._pieces(np.random.default_rng(0))
-    base = [piece.work() for piece in pieces]
-    # a processor without products of eight bits has no rate of them
+    tasks = calibration._tasks(np.random.default_rng(0))
+    base = [task.work() for task in tasks]
+    # a processor without int8/bfloat16 matmuls has no rate for them
     here = multiplies_quantized(np.zeros(1, np.float32))
     absent = set() if here else {"coarse", "weight"}
     for name in set(NAMES) - absent:
         more = dataclasses.replace(Rates(), **{name: 2 * getattr(Rates(), name)})
         with using(more):
-            assert max(b.work() / a for a, b in zip(base, pieces, strict=True)) > 1.05
+            assert max(b.work() / a for a, b in zip(base, tasks, strict=True)) > 1.05
 
 
 def test_processors_of_one_name_are_told_apart(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Causal attention by parts: what each row sees, at every border, and nothing else."""
+"""Causal attention in chunks: rows attend to their prefix only, at every boundary."""
 
 from dataclasses import replace
 from functools import partial

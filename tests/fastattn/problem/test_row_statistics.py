@@ -117,12 +117,12 @@ def test_default_call_is_within_its_certificate(make):
 )
 @pytest.mark.parametrize("logits", ["int8", "bfloat16"])
 def test_certificate_of_rounded_logits_holds_at_its_rate(make, logits, monkeypatch):
-    # by the reference: not every processor has products of eight bits
+    # by the reference: not every processor has int8/bfloat16 matmuls
     monkeypatch.setattr(
         "fastattn.methods.quantized.attend_quantized", attend_quantized.reference
     )
     head = make()
-    configured = _configured(Quantized(logits), head, 0.0, "asked for")
+    configured = _configured(Quantized(logits), head, 0.0, "requested")
     with np.errstate(over="ignore", invalid="ignore"):
         # rows whose weights overflow are computed exactly
         found = repaired(
@@ -152,7 +152,7 @@ def test_log_sum_exps_of_rounded_logits_are_within_their_bound(logits, monkeypat
         "fastattn.methods.quantized.attend_quantized", attend_quantized.reference
     )
     for head in (student_entries(), key_of_few_queries()[0]):
-        configured = _configured(Quantized(logits), head, 0.0, "asked for")
+        configured = _configured(Quantized(logits), head, 0.0, "requested")
         with np.errstate(over="ignore", invalid="ignore"):
             _, logarithm, reliable = configured.run(head)
         _, truth = oracles.attention(head.query, head.key, head.value, scale=head.scale)

@@ -39,7 +39,7 @@ class TestMoments(OpLaws):
         return [x.astype(dtype) for x in arrays], op_arguments(3, 3)
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # coordinates reach 8, a monomial of degree 3 reaches 512, a weight exp(8)
+        # coordinates are up to 8, monomials of degree 3 up to 512, a weight exp(8)
         m = len(arrays[0])
         return (m + 64) * np.finfo(arrays[0].dtype).eps * 512 * 40
 
