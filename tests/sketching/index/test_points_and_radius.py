@@ -137,7 +137,7 @@ def test_half_width_is_exact_for_the_points_that_are_kept(size, dtype, rng):
     engine = index._engine
     kept, asked = engine.points.take(slice(None)), engine.points.centred(q)
     assert_within(answer.certificate, answer.value, distances(factor, asked, kept))
-    assert "as they are kept" in answer.certificate.source
+    assert "of the rounded points" in answer.certificate.source
 
 
 @DTYPES
