@@ -1,6 +1,6 @@
-"""The calls of the demo and of the README, for environments that are hard to run in.
+"""The calls of the demo and of the README, for restricted environments.
 
-``python .ci/calls.py`` exits 0 if every answer is right: with the least versions of all
+``python .ci/calls.py`` exits 0 if every answer is right: with the lowest versions of all
 dependencies, from a read-only installation, without a home, without a compiler.
 """
 

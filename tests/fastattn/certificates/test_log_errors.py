@@ -1,4 +1,4 @@
-"""What is promised of log-sum-exps holds for every row, and merging counts it."""
+"""Bounds on log-sum-exps hold for every row, and merging takes them into account."""
 
 from dataclasses import replace
 

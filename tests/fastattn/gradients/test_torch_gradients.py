@@ -1,4 +1,4 @@
-"""Tensors whose gradients are tracked are refused; without tracking they are served."""
+"""Tensors that require gradients are refused; without gradients they are accepted."""
 
 import numpy as np
 import pytest

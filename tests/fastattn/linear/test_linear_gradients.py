@@ -1,4 +1,4 @@
-"""Derivatives of linear attention: finite differences, torch, and what they owe."""
+"""Derivatives of linear attention: finite differences, torch, and input checks."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Attention in products of eight bits: the body, the promise, and who gets it."""
+"""Attention by int8 or bfloat16 matmul: kernel, certificates, and when it is used."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What prepared structures refuse: wrong arguments, broken files, far queries."""
+"""Refusals of prepared structures: wrong arguments, broken files, far queries."""
 
 import json
 import re

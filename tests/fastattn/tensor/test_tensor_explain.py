@@ -1,4 +1,4 @@
-"""What is said of a tensor head before, and after, it is answered."""
+"""Explanations of a tensor head before and after the run."""
 
 import numpy as np
 import pytest
