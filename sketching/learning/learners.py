@@ -151,9 +151,10 @@ class Itml(Learner):
             The points.
         target : {1, -1}
             1 where they should be near, -1 where they should be far.
-        A name of the pair. Visits to a pair of one name continue where the last one
-        stopped: a step that was too long is taken back in part, and with many
-        rounds the metric converges to ITML's. Nothing is stored for other pairs.
+        pair : hashable, optional
+            A name of the pair. Visits to a pair of one name continue where the last one
+            stopped: a step that was too long is taken back in part, and with many
+            rounds the metric converges to ITML's. Nothing is stored for other pairs.
 
         Returns
         -------
