@@ -1,12 +1,12 @@
 r"""One informative token: the risk of learned attention against the Bayes risk.
 
 Single-location regression: one token of a sequence, at an unknown position, is shifted
-along a direction :math:`k`; the target is its product with a direction :math:`v`. All
-other entries are normal noise. The shifted token is the :math:`j`-th with a probability
-of softmax in :math:`j`, of logits ``strength`` times :math:`k \cdot x_j`, so that the
-best prediction is softmax attention of the query ``strength`` times :math:`k`, read out
-by :math:`v`. Duranthon et al., Statistical Advantage of Softmax Attention, arXiv
-2509.21936, of which the abstract was read: the sizes are ours.
+along a direction :math:`k`; the target is its product with an orthogonal one,
+:math:`v`. All other entries are normal noise. The shifted token is the :math:`j`-th
+with a probability of softmax in :math:`j`, of logits ``strength`` times :math:`k \cdot
+x_j`, so that the best prediction is softmax attention of the query ``strength`` times
+:math:`k`, read out by :math:`v`. Duranthon et al., Statistical Advantage of Softmax
+Attention, arXiv 2509.21936, of which the abstract was read: the sizes are ours.
 """
 
 from collections.abc import Callable

@@ -109,7 +109,7 @@ class _Keys:
         self.local = key - self.spread(self.centre)
 
     def spread(self, x: Array) -> Array:
-        """Give each key the number of its cluster: ``(C, c)`` to ``(m, c)``."""
+        """Give each key the row of its cluster: ``(C, c)`` to ``(m, c)``."""
         xp = array_namespace(x)
         return xp.matmul(xp.matrix_transpose(self.member), x)
 

@@ -24,7 +24,7 @@ LARGEST = 4.0
 SKEW = 1 / 3
 # steps of the power iteration that finds a leading direction
 STEPS = 4
-# least weight relative to the largest of the clusters; a leaf may exceed that one
+# largest exponent of a leaf's weight relative to the largest weight of the clusters
 EXPONENT = 80.0
 
 

@@ -21,7 +21,7 @@ def search(
     """Examine the ``first`` least bounds, then all up to the ``k``-th distance.
 
     ``bounds`` is ``(q, n)``, the other arrays are those of ``scan``. Returns the
-    numbers of the examined points, ``(q, most)``, in ascending order and padded with
+    positions of the examined points, ``(q, most)``, in ascending order and padded with
     -1; their distances, NaN where rounding is too large or for padding; and how many
     points were examined. Where that is more than ``most``, none was.
     """

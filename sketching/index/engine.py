@@ -174,7 +174,7 @@ class IndexEngine:
 
     @property
     def points(self) -> Points | None:
-        """The points, without pending updates."""
+        """The points, to which updates of the metric may be pending."""
         return self.answers(fresh=False).state.points
 
     @points.setter
@@ -188,7 +188,7 @@ class IndexEngine:
 
     @property
     def sketch(self) -> Any:
-        """The sketch, without pending updates."""
+        """The sketch, to which updates of the metric may be pending."""
         return self.answers(fresh=False).state.sketch
 
     @sketch.setter

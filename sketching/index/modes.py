@@ -314,7 +314,7 @@ class Adaptive:
                 f"and eps has room for the bias sqrt(k / (L m)) = {bias:.3g}"
             )
             return Certificate(eps, few, "relative", source)
-        # the error need not cover deviations that the median has anyway
+        # the failure that the median has anyway needs no larger error to be covered
         failure = n * median_failure(rows, sampled, eps)
         failure = failure if request.delta < failure < 0.5 else request.delta
         error = worst_error(count, rows, sampled, k, failure / n)

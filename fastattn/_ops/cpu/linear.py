@@ -10,7 +10,7 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # multiplications of a product that BLAS does without copying its factors first
 _SMALL = 1_000_000
-# rows of a product: more are no faster, and with fewer BLAS is faster by itself
+# rows of a product: more are no faster, and with fewer a single product is faster
 _MOST_ROWS, _LEAST_ROWS = 128, 32
 # rows that are summed in their own precision, before sums continue in float64
 _FEW = 32

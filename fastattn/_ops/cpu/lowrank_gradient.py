@@ -214,7 +214,7 @@ def _pull_back(
     x, parent, grandparent, coordinate, factor, lower, shares, delta, features, slope
 ):
     # replaces the coordinates by the derivatives by them, gradients less shares times
-    # delta, and leaves those of the landmarks times their functions in place
+    # delta, and leaves those of the landmarks times their functions in ``slope``
     n, r, t = features.shape[1], parent.size, x.shape[0] - 1
     for j in range(r, features.shape[0]):
         row, push, share = features[j], slope[j], shares[j]
