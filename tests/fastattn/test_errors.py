@@ -1,4 +1,4 @@
-"""Bad input is refused at the call, with a message that names it and has numbers."""
+"""Bad input is refused at the door, with a message that names it and has numbers."""
 
 import re
 

@@ -14,7 +14,7 @@ def problem(lead=(BATCH, HEADS)):
 
 
 def padding(batch=BATCH):
-    """The first sequence has five tokens, all others have all."""
+    """The first sequence has five tokens, the others all."""
     mask = np.ones((batch, KEYS), bool)
     mask[0, 5:] = False
     return mask

@@ -146,7 +146,7 @@ def test_failures_add_up():
     truth, _ = oracles.attention(*inputs)
     error = oracles.frobenius_error(merged.value, truth)
     assert error <= merged.certificate.error
-    # the answer is accurate, though only the distance of the parts bounds it
+    # the answer is good, though nothing but the distance of the parts bounds it
     assert error < 1e-2 < merged.certificate.error
 
 
@@ -195,7 +195,7 @@ def test_a_single_row_says_nothing_of_the_weights():
         merged = merge_answers(answers)
         assert oracles.largest_error(merged.value, truth) <= merged.certificate.error
         assert merged.plan.log_error >= least
-    # where the parts have error bounds, one row is enough
+    # where the parts say how well they are known, one row is as good as many
     assert merged.certificate.error < 1e-12
 
 

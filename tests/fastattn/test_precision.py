@@ -13,7 +13,7 @@ def problem(n=300, d=8, spread=1.0, dtype=np.float32, seed=0):
 
 
 def assert_kept(inputs, **options):
-    """The realised error is within the certificate, or there is no certificate."""
+    """The realised error is within the certificate, or nothing is promised."""
     options = {"rng": 0, **options}
     try:
         answer = approximate(*inputs, **options)

@@ -1,4 +1,4 @@
-"""Errors are within their certificates.
+"""The promise itself: what a certificate claims is so.
 
 Sampled certificates hold at the rate that they claim, by exact binomial bounds over
 seeds. Proven ones hold on inputs made to break them, and are not vacuous.
@@ -23,7 +23,7 @@ from tests.laws import roundoff
 from tests.pairwise import pairwise
 
 PROVEN = {"guarantee": "proven", "rng": 0}
-# small enough that one failure in a hundred shows, rare enough to trust
+# small enough that one promise in a hundred may not be missed, rare enough to trust
 ALARM = 1e-6
 
 
@@ -46,7 +46,7 @@ REAL = {
 
 
 def assert_certified(inputs, method, trials=400):
-    """Certificates of one answer, drawn anew ``trials`` times, rarely fail."""
+    """Certificates of one answer, drawn anew ``trials`` times, rarely lie."""
     truth, _ = oracles.attention(*inputs)
     (head,) = Batch.of(*inputs, None, False, None).heads()
     draws = np.random.default_rng(0)
@@ -176,7 +176,7 @@ def test_sampled_certificate_of_auto_holds_at_its_rate(name, tol):
 def holds(inputs, **options):
     """Whether the realised error is within the certificate.
 
-    A sampled certificate is allowed the rounding of the rows that it compares with.
+    A sampled certificate is given the rounding of the rows that it compares with.
     """
     scale = options.get("scale")
     answer = approximate(*inputs, **options)
@@ -209,7 +209,7 @@ def test_a_sample_of_all_rows_leaves_nothing_to_chance():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_sampled_certificate_counts_the_rounding_of_its_truth(dtype):
-    # the polynomial of constant keys is exact: the difference is rounding on both sides
+    # the polynomial of constant keys is exact: what is left is rounding on both sides
     query, key, value = (x.astype(dtype) for x in gaussian(6, 50, 0.4, d=3))
     key[:] = key[0]
     answer = approximate(query, key, value, method=Polynomial(2), rng=0)
@@ -229,7 +229,7 @@ def test_sampled_certificate_is_not_vacuous():
 
 
 def worst_points(degree, bound):
-    """The two largest logits where the polynomial has its largest error."""
+    """The two largest logits where the polynomial errs by its whole error."""
     coefficients, _ = relative_minimax(degree, bound)
     x = bound * np.linspace(-1, 1, 40001)
     error = oracles.relative_error_of_exp(coefficients, x)
@@ -325,7 +325,7 @@ ATTACKS = {
 METHODS = [Exact(), Polynomial(), Polynomial(degree=3), Polynomial(5, rank=30), None]
 
 
-# heads that a polynomial of a given degree, or rank, does not approximate
+# what a polynomial of a given degree, or rank, does not serve
 TOO_LARGE = {
     ("one huge key", Polynomial(degree=3)),
     ("one huge key", Polynomial(5, rank=30)),
@@ -334,7 +334,7 @@ TOO_LARGE = {
 
 
 def check(inputs, is_refused, **options):
-    """An answer is within its certificate, or a refusal is an expected one."""
+    """An answer holds, or a refusal is one that is expected."""
     if is_refused:
         with pytest.raises(RefusalError):
             approximate(*inputs, **options)
@@ -394,7 +394,7 @@ def test_constant_values_have_a_finite_certificate():
 def test_no_input_gets_a_wrong_certificate(
     n, m, d, logs, offsets, dtype, tol, method, guarantee, seed
 ):
-    # queries are few: a sample has all of them
+    # queries are few: a sample is all of them, so nothing is left to chance
     rng = np.random.default_rng(seed)
     limit = np.finfo(dtype).max / 8
     with np.errstate(over="ignore", under="ignore"):

@@ -1,4 +1,4 @@
-"""Certificates whose rows are drawn by the error profile of a low rank."""
+"""Certificates whose rows are drawn by how a low rank is guessed to err."""
 
 import numpy as np
 import pytest

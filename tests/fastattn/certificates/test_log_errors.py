@@ -1,4 +1,4 @@
-"""Bounds on log-sum-exps hold for every row, and merging takes them into account."""
+"""What is promised of log-sum-exps holds for every row, and merging counts it."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rows that are recomputed exactly after an approximate answer."""
+"""Rows that are computed in full after an approximate answer."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from tests import oracles
 
 
 def test_rows_that_are_not_sampled_are_as_good_as_the_truth_of_the_others(rng):
-    # logits of hundreds: in float32 the error of such rows is far above their storage's
+    # logits of hundreds: in float32 such rows are off by far more than their storage
     query, key, value = rng.standard_normal((3, 300, 8)).astype(np.float32)
     query *= 60
     head = Batch.of(query, key, value, None, False, None).head(0)

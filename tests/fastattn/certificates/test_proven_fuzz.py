@@ -71,8 +71,8 @@ def test_row_of_one_visible_key_is_its_value_whatever_the_logit(sign):
 @pytest.mark.parametrize("p", [1, 8])
 @pytest.mark.parametrize(("dtype", "large"), [("float32", 1e25), ("float64", 1e200)])
 def test_terms_of_a_logit_that_overflow_and_cancel(rng, dtype, large, p, method):
-    # in one row logits are 0 and -1; their terms of 1e50 added up to -infinity, and a
-    # sample of rows need not contain it
+    # in one row logits are 0 and -1; their terms of 1e50 added up to -infinity, and no
+    # sample of rows has to meet it
     query = rng.standard_normal((4000, 3)).astype(dtype)
     query[:, :2] = 0
     query[1234] = large, large, 1

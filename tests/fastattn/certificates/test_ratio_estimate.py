@@ -1,4 +1,4 @@
-"""The estimator of a relative error, and the failure that sampling rounds share."""
+"""The one estimator of a relative error, and the chance of failure that looks share."""
 
 import math
 
@@ -22,7 +22,7 @@ ALARM = 1e-6
 
 
 def drawn(squares, error_profile, count, rng):
-    """An estimate from a sample of rows, drawn by predicted errors."""
+    """An estimate from so many rows, drawn by how their errors are guessed."""
     n = len(squares)
     if error_profile is None:
         return RatioEstimate(rng.choice(squares, count, replace=False), n)
@@ -133,7 +133,7 @@ def test_no_size_makes_any_ratio_infinite():
 
 
 def test_rows_that_were_chosen_count_for_themselves_only():
-    # half of a sample of 100 were its largest, each other row stands for nine
+    # half of a sample of 100 were its largest, each of the others stands for nine
     squares = np.concatenate([np.full(10, 5.0), np.full(10, 1.0)])
     stand = np.concatenate([np.ones(10), np.full(10, 9.0)])
     found = RatioEstimate(

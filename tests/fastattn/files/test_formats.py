@@ -1,4 +1,4 @@
-"""Files of queries, keys and values: round trips, and errors that name the file."""
+"""Files of queries, keys and values: what goes in comes out, anything else is named."""
 
 import io
 import json

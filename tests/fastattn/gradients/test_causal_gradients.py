@@ -1,4 +1,4 @@
-"""Derivatives of causal heads by a low rank: states before rows, and behind keys."""
+"""Derivatives of causal heads by a low rank: sums before rows, and behind keys."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from tests.laws import DTYPES
 
 
 def causal(n=600, m=600, dtype=np.float32, seed=0):
-    """A head of several chunks, once those are short, with a low rank."""
+    """A head of several chunks, once those are short, that a low rank serves."""
     return problem(n=n, m=m, d=4, p=5, spread=0.5, dtype=dtype, seed=seed)
 
 
@@ -135,7 +135,7 @@ def test_auto_takes_a_low_rank_for_causal_heads():
     got = attention_vjp(*inputs, **options)
     truth = attention_vjp(*inputs, method=Exact(), **options)
     worst = max(oracles.frobenius_error(x, y) for x, y in zip(got, truth, strict=True))
-    # not exact, and within the tolerance
+    # not exact, and good enough
     assert 1e-5 < worst <= 9e-2
 
 
@@ -145,7 +145,7 @@ def test_a_long_first_chunk_is_exact(first):
     *inputs, grad = causal(190, 180, np.float64)
     head = Head(*inputs, 0.5, np.minimum(np.arange(190) + 1, 180))
     rng = np.random.default_rng(0)
-    # a constant approximates no row
+    # a constant serves no row
     empty = LowRank.plan(
         PlanningSample.of(head.unmasked(), rng), rank=1, landmarks=0, rng=rng
     )
@@ -156,14 +156,14 @@ def test_a_long_first_chunk_is_exact(first):
         gradients[0][: first - 1], truth[0][: first - 1], rtol=1e-9
     )
     assert not np.allclose(gradients[0][first:], truth[0][first:], rtol=1e-3)
-    # only the rows behind the chunk use the basis, for the keys before them
+    # nothing is by the basis but what rows behind the chunk make of keys before theirs
     assert np.all(far[0][: first - 1] == 0)
     assert np.all(far[0][first:] != 0)
     assert np.all(far[1][:first] != 0)
 
 
 class TestFirstChunks:
-    """The length of the first chunk is found on a few rows and keys."""
+    """How long the first chunk must be is told by a few rows and keys."""
 
     @pytest.fixture(autouse=True)
     def _short_chunks(self, monkeypatch):

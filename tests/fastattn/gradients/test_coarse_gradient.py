@@ -1,4 +1,4 @@
-"""Derivatives in low precision: checked, and not used where they miss."""
+"""Derivatives in products of rounded numbers: checked, and left where they miss."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_low_precision_derivatives_are_off_by_rounding(n, m, is_causal):
 
     found = attend_vjp(*inputs, low_precision=True, beside=beside, **options)
     assert max(errors(found, attend_vjp.reference(*inputs, **options))) <= ROUNDING
-    # threads come in no fixed order
+    # threads ask in no fixed order
     parts = (known[start] for start in sorted(known))
     normalizer, delta = map(np.concatenate, zip(*parts, strict=True))
     logits = 0.2 * inputs[0].astype(float) @ inputs[1].T

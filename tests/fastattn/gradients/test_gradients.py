@@ -1,4 +1,4 @@
-"""Derivatives of attention: exact ones, in any library, and refusals."""
+"""Derivatives of attention: exact ones, in any library, and what is refused."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ class TestAttendVjpOfSomeKeys(TestAttendVjp):
         query, key, value, grad = arrays
         out, normalizer = oracles.attention(query, key, value, scale=0.4)
         known = {"log_normalizer": normalizer + np.log(2), "delta": (grad * out).sum(1)}
-        # one row that must add nothing
+        # one row that is to add nothing
         known["log_normalizer"][0] = np.inf
         return arrays, {**options, **{k: x.astype(dtype) for k, x in known.items()}}
 
@@ -65,7 +65,7 @@ class TestAttendVjpOfSomeKeys(TestAttendVjp):
 class TestAttendVjpBeside(TestAttendVjp):
     def inputs(self, rng, dtype, n, m):
         arrays, options = super().inputs(rng, dtype, n, m)
-        # rows that see none of the keys, and rows that must add nothing
+        # rows that see none of the keys, and rows that are to add nothing
         prefix_lengths, outlier_mask = rng.integers(0, m + 1, n), rng.random(n) < 0.1
         other, moved = rng.standard_normal((2, n)).astype(dtype)
 
@@ -191,7 +191,7 @@ def test_derivatives_are_linear_in_that_of_the_output():
 
 
 def test_rows_of_logits_move_together():
-    # softmax does not see a constant added to a row: gradients of key and query show it
+    # softmax does not see a constant added to a row: key and query slopes show it
     query, key, value, grad = problem()
     gradients = attention_vjp(query, key, value, grad)
     np.testing.assert_allclose(gradients[1].sum(axis=0), 0, atol=1e-13)

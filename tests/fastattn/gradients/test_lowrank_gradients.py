@@ -1,4 +1,4 @@
-"""Derivatives by a low rank: its two passes, and their errors against exact ones."""
+"""Derivatives by a low rank: its two passes, and how near they come to exact ones."""
 
 from itertools import pairwise
 
@@ -47,13 +47,13 @@ class TestQueryVjp(OpLaws):
         arrays[9][0, -1] = 3
         arrays[2][1::5], arrays[4] = -np.inf, arrays[4] - 20
         arrays[8] = abs(arrays[8]) / 50
-        # rows that must add nothing, whatever they hold
+        # rows that are to add nothing, whatever they hold
         arrays[0][::7], arrays[2][3::7], arrays[4][5::7] = 1e15, np.inf, 20
         op_arguments = Hermite.of(np.array([0.4, 0.3, 0.2]), rank).op_arguments
         return arrays, op_arguments
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # features and their sums over 21 functions are up to some hundreds
+        # features and their sums over 21 functions reach some hundreds
         return 1e4 * (1 + len(arrays[0]) / 64) * np.finfo(arrays[0].dtype).eps
 
     def test_it_is_the_derivative_of_the_answer(self, place):
@@ -67,7 +67,7 @@ class TestQueryVjp(OpLaws):
         projection, origin, marks, _, weights = arrays[5:]
 
         def known(query):
-            """Functions, their factors, log-sum-exps and deltas."""
+            """Functions, their factors, log-sum-exps and drifts."""
             both = query @ projection - origin
             functions = hermite_functions(both[:, :-1], marks, options)
             sums = functions @ weights * np.exp(both[:, -1:])
@@ -172,7 +172,7 @@ class TestKeyVjpOfLandmarks(TestKeyVjp):
     sizes = (1, 12)
 
 
-# a head of low rank: its derivatives, and the exact ones
+# a head that a low rank serves: its derivatives, and what is exact in them
 def diffuse(n=4500, m=4400, dtype=np.float32):
     return problem(n=n, m=m, d=4, p=5, spread=0.6, dtype=dtype)
 
@@ -206,7 +206,7 @@ def test_auto_takes_a_low_rank_where_it_pays():
     inputs = diffuse()
     got = attention_vjp(*inputs, tol=3e-2, rng=0)
     worst = max(errors(got, inputs))
-    # not exact, and within the tolerance
+    # not exact, and good enough
     assert 1e-5 < worst <= 9e-2
     again = attention_vjp(*inputs, tol=3e-2, rng=0, method=Auto())
     for one, other in zip(got, again, strict=True):
@@ -330,7 +330,7 @@ def test_a_first_look_of_fewer_rows_may_be_enough(monkeypatch):
 
 
 def test_a_flat_head_gets_all_monomials_of_a_degree():
-    # a part of them suffices for the output, but not for its derivatives
+    # a part of them serves the answer, but not its derivatives
     rng = np.random.default_rng(0)
     query, key = 0.3**0.5 * rng.standard_normal((2, 6000, 32))
     value, grad = rng.standard_normal((2, 6000, 6))

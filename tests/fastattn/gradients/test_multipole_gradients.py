@@ -1,4 +1,4 @@
-"""Derivatives by near keys and clusters: the op, its errors, and refusals."""
+"""Derivatives by near keys and clusters: the op, what it is near, what is refused."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ class TestMultipoleVjp(OpLaws):
         described = describe.reference(query, cuts=cuts, rows=16)
         metric = np.linspace(1.5, 0.5, 4).astype(dtype)
         limit = np.full(n, np.inf, dtype)
-        # rows that must add nothing
+        # rows that are to add nothing
         limit[3::7] = -1
         options = {
             "cuts": cuts,
@@ -48,7 +48,7 @@ class TestMultipoleVjp(OpLaws):
         return [query, *described, key, value, metric, grad, limit], options
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # logits are up to 30; every derivative by a key adds up all the rows
+        # logits reach 30; every derivative by a key adds up all the rows
         n, m = len(arrays[0]), len(arrays[4])
         return 4 * (n + m + 2048) * np.finfo(arrays[0].dtype).eps
 
@@ -180,7 +180,7 @@ def test_clusters_keep_three_times_the_tolerance(tol, dtype):
 def test_real_heads_keep_three_times_the_tolerance(name):
     query, key, value = (x[0] for x in load_sample(name))
     grad = np.random.default_rng(0).standard_normal(value.shape).astype(value.dtype)
-    # the gradient of a loss is no noise: it is correlated with the queries
+    # what a loss sends back is no noise: it goes with the queries
     for change in (grad, np.tanh(query @ grad[: query.shape[1]])):
         inputs = query, key, value, change.astype(value.dtype)
         got = attention_vjp(*inputs, method=Multipole(), tol=5e-2, rng=0)
@@ -279,7 +279,7 @@ def test_what_clusters_do_not_serve_is_refused():
 
 
 def test_keys_that_are_alike_may_have_other_values():
-    # no threshold makes them near, but each gets the gradient of its own value
+    # no threshold makes them near, but each gets what its own value is worth
     query, key, value, grad = sharp(dtype=np.float64)
     key[::2] = key[3]
     inputs = query, key, value, grad
@@ -295,7 +295,7 @@ def test_an_int_makes_the_call_reproducible():
 
 
 def wide(n):
-    """A peaked head with as many columns as real ones have."""
+    """A sharp head with as many columns as real ones have."""
     query, key, value, grad = problem(n=n, m=n, d=64, p=64, dtype=np.float32)
     query[:, 4:], key[:, 4:] = 0, 0
     # as if there were four columns

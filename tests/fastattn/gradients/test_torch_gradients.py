@@ -1,4 +1,4 @@
-"""Tensors that require gradients are refused; without gradients they are accepted."""
+"""Tensors whose gradients are tracked are refused; without tracking they are served."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Feature maps against their definitions, and the expectation of random ones."""
+"""Feature maps against their definitions, and what random ones are on average."""
 
 import itertools
 import math
@@ -169,7 +169,7 @@ def quadrature(d, size=48):
 
 
 def estimates(kind, query, key):
-    """The estimate of ``exp(q . k)`` by each direction, and its mass."""
+    """What one direction says of ``exp(q . k)``, and the mass of each direction."""
     grid, mass = quadrature(len(query))
     one = RandomFeatures(1, kind)
     found = []

@@ -1,4 +1,4 @@
-"""Derivatives of linear attention: finite differences, torch, and input checks."""
+"""Derivatives of linear attention: finite differences, torch, and what they owe."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Sums over keys, outputs of rows, and causal products by chunks."""
+"""Sums over keys, what rows make of them, and causal products by chunks."""
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class TestFadingPrefixProducts(TestPrefixProducts):
 
 
 class TestPrefixProductsInStep(TestPrefixProducts):
-    """The first rows see one key more each: their chunks are found in parallel."""
+    """The first rows see one key more each: their chunks are found side by side."""
 
     gap = 0
 

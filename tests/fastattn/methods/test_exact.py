@@ -151,11 +151,11 @@ def test_weights_that_underflow_are_not_certified_away(dtype, guarantee):
     query, key, value = far_below(dtype=dtype)
     options = {"scale": 1.0, "method": Exact(), "rng": 0, "tol": 0.1}
     if guarantee == "sampled":
-        # the rounding error of what should be zero is as large as itself
+        # what is computed instead of nothing is off by its own size
         with pytest.raises(RefusalError, match=r"underflows|below what"):
             approximate(query, key, value, **options)
     else:
-        # next to the values it is negligible
+        # next to the values it is nothing
         answer = approximate(query, key, value, guarantee="proven", **options)
         assert np.abs(answer.value).max() <= answer.certificate.error
 

@@ -1,4 +1,4 @@
-"""Attention by int8 or bfloat16 matmul: kernel, certificates, and when it is used."""
+"""Attention in products of eight bits: the body, the promise, and who gets it."""
 
 from dataclasses import replace
 

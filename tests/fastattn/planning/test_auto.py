@@ -1,4 +1,4 @@
-"""Auto: it meets tolerances, gives reasons, and does not depend on luck."""
+"""The planner: it keeps tolerances, says why, and does not depend on luck."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace

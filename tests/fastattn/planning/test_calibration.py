@@ -1,4 +1,4 @@
-"""Rates: built in until measured ones are stored, never those of another machine."""
+"""Rates: built in until measured ones are kept, and never those of another machine."""
 
 import dataclasses
 import json
@@ -173,7 +173,7 @@ def test_every_rate_shows_in_a_piece_and_comes_out_finite(monkeypatch):
     assert all(x > 0 for x in dataclasses.astuple(found))
     pieces = calibration._pieces(np.random.default_rng(0))
     base = [piece.work() for piece in pieces]
-    # a processor without int8 and bfloat16 instructions has no rate of them
+    # a processor without products of eight bits has no rate of them
     here = multiplies_quantized(np.zeros(1, np.float32))
     absent = set() if here else {"coarse", "weight"}
     for name in set(NAMES) - absent:

@@ -1,4 +1,4 @@
-"""Explanations: the same choice as the run, and the result of every candidate."""
+"""Explanations: the same choice as the run, and what every candidate came to."""
 
 import math
 

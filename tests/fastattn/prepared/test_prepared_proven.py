@@ -1,4 +1,4 @@
-"""Proven bounds of prepared structures hold for every row within their bounds."""
+"""Proven bounds of prepared structures hold for every row within their extents."""
 
 import numpy as np
 import pytest

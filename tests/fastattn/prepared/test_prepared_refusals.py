@@ -1,4 +1,4 @@
-"""Refusals of prepared structures: wrong arguments, broken files, far queries."""
+"""What prepared structures refuse: wrong arguments, broken files, far queries."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Causal attention by parts: each row sees its keys, at every border, and no others."""
+"""Causal attention by parts: what each row sees, at every border, and nothing else."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""Outlier rows are known before any row is sampled."""
+"""Rows that can hurt are known before any row is sampled."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_default_call_is_within_its_certificate(make):
 )
 @pytest.mark.parametrize("logits", ["int8", "bfloat16"])
 def test_certificate_of_rounded_logits_holds_at_its_rate(make, logits, monkeypatch):
-    # by the reference: not every processor has int8 and bfloat16 instructions
+    # by the reference: not every processor has products of eight bits
     monkeypatch.setattr(
         "fastattn.methods.quantized.attend_quantized", attend_quantized.reference
     )

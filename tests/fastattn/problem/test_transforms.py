@@ -1,4 +1,4 @@
-"""Changes of coordinates leave the logits unchanged, up to known terms."""
+"""Changes of coordinates leave the logits where they were, up to known terms."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Heads larger than the allowed memory: read in blocks, with the same answers."""
+"""Heads larger than the memory they may use: read in pieces, worth the same."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ TINY = "20KB"
 
 @pytest.fixture
 def arrays(rng):
-    """Logits of low rank, of more keys than a block has."""
+    """Logits that a low rank serves, of more keys than a piece has."""
     query, key = (
         0.5 * rng.standard_normal((n, 8)).astype(np.float32) for n in (700, 5000)
     )
@@ -179,7 +179,7 @@ def test_sums_that_miss_over_all_keys_are_not_used(
     tmp_path, capsys, arrays, monkeypatch, method
 ):
     plan = streaming._plan
-    # error bounds of a sample that is unlike the keys
+    # what a sample can promise where it is unlike the keys
     monkeypatch.setattr(streaming, "_plan", lambda head, _, *x: plan(head, 0.3, *x))
     path = save(tmp_path, as_dtype(arrays, np.float32))
     options = ["--tol", 1e-4, "--method", method]

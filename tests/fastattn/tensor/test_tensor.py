@@ -98,7 +98,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS)
 class TestSymmetries:
-    """The laws of every method, within its proven bound."""
+    """What every method owes the definition, within its proven bound."""
 
     def answer(self, inputs, method, **options):
         return approximate(*inputs, tol=1e-3, method=method, **{**PROVEN, **options})

@@ -1,4 +1,4 @@
-"""Explanations of a tensor head before and after the run."""
+"""What is said of a tensor head before, and after, it is answered."""
 
 import numpy as np
 import pytest

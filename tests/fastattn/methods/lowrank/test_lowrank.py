@@ -31,14 +31,14 @@ def plan(query, key, value, rank, landmarks, scale=None, seed=0):
 
 
 def error_of(structure, query, key, value):
-    """Relative error on the reliable rows, and how many there are."""
+    """Relative error on the good rows, and how many there are."""
     got, _, reliable = (np.asarray(x) for x in structure.query(query))
     truth, _ = oracles.attention(query, key, value)
     return oracles.frobenius_error(got[reliable], truth[reliable]), int(reliable.sum())
 
 
 def run(op, place, arrays, options):
-    """The outputs of a kernel for arrays that are moved to its place."""
+    """What a body says of arrays that are brought to it."""
     skip_without(place)
     return fetch(op.kernel(place)(*[bring(place, x) for x in arrays], **options))
 
@@ -57,7 +57,7 @@ class TestKeySums(OpLaws):
         return arrays, {"offset": -0.5, "longest": 4.5, **op_arguments}
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # y and landmarks are up to 8 and 1: exponents up to 60, of which exp is one sum
+        # y and landmarks reach 8 and 1: exponents reach 60, of which exp is one sum
         return (len(arrays[0]) + 512) * np.finfo(arrays[0].dtype).eps
 
     def test_far_keys_are_left_out(self, place):
@@ -93,7 +93,7 @@ class TestQueryMeans(OpLaws):
             (6, 4), (6, 3), (2, 2), (2,),
         ]  # fmt: skip
         arrays = [rng.uniform(-1, 1, x) for x in shapes]
-        # a few rows are outliers; the sum of weights stays away from its limit
+        # a row in a few is not good; the sum of weights stays away from its limit
         arrays[4] = np.abs(arrays[4]) / 4
         arrays[5] *= 1e-3
         arrays[5][0, -1] = 5.0
@@ -203,7 +203,7 @@ def test_duplicated_keys_make_no_landmark_twice(rank):
     structure = plan(query, key, value, rank, 64).insert(key, value)
     assert structure.landmarks <= 10
     error, _ = error_of(structure, query, key, value)
-    # the residual of 20 polynomials is small next to the rounding of float32
+    # what 20 polynomials leave is small next to the rounding of float32
     assert error < (1e-4 if rank == 1 else 1e-3)
 
 
@@ -217,7 +217,7 @@ def test_one_huge_key_is_kept_apart(rank, landmarks):
     )
     assert len(structure.far_key) == 1
     error, reliable = error_of(structure, query, key, value)
-    # rows that the huge key dominates are outliers
+    # rows that the huge key dominates are not good
     assert 0.3 * len(query) < reliable < 0.7 * len(query)
     assert error < 0.1
 
@@ -232,7 +232,7 @@ def test_merge_is_concatenation(rank, landmarks):
     for rows in np.array_split(np.arange(1300), 7):
         pieces = pieces.insert(key[rows], value[rows])
     assert whole.nbytes == pieces.nbytes
-    # float32, and landmarks with a small residual after 30 polynomials
+    # float32, and landmarks that 30 polynomials leave little of
     slack = 3e-4 if rank > 1 and landmarks else 1e-4
     for other in (halves[0].merge(halves[1]), halves[1].merge(halves[0]), pieces):
         assert other.count + len(other.far_key) == 1300

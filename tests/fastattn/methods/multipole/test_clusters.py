@@ -1,4 +1,4 @@
-"""Partitions of rows into clusters, and the structure built on them."""
+"""Rows cut into parts of similar ones, and the structure that is made of them."""
 
 import math
 from itertools import pairwise

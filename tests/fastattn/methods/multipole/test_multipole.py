@@ -48,7 +48,7 @@ class TestMultipoleOp(OpLaws):
         return [query, *described, key, value, metric], options
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # logits are up to 30, and are rounded as products and as sums of 9 features
+        # logits reach 30, and are rounded as products and as sums of 9 features
         return (len(arrays[4]) + 2048) * np.finfo(arrays[0].dtype).eps
 
     def test_blocks_may_be_answered_for_a_few_rows(self, place):
@@ -309,7 +309,7 @@ def test_work_beyond_the_limit_is_refused_before_anything_is_answered(rng):
     head = Head(query, key, value, 0.25)
     with pytest.raises(RefusalError, match=r"blocks of queries take .* the work"):
         configured_multipole(head, 0.05, rng, limit=1.0)
-    # few dimensions, where clusters are accurate
+    # few dimensions, which clusters serve
     head = Head(query[:, :6], key[:, :6], value, 0.4)
     with pytest.raises(RefusalError, match="near keys a row takes"):
         configured_multipole(head, 1e-6, rng, limit=7e8)

@@ -1,4 +1,4 @@
-"""Near keys by int8 or bfloat16 matmul: against the definition, and their fallback."""
+"""Near keys in products of eight bits: against the definition, and their fallback."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ needs_eight_bits = pytest.mark.skipif(
     not multiplies_bytes(), reason="the processor has no AVX-512 BF16 and VNNI"
 )
 both = pytest.mark.parametrize("integers", [False, True])
-# half a unit in the last place of bfloat16, and of the integers of a factor
+# half a unit in the last of eight bits, and of the integers of a factor
 ROUNDING, HALF = 2.0**-9, 0.5 / 127
 
 
@@ -35,7 +35,7 @@ def nothing_yet(n, p):
 
 
 def added(query, mean, key, value, near, integers, before=None):
-    """The result of ``add_near`` after ``before``, by default empty sums."""
+    """What ``add_near`` makes of ``before``: nothing, unless it is given."""
     state = before or nothing_yet(len(query), value.shape[1])
     packed = PackedKeys(key, integers)
     near = near.astype(np.int32)
@@ -44,7 +44,7 @@ def added(query, mean, key, value, near, integers, before=None):
 
 
 def slack(query, mean, key, integers):
-    """Error of weights: logits by the rounding of their factors, and their own."""
+    """How far weights may be off: logits by their factors' rounding, and by itself."""
     step, key = np.abs(query - mean), np.abs(key - key.mean(axis=0))
     if integers:
         column = key.max(axis=0)
@@ -52,7 +52,7 @@ def slack(query, mean, key, integers):
         logit = HALF * (row @ key.T + step @ np.broadcast_to(column, key.shape).T)
     else:
         logit = 2 * ROUNDING * step @ key.T
-    # weights and values are cut or rounded to bfloat16
+    # weights and values are cut or rounded to eight bits
     return 2 * np.expm1(1.1 * logit.max() + 4 * ROUNDING)
 
 
@@ -130,7 +130,7 @@ def test_sums_that_overflow_are_left_to_float32(integers):
 
 
 class TestLowPrecisionMultipoleOp(_Op):
-    """The laws of the op, for float64 exactly and for float32 in low precision."""
+    """The laws of the op, for float64 as before and for float32 to eight bits."""
 
     low_precision = "bfloat16"
 
@@ -183,5 +183,5 @@ def test_small_tolerances_are_left_to_float32():
     exact, _ = oracles.attention(query, key, value)
     answer = approximate(query, key, value, tol=1e-4, method=Multipole(), rng=0)
     error = np.linalg.norm(answer.value - exact) / np.linalg.norm(exact)
-    # far below the error of 8-bit factors
+    # far below what eight bits leave
     assert error <= 1e-4 < ROUNDING / 4

@@ -138,7 +138,7 @@ def test_whole_interval_error_holds_where_the_grid_is_worst(degree, bound):
 @pytest.mark.parametrize("bound", [*BOUNDS, 6.375, 7.0, 7.875])
 def test_error_falls_with_the_degree_to_what_float64_holds(bound):
     errors = [relative_minimax(g, bound)[1] for g in range(LARGEST_DEGREE + 1)]
-    # terms are up to exp(bound), errors relative to exp(-bound)
+    # terms reach exp(bound) and are judged relative to exp(-bound)
     floor = max(np.finfo(float).eps * math.exp(2 * bound) * LARGEST_DEGREE, 1e-13)
     for lower, higher in itertools.pairwise(errors):
         assert higher < max(lower, 10 * floor)
@@ -166,7 +166,7 @@ def test_no_degree_serves_bounds_beyond_the_largest():
 
 
 def alphas(index, d):
-    """The multi-indices of an expansion."""
+    """The multi-indices that a recipe stands for."""
     rows = [(0,) * d]
     for parent, coordinate in zip(index.parent[1:], index.coordinate[1:], strict=True):
         alpha = list(rows[parent])

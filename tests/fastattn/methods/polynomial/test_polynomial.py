@@ -39,7 +39,7 @@ class TestMoments(OpLaws):
         return [x.astype(dtype) for x in arrays], op_arguments(3, 3)
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # coordinates are up to 8, a monomial of degree 3 to 512, a weight to exp(8)
+        # coordinates reach 8, a monomial of degree 3 reaches 512, a weight exp(8)
         m = len(arrays[0])
         return (m + 64) * np.finfo(arrays[0].dtype).eps * 512 * 40
 
@@ -148,7 +148,7 @@ def test_any_rank_is_served_in_any_dimension(rng, rank, d):
     query, key, value = rng.standard_normal((3, 300, d)) * 0.2
     answer = approximate(query, key, value, tol=2, method=Polynomial(rank=rank), rng=0)
     truth, _ = oracles.attention(query, key, value)
-    # the failure rate of certificates is checked in test_certificates
+    # the chance that certificates fail with is the business of test_certificates
     assert oracles.frobenius_error(answer.value, truth) <= 1
 
 

@@ -53,7 +53,7 @@ def assert_close(one, other):
 
 @pytest.mark.parametrize("method", METHODS)
 class TestLaws:
-    """The laws of both structures."""
+    """What both structures owe."""
 
     @pytest.mark.parametrize("lengths", [(40,), (40, 30), (12, 1, 20)])
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,7 +130,7 @@ class TestLaws:
         query, keys, values = inputs = problem(lead=(2,))
         prepared = made(inputs, method)
         assert prepared.count.shape == (2, 2)
-        # within the bounds of the keys and values of both heads
+        # within what the keys and values of both heads reach
         first = keys[0][0] / 2, np.clip(values[0][0], 0.3, 0.7)
         prepared.insert((first[0], None), (first[1], None))
         np.testing.assert_array_equal(prepared.count, [[80, 30]] * 2)
