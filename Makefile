@@ -1,12 +1,12 @@
-# The only commands to know. Each builds what it needs; PYTHON picks the interpreter.
+# All commands. Each builds its environment; PYTHON selects the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# every warning is an error, a name that leads nowhere too
+# every warning is an error, an unresolved reference too
 SPHINX := --builder html --nitpicky --fail-on-warning --quiet
 ARGS ?=
 
-# where nothing can be kept: root may write anywhere but there
+# a folder that root cannot write to either
 NOWHERE := /proc/nowhere
 
 .PHONY: demo test test-all check bench coverage gpu docs clean
@@ -36,7 +36,7 @@ test: $(VENV)/.test  ## laws, oracles, attacks, doctests
 	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow' $(ARGS)
 	$(BIN)/python -m pytest --doctest-modules --ignore=fastattn/data --ignore-glob='*/_ops/gpu/*' sketching fastattn lowerbounds
 
-test-all: test  ## the same, then what takes minutes: thousands of attacks
+test-all: test  ## the same, then the slow tests: thousands of attacks
 	$(BIN)/python -m pytest --numprocesses 2 -m slow $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.docs  ## everything that CI runs
@@ -49,27 +49,27 @@ check: $(VENV)/.test $(VENV)/.docs  ## everything that CI runs
 	rm -rf docs/api/generated
 	$(BIN)/python -m sphinx $(SPHINX) --define plot_gallery=0 docs docs/_build/quick
 
-environments: least readonly homeless interpreted  ## the demo's calls where running is hard
+environments: least readonly homeless interpreted  ## the demo's calls in restricted environments
 
-least: $(VENV)/.base  ## with the least versions of all dependencies
+least: $(VENV)/.base  ## with the lowest versions of all dependencies
 	test -x $(VENV)-least/bin/python || $(BIN)/python -m venv $(VENV)-least
 	$(BIN)/python .ci/least_versions.py > $(VENV)-least/versions.txt
 	$(VENV)-least/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)-least/versions.txt
 	NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)-least/code PYTHONPATH=$(CURDIR) $(VENV)-least/bin/python .ci/calls.py
 
-readonly: $(VENV)/.base  ## from an installation that cannot be written to
+readonly: $(VENV)/.base  ## from a read-only installation
 	.ci/readonly $(BIN)/python
 
-homeless: $(VENV)/.base  ## from such a one, by a user without a home
+homeless: $(VENV)/.base  ## from a read-only installation, by a user without a home
 	HOME=$(NOWHERE) XDG_CACHE_HOME=$(NOWHERE) MPLCONFIGDIR= .ci/readonly $(BIN)/python
 
-interpreted: $(VENV)/.base  ## where numba may not compile
+interpreted: $(VENV)/.base  ## with numba's compilation disabled
 	NUMBA_DISABLE_JIT=1 PYTHONPATH=$(CURDIR) $(BIN)/python .ci/calls.py
 
 bench: $(VENV)/.bench  ## measure everything, ARGS=--quick in minutes; TORCH='torch==2.13.0' picks a build
 	$(BIN)/python -m benches $(ARGS)
 
-coverage: $(VENV)/.test  ## lines that the tests run; numba counts those that it compiles
+coverage: $(VENV)/.test  ## line coverage of the tests; numba counts the lines that it compiles
 	rm -rf $(VENV)/numba-coverage
 	NUMBA_JIT_COVERAGE=1 NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/numba-coverage \
 	$(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing:skip-covered $(ARGS)

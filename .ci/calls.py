@@ -1,7 +1,7 @@
-"""The calls of the demo and of the README, for environments that are hard to run in.
+"""The calls of the demo and of the README, for restricted environments.
 
-``python .ci/calls.py`` exits 0 if every answer is right: with the least versions of all
-dependencies, from a read-only installation, without a home, without a compiler.
+``python .ci/calls.py`` exits 0 if every answer is right: with the lowest versions of
+all dependencies, from a read-only installation, without a home, without a compiler.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ def attend() -> None:
 
 
 def measure() -> None:
-    """Find neighbours and clusters under a metric that moves."""
+    """Find neighbours and clusters under a metric that changes."""
     points = np.random.default_rng(0).standard_normal((500, 6))
     neighbors = sketching.MahalanobisNeighbors(n_neighbors=3).fit(points)
     _, numbers = neighbors.kneighbors(points)
@@ -62,7 +62,7 @@ def measure() -> None:
 
 
 def decide() -> None:
-    """Decide formulas by attention, and by looking at all pairs."""
+    """Decide formulas by attention, and by enumeration of all pairs."""
     for seed in range(3):
         instance = lowerbounds.from_cnf(lowerbounds.random_formula(10, rng=seed))
         assert lowerbounds.decide(instance) is instance.has_solution

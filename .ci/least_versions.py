@@ -1,4 +1,4 @@
-"""Print the least versions that pyproject.toml allows, as pip takes them."""
+"""Print the lowest versions that pyproject.toml allows, as pip takes them."""
 
 import re
 import tomllib

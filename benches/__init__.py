@@ -1,1 +1,1 @@
-"""What is measured: ratios in one run, and only of correct answers."""
+"""Benchmarks: ratios of times in one run, of answers that were checked."""

@@ -1,7 +1,7 @@
 """Measure everything, or some studies: tables, figures, and one page of them all.
 
 ``python -m benches`` runs every study, ``python -m benches tensor exact`` families or
-studies by name. ``--quick`` is a look at all of them in a few minutes.
+studies by name. ``--quick`` runs all of them at small sizes in a few minutes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benches.resume import code_of
 from benches.studies import FAMILIES, STUDIES, Study
 
 RESULTS = Path(__file__).parent / "results"
-# git ignores it: numbers of small sizes are for a look, not for a commit
+# ignored by git: numbers of small sizes are not for a commit
 QUICK = Path(__file__).parent.parent / "build" / "benches-quick"
 
 
@@ -38,7 +38,7 @@ def main(argv=None) -> int:
             try:
                 absent[study.name] = _measure(study, arguments)
             except Exception:
-                # the others are worth having; the status says that one is missing
+                # one failure does not end the run; the exit status reports it
                 traceback.print_exc()
                 failed.append(study.name)
                 absent[study.name] = "it failed in the last run"
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="FILE[@N]",
-        help="files of q, k, v beside the packaged ones; @N: their first N rows",
+        help="more files of q, k, v, with the packaged ones; @N: their first N rows",
     )
     parser.add_argument(
         "--heads-each",
@@ -113,7 +113,7 @@ def _chosen(names: list[str], parser: argparse.ArgumentParser) -> list[Study]:
 
 
 def _measure(study: Study, arguments: argparse.Namespace) -> str:
-    """Run one study and keep it; say why where there is nothing to keep."""
+    """Run one study and store it; print the reason if there is no result."""
     lacking = missing(study.needs)
     if lacking:
         why = f"{', '.join(lacking)} is not installed"
@@ -144,25 +144,25 @@ def _measure(study: Study, arguments: argparse.Namespace) -> str:
 
 
 def wanted(study, options: dict) -> dict:
-    """Pick the options that a study takes."""
+    """Select the options that a study takes."""
     return {name: options[name] for name in inspect.signature(study).parameters}
 
 
 def command_of(name: str, arguments: argparse.Namespace) -> str:
-    """The command that measures a study again."""
+    """The command that repeats the measurement of a study."""
     command = f"python -m benches {name} --threads {arguments.threads}"
     command += " --quick" if arguments.quick else ""
     command += f" --count {arguments.count}" if arguments.count else ""
     if arguments.heads_each:
         command += f" --heads-each {arguments.heads_each}"
     if arguments.data:
-        # where the files lie is nobody else's business
+        # folders of the files are private
         command += " --data " + " ".join(Path(path).name for path in arguments.data)
     return command
 
 
 def _is_there(folder: Path, record: dict) -> bool:
-    """Whether a folder has the rows that this command would measure again."""
+    """Whether a folder has the result of this command and code."""
     path = folder / f"{record['study']}.json"
     if not path.exists():
         return False

@@ -1,4 +1,4 @@
-"""How often errors exceed their certificates on heads made against sampling."""
+"""How often errors exceed their certificates on heads constructed against sampling."""
 
 from collections import Counter
 from dataclasses import replace
@@ -13,9 +13,9 @@ from benches.made_heads import kinds, made_heads
 from benches.progress import steps
 
 TOLS = (1e-1, 3e-2, 1e-2)
-# chance that a sound certificate is called unsound, over all kinds together
+# probability that any sound certificate is called unsound, over all kinds together
 _ALARM = 0.01
-# rows of a real head that are joined to those of another
+# rows of a real head that are concatenated with those of another
 _JOINED = 2048
 
 
@@ -72,7 +72,7 @@ def each_trial(head: Head, seeds: int, step) -> list[dict]:
 
 
 def joined(heads: list[Head]) -> list[Head]:
-    """Rows of neighbours in the list, one head after the other, where sizes match."""
+    """Concatenate the rows of neighbours in the list, where sizes match."""
     found = []
     for left, right in pairwise(heads):
         if left.query.shape[1] != right.query.shape[1]:
@@ -105,7 +105,7 @@ def summary(name: str, trials: list[dict]) -> dict:
 
 
 def allowed(answers: int, failure: float, alarm: float) -> int:
-    """Most failures that a promise kept with ``failure`` plausibly shows."""
+    """Most failures that bounds with probability ``failure`` plausibly show."""
     return int(binom.isf(alarm, answers, failure))
 
 

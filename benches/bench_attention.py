@@ -1,6 +1,6 @@
 """pytest-benchmark cases of exact and polynomial attention against torch.
 
-Every answer is checked before it is timed, and its error is stored beside the time.
+Every answer is checked before it is timed, and its error is stored with the time.
 """
 
 from functools import partial

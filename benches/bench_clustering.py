@@ -1,4 +1,4 @@
-"""A pytest-benchmark case of k-means in a metric, beside whitening and KMeans."""
+"""A pytest-benchmark case of k-means in a metric, against whitening and KMeans."""
 
 import numpy as np
 import pytest

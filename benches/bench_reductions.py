@@ -1,4 +1,4 @@
-"""pytest-benchmark cases of hard instances: to make one, and to decide it."""
+"""pytest-benchmark cases of hard instances: construction and decision."""
 
 import pytest
 

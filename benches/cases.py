@@ -47,7 +47,7 @@ def worst_points(n, rng, *, d=8):
     high, low = t[np.argmax(error)], t[np.argmin(error)]
     query, key = np.zeros((2, n, d))
     query[:, 0] = 1
-    # opposite pairs keep the mean of the keys where it is: centring cannot help
+    # opposite pairs keep the mean of the keys in place: centring cannot help
     along = np.resize([high, low, -1.0, 1.0], n)
     key[:, 0] = along
     key[:, 1] = np.sqrt(1 - along**2) * rng.choice([-1, 1], n)

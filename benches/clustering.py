@@ -25,7 +25,7 @@ NEIGHBORS = 5
 def clustering(*, quick, results):
     """k-means against whitening and scikit-learn's; accuracy of classes by metric.
 
-    The rows of each part are kept: a run that was stopped goes on from there.
+    The rows of each part are stored: a run that was stopped continues from there.
     """
     n = 2_000 if quick else 200_000
     parts = {

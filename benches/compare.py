@@ -1,9 +1,9 @@
-"""Two sets of results, case by case, with a verdict that knows the spread.
+"""Compare two sets of results case by case, with verdicts that account for the spread.
 
 A measured number has a least and a most. If nothing has changed, the ranges of two
-runs of m pairs each lie apart with probability 2 / C(2 m, m): 0.8 % for five pairs,
-10 % for three. So a case is better or worse only if the ranges lie apart, and the
-medians by more than what one run on a shared machine differs from the next. Errors are
+runs of m pairs each are disjoint with probability 2 / C(2 m, m): 0.8 % for five pairs,
+10 % for three. So a case is better or worse only if the ranges are disjoint, and the
+medians differ by more than those of repeated runs on a shared machine. Errors are
 gated where they are measured, and not compared here.
 """
 
@@ -23,7 +23,7 @@ SLACK = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one number of one case."""
+    """The change of one number of one case."""
 
     study: str
     case: str
@@ -68,7 +68,7 @@ def compared(before: dict[str, dict], after: dict[str, dict]) -> Iterator[Verdic
 
 
 def _obstacle(before: dict, after: dict) -> str:
-    """Why times of two results say nothing about each other; "" if they do."""
+    """Why times of two results cannot be compared; "" if they can."""
     if before["command"] != after["command"]:
         return f"`{before['command']}`, then `{after['command']}`"
     first, second = (comparable(x["environment"]) for x in (before, after))
@@ -116,7 +116,7 @@ def measured(row: dict) -> dict[str, Ratio]:
 
 
 def verdict(before: Ratio | None, after: Ratio | None, *, more_is_better: bool) -> str:
-    """Judge one number by both ranges."""
+    """Compare one number by both ranges."""
     if before is None or after is None:
         return f"missing: {'before' if before is None else 'after'}"
     if not more_is_better:

@@ -1,16 +1,16 @@
-"""Pictures of curves and maps: growth, which method wins, sketches, attacks."""
+"""Figures of curves and maps: growth, fastest methods, sketches, attacks."""
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 _MARKERS = "osvD^P*X<>"
-# a cell of the map is as dark as can be from so many times faster on
+# a cell of the map has the darkest colour from so many times faster on
 _FASTEST = 32.0
 
 
 def _figure(columns: int, title: str, *, width: float = 6.0, height: float = 5.0):
-    # a Figure of its own draws with Agg and leaves pyplot's state alone
+    # a Figure of its own draws with Agg and leaves pyplot's state unchanged
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height), layout="constrained")
@@ -40,7 +40,7 @@ def draw_growth(record: dict, path: str | Path) -> None:
         panels[0].plot(sizes, times, label=label, **look)
         ends = [[row[f"{what[0]}, {x}"] for row in some] for x in ("least", "most")]
         panels[0].fill_between(sizes, *ends, color=look["color"], alpha=0.15, lw=0)
-        # less than a page or so is as good as nothing
+        # less than about a page counts as one
         memory = [max(row[what[1]], 0.1) for row in some]
         panels[1].plot(sizes, memory, label=method, **look)
     for panel, label in zip(panels, labels, strict=True):
@@ -52,7 +52,7 @@ def draw_growth(record: dict, path: str | Path) -> None:
 
 
 def draw_map(record: dict, path: str | Path) -> None:
-    """Draw the fastest method of each cell, and what Auto() makes of it."""
+    """Draw the fastest method of each cell, and the choice of Auto()."""
     from benches.maps import AUTO, winners
 
     rows = record["rows"]
@@ -93,7 +93,7 @@ def draw_map(record: dict, path: str | Path) -> None:
 
 
 def _speed(row: dict | None) -> float | None:
-    """Times faster, if the method kept its tolerance."""
+    """Times faster, if the method met its tolerance."""
     speed = row and row["times faster than torch"]
     return speed if speed and math.isfinite(speed) else None
 
@@ -124,7 +124,7 @@ def draw_sketch_error(record: dict, path: str | Path) -> None:
 
 
 def draw_attack(record: dict, path: str | Path) -> None:
-    """Draw what an attacker is told over the truth, against the steps of the attack."""
+    """Draw answered distances over true ones, against the steps of the attack."""
     figure, (panel,) = _figure(1, "hill climbing on the answers about one point")
     for number, (mode, some) in enumerate(_by(record["rows"], "mode").items()):
         steps = [max(row["steps"], 1) for row in some]
@@ -134,7 +134,7 @@ def draw_attack(record: dict, path: str | Path) -> None:
         ends = [[row[f"{x} of five"] for row in some] for x in ("least", "most")]
         panel.fill_between(steps, *ends, color=f"C{number}", alpha=0.2, lw=0)
     panel.axhline(1.0, color="0.7", lw=1, zorder=0)
-    panel.set(xlabel="steps", ylabel="distance told over the true one", xscale="log")
+    panel.set(xlabel="steps", ylabel="answered over true distance", xscale="log")
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.25)
     panel.legend(fontsize=8)

@@ -1,7 +1,8 @@
-"""The study of damaged and crafted files: what reading them costs, and says.
+"""The study of damaged and crafted files: memory and messages of reading them.
 
-Each kind of file is damaged, cut, filled up and crafted at random, and read in a
-process of its own: what is not read must be refused in one line that names the file.
+Files of each kind are damaged, cut, padded and crafted at random, and read in a
+process of their own: files that are not read must be refused in one line that names
+the file.
 """
 
 import bz2
@@ -48,7 +49,7 @@ def run_apart(kind, count, seed=0):
 
 
 def main(kind, count, seed, folder):
-    """Read the files of one kind and print what came of it."""
+    """Read the files of one kind and print the counts of outcomes."""
     folder, rng = Path(folder), np.random.default_rng(int(seed))
     sound = make(kind, folder)
     before, counts, worst = peak(), Counter(), ""
@@ -289,7 +290,7 @@ def crafted_text(data, rng):
 
 def bomb(data, rng):
     """A member that unpacks to far more than the file has."""
-    # packing takes longer than all else: a few have to do
+    # packing takes longest: a few cases are enough
     size = 1 << (28 if rng.random() < 0.05 else 20)
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({size // 4},), }}\n"
     head = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
@@ -297,7 +298,7 @@ def bomb(data, rng):
 
     def change(members):
         names = list(members)
-        # in parts, so that what writes it takes no more memory than what reads it
+        # in parts, so that writing takes no more memory than reading
         members[names[rng.integers(len(names))]] = [
             head,
             *(size >> 20) * [bytes(1 << 20)],

@@ -1,4 +1,4 @@
-"""What exact attention and polynomials of a fixed budget decide, up to large n."""
+"""Decisions of exact attention and of polynomials within a budget, up to large n."""
 
 import math
 
@@ -20,7 +20,7 @@ FAMILIES = ("gap", "planted", "satisfiability")
 _GAP_DIMENSION = 16
 # entry bounds over the one that the reduction states
 FACTORS = tuple(float(x) for x in np.geomspace(0.15, 2, 12))
-# degrees in which the least one that decides is looked for
+# degrees among which the least one that decides is searched
 _MOST = 1000
 
 
@@ -41,7 +41,7 @@ def instances(family: str, n: int, count: int) -> list:
 
 
 def decided(family: str, n: int, count: int) -> dict:
-    """Share of right answers by method over the entry bound, and what would decide.
+    """Share of right answers by method over the entry bound, and the monomials needed.
 
     The inputs are those of the calibrated reduction, scaled. `least` is the logarithm
     to base n of the least number of monomials from which on all answers are right at

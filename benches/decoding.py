@@ -15,7 +15,7 @@ from benches.measure import (
 )
 from fastattn._ops.softmax import attend
 
-# steps of one measurement: the tail is folded into the sums twice
+# steps of one measurement: the tail is merged into the state twice
 _STEPS = 512
 _SCALE, _STD, _TOL = 64**-0.5, 0.3, 3e-2
 # single queries of one measurement of clusters, rows that errors are measured on, and
@@ -124,7 +124,7 @@ def _single(head, tol, quick):
         [exact_rows(asked, head.key, head.value, x, scale=head.scale) for x in blocks]
     )
     error = float(np.linalg.norm(value - truth) / np.linalg.norm(truth))
-    # a few rows are no more than a sample of those that are promised something
+    # a few rows are only a sample of those that the certificate covers
     assert error <= 1.2 * answer.certificate.error <= 1.2 * tol
     pairs = 3 if quick else 11
     return {
@@ -152,7 +152,7 @@ def _over_sdpa(call, head, asked, pairs):
 
 
 def _clustered():
-    """A head whose keys lie about centres that its queries look for."""
+    """A head whose keys are clustered, with queries near the centres."""
     rng, d = np.random.default_rng(0), 64
     centre, mean = rng.standard_normal((2, 512, d), dtype=np.float32)
     label, wanted = rng.integers(512, size=(2, _KEYS))

@@ -22,7 +22,7 @@ SAMPLED = {"rows": 64, "sampled": 9}
 def distances(*, quick, results):
     """Times over named opponents; every answer is checked before it is timed.
 
-    The rows of each part are kept: a run that was stopped goes on from there.
+    The rows of each part are stored: a run that was stopped continues from there.
     """
     n, wide = (5000, 512) if quick else (50_000, 2048)
     sizes = (wide,) if quick else (wide, 8192)
@@ -126,7 +126,7 @@ def _learned(metric, x):
 
 
 def _follow(index, state, updates, size):
-    """Hand updates to an index, and bring its points up to date after so many.
+    """Apply updates to an index, and bring its points up to date after some of them.
 
     A learner's updates fit the metric that it had: each call starts from there.
     """
@@ -139,7 +139,7 @@ def _follow(index, state, updates, size):
 
 
 def _drift(index, x):
-    """How far the answers are from those of an index that is built anew."""
+    """Error of the answers against those of an index that is built anew."""
     truth = _index(index.metric, x, Exact()).query(x[:2]).value
     error = float(np.abs(index.query(x[:2]).value - truth).max() / truth.max())
     assert error < 1e-4
@@ -195,7 +195,7 @@ def _opponents(metric, x, exact, some):
     from sklearn.neighbors import NearestNeighbors
 
     white = np.ascontiguousarray(metric.whiten(x))
-    # as one would keep it for many calls: in the precision of the points
+    # whitened in advance, as for many calls, in the precision of the points
     factor = np.ascontiguousarray(metric.factor.T.astype(x.dtype))
     brute = NearestNeighbors(n_neighbors=10, algorithm="brute").fit(white)
     calls = {

@@ -1,6 +1,6 @@
-"""Pictures of kept results: ``python -m benches.figures RESULT.json PICTURE``.
+"""Figures of stored results: ``python -m benches.figures RESULT.json PICTURE``.
 
-What a study of peers that has not ended left, ``peers.part.jsonl``, is drawn too.
+The part file of an unfinished study of peers, ``peers.part.jsonl``, can be drawn too.
 """
 
 import json
@@ -27,7 +27,7 @@ _MARKERS = "osv^DPX<>*ph8d"
 
 def draw_peers(record: dict, path: str | Path) -> None:
     """Draw error against time over torch's, a panel for each head."""
-    # a Figure of its own draws with Agg and leaves pyplot's state alone
+    # a Figure of its own draws with Agg and leaves pyplot's state unchanged
     from matplotlib.figure import Figure
 
     rows = [row for row in record["rows"] if "family" in row]
@@ -97,7 +97,7 @@ def _panel(panel, rows: list[dict], looks: dict) -> None:
 
 
 def point(row: dict) -> tuple[float, float]:
-    """Time and error, the error held to what a panel shows."""
+    """Time and error, the error clipped to the range of a panel."""
     return row["time over torch"], min(max(row["error"], _ERRORS[0]), _ERRORS[1])
 
 
@@ -143,7 +143,7 @@ def main(argv=None) -> int:
 
 
 def _read(path: Path) -> dict:
-    """A result, or the rows of the heads that were done when a run was stopped."""
+    """A result, or the rows of the heads that an unfinished run has done."""
     if path.suffix != ".jsonl":
         return json.loads(path.read_text())
     # of a head that was measured again, the last

@@ -11,8 +11,8 @@ from benches.measure import faster, median_of, seconds, torch_or_none
 def gradients(*, quick, data):
     """Time of `attention_vjp`: over torch's backward, and over a forward call.
 
-    Heads of files are differentiated by clusters, and with a causal mask by what is
-    chosen: over the exact derivative too.
+    Heads of files are differentiated by clusters, and with a causal mask by the method
+    that Auto() chooses, also against the exact derivative.
     """
     rng = np.random.default_rng(0)
     rows = [_exact(n, rng) for n in ((2048,) if quick else (4096, 8192, 16384))]
@@ -42,7 +42,7 @@ def _exact(n, rng, d=64):
 
 
 def _lowrank(n, rng):
-    """A bounded input at its tolerance, of which three times is allowed."""
+    """A bounded input; errors up to three times its tolerance are allowed."""
     case = CASES["bounded"]
     arrays = [*case.inputs(n, rng), rng.standard_normal((n, 64)).astype(np.float32)]
     options = {"scale": case.scale, "tol": case.tol, "rng": 0}

@@ -25,7 +25,7 @@ from benches.tensor import inputs as tensor_inputs
 
 # rows whose error is measured, and the side of the product that is the unit of time
 _CHECKED, _UNIT = 64, 1024
-# a method at a size given by hand has no tolerance to meet: this one refuses nothing
+# sizes are given by hand, without a tolerance: this one refuses nothing
 _ANY = 1e6
 _BOUNDED = CASES["bounded"]
 
@@ -37,7 +37,7 @@ class Subject:
     prepare: Callable
     sizes: tuple[int, ...]
     quick: tuple[int, ...] = ()
-    # errors beyond are wrong answers
+    # larger errors are wrong answers
     allowed: float = 1.0
     needs: tuple[str, ...] = ()
 
@@ -81,7 +81,7 @@ def growth(*, quick):
 
     Bounded inputs (logit deviation 0.3, d=64), tensors with entries in [-1, 1], d=8 at
     a proven 1e-3. Time is over that of a product of two 1024 x 1024 matrices, which
-    takes turns with the call; memory is what the process held at most beyond inputs and
+    alternates with the call; memory is the process's peak beyond inputs and
     output. `error`: of some rows, against the definition.
     """
     rows = []
@@ -111,7 +111,7 @@ def cell(name: str, n: int) -> dict:
     with threads(1, with_torch="torch" in subject.needs):
         rng = np.random.default_rng(0)
         left, right = rng.standard_normal((2, _UNIT, _UNIT), dtype=np.float32)
-        # compiles, and loads what is loaded once
+        # compiles, and loads modules
         subject.prepare(min(n, 2048))[0]()
         call, error_of = subject.prepare(n)
         _forget()
@@ -133,7 +133,7 @@ def cell(name: str, n: int) -> dict:
 
 
 def _forget() -> None:
-    """Give back what was freed, and begin the peak anew: only the call shall count."""
+    """Return freed memory and reset the peak, so that only the call counts."""
     ctypes.CDLL(None).malloc_trim(0)
     # a kernel without it counts the making of the inputs too
     with contextlib.suppress(OSError):
@@ -141,9 +141,9 @@ def _forget() -> None:
 
 
 def _status(name: str) -> int:
-    """Bytes that the process holds, or held at most.
+    """Bytes that the process holds, or its peak.
 
-    Not getrusage: there a process starts with the peak of the one that started it.
+    Not getrusage: there a process starts with the peak of its parent.
     """
     text = Path("/proc/self/status").read_text()
     return int(text.partition(f"{name}:")[2].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Reductions, audits of all methods, and what a fixed rank decides."""
+"""Reductions, audits of all methods, and decisions of a fixed rank."""
 
 import functools
 import math
@@ -52,7 +52,7 @@ def reductions(*, quick):
 
     Half of the instances have a solution. `flipped`: answers that change when the
     stated additive error, and 4 times it, is added to all outputs against the answer.
-    Where outputs are below what floating point holds, attention is computed in
+    Where outputs underflow in floating point, attention is computed in
     logarithms. The last rows are random 3-SAT against a SAT solver.
     """
     rows = []
@@ -149,7 +149,7 @@ def solved(order: int, variables: int, count: int) -> dict:
 
 
 def linear(feature_map):
-    """Attention of a feature map, for all that it is worth."""
+    """Attention of a feature map, without a tolerance."""
 
     def decider(made):
         return fastattn.linear_attention(
@@ -183,7 +183,7 @@ OTHERS = {
 }
 OTHERS |= {f"linear {name}": linear(x) for name, x in MAPS.items()}
 OTHERS["mean of the values"] = lambda made: np.full((len(made.query), 1), 0.5)
-# what takes tensor attention
+# methods that take tensor attention
 OF_TENSORS = {
     name: (PROVEN | OTHERS)[name]
     for name in ("proven Auto", "proven Exact", "proven Polynomial", "sampled Auto")
@@ -191,7 +191,7 @@ OF_TENSORS = {
 
 
 def families(count: int) -> dict:
-    """Pairs of every kind; ``tiny`` ones have logits that polynomials can take."""
+    """Pairs of every kind; ``tiny`` ones have logits small enough for polynomials."""
     tiny = [
         orthogonal_vectors(3, 2, planted=seed % 2 == 0, rng=seed)
         for seed in range(count)
@@ -213,12 +213,12 @@ def families(count: int) -> dict:
 
 
 def audit(*, quick):
-    """All methods as deciders: right, wrong, refused, and inside certificates.
+    """All methods as deciders: right, wrong and refused answers, and certificates.
 
-    A proven method is asked for the error that the instance allows. It may refuse, but
-    where it answers it must be right (`certified and wrong` is 0) and as close to exact
-    attention as it says (`beyond certificate` is 0). Methods without a certificate
-    answer the same whether there is a solution or not.
+    A proven method gets the error that the instance allows as tolerance. It may refuse,
+    but its answers must be right (`certified and wrong` is 0) and as close to exact
+    attention as certified (`beyond certificate` is 0). Methods without a certificate
+    give the same answer whether there is a solution or not.
     """
     count = 4 if quick else 220
     pairs = families(count)
@@ -279,8 +279,8 @@ def decisions(*, quick):
 
     The calibrated reductions, scaled to other entry bounds than the one they state.
     Exact attention decides once the entries are large enough. A polynomial with n, or
-    n squared, monomials stays at chance: it cannot resolve the logits that large
-    entries make. The best matrix of rank n / 8 does as well as exact attention: it is
+    n squared, monomials stays at chance: it cannot resolve the logits of large
+    entries. The best matrix of rank n / 8 does as well as exact attention: it is
     built from all pairs, and shows that rank alone does not make these decisions hard.
     Where the padded key takes nearly all weight a matrix of low rank is enough, but
     to find it is to find the solution.

@@ -1,4 +1,4 @@
-"""Heads to measure on, each with its truth in float64 computed once."""
+"""Heads to measure on, each with its exact answer in float64 computed once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def file_heads(data) -> Iterator[Head]:
 
 
 def real_heads(data, *, each=None, least=0) -> Iterator[Head]:
-    """Yield the packaged heads and those of files: ``each`` of one file at most."""
+    """Yield the packaged heads and those of files: at most ``each`` of one file."""
     every = [packaged_heads(), *(heads_of(path) for path in data)]
     found = (Head(*head) for heads in every for head in heads)
     for _, heads in groupby(found, key=lambda head: head.name.partition("[")[0]):

@@ -1,4 +1,4 @@
-"""The study of imports: what a user waits for before the first call."""
+"""The study of imports: time from start to the first call."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def imports(*, quick):
-    """Time of `import fastattn`, and with its main names; what it must not load."""
+    """Time of `import fastattn`, with main names too; modules it must not load."""
     code = (
         "import time; s = time.perf_counter(); import fastattn; "
         "t = time.perf_counter() - s; fastattn.attention, fastattn.Auto; "

@@ -1,4 +1,4 @@
-"""Feature maps before a linear model, beside scikit-learn's, on its digits."""
+"""Feature maps before a linear model, against scikit-learn's, on its digits."""
 
 import numpy as np
 from sklearn.datasets import load_digits

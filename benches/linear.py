@@ -1,4 +1,4 @@
-"""The study of linear attention: time beside the same maps in torch, and its growth."""
+"""The study of linear attention: time over the same maps in torch, and its growth."""
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def _maps(n):
     (directions,) = (torch.from_numpy(x) for x in made.draw(64))
 
     def favor(x):
-        # as performer-pytorch: the largest exponent is taken out of queries and keys
+        # as performer-pytorch: the largest exponent is subtracted in queries and keys
         x = x * 64**-0.25
         along = x @ directions.to(x.dtype) - (x * x).sum(dim=-1, keepdim=True) / 2
         return torch.exp(along - along.amax())
@@ -51,7 +51,7 @@ def _error(answer, sums, total):
 
 
 def _row(feature_map, features, n, d=64):
-    # longer ones for the exponent: shorter arrays would lie in cache
+    # longer ones for the exponent: shorter arrays would stay in cache
     arrays = gaussian(_LONGEST * n, np.random.default_rng(0), d=d)
     tensors = [torch.from_numpy(x[:n]) for x in arrays]
 
@@ -76,7 +76,7 @@ def _row(feature_map, features, n, d=64):
     ratio = faster(ours, theirs, pairs=9)
     causal = faster(ours, lambda: ours(is_causal=True), pairs=9)
     sizes = [n // 2, n, 2 * n, _LONGEST * n]
-    # in turn, so that a slow moment of the machine meets all sizes
+    # in turn, so that slow moments of the machine affect all sizes
     rounds = [[seconds(lambda s=s: ours(n=s)) for s in sizes] for _ in range(9)]
     times = [min(each) for each in zip(*rounds, strict=True)]
     return {

@@ -1,16 +1,16 @@
-"""Pictures of the studies of linear attention beside softmax."""
+"""Figures of the studies of linear against softmax attention."""
 
 from itertools import groupby
 from pathlib import Path
 
-# errors above are drawn on the edge
+# larger errors are drawn on the edge
 _LARGEST = 3.0
-# panels side by side: as many as a page has room for
+# panels in a row: as many as a page has room for
 _COLUMNS = 3
 
 
 def _figure(count: int, title: str):
-    # a Figure of its own draws with Agg and leaves pyplot's state alone
+    # a Figure of its own draws with Agg and leaves pyplot's state unchanged
     from matplotlib.figure import Figure
 
     columns = min(count, _COLUMNS)
@@ -25,10 +25,10 @@ def _figure(count: int, title: str):
 
 
 def draw_two_classes(record: dict, path: str | Path) -> None:
-    """Draw the share of successes of each model against what each sweep changes."""
+    """Draw the share of successes of each model against the swept parameter."""
     rows = [row for row in record["rows"] if row["sweep"] != "centre"]
     sweeps = [list(some) for _, some in groupby(rows, key=lambda row: row["sweep"])]
-    title = "two classes told apart (reconstruction of arXiv 2310.11685)"
+    title = "two classes distinguished (reconstruction of arXiv 2310.11685)"
     figure, panels = _figure(len(sweeps), title)
     models = [name for name in rows[0] if name not in ("sweep", "at", "draws")]
     for panel, some in zip(panels, sweeps, strict=True):
@@ -46,10 +46,10 @@ def draw_two_classes(record: dict, path: str | Path) -> None:
 
 
 def draw_single_location(record: dict, path: str | Path) -> None:
-    """Draw the risk of each model against what each sweep changes."""
+    """Draw the risk of each model against the swept parameter."""
     rows = record["rows"]
     sweeps = [list(some) for _, some in groupby(rows, key=lambda row: row["sweep"])]
-    figure, panels = _figure(len(sweeps), "one token decides: risk of what was learned")
+    figure, panels = _figure(len(sweeps), "one informative token: risk after learning")
     models = [name for name in rows[0] if name not in ("sweep", "at")]
     for panel, some in zip(panels, sweeps, strict=True):
         for model, marker in zip(models, "xosvD", strict=False):
@@ -81,7 +81,7 @@ def draw_recall(record: dict, path: str | Path) -> None:
 
 
 def draw_heads(record: dict, path: str | Path) -> None:
-    """Draw the error of each map against what the weights of the head are like."""
+    """Draw the error of each map against statistics of the head's weights."""
     rows = record["rows"]
     measures = "keys of a row", "rank at 10 %"
     figure, panels = _figure(2, "error of linear attention on real heads")

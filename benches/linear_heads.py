@@ -1,11 +1,11 @@
-"""What explains the gap on real heads: the error of each map beside the weights."""
+"""Linear attention on real heads: the error of each map, and statistics of weights."""
 
 import numpy as np
 
 import fastattn
 from benches.heads import real_heads
 
-# rows that errors and weights are judged on
+# rows that errors and weights are measured on
 _ROWS = 1024
 
 

@@ -21,7 +21,7 @@ def lowdim(*, quick):
 
 
 def cell(n: int, noise: float, *, seeds: int) -> dict:
-    """Measure one size; no time of an answer beyond its tolerance counts."""
+    """Measure one size; answers beyond their tolerance are not timed."""
     rng = np.random.default_rng(0)
     arrays = low_dimensional(n, rng, largest=_LARGEST, noise=noise)
     head = Head(f"lowdim@{n}", *arrays, _SCALE)

@@ -1,7 +1,7 @@
-"""Made heads whose errors sit in few rows: kinds that a uniform sample of rows misses.
+"""Constructed heads whose errors are in few rows, which uniform samples of rows miss.
 
-No kind knows the random numbers that an answer draws. Each ``make(n, d, rng)`` returns
-query, key and value of one head in float64, with the default scale in mind.
+No kind depends on the random numbers of an answer. Each ``make(n, d, rng)`` returns
+query, key and value of one head in float64, made for the default scale.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def kinds() -> tuple[str, ...]:
 
 
 def _plain(n, d, rng) -> Arrays:
-    """Diffuse Gaussian rows: what the special ones of a kind are put into."""
+    """Diffuse Gaussian rows, into which the special rows of a kind are put."""
     query, key, value = rng.standard_normal((3, n, d))
     return 0.4 * query, 0.6 * key, value
 
@@ -54,13 +54,13 @@ def _direction(d, rng) -> np.ndarray:
 
 @kind
 def gaussian(n, d, rng):
-    """Nothing stands out."""
+    """Independent normal entries."""
     return _plain(n, d, rng)
 
 
 @kind
 def sharp_gaussian(n, d, rng):
-    """Every row is sharp."""
+    """Every row is peaked."""
     query, key, value = _plain(n, d, rng)
     return 5 * query, 2 * key, value
 
@@ -148,7 +148,7 @@ def special_last_tokens(n, d, rng):
 
 @kind
 def key_of_few_queries(n, d, rng):
-    """One heavy key that six queries see and the others do not."""
+    """One heavy key that six queries see and all other queries do not."""
     query, key, value = _plain(n, d, rng)
     e = _direction(d, rng)
     query -= np.outer(query @ e, e)
@@ -162,7 +162,7 @@ def key_of_few_queries(n, d, rng):
 
 @kind
 def heavy_key_same_spread(n, d, rng):
-    """Rows that see a heavy key although their logits vary like those of others."""
+    """Rows with a heavy key although the variance of their logits is ordinary."""
     query, key, value = _plain(n, d, rng)
     query[:, 0], key[:, 0] = -12, 0
     query[_few(n, 8, rng), 0] = 12
@@ -271,7 +271,7 @@ def needles(n, d, rng):
 
 @kind
 def cancelling_values(n, d, rng):
-    """Answers of diffuse rows are tiny: few sharp rows hold error and size."""
+    """Diffuse rows have tiny outputs: error and norm are in few peaked rows."""
     query, key, value = _plain(n, d, rng)
     query *= 0.3
     value[1::2] = -value[: n - n % 2 : 2][: len(value[1::2])]
@@ -291,7 +291,7 @@ def growing_scale(n, d, rng):
 
 @kind
 def repeated_tokens(n, d, rng):
-    """Forty tokens repeat, and seven rows are like none of them."""
+    """Forty tokens repeat, and seven rows are unlike all of them."""
     words = rng.integers(40, size=n)
     query, key, value = (x[words] for x in _plain(40, d, rng))
     some = _few(n, 7, rng)
@@ -303,7 +303,7 @@ def repeated_tokens(n, d, rng):
 
 @kind
 def rare_direction(n, d, rng):
-    """Rows lie in few dimensions but for a few, which lie in the others."""
+    """Rows span few dimensions but for a few rows, which lie in the remaining ones."""
     query, key, value = _plain(n, d, rng)
     query[:, 8:] *= 0.05
     key[:, 8:] *= 0.05

@@ -1,4 +1,4 @@
-"""Which method wins, over the number of rows and the bound on the entries."""
+"""The fastest method, over the number of rows and the bound on the entries."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ AUTO = "Auto()"
 
 
 def methods() -> dict:
-    """Methods by name: at sizes by hand, so that each is seen by itself."""
+    """Methods by name, each at sizes given by hand."""
     hermite = partial(fastattn.Polynomial, basis="hermite")
     return {
         AUTO: None,
@@ -31,8 +31,8 @@ def methods() -> dict:
 def speed_map(*, quick):
     """Entries uniform in [-B, B], scale 1/d, d=64, tol 0.1: times faster than torch.
 
-    Logits deviate by B^2 / 24. A method that does not keep the tolerance, by its own
-    word or by the truth, has no time. `Auto()` chooses for itself.
+    The standard deviation of the logits is B^2 / 24. A method whose certificate or
+    error exceeds the tolerance has no time. `Auto()` chooses for itself.
     """
     sizes = (2048, 4096) if quick else (4096, 8192, 16384, 32768)
     bounds = (2.0, 8.0) if quick else (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
@@ -85,7 +85,7 @@ def _cell(n: int, bound: float, *, rounds: int) -> list[dict]:
 
 
 def winners(rows: list[dict]) -> dict[tuple, dict]:
-    """The fastest row of each cell that kept the tolerance, Auto() aside."""
+    """The fastest row of each cell within the tolerance, without Auto()."""
     best: dict[tuple, dict] = {}
     for row in rows:
         cell, speed = (row["n"], row["entries"]), row["times faster than torch"]

@@ -1,4 +1,4 @@
-"""Paired timing, correctness gates, and the environment that a figure came from."""
+"""Paired timing, correctness checks, and the environment of a measurement."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ import numpy as np
 
 from fastattn.costs.rates import processor
 
-# what is compared with, beside torch
+# packages that are compared with, in addition to torch
 PACKAGES = (
     "scipy",
     "scikit-learn",
@@ -60,7 +60,7 @@ def spread(column: str, ratio: Ratio) -> dict:
 
 
 def faster(ours: Callable, theirs: Callable, *, pairs: int = 5) -> Ratio:
-    """Time the two in turn, after one call of each that warms up."""
+    """Time the two alternately, after one call of each that warms up."""
     ours()
     theirs()
     ratios = []
@@ -89,10 +89,10 @@ def exponent(sizes: list[int], times: list[float]) -> float:
 
 @contextmanager
 def threads(count: int, *, with_torch: bool = True):
-    """Hold BLAS, OpenMP, numba and torch to the same number of threads."""
+    """Limit BLAS, OpenMP, numba and torch to the same number of threads."""
     import numba
 
-    # SciPy brings a BLAS of its own: one that comes later would not know the limit
+    # SciPy has a BLAS of its own: loaded later, it would not have the limit
     import scipy.linalg  # noqa: F401
     from threadpoolctl import threadpool_limits
 
@@ -164,7 +164,7 @@ def environment() -> dict:
 
 
 def comparable(found: dict) -> dict:
-    """What must be the same of two environments for times to be compared."""
+    """The parts of two environments that must be equal for times to be compared."""
     return {name: value for name, value in found.items() if name != "commit"}
 
 

@@ -1,7 +1,7 @@
 """Attention of other packages, and of the field's definitions, as timed calls.
 
-What is on the Python package index runs as published. Layers take part by the
-attention inside them: their projections are replaced by the identity.
+Packages of the Python package index run as published. Of layers only the attention is
+used: their projections are replaced by the identity.
 """
 
 from collections.abc import Callable, Iterator
@@ -94,7 +94,7 @@ def nystromformer(query, key, value, *, size):
     layer = NystromAttention(d, d, 1, num_landmarks=size, residual=False).eval()
     layer.to_qkv = layer.to_out = torch.nn.Identity()
     joint = torch.cat((query, key, value), dim=-1)[0]
-    # without a mask the rows that pad it take part
+    # without a mask the padding rows would take part
     mask = torch.ones((1, n), dtype=torch.bool) if n % size else None
     return partial(layer, joint, mask=mask)
 

@@ -1,4 +1,4 @@
-"""Tables and pages of what was measured, written beside and then renamed."""
+"""Tables and pages of results, written to a temporary file and then renamed."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-# rows of a table on the page of all; the study's own page has every row
+# rows of a table on the page of all studies; a study's own page has every row
 _SHOWN = 24
 
 
@@ -28,7 +28,7 @@ def cell(value) -> str:
 
 
 def records(folder: Path) -> dict[str, dict]:
-    """What a folder holds, by the name of the study."""
+    """The results of a folder, by the name of the study."""
     found = (read(path) for path in sorted(folder.glob("*.json")))
     return {record["study"]: record for record in found}
 
@@ -42,7 +42,7 @@ def read(path: Path) -> dict:
 
 
 def keep(folder: Path, record: dict) -> None:
-    """Write the record and its page; draw it where it has a picture."""
+    """Write the record and its page; draw its figure if there is one."""
     from benches.figures import FIGURES
 
     name = record["study"]
@@ -52,10 +52,10 @@ def keep(folder: Path, record: dict) -> None:
     write(folder / f"{name}.md", page)
     if name in FIGURES:
         beside = folder / f"{name}.part.png"
-        # pictures are drawn of what a file holds
+        # figures are drawn from a file
         FIGURES[name](json.loads(text), beside)
         os.replace(beside, folder / f"{name}.png")
-    # last: whoever finds it finds a finished study
+    # last: its presence means that the study is finished
     write(folder / f"{name}.json", text)
 
 
@@ -65,14 +65,14 @@ def plain(value):
 
 
 def write(path: Path, text: str) -> None:
-    """Write beside, then rename: there is never half a file."""
+    """Write a temporary file, then rename it: no file is incomplete."""
     beside = path.with_name(f"{path.name}.part")
     beside.write_text(text)
     os.replace(beside, path)
 
 
 def write_index(folder: Path, studies: Iterable, absent: dict[str, str]) -> None:
-    """Write the one page of all tables and figures; ``absent``: why there is none."""
+    """Write the page of all results; ``absent``: reasons for missing ones."""
     found = records(folder)
     parts = [
         "# Benchmarks",

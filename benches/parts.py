@@ -1,4 +1,4 @@
-"""Studies in parts, whose rows are kept: a run that was stopped goes on."""
+"""Studies in parts, whose rows are stored: a run that was stopped continues."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from benches.resume import code_of, recall, record
 
 
 def rows_of(study: Callable, parts: dict, *, quick: bool, results) -> list[dict]:
-    """Run the parts, calls that return rows, which an earlier run has not left."""
+    """Run the parts, calls that return rows, that no earlier run has stored."""
     name = study.__name__
     part = Path(results) / f"{name}{'-quick' if quick else ''}.part.jsonl"
     code = code_of(study.__module__)

@@ -1,4 +1,4 @@
-"""One pass over points that a metric update is measured against."""
+"""One pass over points, as a reference for the time of a metric update."""
 
 import numpy as np
 from numba import njit

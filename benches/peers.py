@@ -19,13 +19,13 @@ from benches.resume import fingerprint, recall, record
 
 OURS = "fastattn"
 UNIT = "torch SDPA"
-# heads shorter than this are computed exactly by everyone
+# heads shorter than this are computed exactly by all methods
 _LEAST = 1024
-# a method with more error than this is of no use, however fast
+# a method with a larger error is not useful, however fast
 _USEFUL = 0.5
-# seconds of a call worth repeating whether or not it wins
+# seconds below which a call is repeated whether or not it is faster
 _LONG = 1.0
-# a size given by hand has no tolerance to meet: this one refuses nothing
+# sizes are given by hand, without a tolerance: this one refuses nothing
 _ANY = 1e6
 
 
@@ -43,12 +43,12 @@ class Entry:
 def peers(*, quick, data, heads_each, results):
     """Every peer and ours on every head: relative error, time over torch's SDPA.
 
-    The rows of a head are kept in ``peers.part.jsonl`` until the study is complete; a
-    run that was stopped goes on from there, if the code is the same.
+    The rows of a head are stored in ``peers.part.jsonl`` until the study is complete; a
+    run that was stopped continues from there, if the code is the same.
     """
     names = ("lowdim",) if quick else ("iid1", "iid4", "lowdim")
     sizes = (4096,) if quick else (8192, 32768)
-    # real heads first: a run that is stopped has what matters most
+    # real heads first: they matter most if a run is stopped
     heads = list(real_heads(data, each=1 if quick else heads_each, least=_LEAST))
     heads += [case_head(name, n) for n in sizes for name in names]
     part = Path(results) / f"peers{'-quick' if quick else ''}.part.jsonl"
@@ -128,7 +128,7 @@ def tensors(head: Head) -> list:
 
 
 def _errors(head: Head, answer) -> tuple[float, float | None]:
-    """Error and certified error of whatever a method returned."""
+    """Error and certified error of a method's answer."""
     certified = None
     if isinstance(answer, fastattn.Approximation):
         answer, certified = answer.value, float(answer.certificate.error)
@@ -174,11 +174,11 @@ def given(*, quick: bool) -> Iterator[tuple]:
 
 
 def times_over(unit: Callable, calls: list[Callable], rounds: int) -> list[list[float]]:
-    """Time of each call over that of ``unit``, once a round, the order turned about.
+    """Time of each call over that of ``unit``, once a round, in alternating order.
 
     The unit is timed again whenever as much time as it takes has passed since, so
-    that no call is compared with one long ago. Long calls that lose to the unit in the
-    first round are left out of the others.
+    that no call is compared with one long ago. Long calls that are slower than the unit
+    in the first round are left out of later rounds.
     """
     ratios = [[] for _ in calls]
     numbers = list(range(len(calls)))

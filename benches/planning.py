@@ -1,4 +1,4 @@
-"""What the planner makes of single heads: small ones, hopeless ones, growing ones."""
+"""The choices of Auto() for single heads: small, unsuitable, and growing ones."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from benches.measure import exponent, faster, sdpa, seconds, spread
 
 _ALONE = 5e-2, 3e-2
 _GROWTH, _GROWING = 3e-2, (4096, 8192, 16384, 32768)
-# packaged heads that are shorter do not grow
+# shorter packaged heads are not extended
 _LEAST = 2048
 
 
@@ -60,14 +60,14 @@ def _hopeless(n: int, d: int, quick: bool) -> dict:
 
 
 def clustered_growth(*, quick, data):
-    """Time of sharp heads at tol .03 as they grow: the fitted exponent, and where."""
+    """Time of peaked heads at tol .03 as they grow: the fitted exponent, and where."""
     heads = file_heads(data) if data else real_heads([], least=_LEAST)
     methods = (None, fastattn.Multipole())
     return [_grown(head, method, quick) for head in heads for method in methods]
 
 
 def _grown(head: Head, method, quick: bool) -> dict:
-    """A row of figures, or of what a method says that does not serve the head."""
+    """A row of times, or the message of a method that refuses the head."""
     try:
         return _growth(head, method, quick)
     except fastattn.RefusalError as error:

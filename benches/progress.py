@@ -1,4 +1,4 @@
-"""One display of progress for all that runs within one another."""
+"""One progress display, shared by nested runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ _display: ContextVar[Progress | None] = ContextVar("_display", default=None)
 
 @contextmanager
 def steps(name: str, total: int) -> Iterator[Callable]:
-    """Show a bar, below that of the studies where they run.
+    """Show a progress bar, below that of the studies where they run.
 
-    Yields a call: with ``name`` it says what runs now, without it one step is done.
+    Yields a call: with ``name`` it names the current step, without it one step is done.
     """
     with _shared() as display:
         task = display.add_task(name, total=total)

@@ -1,7 +1,7 @@
 """Proven certificates attacked: extreme scales, shapes and masks, exact logits.
 
-What is drawn is small, so that many answers can be compared; sizes of entries go from
-the least denormal to the largest number of a dtype, within one array too.
+Inputs are small, so that many answers can be compared; entries range from the least
+denormal to the largest number of a dtype, within one array too.
 """
 
 import math
@@ -24,13 +24,13 @@ from fastattn import (
 
 _COUNT, _QUICK = 100_000, 1_000
 _TOLS = 1e-6, 1e-3, 1e-2, 1e-1, 0.5
-# what long double itself rounds, relative to the largest value
+# rounding of long double itself, relative to the largest value
 _ORACLE = 1e-18
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call, and what is right."""
+    """One call, and its exact answer."""
 
     kind: str
     arrays: tuple
@@ -81,7 +81,7 @@ class Case:
 
 @dataclass(eq=False)
 class Tally:
-    """What came of the calls of one kind."""
+    """Counts of the outcomes of calls of one kind."""
 
     proven: int = 0
     sampled: int = 0
@@ -94,9 +94,9 @@ class Tally:
 def proven_fuzz(*, quick, count):
     """Compare proven answers to random extreme inputs with exact logits.
 
-    Answers that carry failure 0 are counted until there are ``--count`` of them; each
-    error beyond its certificate is a fault. What was sampled, because nothing could be
-    proven, is counted apart.
+    Answers with failure 0 are counted until there are ``--count`` of them; each
+    error beyond its certificate is a fault. Sampled answers, given where nothing could
+    be proven, are counted separately.
     """
     count = count or (_QUICK if quick else _COUNT)
     tallies, seed = {}, 0
@@ -128,7 +128,7 @@ def proven_fuzz(*, quick, count):
 
 
 def judge(case, tally, seed):
-    """Run a case and count what came of it."""
+    """Run a case and count its outcome."""
     try:
         with np.errstate(all="ignore"):
             answer = case.run()
@@ -166,7 +166,7 @@ def judge(case, tally, seed):
 
 
 def _error(norm, got, truth):
-    """Error of an answer, and what the truth itself is off by."""
+    """Error of an answer, and the rounding error of the reference."""
     off = got - truth
     if norm == "max":
         return np.max(np.abs(off)), _ORACLE * np.max(np.abs(truth))
@@ -236,7 +236,7 @@ def _tensor_case(kind, library, dtype, rng):
 
 
 def _tuples_seen(n, lengths, sizes):
-    """Which tuples rows see that see the last so many keys of each factor."""
+    """Which tuples rows see that see the last keys, a given number, of each factor."""
     seen = np.ones((n, 1), bool)
     row = np.arange(n)[:, None]
     for m, size in zip(lengths, sizes, strict=True):
@@ -287,7 +287,7 @@ def _logit_sides(rng, dtype, d, lengths):
     if rng.random() < 0.01:
         scale = 0.0
     if rng.random() < 0.7:
-        # the last side makes up for the others
+        # the last side compensates the others
         logits = rng.uniform(-3, 2)
         own = 0.0 if not scale else math.log10(abs(scale))
         for _ in range(20):

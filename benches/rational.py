@@ -1,7 +1,8 @@
-"""Softmax attention with exact logits, for inputs of any size; nothing of ours is used.
+"""Softmax attention with exact logits, for inputs of any size; no code of the library.
 
-Floating-point numbers are integers times a power of two. So logits, and what they are
-below the largest, are computed without rounding, and only then rounded to 64 bits.
+Floating-point numbers are integers times a power of two. So logits, and their
+differences from the largest, are computed without rounding, and only then rounded to
+64 bits.
 """
 
 import itertools
@@ -26,7 +27,7 @@ def tensor_attention(query, keys, values, scale, seen, form="product"):
     """Attention over all tuples of keys, in C order, of which a row sees some.
 
     ``form`` is that of the scores: sums of the products of all sides, or the sums over
-    pairs of neighbours that are a "path", or with the ends joined a "cycle".
+    pairs of neighbours that are a "path", or in a ring a "cycle".
     """
     number = [range(len(x)) for x in keys]
     places = np.array(list(itertools.product(*number))).T

@@ -10,7 +10,7 @@ from benches.measure import faster, sdpa
 
 
 def sharp(*, quick, data):
-    """Files of sharp heads at tol .05 and .01: times faster than torch by seed."""
+    """Files of peaked heads at tol .05 and .01: times faster than torch by seed."""
     return [cell(heads, tol, quick) for heads in files(data) for tol in (5e-2, 1e-2)]
 
 

@@ -1,7 +1,7 @@
-"""What is kept on the way, so that a run that was stopped goes on.
+"""Intermediate results, so that a run that was stopped continues.
 
-Long studies keep their rows in a part file. Whole studies are known by the command and
-by a digest of all code that their rows depend on.
+Long studies store their rows in a part file. Whole studies are identified by the
+command and by a digest of all code that their rows depend on.
 """
 
 import ast
@@ -16,19 +16,19 @@ _STACK = ("sketching", "fastattn", "lowerbounds")
 
 
 def recall(part: Path, code: str) -> dict:
-    """Read what an earlier run of the same code left."""
+    """Read the results of an earlier run of the same code."""
     if not part.exists():
         return {}
     return {tuple(x["key"]): x["trial"] for x in part_lines(part) if x["code"] == code}
 
 
 def part_lines(part: Path) -> Iterator[dict]:
-    """Yield the results of a part file, whatever code they are of."""
+    """Yield the results of a part file, whatever their code."""
     for line in part.read_text().splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            # a run that was killed has left half a line
+            # a run that was killed may have written half a line
             continue
 
 
@@ -39,7 +39,7 @@ def record(file, code: str, key: tuple, trial) -> None:
 
 
 def fingerprint(*packages) -> str:
-    """Digest of the sources of packages, which make an answer."""
+    """Digest of the sources of packages, which determine an answer."""
     return _digest(path for package in packages for path in _sources(package))
 
 
@@ -53,7 +53,7 @@ def code_of(module: str) -> str:
 
 
 def _closure(module: str) -> tuple[list[Path], set[str]]:
-    """Files of benches that a module reaches, and the packages that those import."""
+    """Files of benches that a module imports, and the packages that those import."""
     waiting, files, names = [module], {}, set()
     while waiting:
         name = waiting.pop()

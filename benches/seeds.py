@@ -1,4 +1,4 @@
-"""How often the error keeps the tolerance, over heads, tolerances and seeds."""
+"""How often the error meets the tolerance, over heads, tolerances and seeds."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,8 +17,8 @@ TOLS = (2e-1, 1e-1, 5e-2, 2e-2, 1e-2)
 def seeds(*, quick, data, heads_each, results):
     """Count realised error <= tol over (head, tol, seed), and list the misses.
 
-    What was measured is kept line by line in ``seeds.part.jsonl`` until the study is
-    complete; a run that was stopped goes on from there, if the code is the same.
+    Results are stored line by line in ``seeds.part.jsonl`` until the study is
+    complete; a run that was stopped continues from there, if the code is the same.
     """
     part = Path(results) / f"seeds{'-quick' if quick else ''}.part.jsonl"
     code = fingerprint(fastattn, sketching)

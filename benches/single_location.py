@@ -1,12 +1,12 @@
-r"""One token decides: what attention learns of it, beside the best that can be known.
+r"""One informative token: the risk of learned attention against the Bayes risk.
 
-Single-location regression: one token of a sequence, no one says which, is moved along
-a direction :math:`k`; the target is its product with a direction :math:`v` across. All
-else is normal noise. That token is the :math:`j`-th with a probability of softmax in
-:math:`j`, of logits ``strength`` times :math:`k \cdot x_j`, so that the best prediction
-is softmax attention of the query ``strength`` times :math:`k`, read out by :math:`v`.
-Duranthon et al., Statistical Advantage of Softmax Attention, arXiv 2509.21936, of which
-the abstract was read: the sizes are ours.
+Single-location regression: one token of a sequence, at an unknown position, is shifted
+along a direction :math:`k`; the target is its product with an orthogonal one,
+:math:`v`. All other entries are normal noise. The shifted token is the :math:`j`-th
+with a probability of softmax in :math:`j`, of logits ``strength`` times :math:`k \cdot
+x_j`, so that the best prediction is softmax attention of the query ``strength`` times
+:math:`k`, read out by :math:`v`. Duranthon et al., Statistical Advantage of Softmax
+Attention, arXiv 2509.21936, of which the abstract was read: the sizes are ours.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 
 import fastattn
 
-# sequences that models are judged on
+# sequences of the test set
 _JUDGED = 4000
 # of learning
 _STEPS = 12
@@ -25,14 +25,14 @@ _STEPS = 12
 
 @dataclass(frozen=True)
 class Task:
-    """Sequences of ``length`` tokens of ``d`` entries, one moved by ``strength``."""
+    """Sequences of ``length`` tokens of ``d`` entries, one shifted by ``strength``."""
 
     length: int = 16
     strength: float = 3.0
     d: int = 8
 
     def directions(self):
-        """Return where the token is moved to, and what is asked of it."""
+        """Return the direction of the shift, and the direction of the target."""
         rng = np.random.default_rng(7)
         return np.linalg.qr(rng.standard_normal((self.d, 2)))[0].T
 
@@ -71,7 +71,7 @@ def _linear(feature_map, *, normalize=True):
 _EXACT = {"method": fastattn.Exact(), "scale": 1.0, "tol": 1e-9}
 MODELS = {
     "softmax": Model(fastattn.attention, fastattn.attention_vjp, _EXACT),
-    # weights of either sign nearly cancel: plain linear attention is better undivided
+    # weights of either sign nearly cancel: plain linear attention does better undivided
     "linear": _linear(fastattn.Identity(), normalize=False),
     "elu+1": _linear(fastattn.EluPlusOne()),
     "Taylor": _linear(fastattn.Taylor()),
@@ -83,7 +83,7 @@ SWEEPS = {
 
 
 def single_location(*, quick):
-    """Risk of learned attention over the target's variance, beside Bayes's."""
+    """Risk of learned attention over the target's variance, with the Bayes risk."""
     rows = []
     for sweep, changes in SWEEPS.items():
         for change in changes[1:2] if quick else changes:
@@ -94,7 +94,7 @@ def single_location(*, quick):
             seen = task.draw(100 if quick else 1000, rng)
             judged = task.draw(_JUDGED // 10 if quick else _JUDGED, rng)
             best = float(np.mean((bayes(task, judged[0]) - judged[1]) ** 2))
-            # softmax attention with the true directions has the risk of Bayes
+            # softmax attention with the true directions has the Bayes risk
             assert abs(known(task, *judged) / best - 1) < 1e-9
             found = {"Bayes": best}
             for name, model in MODELS.items():
@@ -107,7 +107,7 @@ def single_location(*, quick):
 
 
 def bayes(task, tokens):
-    """Mean of the target under the posterior of the place, from the densities."""
+    """Mean of the target under the posterior of the position, from the densities."""
     moved, asked = task.directions()
     gap = tokens - task.strength * moved
     log = (np.sum(tokens**2, axis=2) - np.sum(gap**2, axis=2)) / 2
@@ -123,7 +123,7 @@ def known(task, tokens, target):
 
 
 def risk(model, weights, tokens, target):
-    """Mean of squared errors of a query and a direction to read out."""
+    """Mean squared error of a query and a readout direction."""
     query, readout = weights
     return float(np.mean((model.attend(query, tokens) @ readout - target) ** 2))
 
@@ -137,7 +137,7 @@ def learn(task, model, tokens, target):
         seen = model.attend(query, tokens)
         readout = np.linalg.lstsq(seen, target, rcond=None)[0]
         off = seen @ readout - target
-        # the best readout moves along at no cost
+        # the best readout is updated at no cost
         slope = 2 / len(off) * off[:, None] * readout
         return float(np.mean(off**2)), model.vjp(query, tokens, slope)
 

@@ -1,4 +1,4 @@
-"""Sketched distances: error against size, and what an attacker is told."""
+"""Sketched distances: error against size, and answers to an attacker."""
 
 import numpy as np
 from scipy.stats import binom
@@ -8,7 +8,7 @@ from sketching import Adaptive, MahalanobisIndex, MahalanobisMetric
 _D, _POINTS, _QUERIES = 512, 2000, 32
 # of an attack: the dimension, the points, and the length of a step
 _ATTACKED, _OTHERS, _STEP = 200, 400, 0.15
-# of an attack on all directions: dimensions, and queries whose answers are its own test
+# of an attack on all directions: dimensions, and queries that test its directions
 _DIMENSIONS, _ASKED = (16, 64, 256), 2000
 
 
@@ -33,7 +33,7 @@ def sketch_error(*, quick):
             index.insert(x)
             off = np.abs(index.query(queries).value / truth - 1)
             typical = float(np.sqrt(np.mean(off**2)))
-            # a sketch of Gaussian rows errs by chi squared of so many
+            # the error of a sketch of Gaussian rows follows a chi-squared law
             assert typical <= 2 * size**-0.5, f"{size} rows err by {typical:.2g}"
             rows.append(
                 {
@@ -51,13 +51,14 @@ def sketch_error(*, quick):
 
 
 def attack(*, quick):
-    """Hill climbing on the answers about one point: what is told over the truth.
+    """Hill climbing on the answers about one point: answered over true distances.
 
-    Each step asks about a direction near the best so far, and keeps it if the answer
-    is less. One sketch is led to a direction that it does not see; a sample of many
-    sketches drawn afresh for every query is not. Then the worst directions that a
-    hundred thousand answers teach, against sketches as many as `Adaptive()` takes for
-    eps = 0.3: the share of answers there that miss it is within the claimed failure.
+    Each step queries a direction near the best so far, and accepts it if the answer is
+    less. With one sketch the attack finds a direction that the sketch does not see;
+    with a fresh sample of many sketches for every query it does not. The last rows are
+    the worst directions that a hundred thousand answers teach, against as many sketches
+    as `Adaptive()` takes for eps = 0.3: the share of answers there that exceed eps is
+    within the claimed failure.
     """
     x = np.random.default_rng(1).standard_normal((_OTHERS, _ATTACKED))
     total = 400 if quick else 4000
@@ -92,7 +93,7 @@ def attack(*, quick):
 
 
 def _learned(k, total):
-    """What is answered in the directions that the answers of others have taught."""
+    """Answers in the directions that answers to other queries have taught."""
     rows = []
     for seed in range(3):
         metric = MahalanobisMetric(np.eye(k))
@@ -124,7 +125,7 @@ def learned_directions(index, k, total, rng, batch=500):
     """Yield two directions about a point at zero, learned from so many answers.
 
     Half of them are about random directions, whose moments show where answers are most
-    and least; the others climb from there, by what answers nearby say.
+    and least; the other half climbs from there, guided by answers nearby.
     """
 
     def told(directions):
@@ -149,7 +150,7 @@ def learned_directions(index, k, total, rng, batch=500):
 
 
 def climb(index, target, marks, rng):
-    """Yield, after so many steps, what is told of the worst direction, five times."""
+    """Yield, after so many steps, answers about the worst direction, five times."""
     d = len(target)
     direction = rng.standard_normal(d)
     direction /= np.linalg.norm(direction)

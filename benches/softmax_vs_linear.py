@@ -1,8 +1,8 @@
-"""Where softmax answers and linear attention does not: two classes, and recall.
+"""Tasks that softmax attention solves and linear attention does not.
 
 The two-class data and models are a reconstruction of those of Deng, Song, Yuan and
-Zhou, Why Softmax Attention Outperforms Linear Attention, arXiv 2310.11685: the text
-behind them was recalled, not read, and the constant ``C`` was found by experiment.
+Zhou, Why Softmax Attention Outperforms Linear Attention, arXiv 2310.11685: their
+text was recalled, not read, and the constant ``C`` was found by experiment.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 
 import fastattn
 
-# queries that recall is judged on
+# queries of the recall task
 _ASKED = 256
 # factors of the logits: every method gets the best of them
 _SCALES = (1.0, 4.0, 16.0, 64.0)
@@ -24,7 +24,7 @@ class Setting:
     """Data of both classes and a model.
 
     ``n`` tokens of ``d`` entries, one of which stands out by ``a0`` in class 0 and by
-    ``a1`` in class 1; ``b`` is the size of the entries that tell tokens apart, ``c`` of
+    ``a1`` in class 1; ``b`` is the size of the entries that identify tokens, ``c`` of
     the one that all share. The model has logits ``C A A^T`` and ``m`` random signs.
     """
 
@@ -38,7 +38,7 @@ class Setting:
     C: float = 2.0
 
 
-# what a sweep changes, and to what; b and c add up to one
+# parameters of a sweep and their values; b and c add up to one
 SWEEPS = {
     "C": [{"C": x} for x in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)],
     "m": [{"m": x} for x in (1, 2, 4, 8, 16, 32)],
@@ -72,7 +72,7 @@ MODELS = {
 
 
 def softmax_vs_linear(*, quick):
-    """Share of draws in which each model tells the two classes apart, by sweeps."""
+    """Share of draws in which each model distinguishes the two classes, by sweeps."""
     rows = []
     for sweep, changes in {"centre": [{}], **SWEEPS}.items():
         draws = 5 if quick else 60 if sweep in SWEEPS else 500
@@ -121,7 +121,7 @@ def activation(output, signs, threshold):
 
 
 def recall_methods():
-    """Yield maps and the numbers that their states hold for each value column."""
+    """Yield maps and the numbers that their states store for each value column."""
     yield "softmax", None, None
     yield "linear", fastattn.Identity(), 64
     yield "elu+1", fastattn.EluPlusOne(), 64
@@ -136,7 +136,7 @@ def recall_methods():
 
 
 def recall(*, quick):
-    """Share of values that come back for their keys, by number of pairs over state."""
+    """Share of values recalled for their keys, by number of pairs over state."""
     counts = (16, 64, 256, 1024) if quick else (16, 64, 256, 1024, 4096, 16384)
     rows = []
     for pairs in counts:

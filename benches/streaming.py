@@ -17,7 +17,7 @@ from fastattn.files.formats import read_inputs
 
 _D, _QUERIES, _CHECKED = 64, 4096, 16
 _KEYS, _QUICK_KEYS = 40_000_000, 200_000
-_PIECE = 1 << 17
+_BLOCK = 1 << 17
 # bytes that stay free on the disk
 _SPARE = 2_000_000_000
 
@@ -42,20 +42,20 @@ import numpy as np
 import fastattn
 from fastattn.files.formats import read_inputs
 {_PEAK}
-folder, scale, tol, size = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), {_PIECE}
+folder, scale, tol, size = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), {_BLOCK}
 query = np.array(read_inputs(folder + "/big.npz")[0])
 m = len(read_inputs(folder + "/big.npz")[1])
 
-def piece(start):
+def block(start):
     # a map of its own, which is gone with its rows
     _, key, value, _ = read_inputs(folder + "/big.npz")
     return key[start : start + size], value[start : start + size]
 
-sample = [np.array(x[:65536]) for x in piece(m // 2)]
+sample = [np.array(x[:65536]) for x in block(m // 2)]
 options = dict(queries=query, scale=scale, tol=tol, rng=0)
 prepared = fastattn.prepare(*sample, **options).empty()
 for start in range(0, m, size):
-    prepared.insert(*piece(start))
+    prepared.insert(*block(start))
 prepared.save(folder + "/keys.npz")
 answer = fastattn.load(folder + "/keys.npz").query(query)
 np.savez(folder + "/library.npz", out=answer.value)
@@ -68,7 +68,7 @@ print(json.dumps(dict(
 
 def streaming(*, quick):
     """A file of keys and values larger than memory, by the command and the library."""
-    # few keys are far from what a sample of them promises
+    # few keys lie far outside the bounds of the sample
     case = replace(CASES["bounded"], tol=1e-1) if quick else CASES["bounded"]
     with tempfile.TemporaryDirectory() as folder:
         big = Path(folder, "big.npz")
@@ -88,25 +88,25 @@ def streaming(*, quick):
 
 
 def _write(path, m, rng):
-    """Write an uncompressed file, piece by piece."""
+    """Write an uncompressed file, block by block."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, count in (("query", _QUERIES), ("key", m), ("value", m)):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (count, _D)}
                 npy.write_array_header_1_0(member, header)
-                for start in range(0, count, _PIECE):
-                    shape = min(_PIECE, count - start), _D
+                for start in range(0, count, _BLOCK):
+                    shape = min(_BLOCK, count - start), _D
                     member.write(rng.standard_normal(shape, dtype=np.float32).data)
 
 
 def _truth(path, rows, scale):
-    """Attention of some rows from the definition, in float64, piece by piece."""
+    """Attention of some rows from the definition, in float64, block by block."""
     query, key, _, _ = read_inputs(path)
     query, m = scale * query[rows].astype(np.float64), len(key)
     total, sums = 0.0, 0.0
-    for start in range(0, m, _PIECE):
+    for start in range(0, m, _BLOCK):
         _, key, value, _ = read_inputs(path)
-        some = slice(start, start + _PIECE)
+        some = slice(start, start + _BLOCK)
         # logits are bounded: their exponentials need no shift
         weights = np.exp(query @ key[some].T.astype(np.float64))
         total = total + weights.sum(axis=1, keepdims=True)

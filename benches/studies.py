@@ -38,8 +38,8 @@ _TORCH = ("torch",)
 class Study:
     """One table: rows of correct answers, each with the time that it took.
 
-    ``case`` are the columns that tell its rows apart, in any run. ``needs`` are the
-    packages without which nothing of it can be measured; opponents that are missing
+    ``case`` are the columns that identify its rows, in any run. ``needs`` are the
+    packages without which nothing of it can be measured; missing opponents
     within a study are named in its rows.
     """
 
@@ -54,7 +54,7 @@ _HEAD = ("head", "n", "tol")
 _FILE = ("file", "n", "heads", "tol")
 _WHAT = ("what", "n", "d", "opponent")
 
-# in the order of a whole run, which is that of the page
+# in the order of a whole run, and of the page
 STUDIES = {
     study.name: study
     for study in (

@@ -13,7 +13,7 @@ from fastattn.methods.polynomial.expansions import (
 
 # of the first study: with scale 1/d and entries in [-1, 1] logits are in [-1, 1]
 _D, _TOL = 8, 1e-3
-# of wide heads: the largest rank, the tolerance, and where the ratio is wanted
+# of wide heads: the largest rank, the tolerance, and n of the extrapolated ratio
 _RANK, _WIDE_TOL, _FAR = 4096, 1e-2, 65536
 # of a tolerance that is relative to the answer
 _SAMPLED_TOL = 1e-2
@@ -92,7 +92,7 @@ def tensor(*, quick):
 def tensor_sampled(*, quick):
     """d=8, entries in [-1, 1], tol 1e-2 of the answer's norm: times faster than exact.
 
-    Values of either sign average out: next to the answer's norm, their range is large.
+    Values of either sign average out: their range is large against the answer's norm.
     """
     rows = []
     for n in (384,) if quick else (1536,):
@@ -129,12 +129,12 @@ def tensor_wide(*, quick):
 
 
 def tensor_order(*, quick):
-    """Largest entries, scale 1/d, that a fixed rank serves for orders 2, 3 and 4."""
+    """Largest entries, scale 1/d, within a fixed rank for orders 2, 3 and 4."""
     rows = []
     for degree in _DEGREES:
 
         def serves(bound, degree=degree):
-            # weights that are off by so much: before rounding, any values
+            # relative error of the weights: before rounding, for any values
             return relative_minimax(degree, bound)[1] <= _WIDE_TOL / (1 + _WIDE_TOL)
 
         bound = _largest(serves, LARGEST_BOUND)
@@ -190,7 +190,7 @@ def _wide(n, d, rng):
 
 
 def _largest(serves, most):
-    """Bisect for the largest number that something serves."""
+    """Bisect for the largest number that satisfies a condition."""
     low, high = 0.0, most
     for _ in range(12):
         middle = (low + high) / 2
@@ -199,7 +199,7 @@ def _largest(serves, most):
 
 
 def _check_order(order, entry, degree):
-    """The bound is proven at the corners, where every logit is met."""
+    """Check the bound at the corners, where logits are largest."""
     rng = np.random.default_rng(order)
     query, *keys = (
         0.99 * entry * rng.choice([-1.0, 1.0], (32, _FEW)) for _ in range(order)

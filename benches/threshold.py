@@ -1,4 +1,4 @@
-"""Sweeps over the entry bound: where the rank that attention needs passes n."""
+"""Sweeps over the entry bound: where the rank that attention needs exceeds n."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ from lowerbounds.threshold import FAMILIES, RATIOS, ThresholdRow, factors_of
 from lowerbounds.transitions import SHARES, Transition, crossing, fit_locations
 
 ERRORS = (1e-1, 1e-2, 1e-3)
-# the error of the figures, and at which times are taken
+# the error of the figures and of the timings
 SHOWN = 1e-2
 SIZES = {
     2: (256, 512, 1024, 2048, 4096, 8192),
@@ -50,7 +50,7 @@ _SPARSE = 4096
 _INSTANCES = 20
 # right answers between those of chance and all
 _MIDDLE = 0.75
-# logits of the queries on which polynomials are judged, and the fewest queries
+# logits of the queries on which polynomials are measured, and the fewest queries
 _LOGITS, _FEWEST = 1 << 21, 16
 # a sweep ends once every polynomial has so many times n monomials
 _FAR_BEYOND = 10
@@ -72,7 +72,7 @@ _OF_DECISIONS = (
     budgets,
     reductions,
 )
-# ends of a bracket that differ by less are one
+# a bracket whose ends differ by less counts as one number
 _SAME = 5e-4
 _STATEMENTS = {
     "rank": "measured on some queries",
@@ -88,51 +88,51 @@ def threshold(*, quick, results):
     """Where the rank that an additive error takes passes n, over B / (ln n)^(1/k).
 
     Theory: below entries of order (ln n)^(1/k) a polynomial of low degree makes
-    attention of order k nearly linear; above, nothing beats looking at all tuples if
-    satisfiability is as hard as believed. For each order, family and n the sweep finds
-    the ratio B / (ln n)^(1/k) at which a rank passes n: `rank`, of the least degree
-    that reaches the error on the inputs; `predicted_rank`, by the formula for the
-    worst inputs; `numerical_rank`, n / 4 singular values, which every factored method
-    needs; `time`, where the polynomial method takes as long as exact attention.
+    attention of order k nearly linear; above, nothing is faster than enumerating all
+    tuples if satisfiability is as hard as believed. For each order, family and n the
+    sweep finds the ratio B / (ln n)^(1/k) at which a rank exceeds n: `rank`, of the
+    least degree that meets the error on the inputs; `predicted_rank`, by the formula
+    for the worst inputs; `numerical_rank`, n / 4 singular values, which every factored
+    method needs; `time`, where the polynomial method takes as long as exact attention.
     `decided` is where an output answers 3 of 4 questions right, of which half have a
-    solution; `entry bound of the reduction` is what the calibrated one states, and
-    how many monomials a polynomial needs to answer all of them there.
+    solution; `entry bound of the reduction` is stated by the calibrated reduction, with
+    the number of monomials that a polynomial needs to answer all of them there.
 
-    What is known of a numerical rank is a bracket [least, most]. Up to n = 1024 it is
-    one number, of all eigenvalues in float64. Above, a basis Q of n / 16 columns may
-    tell it to 5 %; otherwise all eigenvalues do up to n = 4096, and n = 8192 has a
+    The numerical rank is known up to a bracket [least, most]. Up to n = 1024 it is
+    one number, from all eigenvalues in float64. Above, a basis Q of n / 16 columns may
+    determine it to 5 %; otherwise all eigenvalues do up to n = 4096, and n = 8192 has a
     basis of n / 2. The bracket holds for every Q: singular values of Q^T A are at most
-    those of A, and what Q leaves out has the square norm |A|^2 - |Q^T A|^2. `a..b` in
+    those of A, and the remainder has the square norm |A|^2 - |Q^T A|^2. `a..b` in
     the table is where the most and the least rank cross; the fits take the least, which
-    is proven. From n = 4096 on every second entry bound is looked at, up to the
+    is proven. From n = 4096 on every second entry bound is computed, up to the
     crossing at the error 0.01.
 
-    What this shows: at each n there is a narrow range of entry bounds in which the rank
+    Result: at each n there is a narrow range of entry bounds in which the rank
     of the polynomial grows from far below n to far above it, for every family, and that
-    range stays where it is on the scale of (ln n)^(1/k): at an additive error of 0.01
+    range is constant on the scale of (ln n)^(1/k): at an additive error of 0.01
     the `spread` of its location over all n is mostly a few hundredths, and for pairs
     the `exponent` of B over ln n is that of the `theory` within two standard errors,
-    but for gap, where it is half of that. The numerical rank says that no factored
-    method, however it is found, has a small rank on these inputs beyond. Polynomials
+    but for gap, where it is half of that. By the numerical rank no factored
+    method has a small rank on these inputs beyond. Polynomials
     with n or n^2 monomials decide nothing at any entry bound, at any n: those that do
     have more than n^5.
 
-    What it cannot show: ln n at most doubles over the sizes that can be computed, so
-    that an exponent is hardly told from a near one. It shifts with the additive error
-    (mostly below 1/k at 0.1, above at 0.001), as the degree has a part that depends on
-    the error alone; coordinates are a whole number that jumps from size to size; orders
-    3 and 4 reach small n only, and for order 4 the fit over n from 8 on is off by more
-    than its errors for all families but bounded entries. The numerical rank crosses
-    n/4 later, at the error 0.01 with two to three times the exponent: a row of weights
-    1/n has norm n^(-1/2), so that a fixed error forgives more as n grows. Where entries
-    are larger still it falls again, as rows look at few keys: hardness there is not a
-    matter of rank. Of satisfiability, whose vectors repeat, it stays below n / 4 at the
-    error 0.01 throughout. And no rank says anything of methods that are not factored.
-    The reductions that can be run state an entry bound far above the threshold: for
-    orthogonal vectors, whose gap is 1, of order ln n, and it takes the distributed
-    proofs of the theory to bring it down. Decisions are of random instances, easy for
-    other algorithms. The lower bound is a theorem under a conjecture on satisfiability,
-    not a measurement.
+    Limits: ln n at most doubles over the sizes that can be computed, so that an
+    exponent can hardly be distinguished from a near one. It shifts with the additive
+    error (mostly below 1/k at 0.1, above at 0.001), as the degree has a part that
+    depends on the error alone; coordinates are a whole number that jumps from size to
+    size; orders 3 and 4 are limited to small n, and for order 4 the fit over n from 8
+    on is off by more than its errors for all families but bounded entries. The
+    numerical rank crosses n/4 later, at the error 0.01 with two to three times the
+    exponent: a row of weights 1/n has norm n^(-1/2), so that a fixed error forgives
+    more as n grows. Where entries are larger still it falls again, as rows put their
+    weight on few keys: hardness there is not a matter of rank. For satisfiability,
+    whose vectors repeat, it stays below n / 4 at the error 0.01 throughout. And no rank
+    says anything of methods that are not factored. The reductions that can be run state
+    an entry bound far above the threshold: for orthogonal vectors, whose gap is 1, of
+    order ln n, and it takes the distributed proofs of the theory to bring it down.
+    Decisions are of random instances, easy for other algorithms. The lower bound is a
+    theorem under a conjecture on satisfiability, not a measurement.
     """
     part = Path(results) / f"threshold{'-quick' if quick else ''}.part.jsonl"
     sizes = QUICK if quick else SIZES
@@ -144,7 +144,7 @@ def threshold(*, quick, results):
     ]
     if not quick:
         sweeps += [(k, "bounded", n) for k, more in BOUNDED_ONLY.items() for n in more]
-    # from cheap to costly: what is stopped has whole sizes
+    # from cheap to costly: a run that is stopped has whole sizes
     sweeps.sort(key=lambda x: x[2] ** x[0])
     ratios = RATIOS[::2] if quick else RATIOS
     with part.open("a") as file:
@@ -184,7 +184,7 @@ def summaries(rows: list[ThresholdRow]) -> list[dict]:
 def computed(
     sweeps: list[tuple], ratios: tuple[float, ...], part: Path, file: TextIO
 ) -> list[dict]:
-    """Rows of all sweeps; what an earlier run of the same code found is recalled."""
+    """Rows of all sweeps; results of an earlier run of the same code are reused."""
     code = code_of_cells()
     done, rows = recall(part, code), []
     with steps("threshold", len(sweeps)) as step:
@@ -235,18 +235,18 @@ def cell(order: int, family: str, n: int, ratio: float) -> tuple[ThresholdRow, .
 
 
 def code_of_cells() -> str:
-    """What a cell depends on: the modules that make it, and the settings here."""
+    """Digest of a cell: the modules that make it, and the settings here."""
     settings = (ERRORS, RATIOS, _SPARSE, _LOGITS, _FEWEST)
     return f"{_sources(_OF_SWEEPS)} {settings}"
 
 
 def code_of_decisions() -> str:
-    """What an answer depends on, as for cells."""
+    """Digest of an answer, as for cells."""
     return f"{_sources(_OF_SWEEPS + _OF_DECISIONS)} {deciding.FACTORS}"
 
 
 def _sources(modules: tuple) -> str:
-    """Digest of modules; all of the package would make too much of an edit."""
+    """Digest of modules; one of the whole package would change with every edit."""
     text = "".join(inspect.getsource(module) for module in modules)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -254,7 +254,7 @@ def _sources(modules: tuple) -> str:
 def decision_rows(
     sizes: tuple[int, ...], part: Path, file: TextIO, count: int
 ) -> list[dict]:
-    """Rows of the table on what methods of a fixed budget decide."""
+    """Rows of the table on decisions of methods of a fixed budget."""
     code = code_of_decisions()
     done, found = recall(part, code), []
     with steps("decisions", len(deciding.FAMILIES) * len(sizes)) as step:
@@ -272,7 +272,7 @@ def decision_rows(
 
 
 def decision_summaries(family: str, decided: dict[int, dict], count: int) -> list[dict]:
-    """A row for each method, and one for the stated bound and what it would take."""
+    """A row for each method, and one for the stated bound and its monomials."""
     found = []
     for method in next(iter(decided.values()))["shares"]:
         curves, located, best = [], {}, []
@@ -346,7 +346,7 @@ def time_over_exact(row: ThresholdRow) -> float:
         arguments = (query, tuple(keys), tuple(values))
 
     def call(method):
-        # the degree is known to reach the error: nothing is asked of the certificate
+        # the degree is known to meet the error: no certificate is needed
         return fastattn.approximate(
             *arguments, scale=made.scale, method=method, tol=1e6, rng=0
         )

@@ -1,4 +1,4 @@
-"""Pictures of sweeps over the entry bound, and of deciders of a fixed rank."""
+"""Figures of sweeps over the entry bound, and of deciders of a fixed rank."""
 
 import math
 from pathlib import Path
@@ -95,7 +95,7 @@ def _draw_decided(line, rows: list[dict], families: list[str]) -> None:
             panel.axis("off")
             continue
         for row in mine:
-            # the polynomials' lines fall together
+            # the polynomials' lines coincide
             look = {"ls": "-"} if row["measure"] == _EXACT else {"ls": ":", "lw": 3}
             for n, ratios, shares in row["curves"]:
                 panel.plot(ratios, shares, color=_colour(n), **look)
@@ -127,14 +127,14 @@ def _colour(n: int) -> tuple:
 
 
 def _draw_sizes(panel, rows: list[dict]) -> None:
-    """Say which colour is which n."""
+    """Add a legend of the colours of n."""
     for n in sorted({n for row in rows for n, *_ in row["curves"]}):
         panel.plot([], [], color=_colour(n), label=f"n = {n}")
     panel.legend(fontsize=6, loc="upper left")
 
 
 def _label(axis, ticks=_TICKS) -> None:
-    """Plain numbers where the ticks of a logarithmic axis would run together."""
+    """Plain numbers where the ticks of a logarithmic axis would overlap."""
     low, high = axis.get_view_interval()
     axis.set_ticks([x for x in ticks if low <= x <= high])
     axis.set_major_formatter("{x:g}")
@@ -155,7 +155,7 @@ def _draw_locations(panel, rows: list[dict], order: int) -> None:
 def _draw_bounds(
     panel, rows: list[dict], order: int, families: list[str], lines: dict[str, str]
 ) -> None:
-    """Draw entry bounds over ln n, and slopes of the theory beside them."""
+    """Draw entry bounds over ln n, with lines of the slope of the theory."""
     known = []
     for row in rows:
         log_n = [math.log(n) for n in row["sizes"]]
@@ -199,7 +199,7 @@ def draw_decisions(record: dict, path: str | Path) -> None:
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3
     )
-    figure.suptitle("what a fixed rank decides as the entries grow")
+    figure.suptitle("decisions of a fixed rank as the entries grow")
     figure.savefig(path, dpi=100)
 
 
@@ -209,7 +209,7 @@ def _draw_shares(panel, rows: list[dict]) -> None:
         panel.axis("off")
         return
     for number, row in enumerate(rows):
-        # lines that fall together show as nested widths
+        # coinciding lines show as nested widths
         panel.plot(
             row["ratios"],
             row["shares"],

@@ -15,7 +15,7 @@ from sketching._lib.certificate import RefusalError
 _SHRINK = 1 - 1e-6
 # thresholds must lie so far above the least normal number of the output's dtype
 _HEADROOM = 1e8
-# logits that are held at a time
+# logits that exist at once
 _BLOCK = 1 << 22
 _LOG_2 = math.log(2)
 
@@ -25,15 +25,15 @@ class AttentionInstance:
     """Inputs of attention of order k, and how to read the answer off the output.
 
     If the vectors have a solution, some row of the output is at least ``exp(log_yes)``;
-    if not, every row is at most ``exp(log_no)``. An output that is wrong by at most
-    ``error``, half of what lies between, answers right.
+    if not, every row is at most ``exp(log_no)``. An output whose error is at most
+    ``error``, half of the difference, gives the right answer.
 
     Parameters
     ----------
     instance : VectorInstance
         The question.
     construction : str
-        How the inputs were made of it.
+        The name of the reduction.
     query : array, shape (n, d)
         The queries.
     keys, values : tuple of array, shapes (m, d) and (m, 1)
@@ -91,7 +91,7 @@ class AttentionInstance:
 
     @property
     def arguments(self) -> tuple[Any, Any, Any]:
-        """What attention is called with; tensor attention if the order is above 2."""
+        """Arguments of attention; of tensor attention if the order is above 2."""
         if self.order == 2:
             return self.query, self.key, self.value
         return self.query, self.keys, self.values
@@ -173,7 +173,7 @@ class AttentionInstance:
     def log_output(self) -> Array:
         """Compute the logarithm of the exact output, ``(n,)``.
 
-        Every tuple is looked at; the output itself may be too small for any dtype.
+        All tuples are enumerated; the output itself may be too small for any dtype.
         """
         tuples = math.prod(len(key) for key in self.keys)
         worth = self.products_of_values()
@@ -195,8 +195,8 @@ class AttentionInstance:
     def scaled(self, factor: float) -> "AttentionInstance":
         """Return the same instance with queries and keys times a factor.
 
-        The threshold stays. Unless padded as in the papers, a factor above 1 keeps what
-        is promised of outputs.
+        The threshold stays. Unless the construction is "padded", the bounds on outputs
+        also hold with a factor above 1.
         """
         keys = tuple(factor * key for key in self.keys)
         return replace(self, query=factor * self.query, keys=keys)

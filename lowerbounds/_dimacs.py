@@ -1,7 +1,7 @@
 """Formulas in the DIMACS format, compressed or not, read line by line.
 
-Compressed files may hold far more than their size says: a line and a formula are given
-up where they grow beyond what any instance can be made of.
+Compressed files may hold far more than their size says: reading stops where a line or a
+formula grows beyond what any instance can be made of.
 """
 
 import bz2
@@ -77,7 +77,7 @@ def read_dimacs(path: Path) -> Iterator[list[int]]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file with their numbers; a mark of the encoding is left out.
 
-    What a decompressor complains of is said in one line.
+    Errors of a decompressor are reported in one line.
     """
     with path.open("rb") as file:
         start = file.read(8)

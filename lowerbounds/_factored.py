@@ -1,4 +1,4 @@
-"""What polynomials need of a softmax matrix: a degree, and so a rank.
+"""The degree, and so the rank, that polynomials need for a softmax matrix.
 
 A method that computes ``U (W^T V)`` with r columns answers as if the softmax matrix had
 rank r. Polynomials of degree g in d coordinates are such a method with
@@ -14,7 +14,7 @@ import numpy as np
 from lowerbounds._tuples import logits_of, products_of
 from sketching._lib.arrays import Array
 
-# logits that are held at a time
+# logits that exist at once
 _BLOCK = 1 << 23
 LARGEST_DEGREE = 40
 
@@ -38,7 +38,7 @@ class Factors:
         return logits_of(self.scale * query, self.keys)
 
     def blocks(self) -> Iterator[Array]:
-        """Logits of all queries and of some tuples after the other."""
+        """Logits of all queries and of blocks of tuples, one block after the other."""
         query, first, rest = self.scale * self.query, self.keys[0], self.keys[1:]
         each = len(query) * self.tuples // len(first)
         step = max(1, _BLOCK // each)
@@ -61,7 +61,7 @@ def polynomial_outputs(
     sums, found = np.zeros((2, len(logits))), []
     for coefficient, term in expansion(logits, low, high, degree):
         sums += coefficient * np.stack([term @ worth, term.sum(axis=1)])
-        # a sum of weights that vanishes gives no answer at this degree
+        # weights that sum to zero give no answer at this degree
         with np.errstate(divide="ignore", invalid="ignore"):
             found.append(sums[0] / sums[1])
     return np.array(found)
@@ -91,7 +91,7 @@ def degree_errors(
     rows: int,
     logit_range: tuple[float, float],
 ) -> Array:
-    """Largest error of the polynomials of each degree, over so many queries.
+    """Largest error of the polynomials of each degree, over some queries.
 
     ``logit_range`` is that of all logits, before the factor ``exponent``.
     """
@@ -124,14 +124,14 @@ def predicted_errors(half_width: float, degree: int) -> Array:
 
 
 def least_degree(errors: Array, error: float) -> float:
-    """Where errors by degree fall to ``error`` for good, between whole degrees."""
+    """Degree from which on errors are at most ``error``, interpolated."""
     above = np.flatnonzero(errors > error)
     if len(above) == 0:
         return 0.0
     last = int(above[-1])
     if last + 1 == len(errors):
         return math.inf
-    # what is infinite or 0 has no logarithm to interpolate
+    # infinity and 0 have no logarithm to interpolate
     upper, lower = errors[last], errors[last + 1]
     if not (math.isfinite(upper) and lower > 0):
         return last + 1.0

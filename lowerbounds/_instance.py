@@ -1,4 +1,4 @@
-"""Instances of vector problems, and their answers by looking at every tuple."""
+"""Instances of vector problems, and their answers by enumeration of all tuples."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import numpy as np
 from lowerbounds._ops.inner_products import extremes
 from sketching._lib.arrays import Array
 
-# intersections that are held at a time
+# intersections that exist at once
 _BLOCK = 1 << 15
 
 
 class _Answer:
-    """Whether there is a solution, found when it is first asked for."""
+    """Whether there is a solution, computed at first access."""
 
     def __get__(self, instance: Any, owner: Any) -> bool:
         if instance is None:
@@ -33,10 +33,10 @@ class VectorInstance:
     r"""Sets of 0/1 vectors, one vector of each to be chosen, with the known answer.
 
     The generalised inner product of a tuple :math:`(x^{(1)}, \dots, x^{(k)})` is
-    :math:`\sum_l x^{(1)}_l \cdots x^{(k)}_l`, the number of coordinates where all
-    are 1. The instance has a solution if some tuple reaches ``yes``; if it has none,
-    every tuple stays at ``no`` or beyond. For orthogonal vectors ``yes = 0`` and
-    ``no = 1``, for a gap problem ``yes > no``.
+    :math:`\sum_l x^{(1)}_l \cdots x^{(k)}_l`, the number of coordinates where all are
+    1. For orthogonal vectors, ``yes = 0`` and ``no = 1``, a solution has a product of
+    at most ``yes``, and without one all are at least ``no``; for a gap problem, ``yes >
+    no``, a solution has at least ``yes``, and without one all are at most ``no``.
 
     Parameters
     ----------
@@ -45,10 +45,10 @@ class VectorInstance:
     planted : tuple of int or None
         The rows of the planted solution.
     has_solution : bool
-        The answer. Where it was not given it is found when it is first asked for,
-        which takes time proportional to the product of the sizes of the sets.
+        The answer. Unless given, it is computed at first access, in time proportional
+        to the product of the sizes of the sets.
     yes, no : int
-        What a solution reaches, and where all other tuples stay.
+        Bounds on the product of a solution, and on those of all other tuples.
 
     Examples
     --------
@@ -70,9 +70,9 @@ class VectorInstance:
     def from_vectors(
         cls, *vectors: Array, planted: tuple[int, ...] | None = None
     ) -> "VectorInstance":
-        """Ask for orthogonal vectors in given sets.
+        """Make the orthogonal vectors problem of given sets.
 
-        The answer is found when it is asked for, unless ``planted`` names a solution.
+        The answer is computed at first access, unless ``planted`` names a solution.
         """
         sets = tuple(
             as_bits(f"vectors[{s}]", x, vectors[0]) for s, x in enumerate(vectors)

@@ -1,8 +1,8 @@
-"""Attention over many keys with few different logits: counts in place of keys.
+"""Attention over many keys with few different logits, by counts of keys.
 
 The logits of a reduction are inner products of 0/1 vectors, which are whole numbers up
-to d, and one of the padded key. Each row is known by how many keys it has at each
-level; from the counts follow the outputs at every entry bound and of every polynomial.
+to d, and one of the padded key. Each row is given by its number of keys at each level;
+the outputs at every entry bound and of every polynomial follow from the counts.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lowerbounds._attention_instance import AttentionInstance
 from lowerbounds._factored import expansion
 from sketching._lib.arrays import Array
 
-# inner products that are held at a time
+# inner products that exist at once
 _BLOCK = 1 << 22
 
 
@@ -58,7 +58,7 @@ class Levels:
         with np.errstate(over="ignore"):
             weights = np.exp(factor * (self.logits - self.padded))
         with np.errstate(invalid="ignore"):
-            # none of infinite weight is nothing
+            # zero keys of infinite weight add zero
             real = np.nan_to_num(self.counts * weights, posinf=np.inf).sum(axis=1)
             return np.where(np.isinf(real), 1.0, real / (1 + real))
 
@@ -69,7 +69,7 @@ class Levels:
         terms = [c * term for c, term in expansion(logits, low, high, degree)]
         weights = np.cumsum(terms, axis=0)
         real = weights[:, :-1] @ self.counts.T
-        # a sum of weights that vanishes gives no answer at this degree
+        # weights that sum to zero give no answer at this degree
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(real / (real + weights[:, -1:]))
 

@@ -1,14 +1,14 @@
-r"""The numerical rank of a softmax matrix: what every factored method needs.
+r"""The numerical rank of a softmax matrix: a lower bound for factored methods.
 
 Where a matrix differs from the softmax matrix, random signs for values, and their
 products, make an error in each row whose mean square is the squared norm of the
-difference. If all values in [-1, 1] err by at most ``error``, no row differs by more
-than that in Euclidean norm. With a matrix of rank r the squares of the singular values
-beyond the first r sum to at most n times the square of ``error``.
+difference. If for all values in [-1, 1] the error is at most ``error``, no row differs
+by more than that in Euclidean norm. With a matrix of rank r the squares of the singular
+values beyond the first r sum to at most n times the square of ``error``.
 
-Small matrices have all singular values computed. Of large ones an orthonormal basis Q
-gives a bracket that holds whatever Q is: those of :math:`Q^\top A` are at most those of
-A (Cauchy), and what Q leaves out has the exact square :math:`|A|^2 - |Q^\top A|^2`.
+Of small matrices all singular values are computed. For large ones any orthonormal basis
+Q gives a bracket: the singular values of :math:`Q^\top A` are at most those of A
+(Cauchy), and the remainder has the exact square :math:`|A|^2 - |Q^\top A|^2`.
 """
 
 import math
@@ -19,7 +19,7 @@ import numpy as np
 from lowerbounds._factored import Factors
 from sketching._lib.arrays import Array
 
-# up to this n all singular values are as cheap as a basis
+# up to this n computing all singular values costs no more than a basis
 _SMALL = 1024
 # columns of the first basis, and of the last one, as shares of n
 _FEW, _MANY = 16, 2
@@ -35,8 +35,8 @@ def numerical_ranks(
 ) -> list[tuple[int, int]]:
     """Bracket the least rank that any factored method needs for each additive error.
 
-    Up to ``largest_spectrum`` queries the ends agree or nearly so. Beyond, matrices of
-    order 2 are bracketed by a basis, a small one where it does.
+    Up to ``largest_spectrum`` queries the ends are equal or nearly so. Beyond, matrices
+    of order 2 are bracketed by a basis, a small one where it suffices.
     """
     n, order = len(factors.query), len(factors.keys) + 1
     if order > 2 or n <= _SMALL:
@@ -53,7 +53,7 @@ def numerical_ranks(
 
 
 def _spectra(matrix: Array, whole: bool) -> Iterator[Array]:
-    """Squared singular values, of ever more of the matrix."""
+    """Squared singular values, of larger and larger parts of the matrix."""
     n = len(matrix)
     yield _captured(matrix, n // _FEW)
     if whole:
@@ -64,7 +64,7 @@ def _spectra(matrix: Array, whole: bool) -> Iterator[Array]:
 
 def _captured(matrix: Array, size: int) -> Array:
     """Squared singular values of the part of a matrix in a basis of so many columns."""
-    # any basis gives a bracket: its precision, and its randomness, are of no account
+    # any basis gives a bracket: its precision and its randomness do not matter
     rough = matrix.astype(np.float32)
     start = np.random.default_rng(0).standard_normal((len(matrix), size), np.float32)
     basis = np.linalg.qr((rough @ (rough.T @ start)).astype(np.float64))[0]
@@ -77,10 +77,10 @@ def _brackets(
 ) -> list[tuple[int, int]]:
     """Least and most rank for each error, from some squares and the sum of all."""
     size = len(squares)
-    # entry r is what the squares known leave beyond the first r of them
+    # entry r is the sum of the squares beyond the first r of those known
     tails = np.append(np.cumsum(np.sort(squares.clip(0)))[::-1], 0.0)
     rest = max(total - float(tails[0]), 0.0) if size < n else 0.0
-    # eigenvalues in floating point
+    # eigenvalues in floating point may be slightly negative
     rounding = n * float(np.finfo(np.float64).eps) * total
     found = []
     for error in errors:
@@ -90,7 +90,8 @@ def _brackets(
         if len(below):
             high = int(below[0])
         else:
-            # beyond the basis the squares fall, so that the last ones have their share
+            # beyond the basis the squares fall, so that each of the last ones is
+            # bounded
             share = max(budget - rounding, 0.0) / max(rest, budget)
             high = math.ceil(n - (n - size) * share)
         found.append((low, high))

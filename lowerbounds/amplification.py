@@ -4,7 +4,7 @@ A distributed proof small enough to run: each vector is cut into T blocks of m b
 block t is the polynomial :math:`X_t` of degree below m over the integers modulo a
 prime q that takes the bits as values at 0, ..., m - 1. Two vectors are orthogonal if
 and only if :math:`\sum_t X_t Y_t` is 0 at these m points. Given that polynomial, the
-advice, both sides check it at all q points: a false one is caught at all but
+advice, both sides check it at all q points: a false one fails at all but
 2 (m - 1) of them.
 """
 
@@ -51,7 +51,7 @@ def amplify_gap(
         If the instance has not two sets in which orthogonal vectors are sought, or
         if ``field`` is no prime above ``2 * (block - 1)`` and the number of blocks.
     RefusalError
-        If the vectors would be too long to be written down.
+        If the vectors would be too long for memory.
 
     References
     ----------
@@ -93,7 +93,7 @@ def amplify_gap(
 
 
 def _gap(left: Array, sums: Array, advice: Array, block: int) -> VectorInstance:
-    """Write down the instance of one advice, and find its answer."""
+    """Make the instance of one advice, and compute its answer."""
     right = (sums == advice[:, None]).reshape(len(sums), -1).astype(np.uint8)
     found = largest_product((left, right)) >= len(advice)
     return VectorInstance((left, right), None, found, len(advice), 2 * (block - 1))
@@ -102,7 +102,7 @@ def _gap(left: Array, sums: Array, advice: Array, block: int) -> VectorInstance:
 def _check_field(field: int, block: int, blocks: int) -> None:
     if any(field % divisor == 0 for divisor in range(2, int(field**0.5) + 1)):
         raise ValueError(f"field: expected a prime, got {field}")
-    # a sum of so many bits must not vanish modulo the prime
+    # a sum of so many bits must not be 0 modulo the prime
     least = max(2 * (block - 1), blocks)
     if field <= least:
         raise ValueError(

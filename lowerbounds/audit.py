@@ -1,8 +1,8 @@
-"""Any attention method as a decider: right, wrong, refused, and inside certificates.
+"""Attention methods as deciders: right, wrong and refused answers, and certificates.
 
-A method inside its certificate cannot be wrong where the certificate is as small as
-the error that the instance allows. One without a certificate may be wrong anywhere,
-and on these instances it is.
+A method whose certificate holds cannot be wrong where the certificate is as small as
+the error that the instance allows. A method without a certificate may be wrong
+anywhere, and is wrong on some of these instances.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +24,7 @@ Decider: TypeAlias = Callable[[AttentionInstance], Array | Approximation]
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """What one method answered over one family of instances.
+    """Answers of one method over one family of instances.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class AuditRow:
     certified_wrong : int
         Those of them that were wrong: there must be none.
     broken : int
-        Outputs further from exact attention than their certificate says.
+        Outputs whose error against exact attention exceeds their certificate.
 
     Examples
     --------
@@ -172,7 +172,7 @@ def at_allowed_error(
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """One answer: whether it was given, right, inside a certificate, and that kept."""
+    """One answer: whether it was given, right, certified, and its certificate true."""
 
     given: bool
     right: bool = False
@@ -200,7 +200,7 @@ def _ask(method: Decider, made: AttentionInstance, truth: Array) -> _Answer:
 
 
 def _rounding(made: AttentionInstance) -> float:
-    """What rounding may do to the truth itself, relative to each entry."""
+    """Rounding error of exact attention itself, relative to each entry."""
     largest_logit = made.entry_bound**made.order
     return 8 * float(np.finfo(np.float64).eps) * (1 + largest_logit)
 
@@ -208,7 +208,7 @@ def _rounding(made: AttentionInstance) -> float:
 def _is_broken(
     certificate: Certificate, output: Array, truth: Array, rounding: float
 ) -> bool:
-    """Whether the output is further off than the certificate says."""
+    """Whether the error of the output exceeds its certificate."""
     off = np.asarray(to_host(output), np.float64).reshape(-1) - truth
     if certificate.norm == "max":
         return bool(np.abs(off).max() > certificate.error + rounding * truth.max())

@@ -11,12 +11,12 @@ from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer, check_number
 
-# logits that are held at a time
+# logits that exist at once
 _BLOCK = 1 << 22
 
 
 def polynomial_within(rank: int) -> Decider:
-    """Make a decider of the largest polynomial with so many monomials.
+    """Make a decider of the largest polynomial within a number of monomials.
 
     The answers are those of low-rank attention; they are computed from the logits.
 
@@ -62,7 +62,7 @@ def polynomial_within(rank: int) -> Decider:
 
 
 def degree_within(d: int, rank: int) -> int:
-    """Find the largest degree in d coordinates with so many monomials."""
+    """Find the largest degree in d coordinates within a number of monomials."""
     degree = 0
     while degree < LARGEST_DEGREE and math.comb(d + degree + 1, d) <= rank:
         degree += 1
@@ -72,7 +72,7 @@ def degree_within(d: int, rank: int) -> int:
 def best_of_rank(rank: int) -> Decider:
     """Make a decider of the best matrix of a rank, by singular values.
 
-    No method would find it without looking at all pairs; it says what a rank could do.
+    No method would find it without computing all pairs; it shows what the rank allows.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def best_of_rank(rank: int) -> Decider:
         logits = made.logits()
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
-        # the left singular vectors of as many rows as there are queries
+        # left singular vectors, of as many rows as there are queries
         left = np.linalg.eigh(weights @ weights.T)[1][:, -rank:]
         found: Array = left @ (left.T @ (weights @ made.products_of_values()))
         return found

@@ -1,7 +1,7 @@
 r"""From vectors to attention: inputs whose output says whether there is a solution.
 
 The logits of real tuples are inner products of the vectors; padded tokens, of value 0,
-weigh in at a level between those of a solution and those of all other tuples. The
+have a logit between those of a solution and those of all other tuples. The
 entries need only be so large that a single solution outweighs all others together:
 :math:`\beta = B^k` is the number of coordinates over the gap, times the logarithm of
 the number of tuples.
@@ -31,7 +31,7 @@ def reduce_to_attention(
     instance : VectorInstance
         Sets of vectors: two for attention, k for tensor attention of order k.
     construction : {"calibrated", "direct", "padded"}
-        ``"calibrated"``: one padded key in each factor, at the middle of the gap; the
+        ``"calibrated"``: one padded key in each factor, at the midpoint of the gap; the
         output is near 1 with a solution and near 0 without. ``"direct"``: the padded
         keys at the level of a solution, for orthogonal vectors only: half the
         exponent, half the error. ``"padded"``: the layout of the papers, as many
@@ -113,7 +113,7 @@ def decide(
     ValueError
         If the output has a wrong shape or is not finite.
     RefusalError
-        If the output cannot be told from 0, or if ``attention`` refuses.
+        If the output cannot be distinguished from 0, or if ``attention`` refuses.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def decide(
         instance = reduce_to_attention(instance, construction=construction)
     if attention is None:
         return instance.decide_log(instance.log_output())
-    # before the work: exact attention would refuse it in other words
+    # before the work: exact attention would refuse with another message
     instance.check_range(instance.query.dtype)
     return instance.decide(attention(*instance.arguments, scale=instance.scale))
 
@@ -179,7 +179,7 @@ def _single_pad(instance: VectorInstance, construction: str) -> AttentionInstanc
 def _with_pad(
     query: Array, keys: list[Array], level: float
 ) -> tuple[Array, list[Array]]:
-    """Append one padded key to each factor, the logit of their tuple ``level``."""
+    """Append one padded key to each factor; the logit of their tuple is ``level``."""
     # spread over coordinates, so that no entry exceeds those of the vectors
     width = math.ceil(abs(level))
     query = np.pad(query, ((0, 0), (0, width)), constant_values=1)
@@ -192,10 +192,10 @@ def _with_pad(
 
 
 def _without_mixed(query: Array, keys: list[Array]) -> tuple[Array, list[Array]]:
-    """Push down tuples of padded and real keys; the padded key of each is the last.
+    """Lower the logits of mixed tuples; the padded key of each factor is the last.
 
     Going round the factors, such a tuple passes from a padded to a real key at least
-    once: one coordinate for each factor is -1 there and 0 elsewhere.
+    once: one coordinate for each factor is -1 there and 0 for all other pairs.
     """
     count = len(keys)
     query = np.pad(query, ((0, 0), (0, count)), constant_values=-1)

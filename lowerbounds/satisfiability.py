@@ -2,8 +2,8 @@
 
 Each part of the variables becomes a set of vectors, one for each assignment of them,
 with one coordinate for each clause: 1 if the assignment leaves the clause unsatisfied.
-A tuple of assignments satisfies the formula if no clause is left by all of them, so if
-its vectors are orthogonal.
+A tuple of assignments satisfies the formula if every clause is satisfied by one of
+them, so if its vectors are orthogonal.
 """
 
 import numbers
@@ -25,7 +25,7 @@ from sketching._lib.validation import check_integer, check_number
 _MOST_BITS = 1 << 28
 # literals that are read: a formula of more is too large, or repeats its clauses
 _MOST_LITERALS = 1 << 23
-# what formulas of python-sat hold beside their clauses
+# constraints of formulas of python-sat in addition to their clauses
 _BESIDE = ("atmosts", "atms", "xors", "soft")
 
 
@@ -50,17 +50,17 @@ def from_cnf(clauses_or_path: Any, parts: int = 2) -> VectorInstance:
     -------
     VectorInstance
         The vectors. ``has_solution`` says whether the formula can be satisfied: it is
-        found when it is asked for, by looking at all :math:`2^v` tuples. Row ``i`` of
+        computed at first access, by enumeration of all :math:`2^v` tuples. Row ``i`` of
         a set is the assignment of its variables that the binary digits of ``i`` spell,
         the first variable leading.
 
     Raises
     ------
     ValueError
-        If the file or a clause cannot be read, or if a formula has constraints beside
-        its clauses, such as the cardinalities of a ``CNFPlus``.
+        If the file or a clause cannot be read, or if a formula has constraints
+        besides its clauses, such as the cardinalities of a ``CNFPlus``.
     RefusalError
-        If the vectors would be too many to be written down.
+        If the vectors would be too many for memory.
 
     References
     ----------
@@ -76,7 +76,7 @@ def from_cnf(clauses_or_path: Any, parts: int = 2) -> VectorInstance:
     """
     parts = check_integer("parts", parts, least=2)
     clauses = _limited(_clauses_of(clauses_or_path))
-    # variables that no clause has would only double the vectors
+    # variables without a clause would only double the number of vectors
     variables = sorted({abs(literal) for clause in clauses for literal in clause})
     split = [x.tolist() for x in np.array_split(np.array(variables, int), parts)]
     _check_size(len(variables), len(split[0]), max(1, len(clauses)), parts)
@@ -175,11 +175,11 @@ def _clauses_of(given: Any) -> Iterator[list[int]]:
             if more:
                 raise ValueError(
                     f"clauses_or_path: {type(given).__name__} has {len(more)} "
-                    f"constraints in {name} beside its clauses: encode them as clauses "
+                    f"constraints in {name} as well: encode them as clauses "
                     "first (pysat.card, pysat.pb)"
                 )
-    # formulas of python-sat that are no clauses yet become them when they are gone
-    # through
+    # formulas of python-sat that are no clauses become clauses when they are iterated
+    # over
     clauses = given if hasattr(given, "clausify") else getattr(given, "clauses", given)
     if not isinstance(clauses, Iterable):
         raise TypeError(

@@ -2,10 +2,10 @@ r"""Sweeps over the entry bound: where the rank of attention grows past n.
 
 The theory puts the threshold at entries :math:`B = \Theta((\ln n)^{1/k})`: for smaller
 ones a polynomial of small degree makes attention of order k nearly linear, for larger
-ones nothing beats looking at all tuples, if satisfiability is as hard as is believed.
-A sweep holds B over :math:`(\ln n)^{1/k}` fixed and asks, for growing n, what rank and
-degree an additive error takes. It shows what these methods need on these inputs; it
-proves nothing about others.
+ones nothing is faster than enumerating all tuples, if satisfiability is as hard as is
+believed. A sweep fixes B over :math:`(\ln n)^{1/k}` and measures, for growing n, the
+rank and the degree that an additive error takes. It shows what these methods need on
+these inputs, and proves nothing about others.
 """
 
 import math
@@ -38,7 +38,7 @@ _GAP_DIMENSION = 16
 
 @dataclass(frozen=True, slots=True)
 class ThresholdRow:
-    """What one entry bound takes on one instance.
+    """Rank and degree for one entry bound and one error on one instance.
 
     Parameters
     ----------
@@ -47,12 +47,12 @@ class ThresholdRow:
     ratio, entry_bound : float
         B over ``(ln n) ** (1 / k)``, and B.
     error : float
-        The additive error to be reached, for values in [-1, 1].
+        The additive error, for values in [-1, 1].
     numerical_rank, numerical_rank_most : int or None
-        The rank that every factored method needs is at least the first, and what the
-        singular values need is at most the second; None where they were not looked at.
+        Bounds on the numerical rank from below, which holds for every factored method,
+        and from above; None where singular values were not computed.
     degree, rank : float
-        The least degree of a polynomial that reaches the error on these inputs,
+        The least degree of a polynomial that meets the error on these inputs,
         interpolated between whole ones, and the number of its monomials.
     predicted_degree, predicted_rank : float
         The same by the formula, for the worst inputs of this entry bound.
@@ -96,7 +96,7 @@ def threshold_sweep(
     rng: RandomSource = None,
     progress: Callable[[ThresholdRow], object] | None = None,
 ) -> tuple[ThresholdRow, ...]:
-    r"""Sweep the entry bound, and measure what an additive error takes.
+    r"""Sweep the entry bound, and measure the rank and degree of an additive error.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def threshold_sweep(
     dimension : float
         Coordinates over ln n in the family of bounded entries; the others need more.
     largest_spectrum : int
-        All singular values are computed up to this n, where fewer do not tell the rank.
+        All singular values are computed up to this n, unless fewer determine the rank.
     largest_bracket : int
         For larger n up to this one, order 2 alone, the numerical rank has a bracket.
     queries : int
@@ -187,7 +187,7 @@ def factors_of(
         query, *keys = (x.astype(np.float64) for x in instance.vectors)
         keys[0] = -keys[0] if instance.seeks_orthogonal else keys[0]
     d = query.shape[1]
-    # random signs would average out as n grows, and any small degree would do
+    # random signs would average out as n grows, and any small degree would suffice
     direction = rng.standard_normal(d)
     values = tuple(_signs((key - key.mean(axis=0)) @ direction) for key in keys)
     return Factors(query, tuple(keys), values, 1 / d)
@@ -214,7 +214,7 @@ def _instance(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sweep:
-    """One instance, and what is asked of it at every entry bound."""
+    """One instance, with its measurements at every entry bound."""
 
     family: str
     factors: Factors
@@ -225,7 +225,7 @@ class _Sweep:
     largest_bracket: int
 
     def measure(self, ratio: float) -> list[ThresholdRow]:
-        """Everything about one entry bound, a row for each error."""
+        """Measure at one entry bound; a row for each error."""
         (n, d), order = self.factors.query.shape, len(self.factors.keys) + 1
         exponent = ratio**order * math.log(n)
         realised = degree_errors(
@@ -257,7 +257,7 @@ class _Sweep:
         return rows
 
     def numerical_ranks(self, exponent: float) -> Iterable[tuple[int | None, ...]]:
-        """Both ends for each error; nothing of matrices that are too large."""
+        """Bounds from below and above for each error; None for matrices too large."""
         if len(self.factors.query) > max(self.largest_spectrum, self.largest_bracket):
             return [(None, None)] * len(self.errors)
         return numerical_ranks(

@@ -102,7 +102,7 @@ def fit_transitions(rows: Iterable[ThresholdRow]) -> tuple[Transition, ...]:
 
 
 def crossing(curve: list[tuple[float, float]]) -> float | None:
-    """Where a curve of positive numbers first reaches 1, by logarithms."""
+    """Where a curve of positive numbers first is 1, interpolated in logarithms."""
     for (x, low), (y, high) in itertools.pairwise(sorted(curve)):
         if low < 1 <= high:
             # 0 has no logarithm, an infinite end no slope
@@ -124,7 +124,7 @@ def _curve(
 def fit_locations(
     order: int, family: str, error: float, measure: str, located: dict[int, float]
 ) -> Transition:
-    """Fit the ratios at which something happens for each n."""
+    """Fit the ratios at which a rank crosses n, for each n."""
     sizes, places = np.array(list(located)), np.array(list(located.values()))
     slope = slope_error = math.nan
     if len(sizes) > 1:

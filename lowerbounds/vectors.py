@@ -1,6 +1,6 @@
 r"""Orthogonal vectors, k of them, and gaps of inner products, with known answers.
 
-A planted solution must not be seen from the density of its vectors. Here each of its
+A planted solution must not show in the density of its vectors. Here each of its
 coordinates is drawn so that every k - 1 of the k bits are independent, as those of
 all other vectors are, and only all k together never are 1.
 """
@@ -124,13 +124,13 @@ def gap_inner_product(
     Raises
     ------
     ValueError
-        If a number is out of range, or if d is so small that random tuples reach
-        what the planted one would.
+        If a number is out of range, or if d is so small that random tuples have as
+        large a product as the planted one.
 
     Notes
     -----
-    The problem is the reductions' own test. It has algorithms that beat all pairs,
-    so it is not hard as orthogonal vectors are believed to be.
+    The problem serves to test the reductions. It has algorithms that are faster than
+    all pairs, so it is not believed to be as hard as orthogonal vectors.
 
     Examples
     --------

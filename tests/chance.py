@@ -1,11 +1,11 @@
-"""Assertions for promises that hold with a probability."""
+"""Assertions for bounds that hold with a probability."""
 
 import numpy as np
 from scipy.stats import binom
 
 
 def allowed_failures(failure, trials, false_alarm=1e-9):
-    """The most failures that a promise kept with ``failure`` can plausibly show."""
+    """The most failures that bounds with probability ``failure`` plausibly show."""
     return int(binom.isf(false_alarm, trials, failure))
 
 

@@ -3,7 +3,7 @@
 CUDA source is compiled by g++. Every thread of a block is a fiber that runs up to its
 next barrier, in rising or falling order, so that a missing barrier shows as a wrong
 answer in one of the two. What this cannot show: speed, limits of a device, and CuPy's
-own manners.
+own behaviour.
 """
 
 import ctypes
@@ -128,7 +128,7 @@ def run(command):
 
 
 class Kernel:
-    """What ``cupy.RawKernel`` is, compiled by g++ and run on this thread."""
+    """``cupy.RawKernel``, compiled by g++ and run on this thread."""
 
     def __init__(self, source, name, options, folder, falling):
         stem = folder / f"{abs(hash((source, options)))}"
@@ -190,7 +190,7 @@ def stand_in(folder, falling):
 
 @contextmanager
 def emulated(folder, falling):
-    """Bodies for the GPU that are imported meanwhile run on the emulated device."""
+    """GPU kernels that are imported meanwhile run on the emulated device."""
     with mock.patch.dict(sys.modules, {"cupy": stand_in(folder, falling)}):
         for name in [x for x in sys.modules if "._ops.gpu" in x]:
             del sys.modules[name]

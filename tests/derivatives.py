@@ -44,10 +44,10 @@ def unbroadcast(x, shape):
 
 
 def slack_of(query, key, value, grad, scale=None):
-    """How far two orders of summation of the derivatives may drift apart.
+    """Largest difference of derivatives between two orders of summation.
 
-    A weight is off by the rounding of its logit, ``dS`` by that of a sum over values,
-    and every entry of the answers adds up rows, or keys, of weight one.
+    The error of a weight is the rounding of its logit, of ``dS`` that of a sum over
+    values; every entry of the answers adds up rows, or keys, of weight one.
     """
     eps = float(np.finfo(query.dtype).eps)
     d, (m, p) = query.shape[-1], value.shape[-2:]

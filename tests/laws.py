@@ -1,4 +1,4 @@
-"""Law suites: what every op and every method of attention owes.
+"""Law suites for every op and every method of attention.
 
 A test class supplies the few things a suite asks for and inherits its laws.
 """
@@ -22,7 +22,7 @@ _EDGES.append((257, np.float64))
 
 
 def roundoff(query, key, value, scale=None, dtype=None):
-    """How far two orders of summation of one softmax may drift apart.
+    """Largest difference between two orders of summation of one softmax.
 
     A logit rounded by ``r`` scales its weight by ``exp(r)``, and the answer, a mean
     of the values, follows by ``r`` ranges; the sum over keys rounds the values.
@@ -38,7 +38,7 @@ def roundoff(query, key, value, scale=None, dtype=None):
 
 
 def places_of(op):
-    """The places of an op as parameters; a GPU is asked for by mark."""
+    """The places of an op as parameters; the GPU has a mark."""
     return [
         pytest.param(place, marks=[pytest.mark.gpu] if place == "gpu" else [])
         for place in op.places
@@ -56,9 +56,9 @@ def bring(place, x):
 
 
 def skip_without(place):
-    """Skip a test of the GPU's body where there is no GPU."""
+    """Skip a test of the GPU's kernel where there is no GPU."""
     if place == "gpu" and importlib.util.find_spec("cupy") is None:
-        pytest.skip("cupy is not installed: the GPU body cannot run")
+        pytest.skip("cupy is not installed: the GPU kernel cannot run")
 
 
 def fetch(x):
@@ -76,7 +76,7 @@ def poison(*shapes, dtype=np.float64):
 
 
 class OpLaws:
-    """Every body of an op computes what its reference computes.
+    """Every kernel of an op computes what its reference computes.
 
     A subclass has ``op``, ``inputs(rng, dtype, n, m)``, the arguments and options of a
     problem of that size, and ``slack(arrays, options)``, an absolute tolerance.

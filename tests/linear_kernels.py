@@ -1,4 +1,4 @@
-"""Linear attention from the definition: all weights, one by one; nothing of ours."""
+"""Linear attention from the definition: all weights, one by one; no library code."""
 
 import itertools
 

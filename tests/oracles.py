@@ -1,4 +1,4 @@
-"""Answers from the definition, in NumPy alone; nothing of ours is imported."""
+"""Answers from the definition, in NumPy alone; no library code is imported."""
 
 import math
 

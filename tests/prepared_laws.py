@@ -1,4 +1,4 @@
-"""The law suite of prepared keys and values: what every structure owes."""
+"""The law suite of prepared keys and values."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ def problem(n=700, m=900, d=6, p=3, seed=0, dtype=np.float64, lead=()):
 class PreparedLaws:
     """A subclass has ``options``, which choose the structure, among them ``tol``.
 
-    ``exact`` says that the structure keeps the keys, ``rounding`` how far two orders of
-    summation may drift apart.
+    ``exact`` says that the structure stores the keys, ``rounding`` is the largest
+    difference between two orders of summation.
     """
 
     options = {}  # noqa: RUF012
@@ -78,7 +78,7 @@ class PreparedLaws:
         for rows in np.split(np.arange(900), sorted(cuts)):
             pieces.insert(key[rows], value[rows])
         self.assert_true(pieces.query(query[:300]), query[:300], key, value)
-        # recent keys are answered exactly until a merge folds them
+        # recent keys are exact until a merge adds them to the state
         pieces.merge(whole.empty())
         self.assert_same(pieces.query(query), whole.query(query))
 

@@ -1,4 +1,4 @@
-"""What the benches compute from measurements, and that opponents are themselves."""
+"""Statistics of the benches, and opponents against their own definitions."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The study of heads made against sampling: kinds, counts, and their exact bounds."""
+"""The study of constructed heads: kinds, counts, and their exact bounds."""
 
 import numpy as np
 import pytest

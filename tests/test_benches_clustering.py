@@ -1,4 +1,4 @@
-"""The study of clusters: its data, its pairs, and what a row says."""
+"""The study of clusters: its data, its pairs, and the text of a row."""
 
 import numpy as np
 import pytest

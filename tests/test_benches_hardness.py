@@ -90,9 +90,9 @@ def test_a_sweep_ends_once_all_ranks_have_crossed():
     # a numerical rank may fall again where entries are large
     assert threshold.is_over(rows(8.0, 2) + rows(math.inf, 1))
     assert not threshold.is_over(rows(math.inf, 2) + rows(8.0, 2))
-    # where it was not looked at it has not crossed
+    # where it was not computed it has not crossed
     assert not threshold.is_over(rows(8.0, 1) + rows(math.inf, None))
-    # at large n the numerical rank of the largest error is not waited for
+    # at large n the numerical rank of the largest error is not computed
     assert not threshold.is_over(rows(math.inf, 1, 2, 2))
     assert threshold.is_over(rows(math.inf, 1, 2000, 2000, n=8000))
     assert not threshold.is_over(rows(math.inf, 1, 1999, 2000, n=8000))

@@ -1,4 +1,4 @@
-"""The studies of linear attention compute what they say."""
+"""The studies of linear attention measure what their columns say."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Runs of studies: what is kept, gone on with, compared and shown on one page."""
+"""Runs of studies: stored, resumed and compared results, and their page."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def study(name="one", *, times=(2.0, 1.9, 2.2), **options):
     calls = []
 
     def run(*, quick):
-        """Say what it is."""
+        """The notes of the study."""
         calls.append(quick)
         return [{"n": 4, **spread("times faster", Ratio(*times))}]
 

@@ -1,4 +1,4 @@
-"""The pages: every exported name is in the reference, and what they show runs."""
+"""The pages: every exported name is in the reference, and their code runs."""
 
 import ast
 import re

@@ -19,7 +19,7 @@ IGNORED = {
     "RT03": "what is returned is said by the type where that is enough",
     "SA01": "names that belong together stand in one file",
 }
-# a method of a recipe says in one line what it does: its protocol has the rest
+# a method of a configuration says in one line what it does: its protocol has the rest
 OF_METHODS = {"PR01", "RT01", "YD01"}
 
 

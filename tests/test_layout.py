@@ -46,7 +46,7 @@ def nothing(offenders):
 
 
 def modules_of(package, under):
-    """Every module of ``package.<under>``, the fast bodies left out."""
+    """Every module of ``package.<under>``, without the kernels."""
     name = f"{package.__name__}.{under}"
     folder = Path(package.__file__).parent / under
     for found in pkgutil.iter_modules([str(folder)]):

@@ -1,1 +1,1 @@
-"""Loops of fastattn: references here, numba bodies in cpu, CuPy bodies in gpu."""
+"""Loops of fastattn: references here, numba kernels in cpu, CuPy kernels in gpu."""

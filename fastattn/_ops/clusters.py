@@ -1,4 +1,4 @@
-"""Rows cut into parts of similar ones: by halving, and by a round of k-means.
+"""Partitions of rows into clusters: by bisection, and by one round of k-means.
 
 A partition is ``order``, the numbers of the rows part after part, and ``start``, a
 NumPy array on every device: part ``c`` is ``order[start[c] : start[c + 1]]``.
@@ -48,9 +48,9 @@ def partition(x: Array, *, parts: int, least: int, most: int) -> tuple[Array, An
 
 @op("cpu", "gpu")
 def regroup(x: Array, order: Array, *, start: Any) -> tuple[Array, Any]:
-    """Put each row into the part whose mean is nearest: a round of k-means.
+    """Assign each row to the part with the nearest mean: one round of k-means.
 
-    Parts that are left empty are dropped; rows keep their order within a part.
+    Empty parts are dropped; rows keep their order within a part.
     """
     xp = array_namespace(x)
     spans = list(pairwise(start))
@@ -72,7 +72,7 @@ def _rows(x: Array, numbers: Array) -> Array:
 
 
 def _direction(x: Array, piece: Array) -> tuple[float, Array, Array]:
-    """Spread, mean and leading principal direction of some rows, from a few of them."""
+    """Sum of squares, mean and principal direction of rows, estimated on a few."""
     xp = array_namespace(x)
     size = piece.shape[0]
     few = _rows(x, piece[:: max(1, size // SAMPLE)])
@@ -92,7 +92,7 @@ def _direction(x: Array, piece: Array) -> tuple[float, Array, Array]:
 def _split(
     x: Array, piece: Array, mean: Array, direction: Array, least: int
 ) -> tuple[Array, Array]:
-    """Cut some rows across a direction."""
+    """Cut rows in two across a direction."""
     xp, size = array_namespace(x), piece.shape[0]
     place = xp.matmul(_rows(x, piece) - mean, direction)
     below = place < 0

@@ -25,7 +25,7 @@ def may_overflow(query: float, key: float, d: int, dtype_max: float) -> bool:
     return not (query < most and d * query * key < most)
 
 
-# what is beyond float64 is infinite, or nothing
+# powers beyond the range of float64 are infinite, or zero
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def attend_scaled(
     query: Array, key: Array, value: Array, scale: float, prefix_lengths: Array | None
@@ -34,7 +34,8 @@ def attend_scaled(
 
     The arguments are those of ``softmax.attend``, which are finite, and so is the dtype
     of the answers. Log-sum-exps beyond its range are infinite, or its least number:
-    minus infinity is kept for rows that see no key.
+    of the answers. Log-sum-exps beyond its range are infinite, or its least number:
+    minus infinity is reserved for rows that see no key.
     """
     xp, dtype = array_namespace(query, key, value), query.dtype
     query, key, value = (xp.astype(x, xp.float64) for x in (query, key, value))
@@ -51,7 +52,7 @@ def attend_scaled(
     empty = peak == -xp.inf
     peak = xp.where(empty, xp.zeros_like(peak), peak)
     power = query_power + key_power + power
-    # equal logits differ by nothing in any unit; only others may overflow
+    # equal logits differ by zero in any unit; only others may overflow
     weights = xp.exp(_raised(logits - peak, power))
     total = xp.sum(weights, axis=-1, keepdims=True)
     total = xp.where(empty, xp.ones_like(total), total)

@@ -27,15 +27,16 @@ def attend_vjp(
     r"""Derivatives of ``sum(grad * attention)`` by query, key and value of one head.
 
     With the weights :math:`P`, ``dV = P^T grad``, ``dP = grad V^T``, ``dS = P * (dP -
-    drift)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``; the drift of a row is
-    ``sum(P * dP)``. ``query`` is ``(n, d)``, ``key`` ``(m, d)``, ``value`` ``(m, p)``,
-    ``grad`` ``(n, p)``. Row ``i`` sees the first ``prefix_lengths[i]`` keys, all where
-    it is None; a row that sees none adds nothing. Where ``log_normalizer`` and
-    ``delta``, ``(n,)``, are given the keys are some of those that made them, and ``P``
-    is ``exp(logits - log_normalizer)``. Where those are not known yet, ``beside`` is
-    asked for them: with a slice of rows, their log-sum-exps and their drifts over these
-    keys. Computed in the dtype of ``query``; where it may be ``low_precision``, a fast
-    body rounds what it multiplies to bfloat16, if no normalizers are given.
+    delta)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``; the delta of a row is ``sum(P
+    * dP)`` (Dao, FlashAttention-2, arXiv 2307.08691). ``query`` is ``(n, d)``, ``key``
+    ``(m, d)``, ``value`` ``(m, p)``, ``grad`` ``(n, p)``. Row ``i`` sees the first
+    ``prefix_lengths[i]`` keys, all if None; a row that sees none adds nothing. If
+    ``log_normalizer`` and ``delta``, ``(n,)``, are given they are those over all keys,
+    of which ``key`` is a part, and ``P`` is ``exp(logits - log_normalizer)``. If they
+    are not known yet, ``beside`` is a function that returns them: its arguments are a
+    slice of rows, and their log-sum-exps and deltas over these keys. Computed in the
+    dtype of ``query``; with ``low_precision`` a kernel may round the factors of
+    products to bfloat16, if no normalizers are given.
     """
     xp = array_namespace(query, key, value, grad)
     dtype, n, m = query.dtype, query.shape[0], key.shape[0]
@@ -72,10 +73,10 @@ def attend_vjp(
 def multiplies_in_low_precision(
     query: Array, key: Array, value: Array, grad: Array
 ) -> bool:
-    """Whether products of arrays like these are faster where they may be coarse."""
+    """Whether low precision is allowed and faster for arrays like these."""
     if not multiplies_quantized(query):
         return False
-    # numba is imported no earlier than by the body
+    # numba is imported no earlier than by the kernel
     from fastattn._ops.cpu.gradient_tiles import serves
 
     is_served: bool = serves(query, key, value, grad)  # type: ignore[no-untyped-call]

@@ -12,13 +12,13 @@ import numpy as np
 from sketching._lib.arrays import Array, array_namespace, device_of, mover
 from sketching._lib.op import op
 
-# rows that see each other's keys one by one: about the width of the values is best
+# rows that see each other's keys one by one: about the width of the values is fastest
 CHUNK = 64
 
 
 @op("cpu", "gpu")
 def elu_plus_one(x: Array) -> Array:
-    """``x + 1`` where ``x`` is positive, ``exp(x)`` elsewhere."""
+    """``x + 1`` where ``x`` is positive, otherwise ``exp(x)``."""
     xp = array_namespace(x)
     return xp.where(x > 0, x + 1, xp.exp(xp.where(x > 0, xp.zeros_like(x), x)))
 
@@ -53,7 +53,7 @@ def row_means(
     """Rows ``[sum, total]`` of ``left @ sums`` as ``sum / (total + offset)`` and total.
 
     ``sums`` is ``(r, p + 1)``, for example of ``key_sums``. Without ``normalize``
-    sums are not divided. ``out`` is memory that the answer, ``(n, p)``, may be in.
+    sums are not divided. ``out``, ``(n, p)``, is memory that the result may use.
     """
     xp = array_namespace(left, sums)
     found = xp.matmul(left, sums)
@@ -68,7 +68,7 @@ def divided(sums: Array, *, offset: float, out: Any = None) -> tuple[Array, Arra
     """Rows ``[sum, total]`` as ``sum / (total + offset)`` and ``total + offset``.
 
     ``sums`` is ``(n, p + 1)``; a row whose total is zero gets zeros. ``out`` is memory
-    that the answer may be in.
+    that the result may use.
     """
     total = sums[..., -1:] + offset
     return sums[..., :-1] * reciprocal(total), total[..., 0]
@@ -116,9 +116,9 @@ def prefix_products(
     the sum of ``right_j value_j^T`` over earlier keys, ``(r, p)``. Row ``i`` sees the
     first ``prefix_lengths[i]`` keys, a number that does not fall. A key loses the
     factor ``decay`` for every position that the row is ahead of it: rows are at
-    ``row``, which does not fall, keys at ``column``, and ``state`` is as seen from
+    ``row``, which does not fall, keys at ``column``, and ``state`` refers to position
     ``origin``. These are NumPy integer arrays. Returns the sums, ``(n, p)``, and the
-    state of the keys that the last row sees, as seen from it.
+    state of the keys that the last row sees, at the position of that row.
     """
     xp = array_namespace(left, right, value, state)
     move = mover(left, left.dtype)
@@ -147,17 +147,17 @@ def prefix_products(
 
 
 class _Fading:
-    """What keys lose to rows: the factors, on the host."""
+    """Decay factors of keys, computed on the host."""
 
     def __init__(self, decay: float, row: Any, column: Any) -> None:
         self.decay, self.rows, self.columns = decay, row, column
 
     def place(self, number: int) -> int:
-        """Where a row is; 0 where positions do not matter."""
+        """Position of a row; 0 where positions do not matter."""
         return 0 if self.rows is None else int(self.rows[number])
 
     def row(self, rows: Any, seen: int) -> Any:
-        """Factors of a state that was seen from an earlier position."""
+        """Factors for rows of a state that refers to an earlier position."""
         if self.rows is None:
             return np.ones(rows.stop - rows.start if isinstance(rows, slice) else ())
         return self.decay ** (self.rows[rows] - seen)

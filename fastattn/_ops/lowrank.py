@@ -1,9 +1,9 @@
-"""The two passes of a low-rank softmax: inner products of keys, answers to queries.
+"""The two passes of a low-rank softmax: key-value states, and outputs of queries.
 
-Functions of a row are ``r`` polynomials and ``c`` exponentials at landmarks. The
-polynomials are a recipe of NumPy integer arrays on every device: number ``j`` is made
-from number ``parent[j] < j`` and coordinate ``coordinate[j]``, in which it then has
-the degree ``power[j]``; number 0 is 1.
+Basis functions of a row are ``r`` polynomials and ``c`` exponentials at landmarks. The
+polynomials are given by NumPy integer arrays on every device: polynomial ``j`` is the
+product of its parent ``parent[j] < j`` and coordinate ``coordinate[j]``, in which it
+then has degree ``power[j]``; polynomial 0 is 1.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
-# exponents stay below: a key that would go beyond is far, a query that does is not good
+# largest exponent: a key that would exceed it is far, a query that does is an outlier
 LARGEST = 60.0
 # the sum of weights of a query, in units of what convexity promises, is at least
 LEAST = 0.9
@@ -45,8 +45,8 @@ def key_sums(
     ``y^alpha / sqrt(alpha!)`` and ``exp(y . p)`` at the rows ``p`` of ``landmarks``.
     Keys with ``|key - center|^2 > longest``, or with exponents beyond ``LARGEST``,
     are far and left out. ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``projection``
-    ``(d, t + 1)``, ``landmarks`` ``(c, t)``. With ``low_precision`` a body may round
-    functions and values to eight bits, but not for the sums of weights.
+    ``(d, t + 1)``, ``landmarks`` ``(c, t)``. With ``low_precision`` a kernel may round
+    functions and values to bfloat16, but not for the sums of weights.
 
     Returns the sums in float64, ``(r + c, p + 1)``, the least and the largest of
     ``value - value_center``, ``(2, p)``, and which keys are far, boolean ``(m,)``.
@@ -111,9 +111,9 @@ def query_means(
     ``landmarks``. Their product with ``weights``, ``(r + c, p + 1)``, plus
     ``exp(query @ far_key^T) @ far_value`` holds weighted sums and, last, the sum of the
     weights; the mean is their quotient, cut to ``bounds``, ``(2, p)``, plus
-    ``value_center``, and the logarithm has ``s`` added. A row is good if its sum of
+    ``value_center``, and the logarithm has ``s`` added. A row is reliable if its sum of
     weights is above ``LEAST``, ``sum(spread x^2) <= 1`` and no exponent of a far key is
-    beyond ``LARGEST``: the others get ``value_center`` and NaN. The answers are
+    beyond ``LARGEST``: outliers get ``value_center`` and NaN. The outputs are
     ``(n, p)`` and ``(n,)``, in the dtype of ``projection``.
     """
     xp = array_namespace(query, projection, weights, far_key, far_value, value_center)

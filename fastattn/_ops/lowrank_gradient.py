@@ -1,8 +1,8 @@
 """The derivative of a low-rank softmax: one pass over queries, one over keys.
 
-The functions of a row are those of :mod:`fastattn._ops.lowrank`: number ``j`` of the
-polynomials is made from number ``parent[j] < j`` and coordinate ``coordinate[j]``, so
-its derivative is handed back to its parent, the last number first.
+The basis functions of a row are those of :mod:`fastattn._ops.lowrank`: polynomial ``j``
+is the product of its parent ``parent[j] < j`` and coordinate ``coordinate[j]``, so that
+its derivative propagates to its parent, from the last polynomial to the first.
 """
 
 import math
@@ -36,23 +36,22 @@ def query_vjp(
     power: Any,
     low_precision: bool = False,  # noqa: ARG001
 ) -> tuple[Array, Array, Array, Array]:
-    r"""Derivatives by the queries, and the sums over queries that keys need.
+    r"""Derivatives by the queries, and the sums over queries for the key pass.
 
     With ``[x, s] = query @ projection - origin`` and ``f(x)`` the orthonormal Hermite
     polynomials and the ``exp(x . p - |p|^2 / 2)`` at the rows ``p`` of ``landmarks``,
     ``exp(s) f(x) @ weights``, ``(r + c, p + 1)``, holds the weighted sums of the values
-    and, last, the sum of the weights. There may be other keys: ``elsewhere`` is the
-    log-sum-exp of their logits, minus infinity where there are none, and ``partial``
-    the product of their own answer and ``grad``, ``(n, p)``; both are held fixed.
+    and, last, the sum of the weights. There may be other keys: ``elsewhere``, ``(n,)``,
+    is the log-sum-exp of their logits, minus infinity where there are none, and
+    ``partial`` the product of their output and ``grad``, ``(n,)``; both are constants.
 
-    A row is good if ``sum(spread x^2) <= 1``, the logarithm of its sum of weights is
-    above ``least`` and finite, and ``elsewhere`` is below infinity; the others add
-    nothing. Returns the derivatives of ``sum(grad * answer)``, ``(n, d)``; the sum of
+    A row is reliable if ``sum(spread x^2) <= 1``, the logarithm of its sum of weights
+    is above ``least`` and finite, and ``elsewhere`` is below infinity; outliers add
+    nothing. Returns the derivatives of ``sum(grad * output)``, ``(n, d)``; the sum of
     ``f(x) e^T``, ``(r + c, p + 1)`` in float64, where ``e = exp(s - logarithm) [grad,
-    -drift]``; the log-sum-exp of all keys, infinite where a row is not good; and the
-    drift, which is the product of the answer and ``grad``, ``(n,)`` each. With
-    ``low_precision`` a body may round to eight bits what it multiplies, but not for the
-    sums of weights.
+    -delta]``; the log-sum-exp over all keys, infinite for outliers; and ``delta``, the
+    product of the output and ``grad``, ``(n,)`` each. With ``low_precision`` a kernel
+    may round the factors of products to bfloat16, but not for the sums of weights.
     """
     xp, found = array_namespace(query, grad, projection, weights), []
     shared = projection, origin, landmarks, spread, weights
@@ -68,7 +67,7 @@ def query_vjp(
 def _block_vjp(
     rows: Sequence[Array], shared: Sequence[Array], indices: tuple[Any, Any, Any]
 ) -> tuple[Array, Array, Array, Array]:
-    """Do as ``query_vjp`` for a block of rows; ``shared`` is what all blocks see."""
+    """As ``query_vjp``, for a block of rows; ``shared`` is the same for all blocks."""
     query, grad, elsewhere, partial, least = rows
     projection, origin, landmarks, spread, weights = shared
     xp, dtype = array_namespace(query, projection), projection.dtype
@@ -112,7 +111,7 @@ def _block_vjp(
 def _joined(
     one: tuple[Array, Array], other: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """Log-sum-exps over two sets of keys, and means of what is known of both."""
+    """Log-sum-exps over two sets of keys, and means of the deltas of both."""
     (near, own), (far, partial) = one, other
     xp = array_namespace(near)
     peak = xp.where(near > far, near, far)
@@ -144,8 +143,8 @@ def key_vjp(
     offset)`` the functions are ``a y^alpha / sqrt(alpha!)`` and ``a exp(y . p)`` at
     the rows ``p`` of ``landmarks``; keys that are ``far``, boolean ``(m,)``, have none.
     ``key`` is ``(m, d)``, ``value`` ``(m, p)``, ``weights`` ``(r + c, p + 1)``; the
-    answers are ``(m, d)`` and ``(m, p)``. With ``low_precision`` a body may round to
-    eight bits what it multiplies.
+    results are ``(m, d)`` and ``(m, p)``. With ``low_precision`` a kernel may round the
+    factors of products to bfloat16.
     """
     xp = array_namespace(key, value, projection, weights)
     dtype, keys, values = projection.dtype, [], []

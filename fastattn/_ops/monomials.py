@@ -1,7 +1,7 @@
 """Sums of monomials over keys, and polynomials of the queries with those sums.
 
-A set of monomials is a recipe: monomial ``j`` is monomial ``parent[j] < j`` times
-coordinate ``coordinate[j]``, and monomial 0 is 1. ``parent`` and ``coordinate`` are
+A set of monomials is given by ``parent`` and ``coordinate``: monomial ``j`` is monomial
+``parent[j] < j`` times coordinate ``coordinate[j]``, and monomial 0 is 1. Both are
 NumPy integer arrays on every device.
 """
 
@@ -10,8 +10,8 @@ from typing import Any
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
-# keys that the CPU kernels sum in the dtype of computation before the totals in
-# float64 take them over: bounds on rounding count on it
+# keys that the CPU kernels sum in the dtype of computation before they are added to
+# totals in float64: bounds on rounding rely on it
 SUMMED_ROWS = 384
 _BLOCK = 4096
 

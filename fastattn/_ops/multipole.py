@@ -1,13 +1,14 @@
-r"""Attention of blocks of similar queries: near keys exactly, clusters of the others.
+r"""Attention of blocks of similar queries: near keys exactly, far keys by clusters.
 
 In a block with the mean query ``a``, the weight of a key is
-``exp(a . k) exp((q - a) . k)``. The first factor is taken as it is for every key; the
+``exp(a . k) exp((q - a) . k)``. The first factor is exact for every key; the
 second is expanded about the weighted centre of the key's cluster: mean and variance of
 the exponent, and first moments with the values. A key's remainder grows with
-``weight * growth * z exp(BEND z)``, where ``growth`` is the share of a row that a unit
-of weight in its cluster becomes, and ``z`` the mean square of
-``(q - a) . (k - centre)``. Keys beyond a threshold are near, and done exactly; those
-beyond a smaller one have their first moment counted, by groups of clusters.
+``weight * growth * z exp(BEND z)``, where ``growth`` is the contribution of a unit of
+weight in its cluster to the row sum, and ``z`` the mean square of
+``(q - a) . (k - centre)``. Keys whose remainder exceeds the threshold are near, and
+computed exactly; for keys beyond a smaller threshold the first moment is added
+(first-order keys), by groups of clusters.
 """
 
 from itertools import pairwise
@@ -18,12 +19,12 @@ import numpy as np
 from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
-# share of the threshold beyond which a key has its first moment counted
+# fraction of the threshold beyond which the first moment of a key is added
 FIRST_ORDER = 0.03
-# E[(exp(x) - 1 - x)^2] of a normal x with variance z is about 3/4 (z exp(BEND z))^2, to
-# a tenth up to z = 3; larger z are cut off
+# E[(exp(x) - 1 - x)^2] of a normal x with variance z is about 3/4 (z exp(BEND z))^2,
+# within a tenth up to z = 3; larger z are cut off
 BEND, LARGEST = 0.7, 20.0
-# the signs of the remainders of a cluster are random but for this share of their square
+# signs of remainders in a cluster are taken as random but for this share of the square
 ALIKE = 0.1
 
 
@@ -66,16 +67,16 @@ def multipole(
     """Softmax-weighted means of ``value`` and the log-sum-exp of ``query @ key^T``.
 
     Block ``r`` of the queries, ``(n, d)``, is ``cuts[r]`` to ``cuts[r + 1]``, cluster
-    ``c`` of the keys, ``(m, d)``, and values, ``(m, p)``, is ``start[c]`` to
-    ``start[c + 1]`` and belongs to ``group[c]``. ``mean``, ``square`` and ``probe`` are
-    what ``describe`` says of the whole block, of which ``query`` may hold some rows
-    only. ``metric``, ``(d,)``, is the mean square of the keys: it says how far a row is
-    from the mean. Returns the means, ``(n, p)``, the logarithms, ``(n,)``, an estimate
-    of how the squares of the rows' errors compare, ``(n,)``, and on the host how many
-    near keys, middle keys and clusters each block counted, ``(R, 3)``. Where it is
-    ``low_precision``, "int8" or "bfloat16", a body may round to eight bits what it
-    multiplies for near keys: values and weights to bfloat16, logits' factors to that or
-    to integers, but for those of the mean of a block.
+    ``c`` of the keys, ``(m, d)``, and values, ``(m, p)``, is ``start[c]`` to ``start[c
+    + 1]`` and belongs to ``group[c]``. ``mean``, ``square`` and ``probe`` are the
+    results of ``describe`` for the whole block; ``query`` may hold some of its rows.
+    ``metric``, ``(d,)``, is the mean square of the keys, and defines the distance of a
+    row from the mean. Returns the means, ``(n, p)``, the logarithms, ``(n,)``, an
+    estimate of the squared errors of the rows up to a common factor, ``(n,)``, and on
+    the host the numbers of near keys, first-order keys and clusters of each block,
+    ``(R, 3)``. With ``low_precision``, "int8" or "bfloat16", a kernel may round the
+    factors of products with near keys: values and weights to bfloat16, queries and keys
+    to that or to integers, but for the logits of the mean of a block.
     """
     xp = array_namespace(query, mean, square, probe, key, value, metric)
     keys = _Keys(key, value, start, group)
@@ -95,7 +96,7 @@ def multipole(
 
 
 class _Keys:
-    """The keys with who belongs to which cluster, and which cluster to which group."""
+    """The keys, the cluster of each key, and the group of each cluster."""
 
     def __init__(self, key: Array, value: Array, start: Any, group: Any) -> None:
         xp = array_namespace(key)
@@ -108,13 +109,13 @@ class _Keys:
         self.local = key - self.spread(self.centre)
 
     def spread(self, x: Array) -> Array:
-        """Give each key what its cluster has."""
+        """Give each key the row of its cluster: ``(C, c)`` to ``(m, c)``."""
         xp = array_namespace(x)
         return xp.matmul(xp.matrix_transpose(self.member), x)
 
 
 class _Field:
-    """What the keys are to one block of queries."""
+    """Weights and moments of the keys for one block of queries."""
 
     def __init__(
         self,
@@ -160,13 +161,13 @@ class _Field:
         self._sum_moments(total)
 
     def counts(self) -> list[int]:
-        """Numbers of near keys, of middle keys and of clusters."""
+        """Numbers of near keys, of first-order keys and of clusters."""
         xp = array_namespace(self.near)
         kinds = (self.near, self.first_order, self.total > 0)
         return [int(xp.count_nonzero(x)) for x in kinds]
 
     def answer(self, query: Array, step: Array) -> tuple[Array, Array, Array]:
-        """Answer queries of the block."""
+        """Attend from queries of the block."""
         xp = array_namespace(query)
         keys, flip = self.keys, xp.matrix_transpose
         far = self.log_total + xp.matmul(step, flip(keys.centre + self.shift))

@@ -1,14 +1,14 @@
 r"""The derivative of attention by near keys and clusters, block by block of queries.
 
-In a block with the mean ``a``, far keys of a cluster weigh ``u_j (1 + (q - a) .
-(k_j - centre))`` times its weight, where ``u_j`` are their shares of it at ``a``. What
-they hand back to queries is the derivative of the answer of
-:mod:`fastattn._ops.multipole`. What they get is summed over the queries for their
-cluster, and for its group, and then shared: with ``p_i`` the cluster's weights, ``D_i``
-the derivatives by its logits and ``G_i`` the rows of ``grad``, value ``j`` gets
-``u_j sum p_i G_i``, and key ``j``
-``u_j (sum D_i (q_i - a) + a (sum D_i + <sum p_i G_i, v_j - mean>))``. The factor in
-brackets above adds what middle keys get from their group.
+In a block with the mean ``a``, far keys of a cluster have the weight ``u_j (1 + (q - a)
+. (k_j - centre))`` times the cluster's, where ``u_j`` are their shares of it at ``a``.
+The gradient of a query is the derivative of the output of
+:mod:`fastattn._ops.multipole`. The gradients of far keys are summed over the queries
+for their cluster, and for its group, and then distributed: with ``p_i`` the cluster's
+weights, ``D_i`` the derivatives by its logits and ``G_i`` the rows of ``grad``, value
+``j`` gets ``u_j sum p_i G_i``, and key ``j`` ``u_j (sum D_i (q_i - a) + a (sum D_i +
+<sum p_i G_i, v_j - mean>))``. The first moments of the group add the terms of the
+factor in brackets for first-order keys.
 """
 
 from itertools import pairwise
@@ -40,11 +40,11 @@ def multipole_vjp(
     """Derivatives of ``sum(grad * answer)`` by query, key and value.
 
     All but ``grad``, ``(n, p)``, and ``limit``, ``(n,)``, is as in ``multipole``; with
-    ``all_first_order`` the first moments of all far keys are counted. A row
-    whose estimated error exceeds its limit, or whose sums are not finite, adds nothing.
+    ``all_first_order`` the first moments of all far keys are counted. A row whose
+    estimated error exceeds its limit, or whose sums are not finite, adds nothing.
     Returns the derivatives, ``(n, d)``, ``(m, d)`` and ``(m, p)``, and of every row the
-    log-sum-exp of its logits, infinite where it added nothing, and the product of its
-    answer and ``grad``, ``(n,)`` each.
+    log-sum-exp of its logits, infinite where it added nothing, and ``delta``, the
+    product of its output and ``grad``, ``(n,)`` each.
     """
     xp = array_namespace(query, mean, square, probe, key, value, metric, grad, limit)
     keys = _Keys(key, value, start, group)
@@ -64,7 +64,7 @@ def multipole_vjp(
 
 
 class _Block:
-    """One block of queries with the weights of what they see."""
+    """One block of queries with the weights of the keys and clusters that it sees."""
 
     def __init__(
         self, field: _Field, mean: Array, query: Array, grad: Array, limit: Array
@@ -93,7 +93,7 @@ class _Block:
         return xp.where(self.reliable[:, None], x, xp.zeros_like(x))
 
     def slopes(self) -> tuple[list[Array], list[Array]]:
-        """What the rows get, with what is known of them, and what the keys get."""
+        """Gradients, log-sum-exps and deltas of the rows, and gradients of the keys."""
         xp = array_namespace(self.query)
         field, keys, flip = self.field, self.field.keys, xp.matrix_transpose
         factor = keys.group * field.factor  # (G, C)
@@ -117,7 +117,7 @@ class _Block:
         return [slope, self.norm, delta], [by_key, by_value]
 
     def _shared(self, far: Array, growth: Array) -> tuple[Array, Array]:
-        """Give every far key its share of what clusters and groups get."""
+        """Distribute the gradients of clusters and groups to their far keys."""
         xp = array_namespace(far)
         field, keys, flip = self.field, self.field.keys, xp.matrix_transpose
         grads = keys.spread(xp.matmul(flip(self.far), self.grad))  # (m, p)

@@ -1,12 +1,13 @@
-"""Attention of single rows: near keys exactly, the others by clusters and their leaves.
+"""Attention of single rows: near keys exactly, far keys by clusters and their leaves.
 
-Clusters are cut into leaves of a few keys. For a query ``q`` a cluster counts as
-``count * exp(q . centre + z / 2)`` times the mean of its values, ``z`` the variance of
-``q . key`` within it: what a normal law of the logits would make it. ``z`` has the
-leading direction of the keys and the variances of what it leaves. It errs by about
-its share of the row times ``z ** .5 * (spread + SKEW z apart)``: values spread within
-it, and are apart from the others where the weight is wrong. Where that exceeds a
-threshold its leaves are looked at, and where it does so for a leaf, its keys.
+Clusters are cut into leaves of a few keys. For a query ``q`` the weight of a cluster is
+``count * exp(q . centre + z / 2)``, with ``z`` the variance of ``q . key`` within it:
+exact if these logits are normally distributed. ``z`` is computed from the leading
+direction of the keys and the variances that remain in each coordinate. The error is
+about the cluster's share of the row times ``z ** .5 * (spread + SKEW z apart)``:
+``spread`` is the deviation of its values, and ``apart`` their distance from the mean of
+all, which matters where the weight is wrong. Where the error exceeds a threshold the
+leaves are examined, and where that of a leaf does, its keys.
 """
 
 from itertools import pairwise
@@ -17,19 +18,19 @@ import numpy as np
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.op import op
 
-# a larger variance is no matter for a normal law: what has it is never far
+# largest variance for which the normal approximation is used: beyond it nothing is far
 LARGEST = 4.0
-# what skewed logits make a weight err by, over the third power of their deviation
+# relative error of a weight by skewed logits, over the third power of their deviation
 SKEW = 1 / 3
-# of the power iteration that finds a leading direction
+# steps of the power iteration that finds a leading direction
 STEPS = 4
-# of a weight relative to the largest that clusters show; a leaf may exceed that
+# largest exponent of a leaf's weight relative to the largest weight of the clusters
 EXPONENT = 80.0
 
 
 @op("cpu", "gpu")
 def summarise(key: Array, value: Array, value_center: Array, *, start: Any) -> Array:
-    """What a query needs to know of parts of the keys, ``(C, 3 d + p + 3)``.
+    """Summaries of parts of the keys for queries, ``(C, 3 d + p + 3)``.
 
     Part ``c`` is ``start[c]`` to ``start[c + 1]``. The columns are the mean of its
     keys, a direction in which they deviate most, as long as their deviation, the
@@ -67,10 +68,10 @@ def multipole_rows(
 
     Leaf ``b`` of the keys, ``(m, d)``, and values, ``(m, p)``, is ``start[b]`` to
     ``start[b + 1]``; cluster ``c`` has the leaves ``first[c]`` to ``first[c + 1]``.
-    ``clusters`` and ``leaves`` are what ``summarise`` says of them. Returns the means,
-    ``(n, p)``, the logarithms, ``(n,)``, an estimate of how the squares of the rows'
-    errors compare, ``(n,)``, and on the host how many leaves each row looked at and
-    how many of its keys are near, ``(n, 2)``.
+    ``clusters`` and ``leaves`` are the results of ``summarise``. Returns the means,
+    ``(n, p)``, the logarithms, ``(n,)``, an estimate of the squared errors of the rows
+    up to a common factor, ``(n,)``, and on the host how many leaves each row examined
+    and how many of its keys are near, ``(n, 2)``.
     """
     xp = array_namespace(query, key, value, clusters, leaves)
     n, d = query.shape
@@ -131,7 +132,7 @@ def _deviations(local: Array) -> tuple[Array, Array]:
 
 
 def _weigh(query: Array, parts: Array) -> tuple[Array, Array, Array]:
-    """Logarithms of weights, what a weight of one errs by, and whether to look in."""
+    """Logarithms of weights, error of a unit weight, and whether it is too large."""
     xp, d = array_namespace(query), query.shape[1]
     lead, rest = (xp.matrix_transpose(parts[:, x : x + d]) for x in (d, 2 * d))
     variance = xp.matmul(query, lead) ** 2 + xp.matmul(query**2, rest)

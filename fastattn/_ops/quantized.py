@@ -1,4 +1,4 @@
-"""Softmax attention whose factors are rounded to eight bits."""
+"""Quantized attention: softmax attention by int8 or bfloat16 matmul."""
 
 import math
 from typing import Any
@@ -8,9 +8,9 @@ from sketching._lib.op import op
 
 # rows of a block of the reference
 _BLOCK = 1024
-# a float32 less what this factor carries away keeps eight bits (Veltkamp)
+# a float32 less the excess that this factor makes has eight significant bits (Veltkamp)
 _SPLIT = 2.0**16 + 1
-# the largest integer of a logit's factors
+# the largest integer of quantized queries and keys
 STEPS = 127
 # keys, evenly spread, whose largest logit a row's weights are relative to
 PROBES = 64
@@ -31,8 +31,8 @@ def attend_quantized(
     ``query`` is ``(n, d)``, ``key`` ``(m, d)``, ``value`` ``(m, p)``; row ``i`` sees
     the first ``prefix_lengths[i]`` keys, all where it is None, and one that sees none
     gets zeros and minus infinity. All are centred in float32 and then rounded to
-    bfloat16, and so are the weights; the logits of the mean query are not. Where
-    ``integers`` are wanted the other logits are products of those up to ``STEPS``: a
+    bfloat16, and so are the weights; the logits of the mean query are not. With
+    ``integers`` the other logits are products of integers up to ``STEPS``: a
     key's in units of the largest of its column, a query's in units of its own largest.
     Sums are in float32. Weights are relative to the largest logit of a few keys that
     the row sees. The logarithm of a row whose weights overflow is NaN. No mean leaves
@@ -78,7 +78,7 @@ def attend_quantized(
 
 
 def factors(query: Array, key: Array, *, integers: bool) -> tuple[Array, Array]:
-    """What the logits are products of."""
+    """Quantized queries and keys, whose products are the logits."""
     if not integers:
         return rounded(query), rounded(key)
     xp = array_namespace(query, key)
@@ -92,23 +92,23 @@ def _unit(largest: Array) -> Array:
     return _or(largest > 0, largest / STEPS, 1.0)
 
 
-def _or(kept: Array, x: Array, other: float) -> Array:
-    """Take ``x`` where it is to be kept, another number elsewhere."""
+def _or(condition: Array, x: Array, other: float) -> Array:
+    """``x`` where the condition holds, otherwise a number."""
     xp = array_namespace(x)
-    return xp.where(kept, x, xp.full_like(x, other))
+    return xp.where(condition, x, xp.full_like(x, other))
 
 
 def rounded(x: Array) -> Array:
-    """Round float32 numbers to the nearest of eight bits."""
+    """Round float32 numbers to the nearest bfloat16."""
     carried = x * _SPLIT
     return carried - (carried - x)
 
 
 def multiplies_quantized(x: Array) -> bool:
-    """Whether float32 arrays like this one are multiplied faster in eight bits."""
+    """Whether float32 arrays like this one have a faster int8 or bfloat16 matmul."""
     if place_of(x) != "cpu":
         return False
-    # numba is imported no earlier than by the body
+    # numba is imported no earlier than by the kernel
     from fastattn._ops.cpu.tiles import multiplies_bytes
 
     return multiplies_bytes()

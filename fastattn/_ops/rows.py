@@ -1,4 +1,4 @@
-"""Lengths of the rows of one head, which its statistics are made of."""
+"""Squared lengths of the rows of one head, for its statistics."""
 
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op

@@ -1,8 +1,8 @@
 """Exact tensor attention: softmax attention nested once for each further factor.
 
 For order 3, ``<q, k1 o k2> = <q o k1, k2>``: every pair of a query and a first key is
-a query to the second keys, whose answers merge by their log-sum-exps. So all products
-are the matrix products of :func:`attend`, which also has the fast bodies.
+a query to the second keys, whose outputs merge by their log-sum-exps. So all products
+are the matrix products of :func:`attend`, which also has the fast kernels.
 """
 
 from typing import Any

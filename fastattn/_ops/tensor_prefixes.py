@@ -1,7 +1,7 @@
-"""Causal tensor attention by prefixes: what a row sees is a product of prefixes.
+"""Causal tensor attention by prefix sums.
 
 A row sees the tuples of which every key is among the first few of its factor, so that
-sums over them are Hadamard products of the factors' prefix sums, as without a mask.
+sums over these tuples are Hadamard products of prefix sums of the factors.
 """
 
 from typing import Any

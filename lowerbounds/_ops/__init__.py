@@ -1,1 +1,1 @@
-"""Loops: the array-API reference of each op, faster bodies in folders beside."""
+"""Loops: the array-API reference of each op, with kernels in folders by place."""

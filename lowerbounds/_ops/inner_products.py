@@ -1,9 +1,9 @@
-"""Inner products of vectors of bits, eight bits to a byte."""
+"""Inner products of vectors of bits, packed into bytes."""
 
 from sketching._lib.arrays import Array, array_namespace, device_of
 from sketching._lib.op import op
 
-# pairs whose bytes are held at a time
+# pairs whose bytes exist at once
 _BLOCK = 1 << 16
 
 
@@ -30,7 +30,7 @@ def extremes(left: Array, right: Array) -> Array:
 def _extremes_of_block(
     left: Array, right: Array, start: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Look at all pairs of one block, whose first row is ``start``."""
+    """Products of all pairs of one block, whose first row is ``start``."""
     xp = array_namespace(left, right)
     ones = _ones(xp.bitwise_and(left[:, None, :], right[None, :, :]))
     flat = xp.reshape(xp.sum(ones, axis=2, dtype=xp.int64), (-1,))

@@ -1,9 +1,9 @@
-"""Archives of arrays, read with care: none takes more memory than it is allowed.
+"""Archives of arrays, read without using more memory than is allowed.
 
 A compressed member of two megabytes may hold gigabytes, a header of an array may be as
-long, and sizes may lie. So a header is read no further than headers are long, sizes are
-compared with each other and with what is allowed before an array is made, and no more
-is unpacked than was said.
+long, and sizes may lie. So the header is read up to the length that headers have, sizes
+are compared with each other and with the limit before an array is made, and no more
+bytes are unpacked than the header says.
 """
 
 import io
@@ -27,7 +27,7 @@ _LONGEST_LIST = 1 << 25
 _LONGEST_HEADER, _MOST_NESTED = 10_000, 256
 # what is unpacked at once
 _CHUNK = 1 << 20
-# a file may unpack to so many times its size, or so many bytes, unless told otherwise
+# a file may unpack to so many times its size, or so many bytes, if memory= is not given
 _GROWTH, _LEAST = 16, 1 << 26
 # the end of an archive, with the longest comment
 _TAIL = (1 << 16) + 128
@@ -37,7 +37,7 @@ _KINDS = {zipfile.ZIP_STORED: "not", zipfile.ZIP_DEFLATED: "by deflate"}
 
 @contextmanager
 def reading(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open an archive, unless its list of members is a burden itself."""
+    """Open an archive, unless its list of members is too long."""
     _check_list(path)
     with zipfile.ZipFile(path) as archive:
         yield archive
@@ -57,8 +57,8 @@ def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 def check_total(path: Path, archive: zipfile.ZipFile, memory: int | None) -> int:
     """Raise unless all arrays fit in ``memory`` bytes; return what they may take.
 
-    By default that is a multiple of the size of the file, which compression of
-    numbers hardly reaches.
+    By default that is a multiple of the size of the file, which compressed numbers
+    rarely exceed.
     """
     if memory is None:
         most = max(_LEAST, _GROWTH * path.stat().st_size)
@@ -118,7 +118,7 @@ def check_size(
 def read_member(
     archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo, most: float
 ) -> Array:
-    """Read an array of at most ``most`` bytes; its checksum is looked at."""
+    """Read an array of at most ``most`` bytes and verify its checksum."""
     with opened(archive, name, info) as file:
         shape, is_fortran, dtype, start = read_header(name, file)
         if dtype.hasobject:
@@ -157,7 +157,7 @@ def read_text(
 
 
 def opened(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> IO[bytes]:
-    """Open a member, unless it is compressed in a way that is not read."""
+    """Open a member, unless its compression is not supported."""
     if info.compress_type not in _KINDS:
         kinds = " or ".join(_KINDS.values())
         raise ValueError(

@@ -57,11 +57,11 @@ def is_sparse(x: Any) -> bool:
 
 
 def place_of(*arrays: Array) -> str | None:
-    """Where fast bodies live for these arrays: "cpu", "gpu" or nowhere (None)."""
+    """Where kernels exist for these arrays: "cpu", "gpu" or nowhere (None)."""
     first = type(arrays[0])
     if first.__module__ == "numpy":
         return "cpu" if _compiles() else None
-    # cupy is only ever looked for when somebody else imported it
+    # cupy is used only if the caller has imported it
     if "cupy" in sys.modules and array_api_compat.is_cupy_array(arrays[0]):
         return "gpu"
     return None

@@ -20,21 +20,22 @@ def under(lock: Any, work: Callable[[], _R]) -> _R:
 
 
 class Cell(Generic[_T]):
-    """A value that nobody changes in place; a new one takes its place at once.
+    """A value that is never changed in place, but replaced by a new one at once.
 
-    Who reads takes ``value`` once, and has a consistent one. An exception inside a
-    change, an interrupt too, leaves the value before it or the one after it.
+    A reader takes ``value`` once, and has a consistent one. An exception inside a
+    change, an interrupt too, leaves either the old or the new value.
     """
 
     __slots__ = ("_lock", "value")
 
     def __init__(self, value: _T) -> None:
         self.value = value
-        # the thread that holds it may come again: out of a handler of signals
+        # reentrant: a signal handler may change the value while its thread holds the
+        # lock
         self._lock = threading.RLock()
 
     def change(self, work: Callable[[_T], tuple[_T, _R]]) -> _R:
-        """Put the first that ``work`` has of the value in place, return the second."""
+        """Set the value to the first result of ``work``, return the second."""
 
         def replace() -> _R:
             after, found = work(self.value)

@@ -60,4 +60,4 @@ class Approximation:
 
 
 class RefusalError(ValueError):
-    """A method cannot keep the promise that was asked for; the message has numbers."""
+    """A method cannot guarantee the requested error; the message has numbers."""

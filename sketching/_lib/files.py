@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             # safetensors puts a private file of its own in place of this one
             temporary.chmod(mode)
-            # a rename may reach the disk before the data do
+            # a rename may be on disk before the data are
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -64,7 +64,7 @@ def _made_like(target: Path, temporary: Path) -> int:
         return stat.S_IMODE(temporary.stat().st_mode)
     old, new = target.stat(), temporary.stat()
     if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-        # whoever may not give files away keeps the new one
+        # without permission to change the owner the file stays the caller's
         with suppress(PermissionError):
             os.chown(temporary, old.st_uid, old.st_gid)
     mode = stat.S_IMODE(old.st_mode)
@@ -74,7 +74,7 @@ def _made_like(target: Path, temporary: Path) -> int:
 
 @contextmanager
 def _naming(path: Path, temporary: Path) -> Iterator[None]:
-    """Let errors name the file that was asked for, not the temporary one."""
+    """Let errors name the requested file, not the temporary one."""
     try:
         yield
     except OSError as error:
@@ -87,7 +87,7 @@ def _naming(path: Path, temporary: Path) -> Iterator[None]:
 
 @contextmanager
 def naming_the_file(path: Path) -> Iterator[None]:
-    """Say which file it was, in one line, whatever a parser stumbles over."""
+    """Name the file in one line, whatever error a parser raises."""
     try:
         yield
     except OSError as error:
@@ -107,7 +107,7 @@ def checksum(x: Array) -> str:
 
 
 def check_sums(arrays: Mapping[str, Array], header: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for the first array that is not what was written.
+    """Raise ``ValueError`` for the first array with another checksum than was written.
 
     Files of earlier releases have no checksums.
     """
@@ -142,7 +142,7 @@ def read_arrays(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read arrays and header of a file of this ``kind``, not newer than ``version``.
 
-    Checksums are left to :func:`check_sums`, after what says more.
+    Checksums are left to :func:`check_sums`, after checks with clearer messages.
     """
     with reading(path) as archive:
         members = members_of(archive)

@@ -1,4 +1,4 @@
-"""Attributes that are computed when they are first asked for."""
+"""Attributes that are computed at first access."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
@@ -10,8 +10,8 @@ class lazy(Generic[T]):
     """A property that is computed once.
 
     It is ``functools.cached_property`` without the lock that one has before Python
-    3.12: all instances share that, and a child that is forked while a thread holds it
-    waits for ever. Two threads may both compute a value here.
+    3.12: all instances share the lock, and a child process that is forked while a
+    thread holds it blocks for ever. Two threads may both compute a value here.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -31,6 +31,6 @@ class lazy(Generic[T]):
         if instance is None:
             return self
         value = self._compute(instance)
-        # an attribute of the instance is found before this one is asked again
+        # next time the instance attribute is found first
         instance.__dict__[self._name] = value
         return value

@@ -1,7 +1,7 @@
-"""Ops: one reference body in the array API, faster bodies registered beside it.
+"""Ops: one reference in the array API, with faster kernels registered for some places.
 
 An op lives in ``<package>/_ops/<module>.py``. Its reference is specification,
-fallback and oracle at once. A faster body for a place is the function of the same
+fallback and oracle at once. The kernel for a place is the function of the same
 name in ``<package>/_ops/<place>/<module>.py``; it is imported when first called, so
 that importing the package loads neither numba nor cupy.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 from sketching._lib.arrays import Array, place_of
 
-# held while a body is imported, so that no fork copies half of one: the child would
-# wait for the thread that imports it
+# held while a kernel is imported, so that no fork copies a half-imported module: the
+# child would block on the import lock of a thread that it does not have
 _importing = threading.RLock()
 os.register_at_fork(
     before=_importing.acquire,
@@ -27,7 +27,7 @@ os.register_at_fork(
 
 
 class Op:
-    """A function of arrays with a reference body and bodies for some places."""
+    """A function of arrays with a reference, and kernels for some places."""
 
     def __init__(self, reference: Callable[..., Any], places: tuple[str, ...]) -> None:
         self.reference = reference
@@ -36,11 +36,11 @@ class Op:
         functools.update_wrapper(self, reference)
 
     def __call__(self, *arrays: Array, **options: Any) -> Any:
-        """Run the body for the place where the arrays are."""
+        """Run the kernel for the place where the arrays are."""
         return self.kernel(place_of(*arrays))(*arrays, **options)
 
     def kernel(self, place: str | None) -> Callable[..., Any]:
-        """Return the body for ``place``, the reference where there is none."""
+        """Return the kernel for ``place``, the reference where there is none."""
         if place is None or place not in self.places:
             return self.reference
         if place not in self._modules:
@@ -55,5 +55,5 @@ class Op:
 
 
 def op(*places: str) -> Callable[[Callable[..., Any]], Op]:
-    """Declare a reference body and the places that have a faster one."""
+    """Declare a reference and the places that have a kernel."""
     return lambda reference: Op(reference, places)

@@ -23,7 +23,7 @@ def as_generator(rng: RandomSource) -> np.random.Generator:
     """
     try:
         generator = np.random.default_rng(rng)
-        # legacy seeding, as in a RandomState, is found out here, not half way
+        # a legacy seed, as in a RandomState, is refused here rather than later
         generator.spawn(0)
     except (AttributeError, TypeError, ValueError) as error:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Memory that is used again for the next value, where nobody reads the last one."""
+"""Memory of replaced values, for the next one, unless somebody still reads it."""
 
 import sys
 

@@ -1,16 +1,16 @@
 """Independent blocks of work on as many threads as BLAS would have used.
 
 A block calls BLAS on small matrices, where BLAS's own threads help little. So
-while blocks run, BLAS is held to one thread and the blocks are spread instead. The
-user's settings (``OPENBLAS_NUM_THREADS``, ``threadpoolctl``) say how many.
+while blocks run, BLAS is limited to one thread and the blocks run in parallel. The
+user's settings (``OPENBLAS_NUM_THREADS``, ``threadpoolctl``) say how many threads.
 
-Blocks may run blocks: heads side by side, each of which spreads its own. There is one
-crew of threads for all of them. It takes from the oldest blocks, whole heads, first;
-where those have run out, it helps with the blocks within.
+Blocks may run blocks: heads in parallel, each of which distributes its own. One crew of
+threads serves all of them. It takes the oldest blocks, whole heads, first; when those
+have run out, it helps with the blocks inside.
 
-An interrupt ends all of it: blocks that have not begun never do, those that have end
-the blocks within them. A process that forks while other threads compute leaves a child
-without those threads: it begins with a crew of its own.
+An interrupt ends everything: blocks that have not started never do, those that have end
+the blocks inside. A process that forks while other threads compute leaves a child
+without those threads: the child starts with a crew of its own.
 """
 
 import functools
@@ -92,7 +92,7 @@ def single_threaded_blas() -> Iterator[int]:
 
 
 def _limited(controller: Any, info: Any) -> Any:
-    """Hold BLAS to one thread; an interrupt leaves what was."""
+    """Limit BLAS to one thread; an interrupt restores the limit before."""
     _release()
     try:
         return controller.limit(limits=1)
@@ -114,7 +114,7 @@ def _restore(limiter: Any) -> None:
 
 
 def _begin_as_child() -> None:
-    """Let go of what threads of the parent held, which are not in the child."""
+    """Release in the child what threads of the parent held, which it does not have."""
     global _crew, _forks, _held, _limiter, _lock  # noqa: PLW0603
     _lock = threading.RLock()
     limiter, is_held = _limiter, _held > 0
@@ -154,7 +154,7 @@ class _Work:
         self.interrupted = False
         self.errors: dict[int, BaseException] = {}
         self.parent = _current.get()
-        # what NumPy was told about overflows holds in every thread
+        # NumPy's settings for overflows (np.errstate) hold in every thread
         self.context = copy_context()
         self.context.run(_current.set, self)
 
@@ -188,7 +188,7 @@ class _Work:
 
 
 class _Stopped(BaseException):
-    """Ends calls whose answer nobody waits for."""
+    """Ends calls whose result is not needed any more."""
 
 
 def _rank(one: tuple[int, BaseException]) -> tuple[int, int]:
@@ -233,8 +233,8 @@ class _Crew:
                 raise
             finally:
                 self.works.remove(work)
-                # it leads back to the work: what the calls hold would stay in memory
-                # until the collector of cycles comes by
+                # its traceback refers to the work: without this, arrays of the calls
+                # would stay in memory until the cycle collector runs
                 work.context = Context()
         work.raise_first()
 

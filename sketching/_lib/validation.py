@@ -9,7 +9,7 @@ import numpy as np
 
 from sketching._lib.arrays import Array, array_namespace, is_sparse
 
-# entries that are looked at at once: masks of them stay small
+# entries that are checked at once: masks of them stay small
 _ENTRIES = 1 << 22
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -104,7 +104,7 @@ def check_finite(name: str, x: Array) -> None:
 
 
 def _is_plainly_finite(x: Array) -> bool:
-    """Whether a sum of squares says so at once, as it does for most small arrays."""
+    """Whether a finite sum of squares proves it, as for most small arrays."""
     if type(x) is not np.ndarray or x.dtype.char not in "fd" or x.size > _ENTRIES:
         return False
     if not x.flags.c_contiguous:

@@ -1,1 +1,1 @@
-"""Loops of sketching: references here, numba bodies in cpu, CuPy bodies in gpu."""
+"""Loops of sketching: references here, numba kernels in cpu, CuPy kernels in gpu."""

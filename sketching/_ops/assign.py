@@ -8,12 +8,12 @@ from sketching._lib.op import op
 def two_nearest(
     points: Array, centers: Array, squares: Array, slots: Array
 ) -> tuple[Array, Array, Array]:
-    r"""Find the nearest centres of some points, and how near the two nearest are.
+    r"""Find the nearest centre of some points, and the scores of the two nearest.
 
     ``points`` is ``(n, d)``, ``centers`` ``(k, d)``, ``squares`` the squared norms of
-    the centres, ``slots``, ``(m,)``, which points. The answer is the number of the
-    nearest centre, ``(m,)``, and :math:`|c|^2 - 2 x \cdot c` of it and of the next,
-    infinite if there is none.
+    the centres, ``(k,)``, ``slots``, ``(m,)``, the rows of the points. Returns the
+    number of the nearest centre, ``(m,)``, and :math:`|c|^2 - 2 x \cdot c` of it and of
+    the second nearest, infinite if there is none.
     """
     xp = array_namespace(points, centers, squares, slots)
     rows = xp.take(points, slots, axis=0)

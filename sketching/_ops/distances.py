@@ -15,7 +15,7 @@ def scan(
     tolerance: float,
     steps: Array | None = None,
 ) -> tuple[Array, Array]:
-    r"""Distances :math:`\sqrt{h_i - 2 x_i \cdot g_j + h_j}` that rounding leaves right.
+    r"""Distances :math:`\sqrt{h_i - 2 x_i \cdot g_j + h_j}`, rounding checked.
 
     ``points`` is ``(n, d)``, of integers if there are ``steps``, ``(n,)``, to multiply
     them by; ``directions`` is ``(q, d)``. The rows of ``of_points``, ``(3, n)``, are
@@ -48,7 +48,7 @@ def brackets(
     rounding: float,
     tolerance: float,
 ) -> tuple[Array, Array, Array]:
-    r"""Distances between codes and tails of unknown direction, if known well enough.
+    r"""Distances from codes and lengths of tails, where these determine them to eps.
 
     ``codes`` is ``(n, p)``, ``queries`` ``(q, p)``. The rows of ``of_points``,
     ``(4, n)``, are squared norms of codes, how far those may be off, and the least and

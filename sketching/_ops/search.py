@@ -18,12 +18,12 @@ def search(
     rounding: float,
     tolerance: float,
 ) -> tuple[Array, Array, Array]:
-    """Look at the ``first`` least bounds, then at all up to the ``k``-th distance.
+    """Examine the ``first`` least bounds, then all up to the ``k``-th distance.
 
-    ``bounds`` is ``(q, n)``, the other arrays are those of ``scan``. The answer is
-    where the points are that were looked at, ``(q, most)``, in ascending order and
-    filled up by -1; their distances, NaN where rounding leaves them open or there is no
-    point; and how many they are. Where that is more than ``most``, none was looked at.
+    ``bounds`` is ``(q, n)``, the other arrays are those of ``scan``. Returns the
+    positions of the examined points, ``(q, most)``, in ascending order and padded with
+    -1; their distances, NaN where rounding is too large or for padding; and how many
+    points were examined. Where that is more than ``most``, none was.
     """
     xp = array_namespace(points, directions, bounds)
     slots, values, counts = [], [], []
@@ -35,7 +35,7 @@ def search(
         near = xp.argsort(row)[:first]
         above = xp.sqrt(xp.maximum(squares + uncertainty, xp.zeros_like(squares)))
         limit = xp.sort(xp.take(above, near, axis=0))[k - 1] * (1 + tolerance)
-        # a bound of the first may lie above the limit: they were looked at anyway
+        # a bound of the first may lie above the limit: they were examined anyway
         where = xp.nonzero(row <= xp.astype(limit, row.dtype))[0]
         where = xp.unique_values(xp.concat([where, near]))
         counts.append(where.shape[0])
@@ -52,7 +52,7 @@ def search(
 def _norm_form(
     points: Array, direction: Array, of_points: Array, of_query: Array, rounding: float
 ) -> tuple[Array, Array]:
-    """Squared distances of one query, and how far rounding may have moved them."""
+    """Squared distances of one query, and bounds on their rounding errors."""
     xp = array_namespace(points)
     h, off, point_norm = of_points[0, :], of_points[1, :], of_points[2, :]
     own, length = of_query[0], of_query[1]

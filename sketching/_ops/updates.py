@@ -1,4 +1,4 @@
-"""Updates of a metric: what becomes of its factor and of the norms of points."""
+"""Updates of a metric: the new factor, and the new norms of points."""
 
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
@@ -15,8 +15,8 @@ def changed_factor(
     """``U + sum a_t b_t^T``, and ``U_t^T a_t`` of the factor before each update.
 
     ``factor`` is ``(k, d)``; ``left``, ``(r, k)``, and ``right``, ``(r, d)``, are the
-    updates. The answer is ``(k, d)`` and ``(r, d)``; ``out``, of the shape of the
-    factor, is given up: a body may write the first of them there.
+    updates. Returns ``(k, d)`` and ``(r, d)``; ``out``, of the shape of the factor, may
+    be overwritten: a kernel may write the new factor there.
     """
     xp = array_namespace(factor, left, right)
     earlier = xp.tril(xp.matmul(left, left.T), k=-1)
@@ -36,18 +36,18 @@ def changed_norms(
     steps: Array | None = None,
     keep: bool = False,
 ) -> tuple[Array, Array]:
-    r"""Squared norms :math:`|U x_i|^2` after ``U += sum a_t b_t^T``, and how far off.
+    r"""Squared norms :math:`|U x_i|^2` after ``U += sum a_t b_t^T``, with error bounds.
 
     ``points`` is ``(n, d)``, of integers if there are ``steps``, ``(n,)``, to multiply
-    them by. The rows of ``of_points``, ``(3, n)``, are the squared norms before, how
-    far those may be off, and Euclidean lengths; it is given up: a body may write in it.
-    Those of ``of_updates``, ``(5, r)``, are ``|a_t|^2``, ratios, ``|b_t|``,
-    ``|U_t^T a_t|`` and the number of the update. ``vectors``, ``(r + m, d)``, are all
-    ``b_t``, then ``U_t^T a_t`` of the first ``m`` updates; those of the others are the
-    ratio times ``b_t``. A point has already ``seen``, ``(n,)``, the updates of lesser
-    numbers. Each product may be off by ``rounding`` times its terms, in a body that
-    rounds its factors by more. The answer is ``of_points`` after, and the products
-    with all ``b_t``, ``(n, r)``, or ``(n, 0)`` unless they are to be kept.
+    them by. The rows of ``of_points``, ``(3, n)``, are the squared norms before, bounds
+    on their errors, and Euclidean lengths; a kernel may overwrite it. Those of
+    ``of_updates``, ``(5, r)``, are ``|a_t|^2``, ratios, ``|b_t|``, ``|U_t^T a_t|`` and
+    the number of the update. ``vectors``, ``(r + m, d)``, are all ``b_t``, then ``U_t^T
+    a_t`` of the first ``m`` updates; those of the others are the ratio times ``b_t``. A
+    point has already ``seen``, ``(n,)``, the updates of lesser numbers. The error of a
+    product is at most ``rounding`` times its terms, or more in a kernel that rounds the
+    factors. Returns the new ``of_points``, and the products with all ``b_t``, ``(n,
+    r)``, or ``(n, 0)`` if they are not needed.
     """
     xp = array_namespace(points, vectors)
     squares, ratios, of_right, of_image, order = (of_updates[t, :] for t in range(5))

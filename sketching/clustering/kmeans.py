@@ -1,4 +1,4 @@
-"""k-means between whitened points: Lloyd's steps, with bounds of what may change."""
+"""k-means of whitened points: Lloyd's steps, with bounds on distances to save work."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ def lloyd(
     tol: float,
     advance: Callable[[], None],
 ) -> Clustering:
-    """Alternate between nearest centres and means of members until they stay.
+    """Alternate between nearest centres and means of members until labels are constant.
 
-    Bounds of the two least distances of each point, which move with the centres, tell
-    which points may have changed.
+    Bounds on the two least distances of each point, updated as centres move, show which
+    points may have changed (Hamerly, doi 10.1137/1.9781611972801.12).
     """
     state = _Assigned(points, centers)
     n_iter, shift, is_same = 0, np.inf, False
@@ -59,13 +59,13 @@ def lloyd(
 
 
 class _Assigned:
-    """Points with their nearest centres, and bounds of the two least distances."""
+    """Points with their nearest centres, and bounds on the two least distances."""
 
     def __init__(self, points: Array, centers: Array) -> None:
         self.points, self.centers = points, centers.astype(points.dtype)
         self.norms = squared_norms(points)
         self.unit = Rounding.of(points.dtype, points.shape[1]).unit
-        # what rounding leaves of the distance of a point to the mean of its equals
+        # rounding error of the distance of a point to the mean of equal points
         eps = float(np.finfo(points.dtype).eps)
         self.nothing = 8 * eps * float(np.sqrt(self.norms.max(initial=0)))
         n = len(points)
@@ -83,9 +83,9 @@ class _Assigned:
         return own
 
     def means(self) -> Array:
-        """Means of the members; an empty cluster takes the point that is worst off.
+        """Means of members; an empty cluster takes the point farthest from its centre.
 
-        Where every point is at its centre, as of few places, it stays empty.
+        If every point is at its centre, as with few distinct points, it stays empty.
         """
         for empty in np.flatnonzero(self.counts == 0):
             apart = self.distances()
@@ -103,11 +103,12 @@ class _Assigned:
         return np.where(is_empty, self.centers, means)
 
     def move(self, centers: Array) -> float:
-        """Move the centres and the bounds; return the squared way they went."""
+        """Move centres and bounds; return the sum of the squared displacements."""
         centers = centers.astype(self.points.dtype)
         ways = np.linalg.norm((centers - self.centers).astype(np.float64), axis=1)
         self.centers = centers
-        # the way of the centre that went farthest, and for its own points of the next
+        # the displacement of the centre that moved farthest, and for its own points the
+        # second
         order = np.argsort(ways)[::-1]
         of_others = np.full(len(ways), ways[order[0]])
         of_others[order[0]] = ways[order[1]] if len(ways) > 1 else 0

@@ -20,8 +20,9 @@ def medians(
 ) -> Clustering:
     """Alternate between nearest centres and one step towards medians of members.
 
-    Neither raises the sum of distances. Where a centre lies on a point the step is
-    that of Vardi and Zhang, which leaves it only if the others pull harder.
+    Neither increases the sum of distances. Where a centre lies on a point the step is
+    that of Vardi and Zhang: it leaves the point only if the resultant of the unit
+    vectors to the other points exceeds the weight of the point.
     """
     centers, every = centers.astype(np.float64), np.arange(len(points))
     n_iter, shift = 0, np.inf
@@ -54,7 +55,7 @@ def _nearest(points: Array, centers: Array, every: Array) -> Array:
 def _fill_empty(points: Array, labels: Array, apart: Array, centers: Array) -> None:
     """Give every empty cluster the point that is farthest from its centre.
 
-    Where every point is at its centre, as of few places, it stays empty.
+    If every point is at its centre, as with few distinct points, it stays empty.
     """
     counts = np.bincount(labels, minlength=len(centers))
     for empty in np.flatnonzero(counts == 0):
@@ -68,20 +69,20 @@ def _fill_empty(points: Array, labels: Array, apart: Array, centers: Array) -> N
 
 
 def _weights(points: Array, centers: Array, labels: Array, apart: Array) -> Array:
-    """Weights whose means of members are the next centres."""
+    """Weights of points such that weighted means of members are the next centres."""
     size = len(centers)
     is_on = apart <= 1e-12 * apart.max()
     weights = np.where(is_on, 0.0, 1 / np.where(is_on, 1.0, apart))
     count = np.bincount(labels, is_on, minlength=size)
     if not count.any():
         return weights
-    # how hard the points elsewhere pull, against those at the centre
+    # length of the resultant of the other points, against the weight at the centre
     mass = np.bincount(labels, weights, minlength=size)
     sums = cluster_sums(points, labels, weights, n_clusters=size)
     pull = np.linalg.norm(sums - mass[:, None] * centers, axis=1)
     stays = np.minimum(1, count / np.where(pull > 0, pull, np.inf))
     stays[(pull == 0) & (count > 0)] = 1
-    # a share of the mass that keeps the mean where it is; all of it if nothing pulls
+    # a share of the mass that keeps the mean where it is; all if the resultant is zero
     held = np.where(stays < 1, mass * stays / np.where(stays < 1, 1 - stays, 1), 0)
     on = np.where(count > 0, held / np.where(count > 0, count, 1), 0)
     is_held = (stays >= 1) & (count > 0)

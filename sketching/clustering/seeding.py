@@ -13,11 +13,12 @@ _CANDIDATES, _STEPS = 4, 20
 
 
 def first_centers(points: Array, n_clusters: int, rng: np.random.Generator) -> Array:
-    """Pick centres to begin with.
+    """Choose the first centres.
 
-    Some candidates for each centre are drawn as k-means++ draws, and weigh as many
-    points as are nearest to them. Their own k-means, which is small, picks the centres:
-    a start below that of the greedy k-means++, at fewer products with all points.
+    Some candidates for each centre are drawn as k-means++ draws, weighted by the number
+    of points that are nearest to them. The centres are found by k-means of the few
+    candidates: the sum of squares is lower than that of the greedy k-means++, with
+    fewer products with all points.
 
     Bahmani et al., Scalable K-Means++, arXiv 1203.6402, reduce candidates so.
     """
@@ -49,7 +50,7 @@ def _greedy(
     n_clusters: int,
     rng: np.random.Generator,
 ) -> Array:
-    """Draw centres of weighted points, of a few each time the one that helps most."""
+    """Draw centres of weighted points; of a few candidates the best one is taken."""
     trials = 2 + int(math.log(n_clusters))
     chosen = [int(rng.choice(len(points), p=weights / weights.sum()))]
     squares = np.full(len(points), np.inf)

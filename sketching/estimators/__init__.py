@@ -1,4 +1,4 @@
-"""scikit-learn faces of metric and index: neighbours, predictions, clusters."""
+"""scikit-learn wrappers of metric and index: neighbours, predictions, clusters."""
 
 from sketching.estimators.clusters import MahalanobisKMeans, MahalanobisKMedians
 from sketching.estimators.neighbors import (

@@ -1,4 +1,4 @@
-"""scikit-learn faces of clustering: k-means and k-medians in a Mahalanobis metric."""
+"""scikit-learn wrappers of k-means and k-medians in a Mahalanobis metric."""
 
 from typing import Any
 
@@ -132,7 +132,7 @@ class _Clusters(
         return self.metric_.whiten(given - offset)
 
     def _keep(self, X: Array, found: Clustering) -> None:
-        """Store the clusters; a metric of low rank cannot lead back from whitened."""
+        """Store the clusters; with a metric of low rank whitening has no inverse."""
         weights = found.weights
         if weights is None:
             weights = np.ones(len(X))
@@ -144,7 +144,7 @@ class _Clusters(
         # fewer places than clusters: one of them has several centres
         centers[is_empty] = X[0]
         self.cluster_centers_ = centers.astype(X.dtype)
-        # from the centres as they are kept, so that these labels are those of predict
+        # from the stored centres, so that these labels are those of predict
         self.labels_ = self.predict(X)
         self.n_distinct_ = len(np.unique(self.labels_))
         self.inertia_ = found.inertia
@@ -184,8 +184,8 @@ class _Clusters(
         labels, least, second = two_nearest(
             points, centers, squares.astype(points.dtype), every
         )
-        # products of equal rows may be rounded apart: what is as good as a tie is
-        # decided by differences, of which equal rows have equal ones
+        # products of equal rows may be rounded differently: near ties are decided by
+        # differences, which are equal for equal rows
         unit = Rounding.of(points.dtype, points.shape[1]).unit
         uncertainty = 2 * unit * (squared_norms(points) + squares.max())
         close = np.flatnonzero(second - least <= uncertainty)
@@ -200,7 +200,7 @@ class _Clusters(
         return points, centers, labels
 
     def _whitened(self, X: Array) -> tuple[Array, Array]:
-        """Whiten rows and centres, off the middle of which rounding would grow."""
+        """Whiten rows and centres about their midrange, to keep rounding small."""
         middle = self.cluster_centers_.mean(axis=0, dtype=np.float64)
         points, centers = (
             np.ascontiguousarray(self.metric_.whiten((x - middle).astype(X.dtype)))
@@ -217,7 +217,7 @@ class _Clusters(
 
 def _check_range(points: Array) -> None:
     """Raise ``ValueError`` where squared distances of whitened points overflow."""
-    # of two points twice as far apart as each is from the middle
+    # of two points twice as far apart as each is from the midrange
     most = np.sqrt(float(np.finfo(points.dtype).max) / (4 * points.shape[1]))
     largest = max(-float(points.min()), float(points.max()))
     if not largest < most:
@@ -244,11 +244,12 @@ class MahalanobisKMeans(_Clusters):
         The first centres. Four candidates for each are drawn as k-means++ does, exactly
         in proportion to squared distances, and reduced by their own k-means.
     n_init : int, default 1
-        How many times to start; the best is kept.
+        How many times to start; the best result is used.
     max_iter : int, default 300
         The most steps of one start.
     tol : float, default 1e-4
-        Centres that move less, squared and in units of the mean variance, have settled.
+        Stops when the squared moves of the centres, in units of the mean variance, are
+        less.
     progress : bool, default False
         Whether to show the steps, with rich where it is installed.
     random_state : int, RandomState instance or None, default None
@@ -263,7 +264,7 @@ class MahalanobisKMeans(_Clusters):
     inertia_ : float
         The sum of squared distances to the nearest centres.
     n_iter_ : int
-        Steps of the start that was kept.
+        Steps of the best start.
     n_distinct_ : int
         Clusters that have a row: less than ``n_clusters`` where rows are of fewer
         different places.
@@ -348,7 +349,7 @@ class MahalanobisKMedians(_Clusters):
     init : {"k-means++", "random"} or array, shape (n_clusters, d)
         As in :class:`MahalanobisKMeans`.
     n_init : int, default 1
-        How many times to start; the best is kept.
+        How many times to start; the best result is used.
     max_iter : int, default 300
         The most steps of one start.
     tol : float, default 1e-4
@@ -367,7 +368,7 @@ class MahalanobisKMedians(_Clusters):
     inertia_ : float
         The sum of distances to the nearest centres.
     n_iter_ : int
-        Steps of the start that was kept.
+        Steps of the best start.
     n_distinct_ : int
         Clusters that have a row: less than ``n_clusters`` where rows are of fewer
         different places.

@@ -1,4 +1,4 @@
-"""Fits of estimators that are whole or did not happen."""
+"""Fits of estimators that succeed completely or change nothing."""
 
 import copy
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from sketching.metric.mahalanobis import MahalanobisMetric
 def metric_of(
     metric: Any, X: Array, ridge: float, shrinkage: float | str
 ) -> MahalanobisMetric:
-    """Make the metric that an estimator was given, for points ``X``."""
+    """Make the metric of an estimator's parameters, for points ``X``."""
     if isinstance(metric, str):
         if metric != "covariance":
             raise ValueError(
@@ -73,7 +73,7 @@ def _looks_symmetric(matrix: Array) -> bool:
 
 
 def index_of(metric: MahalanobisMetric, X: Array, mode: Any) -> MahalanobisIndex:
-    """Fill an index that finds the right neighbours."""
+    """Fill an index whose mode returns exact neighbours."""
     if mode is not None and not isinstance(mode, (Exact, Filter)):
         raise ValueError(f"index_mode: expected None, Exact or Filter, got {mode!r}")
     index = MahalanobisIndex(metric, mode=mode, rng=0)

@@ -1,4 +1,4 @@
-"""scikit-learn faces of the index: neighbours, and the graph of them."""
+"""scikit-learn wrappers of the index: neighbours, and the graph of them."""
 
 from typing import Any
 
@@ -89,7 +89,7 @@ class MahalanobisNeighbors(Indexed):
     n_neighbors : int, default 5
         How many neighbours.
     radius : float, default 1.0
-        Within which distance ``radius_neighbors`` looks.
+        Distance within which ``radius_neighbors`` finds neighbours.
     metric : "covariance", array, or MahalanobisMetric, default "covariance"
         The metric: of the inverse of the covariance of the points; A itself, a matrix
         that equals its transpose; a factor U of ``A = U^T U``, any other matrix; or a
@@ -223,7 +223,7 @@ class MahalanobisKNeighborsTransformer(
     ----------
     mode : {"distance", "connectivity"}, default "distance"
         Whether entries are distances or ones. With distances a point that was fitted
-        counts as its own first neighbour, beside ``n_neighbors`` others.
+        counts as its own first neighbour, in addition to ``n_neighbors`` others.
     n_neighbors : int, default 5
         How many neighbours.
     metric : "covariance", array, or MahalanobisMetric, default "covariance"

@@ -1,4 +1,4 @@
-"""scikit-learn faces of prediction: votes and means of neighbours in a metric."""
+"""scikit-learn wrappers of prediction: votes and means of neighbours in a metric."""
 
 from typing import Any
 
@@ -130,7 +130,7 @@ class MahalanobisKNeighborsClassifier(
     def _known(
         self, X: Any, y: Any, known: Array, *, reset: bool
     ) -> tuple[Array, Array]:
-        """Check rows whose classes are among those that were announced."""
+        """Check rows whose classes are among those of the first call."""
         X, y = self._checked(X, y, reset=reset)
         unknown = np.setdiff1d(y, known)
         if len(unknown):

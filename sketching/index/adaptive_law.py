@@ -1,12 +1,13 @@
-r"""What many sketches promise of every direction, whoever has learned what of them.
+r"""Errors of an ensemble of sketches in the worst direction, for adaptive queries.
 
-Lengths of a unit vector under L sketches of m rows are 1 but for normal deviations of
-variance 1 / (2 m), and for what a direction that was picked adds to them. By Gordon's
-comparison the squares of what it adds sum to at most :math:`(\sqrt k + \tau)^2 / m`,
-with :math:`k` the dimension; all on one sketch, or evenly on all of them, that is the
-law of extreme eigenvalues. So the sketches that one direction can push beyond eps are
-at most as many as that sum pays for, those first that lie next to eps already. A
-median of sampled sketches fails where more than half of the sample is of them.
+The length of a unit vector under L sketches of m rows is 1 plus normal deviations of
+variance 1 / (2 m), plus the increase that an adversary gains by choosing the direction.
+By Gordon's comparison the squares of these increases sum to at most :math:`(\sqrt k +
+\tau)^2 / m`, with :math:`k` the dimension; all on one sketch, or evenly on all of them,
+that is the law of extreme eigenvalues. So the number of sketches that one direction can
+push beyond eps is at most the number that this sum covers, starting with those closest
+to eps. A median of sampled sketches fails if more than half of the sample are among
+them.
 """
 
 import functools
@@ -17,7 +18,7 @@ import numpy as np
 
 from sketching._lib.arrays import Array
 
-# tau: the law is kept but for a probability of about a fiftieth, and has room
+# tau: the law holds but for a probability of about a fiftieth, with a margin
 _DEVIATIONS = 2.0
 
 
@@ -37,7 +38,7 @@ def needed(rows: int, k: int, eps: float, share: float) -> int | None:
         return None
 
     def price(t: float) -> float:
-        """An integral up to t of the price, times the density."""
+        """An integral up to t of the squared increase, times the density."""
         return (away**2 + 1) * normal.cdf(t) + (2 * away - t) * normal.pdf(t)
 
     each = price(away) - price(start)

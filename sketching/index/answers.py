@@ -1,4 +1,4 @@
-"""Answers of an index from one state of it, whatever becomes of the index meanwhile."""
+"""Answers of an index from one state of it, independent of later changes."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ _BLOCK = 1 << 22
 
 
 class Answers:
-    """A state that is being read: while this lives, its rows are not written."""
+    """A state that is being read: its rows are not written meanwhile."""
 
     __slots__ = ("__weakref__", "state")
 
@@ -41,7 +41,7 @@ class Answers:
     def nearest(
         self, queries: Queries, k: int
     ) -> tuple[Array, Array, Array, Certificate]:
-        """Nearest points, where they are, how many were looked at."""
+        """Distances and positions of the nearest points, and how many were examined."""
         self._count(len(queries))
         state = self.state
         found: tuple[Array, Array, Array, Certificate] = state.running.nearest(
@@ -52,7 +52,7 @@ class Answers:
     def within(
         self, queries: Queries, radius: float
     ) -> tuple[Array, Array, Array, Certificate]:
-        """Points within a radius, nearest first, their numbers, how many looked at."""
+        """Points within a radius, nearest first, and how many were examined."""
         state, q = self.state, len(queries)
         points, numbers_of = state.filled, state.filled.numbers
         values, numbers = np.empty(q, dtype=object), np.empty(q, dtype=object)
@@ -109,11 +109,11 @@ class Answers:
         )
 
     def guarantee(self) -> Certificate:
-        """What an answer promises."""
+        """The certificate of an answer."""
         return self.state.running.guarantee(self.state.request())
 
     def _count(self, asked: int) -> None:
-        """Refuse answers beyond those that the sketches are good for."""
+        """Raise if more queries are answered than the sketches are guaranteed for."""
         mode = self.state.mode
         most = mode.queries if isinstance(mode, Adaptive) else None
 
@@ -121,7 +121,7 @@ class Answers:
             if most is not None and answered + asked > most:
                 raise RefusalError(
                     f"{mode}: {answered} of {most} queries were answered, "
-                    f"{asked} more were asked: redraw() starts anew"
+                    f"{asked} more were requested: call redraw() for new sketches"
                 )
             return answered + asked, None
 

@@ -1,8 +1,8 @@
-r"""Short codes of points that bound their distances for certain.
+r"""Short codes of points that bound their distances with certainty.
 
 Orthonormal rows P split a mapped point into its head :math:`P y` and a tail of which
-only the length is kept. Then :math:`|P y - P z|^2 + (|t_y| \mp |t_z|)^2` bounds
-:math:`|y - z|^2` from below and, with a plus, from above, whoever picks the query.
+only the length is stored. Then :math:`|P y - P z|^2 + (|t_y| \mp |t_z|)^2` bounds
+:math:`|y - z|^2` from below and, with a plus, from above, for any query.
 """
 
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ from sketching.metric.rounding import Rounding
 
 # rows that the directions of the head are found from
 SAMPLE = 4096
-# share of the points beyond which a scan of all costs less than picking
+# share of the points beyond which a scan of all costs less than selecting them
 _MANY = 0.25
-# share of queries that bounds do not settle beyond which no more bounds are tried
+# share of undecided queries beyond which bounds are not used any more
 _FUTILE = 0.5
 # numbers of one block of bounds
 _BLOCK = 1 << 22
@@ -32,8 +32,8 @@ class ProjectionBounds:
     """Heads, and the lengths of tails, of every point."""
 
     basis: Array
-    # codes; stats (squared norm of the code, how far squares may be off, least and most
-    # tail); how far updates may have moved a code from where it belongs
+    # codes; stats (squared norm of the code, bound on the error of squares, least and
+    # largest tail); bounds on the error of codes by updates
     table: Columns
 
     @staticmethod
@@ -46,7 +46,7 @@ class ProjectionBounds:
         return replace(sketch, table=Columns(table))
 
     def blank(self, count: int, dtype: Any = None) -> dict[str, Array]:
-        """Room for what is known of so many points."""
+        """Memory for the codes of so many points."""
         dtype = self._codes.dtype if dtype is None else dtype
         return {
             "codes": np.empty((count, len(self.basis)), dtype),
@@ -65,7 +65,7 @@ class ProjectionBounds:
 
     @property
     def rounding(self) -> float:
-        """How far products of codes are off, in their terms."""
+        """Rounding errors of products of codes, relative to their terms."""
         return Rounding.of(self._codes.dtype, len(self.basis)).unit
 
     @property
@@ -79,12 +79,12 @@ class ProjectionBounds:
         return self.size, self.basis.shape[1]
 
     def arrays(self) -> dict[str, Array]:
-        """What a file keeps."""
+        """Arrays that are saved to a file."""
         return {"basis": self.basis, **self.table.arrays()}
 
     @staticmethod
     def of_arrays(arrays: dict[str, Array]) -> "ProjectionBounds":
-        """Build from what a file kept."""
+        """Build from the arrays of a file."""
         columns = {
             "codes": Column(arrays["codes"]),
             "stats": Column(arrays["stats"], axis=1),
@@ -109,7 +109,7 @@ class ProjectionBounds:
     def absorbed(
         self, left: Array, right: Array, w: Array, points: Points
     ) -> "ProjectionBounds":
-        """Follow updates ``U += a b^T``, given the products with ``b``."""
+        """Apply updates ``U += a b^T``, given the products with ``b``."""
         heads = left @ self.basis.T
         codes = w @ heads.astype(w.dtype)
         codes += self._codes
@@ -131,7 +131,7 @@ class ProjectionBounds:
     def _measured(
         self, codes: Array, code_error: Array, tail: Array, off: Array
     ) -> Array:
-        """Return the norms of codes and what the square of the tail bounds it by."""
+        """Return the norms of codes, and bounds of the tail by its square."""
         # 2 x s <= u x^2 + s^2 / u: the first part goes with the rounding of scans
         code_errors = code_error**2 * (1 + 1 / self.rounding)
         ends = [np.sqrt(np.maximum(x, 0)) for x in (tail - off, tail + off)]
@@ -157,7 +157,7 @@ class ProjectionBounds:
         return out, max(float(worst.max(initial=0)), queries.points.rounding.tolerance)
 
     def open_share(self, queries: Queries, eps: float) -> float:
-        """Share of distances that is computed exactly."""
+        """Share of distances that bounds leave undecided."""
         _, _, counts = self._brackets(queries, eps)
         computed = np.where(counts > _MANY * self.size, self.size, counts)
         return float(computed.mean()) / self.size
@@ -175,7 +175,7 @@ class ProjectionBounds:
         return found
 
     def nearest(self, queries: Queries, k: int) -> tuple[Array, Array, Array]:
-        """The ``k`` nearest points, where they are, and how many were looked at."""
+        """The ``k`` nearest points, their positions, and how many were examined."""
         q, n = len(queries), self.size
         values = np.empty((q, k), self._codes.dtype)
         slots, n_exact_distances = np.empty((q, k), np.int64), np.full(q, n)
@@ -201,7 +201,7 @@ class ProjectionBounds:
         return values, slots, n_exact_distances
 
     def _search(self, queries: Queries, k: int) -> tuple[Array, Array, Array]:
-        """Distances and places of what bounds leave open, how many; -1 if too many."""
+        """Distances and positions of undecided points, their number; -1 if too many."""
         codes, of_queries = self._coded(queries)
         bounds = lower_bounds(
             self._codes,

@@ -1,16 +1,16 @@
-"""The centre that points are kept from, so that nothing of them is lost.
+"""The centre that is subtracted from the points before they are stored.
 
-A point is kept as its difference to the centre, rounded. Where the centre is far from
-zero in units of the spread, that difference is exact for nearly all points (Sterbenz),
-and products of it are far more precise than those of the points. Elsewhere the centre
-is zero: there it would gain little, and the differences would not be exact.
+A point is stored as its difference from the centre, rounded. Where the centre is far
+from zero in units of the standard deviation, that difference is exact for nearly all
+points (Sterbenz), and products of it are far more precise than those of the points.
+Otherwise the centre is zero: centering would gain little and would not be exact.
 """
 
 import numpy as np
 
 from sketching._lib.arrays import Array
 
-# means beyond so many deviations are centred; a scan loses the square of it
+# centred if means exceed so many deviations; a scan loses the square of it in precision
 _FAR = {4: 4.0, 8: 64.0}
 # the centre is a multiple of a power of two below the spread over so much
 _COARSE, _FINE = 8, 1024
@@ -39,7 +39,7 @@ def centre_of(points: Array, dtype: np.dtype, *, always: bool = False) -> Array:
 
 
 def lossy(points: Array, rows: Array, center: Array) -> Array:
-    """Say of every entry whether the centred row does not lead back to the point."""
+    """Which entries of points their centred rows do not determine exactly."""
     with np.errstate(over="ignore"):
         found: Array = rows + center != points
     return found

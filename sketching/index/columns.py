@@ -1,9 +1,9 @@
-"""Growing arrays of which earlier states keep the beginning that they saw.
+"""Growing arrays that share memory with earlier states.
 
-Nothing that a state shows is written in place. What is appended goes behind what any
-state has seen, into room that is shared. Rows that are replaced or removed are handed
-out as *writes*, values that were computed beforehand: making them twice changes
-nothing, so that whoever comes after an interrupt makes them again.
+Entries of a published state are never changed in place. New rows are appended behind
+those of all states, in shared memory. Rows that are replaced or removed are returned as
+*writes*, values that were computed beforehand: writes are idempotent, so that they can
+be repeated after an interrupt.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ import numpy as np
 
 from sketching._lib.arrays import Array
 
-# where, which part, and what it becomes
+# position, component, and new value
 Write = tuple[Any, Any, Any]
 
 
@@ -30,9 +30,9 @@ class Column:
 
     def __init__(self, array: Array, axis: int = 0) -> None:
         self._buffer, self.axis, self.size = array, axis, int(array.shape[axis])
-        # made when first asked for: every query asks for several
+        # made at first access: every query needs several
         self._view: Array | None = None
-        # how many rows some state shows or showed: a list, for states to share
+        # how many rows any state has published: a list, which states share
         self._used = [self.size]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,7 +52,7 @@ class Column:
         return int(self._buffer.nbytes)
 
     def extended(self, values: Array) -> "Column":
-        """With more rows; the values may be kept as they are."""
+        """With more rows; ``values`` may be stored without a copy."""
         count = values.shape[self.axis]
         if not self.size:
             return Column(values, self.axis)
@@ -77,7 +77,7 @@ class Column:
         return self._buffer.take(rows, axis=self.axis)
 
     def shortened(self, size: int) -> tuple["Column", Write]:
-        """Without the last rows; the write lets others take their room."""
+        """Without the last rows; the write makes their memory available."""
         return self._of(self._buffer, size, self._used), (self._used, 0, size)
 
     def private(self) -> "Column":

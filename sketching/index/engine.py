@@ -1,10 +1,10 @@
-"""The one place of an index that changes: which state it is in.
+"""The mutable part of an index: a reference to its current state.
 
-Who reads takes a state and works on it without a lock. Changes exclude each other;
-each computes another state aside and puts it in place by one assignment. Rows that are
-replaced or removed are written in place, if nobody reads, and else in a copy: values
-that were computed before are put beside the new state, and whoever comes next makes
-the writes again that an interrupt has left out.
+A reader takes a state and works on it without a lock. Changes exclude each other; each
+computes another state first and publishes it by one assignment. Rows that are replaced
+or removed are written in place if nobody reads, and otherwise in a copy: the values are
+computed beforehand and stored with the new state, so that the next caller repeats
+writes that an interrupt has cut off.
 """
 
 import threading
@@ -30,7 +30,7 @@ _Change = Callable[[State], tuple[State, list[Write]]]
 
 
 class IndexEngine:
-    """A state behind a lock, and who reads it."""
+    """A state behind a lock, and its readers."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class IndexEngine:
         return bool(self._readers)
 
     def answers(self, *, fresh: bool = True) -> Answers:
-        """Take a state to read; a fresh one has no updates waiting."""
+        """Take a state to read; a fresh one has no pending updates."""
 
         def take() -> Answers:
             state = self._settled()
@@ -87,7 +87,7 @@ class IndexEngine:
         return under(self._lock, take)
 
     def _put(self, change: Callable[[State], State]) -> State:
-        """Put another state in place."""
+        """Publish another state."""
 
         def put() -> State:
             state = change(self._settled())
@@ -97,7 +97,7 @@ class IndexEngine:
         return under(self._lock, put)
 
     def _rewrite(self, change: _Change) -> None:
-        """Put another state in place whose rows are written over those of this one."""
+        """Publish another state whose rows are written over those of this one."""
 
         def rewrite() -> None:
             state = self._settled()
@@ -164,7 +164,7 @@ class IndexEngine:
 
     @property
     def state(self) -> State:
-        """The state of now, with updates waiting: to look at what rows do not show."""
+        """The current state, with its pending updates."""
         return self._now[0]
 
     @property
@@ -174,7 +174,7 @@ class IndexEngine:
 
     @property
     def points(self) -> Points | None:
-        """The points, which updates may wait for."""
+        """The points, to which updates of the metric may be pending."""
         return self.answers(fresh=False).state.points
 
     @points.setter
@@ -188,7 +188,7 @@ class IndexEngine:
 
     @property
     def sketch(self) -> Any:
-        """The sketch, which updates may wait for."""
+        """The sketch, to which updates of the metric may be pending."""
         return self.answers(fresh=False).state.sketch
 
     @sketch.setter
@@ -202,7 +202,7 @@ class IndexEngine:
 
     @property
     def eps(self) -> float:
-        """Relative error that estimates were asked for."""
+        """Relative error of estimated distances."""
         return self.state.promise[0]
 
     @property
@@ -212,12 +212,12 @@ class IndexEngine:
 
     @property
     def draws(self) -> np.random.Generator:
-        """What sketches are drawn by."""
+        """The random stream of the sketches."""
         return self.state.draws
 
     @property
     def samples(self) -> np.random.Generator:
-        """What queries sample."""
+        """The random stream of the queries' samples."""
         return self.state.samples
 
     @property
@@ -254,10 +254,10 @@ class IndexEngine:
         return 0 if points is None else points.given
 
     def request(self) -> Request:
-        """What the mode is asked."""
+        """The arguments of a mode."""
         return self.answers(fresh=False).state.request()
 
 
 def _distinct(state: State, numbers: Any) -> Array:
-    """Find points that are each named once."""
+    """Find points by distinct numbers."""
     return state.filled.slots("numbers", numbers, distinct=True)

@@ -62,7 +62,7 @@ def write_index(path: Path, engine: IndexEngine) -> None:
 
 
 def read_index(path: Path, memory: int | None = None) -> IndexEngine:
-    """Read the parts of an index, which may take so many bytes."""
+    """Read the parts of an index, of at most ``memory`` bytes."""
     with naming_the_file(path):
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")

@@ -1,7 +1,8 @@
-"""Rows in half the width: 16-bit integers, with one scale for each row.
+"""Rows of 16-bit integers, with one scale for each row.
 
-A number is off by at most half a step, and a step is 1/32767 of the largest of its row:
-for the sizes at hand that is eight to a hundred times nearer than a 16-bit float.
+The error of a number is at most half a step, and a step is 1/32767 of the largest of
+its row: for usual row lengths eight to a hundred times smaller than that of a 16-bit
+float.
 """
 
 import numpy as np
@@ -20,7 +21,7 @@ def halved(rows: Array) -> tuple[Array, Array]:
     steps = np.maximum(largest / STEPS, tiny).astype(np.float32)
     scaled = rows / steps[..., None]
     np.rint(scaled, out=scaled)
-    # a step that was rounded down asks for one more than there are
+    # with a step that was rounded down, the largest number exceeds the integers
     return np.clip(scaled, -STEPS, STEPS, out=scaled).astype(np.int16), steps
 
 
@@ -32,8 +33,8 @@ def widened(codes: Array, steps: Array) -> Array:
 def int16_steps(rows: Array, largest: Array) -> tuple[Array, Array]:
     """Round rows to integers, in steps that are multiples of a float32's spacing.
 
-    ``largest``, ``(n,)``, is what the numbers of a row, and of what is added to it
-    later, do not exceed. Sums with multiples of the spacing are float32 then.
+    ``largest``, ``(n,)``, bounds the numbers of a row and those that are added to it
+    later. Their sums with multiples of the spacing are then exact in float32.
     """
     spacing = np.spacing(largest.astype(np.float32)).astype(np.float64)
     top = np.maximum(np.abs(rows).max(axis=1), float(np.finfo(np.float32).tiny))

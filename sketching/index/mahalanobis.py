@@ -20,19 +20,19 @@ from sketching.metric.mahalanobis import MahalanobisMetric, as_points, as_update
 
 
 class MahalanobisIndex:
-    """Points under a metric; both may change, and queries may be chosen in malice.
+    """Points under a metric; both may change, and queries may be adversarial.
 
-    Updates of the metric wait in a queue and reach the points by products of matrices
-    when an answer needs them; the answers are those of an index built anew.
+    Updates of the metric are queued and reach the points by matrix products when an
+    answer needs them; the answers are those of an index built anew.
 
     Parameters
     ----------
     metric : MahalanobisMetric
         The metric; the index keeps a copy.
     mode : Exact, Filter or Adaptive, optional
-        How distances are answered. By default, on the first insertion, the one that
-        reads least memory for a query of those that keep eps whoever picks the query;
-        ``str(index.choice)`` says which and why.
+        How distances are answered. By default, on the first insertion, the mode that
+        reads least memory for a query, among those whose eps holds for adversarial
+        queries; ``str(index.choice)`` says which and why.
     eps : float, optional
         Relative error of distances that are estimated.
     delta : float, optional
@@ -47,9 +47,9 @@ class MahalanobisIndex:
 
     Notes
     -----
-    Threads may share an index. Whatever only reads runs side by side, and answers from
-    the index as it was when the call began. Changes take turns. An exception inside a
-    change, an interrupt too, leaves the index as it was before or as it is after.
+    Threads may share an index. Reads run in parallel, and answer from the index as it
+    was when the call began. Changes exclude each other. An exception inside a change,
+    an interrupt too, leaves the index as it was before or as it is after.
 
     Examples
     --------
@@ -100,7 +100,7 @@ class MahalanobisIndex:
 
     @property
     def eps(self) -> float:
-        """Relative error that estimates were asked for."""
+        """Relative error of estimated distances."""
         return self._engine.eps
 
     @property
@@ -110,7 +110,7 @@ class MahalanobisIndex:
 
     @property
     def choice(self) -> Any:
-        """What each mode would read, where the index picked one itself, else None."""
+        """Numbers read by each mode, where the index chose one itself, else None."""
         return self._engine.state.choice
 
     @property
@@ -149,7 +149,7 @@ class MahalanobisIndex:
         return self._engine.insert(x) if len(x) else np.empty(0, np.int64)
 
     def points(self, numbers: Array | None = None) -> Array:
-        """Give points back: as they came, or as half the width has rounded them.
+        """Return points: as inserted, or rounded with ``half_width``.
 
         Parameters
         ----------
@@ -306,7 +306,7 @@ class MahalanobisIndex:
     def sample(self, q: Array, size: int, *, power: int = 1) -> Array:
         """Draw points with probability exactly proportional to their distance.
 
-        Estimates propose and exact distances of what was proposed decide.
+        Estimates propose points, exact distances accept or reject them.
 
         Parameters
         ----------
@@ -331,7 +331,7 @@ class MahalanobisIndex:
         return numbers
 
     def guarantee(self) -> Certificate:
-        """Say what an answer of ``query`` promises now.
+        """Return the certificate that an answer of ``query`` has now.
 
         Returns
         -------
@@ -353,7 +353,7 @@ class MahalanobisIndex:
         Returns
         -------
         MahalanobisIndex
-            This index; what an adversary learned is worth nothing now.
+            This index; what an adversary learned does not apply any more.
         """
         self._engine.redraw(as_generator(rng))
         return self

@@ -10,9 +10,9 @@ from sketching.index.modes import Exact, Filter
 from sketching.index.queries import Queries
 from sketching.index.request import Request
 
-# what a bound costs beside its code, in numbers
+# cost of a bound in addition to its code, in numbers
 _BOUND = 8
-# queries of the pilot
+# queries of the pilot run
 _PILOTS = 16
 
 
@@ -29,14 +29,14 @@ class Choice:
 
 
 def choose(request: Request, images: Array, slots: Array) -> Choice:
-    """Compare the modes that keep the promise for adaptive queries too.
+    """Compare the modes whose eps holds for adaptive queries.
 
-    Sketches that are safe in every direction are more numbers than the points.
+    Sketches that are safe in every direction take more numbers than the points.
     """
     d, k = request.points.rows.shape[1], images.shape[1]
     modes: list[tuple[Exact | Filter, float]] = [(Exact(), float(d))]
     size = min(k, 128) if 2 * k > d else k
-    # of few points, the directions of the head say little about others
+    # with few points, the directions of the head say little about later points
     if size == k or (4 * size <= d and len(slots) >= 4 * size):
         share = _open_share(request, images, slots, size)
         modes.append((Filter(size=size), size + _BOUND + d * share))
@@ -45,7 +45,7 @@ def choose(request: Request, images: Array, slots: Array) -> Choice:
 
 
 def _open_share(request: Request, images: Array, slots: Array, size: int) -> float:
-    """Measure on some points which share of distances the codes leave open."""
+    """Measure on some points the share of distances that codes leave undecided."""
     rng = np.random.default_rng(0)
     sketch: ProjectionBounds = Filter(size=size).draw(request, images)
     codes = sketch.blank(len(slots))

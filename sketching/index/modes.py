@@ -1,7 +1,7 @@
-"""Exact, Filter, Adaptive: how an index answers, and what it may promise.
+"""Exact, Filter, Adaptive: how an index answers, and with which certificate.
 
-A mode is a frozen recipe; the index asks it for the sketch that it keeps beside the
-points, and for the answers.
+A mode is a frozen configuration; it makes the sketch that the index stores with the
+points, and answers queries from it.
 """
 
 import math
@@ -27,7 +27,7 @@ from sketching.metric.rounding import UNLIKELY
 
 # eps in deviations of a sketch: far enough from the tenth that may be misled
 _FAR = 3.3
-# share of sketches that a direction may mislead, and be answered all the same
+# share of sketches that a direction may mislead without an effect on the median
 _MISLED = 0.1
 # the Kullback-Leibler divergence of a half from a tenth
 _DIVERGENCE = 0.5 * math.log(5) + 0.5 * math.log(5 / 9)
@@ -45,10 +45,10 @@ class Exact:
     Parameters
     ----------
     half_width : bool, optional
-        Keep points in 16 bits a number: half the memory of single precision, and a
-        query reads half. A point is rounded once, when it comes in: a coordinate is
-        off by at most 1/65534 of the largest of its point, both measured from the
-        centre. Distances are as exact as ever for the points as they are kept, which
+        Store points in 16 bits a number: half the memory of single precision, and a
+        query reads half. A point is rounded once, on insertion: the error of a
+        coordinate is at most 1/65534 of the largest of its point, both measured from
+        the centre. Distances are as exact as ever for the rounded points, which
         ``MahalanobisIndex.points`` returns; answers are in single precision.
 
     Examples
@@ -92,11 +92,11 @@ class Exact:
         """Promise the tolerance of rounding."""
         source = (
             "exact, but for rounding errors, modelled as independent; failure "
-            "is that of one distance, small ones are those of differences"
+            "is that of one distance, small ones are computed from differences"
         )
         if request.points.steps is not None:
             source += (
-                "; of the points as they are kept: a coordinate is off by at most "
+                "; of the rounded points: the error of a coordinate is at most "
                 "1/65534 of the largest of its point, both from the centre"
             )
         return Certificate(
@@ -109,13 +109,13 @@ class Exact:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Short codes that bound every distance for certain; the rest is exact.
+    """Short codes that bound every distance; undecided ones are computed exactly.
 
     A code is the head of the mapped point, along the principal directions of the first
     points, and the length of its tail. It gives a lower and an upper bound that hold
-    for every query, chosen by an adversary or not. What they do not settle is computed
-    exactly, so that neighbours are always right; where the spectrum does not decay,
-    that is the scan of ``Exact``.
+    for every query, adversarial or not. Distances that bounds leave undecided are
+    computed exactly, so that neighbours are always right; where the spectrum does not
+    decay, that is the scan of ``Exact``.
 
     Parameters
     ----------
@@ -153,11 +153,11 @@ class Filter:
     def nearest(
         self, request: Request, k: int
     ) -> tuple[Array, Array, Array, Certificate]:
-        """Look at points in the order of their lower bounds."""
+        """Examine points in the order of their lower bounds."""
         return *request.sketch.nearest(request.queries, k), Exact().guarantee(request)
 
     def guarantee(self, request: Request) -> Certificate:
-        """Promise eps, whoever picks the queries."""
+        """Guarantee eps for any queries."""
         return Certificate(
             error=max(request.eps, request.points.rounding.tolerance),
             failure=UNLIKELY,
@@ -172,20 +172,20 @@ class Adaptive:
     r"""Sketches enough that queries may depend on earlier answers.
 
     Of ``sketches`` independent sketches of ``rows`` numbers, each query draws
-    ``sampled`` afresh and takes the median. What is not given follows from eps and
-    delta of the index: ``rows`` so that eps is 3.3 deviations of a sketch, ``sampled``
-    so that the median fails with probability delta over all points while a tenth of
-    the sketches is misled, and ``sketches`` so that no direction misleads more: by the
-    law of extreme eigenvalues, about :math:`8 (\sqrt k + 2)^2`, or the root of the
-    number of ``queries``. That is much; fewer sketches promise less, and
-    ``MahalanobisIndex.guarantee`` says what.
+    ``sampled`` at random and takes the median. Sizes that are not given follow from eps
+    and delta of the index: ``rows`` so that eps is 3.3 deviations of a sketch,
+    ``sampled`` so that the median fails with probability delta over all points while a
+    tenth of the sketches is misled, and ``sketches`` so that no direction misleads
+    more: by the law of extreme eigenvalues, about :math:`8 (\sqrt k + 2)^2`, or the
+    root of the number of ``queries``. Fewer sketches have a larger error, which
+    ``MahalanobisIndex.guarantee`` returns.
 
     Parameters
     ----------
     rows, sketches, sampled : int, optional
         The sizes m, L and R; ``sampled`` is odd.
     queries : int, optional
-        The index answers so many and then refuses, until it is redrawn.
+        How many queries the index answers; then it refuses until ``redraw``.
 
     Examples
     --------
@@ -234,7 +234,7 @@ class Adaptive:
             return rows, max(sampled, math.ceil(math.sqrt(self.queries))), sampled
         sketches = needed(rows, k, eps, _MISLED)
         if sketches is None:
-            # so few rows cannot keep eps: the least error of the worst direction
+            # too few rows for eps: the least error of the worst direction
             sketches = math.ceil(k / (eps * eps * rows))
         return rows, max(sampled, sketches), sampled
 
@@ -265,7 +265,7 @@ class Adaptive:
         return values, self.guarantee(request)
 
     def sample(self, request: Request) -> Array:
-        """Draw the sketches that one call asks."""
+        """Draw the sketches of one call."""
         count = len(request.sketch.matrices)
         _, _, sampled = self.sizes(request)
         return request.rng.choice(count, sampled, replace=sampled > count)
@@ -273,7 +273,7 @@ class Adaptive:
     def nearest(
         self, request: Request, k: int
     ) -> tuple[Array, Array, Array, Certificate]:
-        """Compute exactly what the estimates leave open."""
+        """Compute exactly what the estimates leave undecided."""
         queries = request.queries
         values, certificate = self.distances(request)
         error = min(float(certificate.error), 0.5)
@@ -293,7 +293,7 @@ class Adaptive:
         return found, slots, n_exact_distances, certificate
 
     def guarantee(self, request: Request) -> Certificate:
-        """Promise eps where the sketches are enough, else the worst direction."""
+        """Guarantee eps if the sketches suffice, else the worst direction's error."""
         count, rows, k = request.sketch.matrices.shape
         n, eps = request.points.size, request.eps
         _, _, sampled = self.sizes(request)
@@ -314,7 +314,7 @@ class Adaptive:
                 f"and eps has room for the bias sqrt(k / (L m)) = {bias:.3g}"
             )
             return Certificate(eps, few, "relative", source)
-        # what the median fails with anyway need not be bought by a larger error
+        # the failure that the median has anyway needs no larger error to be covered
         failure = n * median_failure(rows, sampled, eps)
         failure = failure if request.delta < failure < 0.5 else request.delta
         error = worst_error(count, rows, sampled, k, failure / n)

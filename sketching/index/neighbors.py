@@ -1,11 +1,11 @@
-"""Neighbors: what kneighbors returns, a pair that knows its certificate."""
+"""Neighbors: the result of kneighbors, a pair with its certificate."""
 
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Certificate
 
 
 class Neighbors(tuple[Array, Array]):
-    """Distances and numbers of neighbours: a pair that says what is known of them.
+    """Distances and numbers of neighbours: a pair with a certificate.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Neighbors(tuple[Array, Array]):
     def __new__(
         cls, distances: Array, numbers: Array, certificate: Certificate, examined: Array
     ) -> "Neighbors":
-        """Make the pair and keep the rest beside it."""
+        """Make the pair and store the other attributes."""
         found = super().__new__(cls, (distances, numbers))
         found.certificate, found.examined = certificate, examined
         return found

@@ -13,7 +13,7 @@ class PendingUpdates:
 
     left: Array
     right: Array
-    # U_t^T a_t, of the factor that each update met
+    # U_t^T a_t, of the factor before each update
     images: Array
     overflowed: bool = False
 

@@ -1,11 +1,11 @@
 """The points of an index: centred rows, their norms in the metric, their numbers.
 
-Squared norms :math:`h_i = |U x_i|^2` are all that the exact distances need beside the
-points. Updates of the metric change them by two products with every point, those that
-learners emit by one; how far rounding may have moved them is kept beside them.
+Exact distances need the points and their squared norms :math:`h_i = |U x_i|^2`. Updates
+of the metric change the norms by two products with every point, those of the learners
+by one; a bound on their rounding errors is stored with them.
 
-Nothing of a point is lost: rows that do not lead back to their points have them kept
-beside, and distances by difference are differences of the points as they were given.
+Points are recovered exactly: those that a centred row does not determine are stored
+themselves as well, and distances by difference use the points as they were inserted.
 """
 
 from dataclasses import dataclass, replace
@@ -22,20 +22,20 @@ from sketching.metric.rounding import Rounding
 
 # rows that are mapped by the factor at a time
 _BLOCK = 1024
-# drift of a squared norm, in roundings of a fresh one, at which it is computed anew
+# rounding error of a squared norm, relative to a fresh one, at which it is recomputed
 _STALE = 64
-# share of the points that may be kept beside their rows before the centre is moved
+# share of points stored in addition to their rows, beyond which the centre is moved
 _BESIDE = 0.125
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Points about to come in: rows, steps of integers, and the points themselves."""
+    """Points to be inserted: rows, steps of integers, and the points themselves."""
 
     rows: Array
     steps: Array | None
     kept: Array
-    # which of them the rows do not lead back to
+    # points that their rows do not determine exactly
     odd: Array
 
     def __len__(self) -> int:
@@ -50,17 +50,17 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Rows that are numbered; those that count are the first of each column.
+    """Numbered rows in columns of arrays, of which the first ``size`` count.
 
-    A change makes other points, or writes beside them, and leaves these as they are.
+    A change returns other points, or appends behind these, which do not change.
     """
 
     center: Array
     dtype: Any
     rounding: Rounding
-    # rows, steps of rows of integers, stats (squared norm in the metric, how far it may
-    # be off, Euclidean length), numbers, how many of the updates that wait a row has
-    # seen, and where its point is among those kept beside, or -1
+    # rows, steps of rows of integers, stats (squared norm in the metric, bound on its
+    # error, Euclidean length), numbers, how many of the pending updates a row has
+    # seen, and the position of its point among those that are stored, or -1
     table: Columns
     slot_of: Column
     beside: Column
@@ -100,12 +100,12 @@ class Points:
 
     @property
     def steps(self) -> Array | None:
-        """What each row is to be multiplied by, where points are in half the width."""
+        """Factor of each row, where points are stored as 16-bit integers."""
         return self.table.get("steps")
 
     @property
     def stats(self) -> Array:
-        """Squared norms, how far they may be off, and Euclidean lengths, ``(3, n)``."""
+        """Squared norms, bounds on their errors, and Euclidean lengths, ``(3, n)``."""
         return self.table["stats"]
 
     @property
@@ -115,7 +115,7 @@ class Points:
 
     @property
     def given(self) -> int:
-        """How many numbers were given so far."""
+        """How many numbers have been assigned to points."""
         return int(self.slot_of.size)
 
     @property
@@ -131,7 +131,7 @@ class Points:
         return widened(self.rows[slots], steps[slots])
 
     def kept(self, slots: Array) -> Array:
-        """Points as they were given; in half the width, as they were rounded to."""
+        """Points as they were inserted, or as rounded to 16-bit integers."""
         if not np.count_nonzero(self.center):
             return self.take(slots)
         moved = self.take(slots).astype(np.float64) + self.center
@@ -157,7 +157,7 @@ class Points:
             )
 
     def placed(self, x: Array) -> Placed:
-        """Round points as they are kept; nothing of the caller's memory is kept."""
+        """Round points as they are stored; nothing of the caller's memory is shared."""
         if self.steps is None:
             with np.errstate(over="ignore"):
                 kept = x.astype(self.dtype)
@@ -168,8 +168,8 @@ class Points:
             odd = lossy(kept, rows, self.center).any(axis=1)
             return Placed(rows, None, kept, odd)
         away = self.centred(x)
-        # steps no finer than single precision is out there, so that points that are
-        # given back are those that distances are measured to
+        # steps are at least a float32's spacing, so that the points that are returned
+        # are those that distances are measured to
         largest = np.abs(x).max(axis=1) + np.abs(self.center).max()
         rows, steps = int16_steps(away, largest)
         back = widened(rows, steps) + self.center.astype(np.float64)
@@ -206,11 +206,11 @@ class Points:
         return self._of(self.table, self.slot_of, beside), writes
 
     def _of(self, table: Columns, slot_of: Column, beside: Column) -> "Points":
-        # a quarter of what `replace` takes, which shows where single points are written
+        # a quarter of the time of `replace`, which shows for single points
         return Points(self.center, self.dtype, self.rounding, table, slot_of, beside)
 
     def _beside(self, new: Placed) -> tuple[Column, Array]:
-        """Keep the points that their rows do not lead back to."""
+        """Store the points that their rows do not determine exactly."""
         places = np.full(len(new), -1)
         count = np.count_nonzero(new.odd)
         if not count:
@@ -221,7 +221,7 @@ class Points:
     def removed(
         self, slots: Array
     ) -> tuple["Points", list[Write], tuple[Array, Array, int]]:
-        """Remove rows; the last ones move from where to where is said as well."""
+        """Remove rows; the last ones move into the gaps; returns the moves as well."""
         end = self.size - len(slots)
         is_gone = np.zeros(self.size, bool)
         is_gone[slots] = True
@@ -241,7 +241,7 @@ class Points:
         return replace(self, table=self.table.private(), slot_of=self.slot_of.private())
 
     def is_scattered(self) -> bool:
-        """Whether so many points are kept beside that another centre is better."""
+        """Whether so many points are stored in full that another centre is better."""
         return bool(self.beside.size > 8 + _BESIDE * self.size)
 
     def recentred(self) -> "Points":
@@ -261,7 +261,7 @@ class Points:
         return replace(full, table=table, slot_of=self.slot_of)
 
     def slots(self, name: str, numbers: Any, *, distinct: bool = False) -> Array:
-        """Find where points are; raise unless they are there, distinct ones once."""
+        """Find points by number; raise unless all exist, once each if ``distinct``."""
         found = np.array(numbers, ndmin=1)
         if found.dtype.kind not in "iu" and found.size:
             raise TypeError(f"{name}: expected integers, got dtype {found.dtype}")
@@ -280,7 +280,7 @@ class Points:
 
     def measured(self, kept: Array, rows: Array, factor: Array) -> tuple[Array, Array]:
         """Map points by the factor, in float64; return images and stats, ``(3, n)``."""
-        # without a centre rows are what is kept, to the last bit; integers always are
+        # without a centre rows are the points, to the last bit; integers always are
         is_apart = self.steps is None and np.count_nonzero(self.center)
         exact = self.centred(kept) if is_apart else rows.astype(np.float64)
         image: Array = exact @ factor.T
@@ -288,7 +288,7 @@ class Points:
         stats[0] = np.einsum("nk,nk->n", image, image)
         stats[2] = np.sqrt(np.einsum("nd,nd->n", exact, exact))
         if is_apart:
-            # what the row is off by enters products as rounding of their terms does
+            # the error of the row enters products as rounding of their terms does
             off = exact - rows
             stats[2] += np.sqrt(np.einsum("nd,nd->n", off, off)) / self.rounding.unit
         return image, stats
@@ -299,7 +299,7 @@ class Points:
         r"""Update the norms for ``U += sum a_t b_t^T``.
 
         ``images`` are :math:`U_t^\top a_t` of the factor before each update. The answer
-        has the products with ``b_t``, ``(n, r)``, if they are to be kept.
+        has the products with ``b_t``, ``(n, r)``, if they are needed.
         """
         known, m = self._described(left, right, images)
         order = known[4].astype(np.int64)
@@ -307,7 +307,7 @@ class Points:
         after, kept = changed_norms(
             self.rows,
             vectors.astype(self.dtype),
-            # a body writes in place
+            # a kernel writes in place
             self.stats.copy(),
             self.table["since"],
             known,
@@ -319,7 +319,7 @@ class Points:
         return points, kept[:, np.argsort(order)] if keep else None
 
     def with_stats(self, stats: Array) -> "Points":
-        """With other stats; no row waits for an update."""
+        """With other stats; no updates are pending."""
         columns = {"stats": stats}
         if self.table["since"].any():
             columns["since"] = np.zeros(self.size, np.int64)
@@ -327,10 +327,10 @@ class Points:
         return self._of(table, self.slot_of, self.beside)
 
     def _described(self, left: Array, right: Array, images: Array) -> tuple[Array, int]:
-        """What an op wants to know of updates, and how many are the first of them.
+        """The arguments of an op for updates, and how many of them are general.
 
-        The others are those whose image is a multiple of ``b_t``, as of updates that
-        learners emit: one product serves for both.
+        The image of the other updates is a multiple of ``b_t``, as for those of the
+        learners: one product serves for both.
         """
         of_left, of_right, of_images = (
             np.einsum("rd,rd->r", x, x) for x in (left, right, images)
@@ -350,13 +350,13 @@ class Points:
         """Where rounding of updates may have added up."""
         h, off, _ = self.stats
         share = _STALE * self.rounding.unit
-        # as a rule there is nothing to look for
+        # as a rule there is none
         if off.max(initial=0) <= share * h.min(initial=np.inf):
             return np.arange(0)
         return np.flatnonzero(off > share * h)
 
     def arrays(self) -> dict[str, Array]:
-        """What a file keeps; an update must not be waiting."""
+        """Arrays that are saved to a file; no update may be pending."""
         found = self.table.arrays()
         del found["since"]
         if self.beside.size:
@@ -367,7 +367,7 @@ class Points:
 
     @staticmethod
     def of_arrays(arrays: dict[str, Array]) -> "Points":
-        """Build the points from what a file kept."""
+        """Build the points from the arrays of a file."""
         center, rows = arrays["center"], arrays["rows"]
         n, d = rows.shape
         names = ("rows", "stats", "numbers", "steps")
@@ -380,9 +380,9 @@ class Points:
         given = arrays.get("given", np.empty((0, d), center.dtype))
         places = arrays.get("beside", np.full(n, -1))
         if places.shape != (n,) or given.shape[1:] != (d,):
-            raise ValueError("points that are kept beside their rows have other shapes")
+            raise ValueError("points stored with their rows have other shapes")
         if len(places) and not -1 <= places.min() <= places.max() < len(given):
-            raise ValueError("rows ask for points that are not kept beside them")
+            raise ValueError("rows refer to stored points that are missing")
         columns["beside"] = Column(places.astype(np.int64))
         return Points(
             center,
@@ -395,5 +395,5 @@ class Points:
 
 
 def blocks(slots: Array) -> list[Array]:
-    """Cut slots into pieces that are worked on at a time."""
+    """Cut slots into blocks that are processed at a time."""
     return [slots[i : i + _BLOCK] for i in range(0, len(slots), _BLOCK)]

@@ -17,11 +17,11 @@ _FACTOR = 1 << 16
 
 
 class Queries:
-    """Queries of one call, centred, with what a scan needs of them when it does."""
+    """Centred queries of one call, with the arrays of a scan computed at first use."""
 
     def __init__(self, points: Points, factor: Array, asked: Array) -> None:
         self.points, self.factor = points, factor
-        # as they were asked, and from the centre: neither is rounded to the points
+        # as given, and relative to the centre: neither is rounded as the points are
         self.asked = asked.astype(np.float64, copy=False)
         self.rows = points.centred(self.asked)
 
@@ -41,7 +41,8 @@ class Queries:
         rows = self.rows
         k, d = self.factor.shape
         images, back = np.empty((len(rows), k)), np.zeros((len(rows), d))
-        # a batch is bound by its products, a single query by what it reads
+        # the time of a batch goes into products, that of a single query into reading
+        # memory
         step = max(16, _FACTOR // d) if len(rows) < 8 else k
         for start in range(0, k, step):
             part = self.factor[start : start + step]
@@ -67,7 +68,7 @@ class Queries:
         return exact.astype(self.points.dtype), np.array([self.squares, lengths])
 
     def distances(self) -> Array:
-        """Distances to all points, ``(q, n)``, right to the tolerance of rounding."""
+        """Distances to all points, ``(q, n)``, to the tolerance of rounding."""
         points = self.points
         directions, of_queries = self._directions
         out, counts = scan(
@@ -104,7 +105,7 @@ class Queries:
     def search(
         self, bounds: Array, *, k: int, first: int, most: int
     ) -> tuple[Array, Array, Array]:
-        """Look at the points that lower bounds do not rule out."""
+        """Examine the points that lower bounds do not rule out."""
         points = self.points
         directions, of_queries = self._directions
         found: tuple[Array, Array, Array] = search(
@@ -131,7 +132,7 @@ def lengths_of_differences(
 ) -> Array:
     """Norm in the metric of some points less one other row, or as many.
 
-    Both are as they were given: the difference of two near ones is exact.
+    Both are as inserted: the difference of two near ones is exact.
     """
     out = np.empty(len(slots))
     for start in range(0, len(slots), _PAIRS):
@@ -143,7 +144,7 @@ def lengths_of_differences(
 
 
 def smallest_k(distances: Array, k: int) -> tuple[Array, Array]:
-    """The ``k`` least of each row in order, and where they are."""
+    """The ``k`` least of each row in order, and their positions."""
     # indices spelled out: np.take_along_axis costs as much as many scans
     rows = np.arange(len(distances))[:, None]
     if k < distances.shape[1]:

@@ -15,11 +15,11 @@ def sample_exact(
     power: int,
     rng: np.random.Generator,
 ) -> Array:
-    """Draw ``size`` places in proportion to the exact distances, to a power.
+    """Draw ``size`` positions with probability proportional to a power of the distance.
 
-    Places are proposed by the estimates, which are right to a relative ``error``, and
+    Estimates, whose relative error is at most ``error``, propose; a proposal is
     accepted with the ratio of the exact distance to the largest that the estimate
-    allows. Should an estimate turn out to be further off, all distances are computed.
+    allows. If an estimate has a larger error, all distances are computed.
     """
     largest = (estimates.astype(np.float64) / (1 - error)) ** power
     total = largest.sum()

@@ -1,4 +1,4 @@
-"""What a mode is asked: the parts of an index, and what was promised of them."""
+"""The arguments of a mode: the parts of an index, eps and delta."""
 
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sketching.index.points import Points
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Points, metric and promise; for an answer the sketch and the queries as well."""
+    """Points, metric, eps and delta; for an answer also the sketch and the queries."""
 
     points: Points
     factor: Array
@@ -28,5 +28,5 @@ def half_of_memory() -> float:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     except (ValueError, OSError, AttributeError):
-        # a platform that does not say
+        # the platform does not tell
         return float("inf")

@@ -1,11 +1,11 @@
-r"""Many independent sketches of every point, of which each query asks a fresh sample.
+r"""Many independent sketches of every point, of which each query samples some.
 
-An answer tells little of sketches that the next query may not meet. The distance of
+An answer reveals little about sketches that the next query may not use. The distance of
 one sketch is :math:`|S_j U (q - x_i)|`, that of the ensemble the median of the sampled
 ones (Cherapanamjeri and Nelson, arXiv 2010.11252; Qin, Reddy and Song, 2309.01030).
 
-Sketches are read far more often than written, and off by more than rounding anyway:
-they are kept in half the width.
+Sketches are read far more often than written, and their errors exceed rounding anyway:
+they are stored as 16-bit integers.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from sketching.metric.rounding import Rounding
 _EPS = float(np.finfo(np.float32).eps)
 # points that are updated at a time
 _BLOCK = 4096
-# share of a point's norm that rounding of its sketches may reach before they are redone
+# share of a point's norm that rounding of its sketches may have before they are redone
 _STALE = 2e-3
 # the axis of points of each column
 _AXES = {"codes": 1, "of_codes": 2, "off": 0}
@@ -36,10 +36,10 @@ class Ensemble:
     # (sketches, rows, k), normal numbers of variance one over rows
     matrices: Array
     maps: Array
-    # codes; of_codes (steps of the codes, and squared norms); how far rounding to steps
-    # may have moved sketches, squared, point by point
+    # codes; of_codes (steps of the codes, and squared norms); squared rounding errors
+    # of sketches, point by point
     table: Columns
-    # how far updates may have moved sketches from where they belong
+    # bounds on the errors of sketches by updates
     code_error: float = 0.0
 
     @staticmethod
@@ -55,7 +55,7 @@ class Ensemble:
         return sketch.with_table(_columns(sketch.blank(0)))
 
     def blank(self, count: int) -> dict[str, Array]:
-        """Room for what is known of so many points."""
+        """Memory for the sketches of so many points."""
         sketches, rows, _ = self.matrices.shape
         return {
             "codes": np.empty((sketches, count, rows), np.int16),
@@ -91,7 +91,7 @@ class Ensemble:
         return self.size, self.matrices.shape[2]
 
     def arrays(self) -> dict[str, Array]:
-        """What a file keeps."""
+        """Arrays that are saved to a file."""
         return {
             "matrices": self.matrices,
             "maps": self.maps,
@@ -101,7 +101,7 @@ class Ensemble:
 
     @staticmethod
     def of_arrays(arrays: dict[str, Array]) -> "Ensemble":
-        """Build from what a file kept."""
+        """Build from the arrays of a file."""
         table = _columns({name: arrays[name] for name in _AXES})
         code_error = float(arrays["slip"])
         return Ensemble(arrays["matrices"], arrays["maps"], table, code_error)
@@ -118,16 +118,16 @@ class Ensemble:
         out["off"][part] = self._rounded(out, part)
 
     def _rounded(self, out: dict[str, Array], part: slice) -> Array:
-        """What writing may have moved a sketch by, squared: half a step in a row."""
+        """Squared rounding error of writing a sketch: half a step in a row."""
         half = out["of_codes"][0][:, part].max(axis=0) / 2
-        # roundings of one writing after the other are modelled as independent
+        # rounding errors of successive writes are modelled as independent
         squares: Array = self.matrices.shape[1] * half**2
         return squares
 
     def absorbed(
         self, left: Array, right: Array, w: Array, points: Points
     ) -> "Ensemble":
-        """Follow updates ``U += a b^T``, given the products with ``b``."""
+        """Apply updates ``U += a b^T``, given the products with ``b``."""
         w, thin = w.astype(np.float32), left.astype(np.float32)
         out, maps = self.blank(self.size), np.empty_like(self.maps)
         for j, matrix in enumerate(self.matrices):
@@ -147,11 +147,11 @@ class Ensemble:
         return widened(self._codes[j, slots], self._of_codes[0][j, slots])
 
     def stale(self, points: Points) -> Array:
-        """Where rounding of updates has become a part of the norm."""
+        """Points whose rounding errors of updates show in the norm."""
         return np.flatnonzero(self._off > _STALE**2 * points.stats[0])
 
     def is_stale(self, points: Points) -> bool:
-        """Whether rounding of updates has become a part of a typical distance."""
+        """Whether rounding errors of updates show in a typical distance."""
         level = np.sqrt(np.median(points.stats[0]))
         return bool(self.code_error > 1e-3 * level)
 
@@ -172,7 +172,7 @@ class Ensemble:
             self._floor(slice(0, self.size), eps),
             rounding=self._rounding / eps,
         )
-        # where rounding of the sketches is not small, the definition answers
+        # where rounding of the sketches is not small, distances are exact
         for q in np.flatnonzero(np.isnan(values).any(axis=1)):
             slots = np.flatnonzero(np.isnan(values[q]))
             values[q, slots] = queries.by_difference(int(q), slots)
@@ -200,12 +200,12 @@ class Ensemble:
         return values
 
     def _floor(self, slots: Array | slice, eps: float) -> Array:
-        """Squared distances of which rounding of the sketches may be a part of eps."""
+        """Squared distances below which rounding of the sketches shows in eps."""
         return (8 / eps) ** 2 * (self.code_error**2 + self._off[slots])
 
     @property
     def _rounding(self) -> float:
-        """How far a squared distance may be off, relative to the norms in it."""
+        """Error of a squared distance, relative to the norms in it."""
         # queries are mapped by sums of d products, points by sums of k
         _, rows, d = self.maps.shape
         return 4 * Rounding.of(np.float32, max(rows, d)).unit

@@ -1,7 +1,7 @@
-"""What an index holds, as a value: every change makes another one.
+"""The contents of an index, as a value: every change makes another one.
 
-A change of rows in place is handed out as writes, which the index makes when nobody
-reads; all else is computed aside.
+Changes of rows in place are returned as writes, which the index makes when nobody
+reads; all else is computed before.
 """
 
 import copy
@@ -29,14 +29,14 @@ Streams = tuple[np.random.Generator, np.random.Generator]
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The parts of an index, in step but for the updates that wait."""
+    """The parts of an index, consistent but for pending updates."""
 
     metric: MahalanobisMetric
     mode: Mode | None
     # whether the index picks the mode itself
     picks: bool
     promise: tuple[float, float]
-    # what sketches are drawn by, and what queries sample
+    # random streams of the sketches, and of the queries' samples
     draws: np.random.Generator
     samples: np.random.Generator
     pending: PendingUpdates
@@ -91,7 +91,7 @@ class State:
         return total
 
     def request(self, queries: Queries | None = None) -> Request:
-        """What the mode is asked."""
+        """The arguments of a mode."""
         return Request(
             self.filled,
             self.metric._factor,
@@ -122,18 +122,18 @@ class State:
         return state.drawn().encoded() if state._has_outgrown() else state
 
     def _placed(self, name: str, points: Points, x: Array) -> Placed:
-        """Round points as they are kept, unless their squares would not be finite."""
+        """Round points as they are stored; raise if their squares are not finite."""
         check_length(name, points, points.centred(x), self.scale)
         return points.placed(x)
 
     def _has_outgrown(self) -> bool:
-        """Whether few points decided what many would decide better."""
+        """Whether mode and directions were drawn from far fewer points."""
         depends = self.picks or isinstance(self.mode, Filter)
         few = self.drawn_from < min(SAMPLE, self.filled.size // 4)
         return depends and few
 
     def drawn(self) -> "State":
-        """With the sketch that the mode asks for, and the mode if there was none.
+        """With the sketch of the mode, and the mode if there was none.
 
         The new sketch is without points.
         """
@@ -159,7 +159,7 @@ class State:
         )
 
     def _encode(self, points: Points, new: Placed) -> tuple[Array, dict[str, Array]]:
-        """Measure and sketch points under the metric of now."""
+        """Measure and sketch points under the current metric."""
         factor, n = self.metric.factor, len(new)
         stats = np.empty((3, n))
         codes = {} if self.sketch is None else self.sketch.blank(n)
@@ -172,7 +172,7 @@ class State:
         return stats, codes
 
     def _encode_slots(self, slots: Array) -> tuple[Array, dict[str, Array]]:
-        """Measure and sketch points that are there, under the metric of now."""
+        """Measure and sketch stored points under the current metric."""
         points = self.filled
         stats = np.empty((3, len(slots)))
         codes = {} if self.sketch is None else self.sketch.blank(len(slots))
@@ -185,7 +185,7 @@ class State:
         return stats, codes
 
     def encoded(self) -> "State":
-        """With all points measured and sketched anew; no update waits."""
+        """With all points measured and sketched anew; no update is pending."""
         points, factor = self.filled, self.metric.factor
         state = self
         if self.sketch is not None:
@@ -221,7 +221,7 @@ class State:
         return replace(self, points=points), writes
 
     def settled(self) -> "State":
-        """With another centre, if rows do not lead back to too many points."""
+        """With another centre, if too many rows do not determine their points."""
         if self.points is None or not self.points.size:
             return self
         if not self.points.is_scattered():
@@ -252,7 +252,7 @@ class State:
         return replace(self, metric=metric, pending=pending, scale=scale)
 
     def flushed(self) -> "State":
-        """With norms and sketches of the metric of now."""
+        """With norms and sketches of the current metric."""
         pending = self.pending
         if not pending or self.points is None or not self.points.size:
             return self
@@ -298,7 +298,7 @@ def check_length(name: str, points: Points, rows: Array, scale: float) -> None:
 
 
 def streams(generator: np.random.Generator) -> Streams:
-    """Start the two streams: what sketches are drawn by, what queries sample."""
+    """Start the two random streams: of the sketches, and of the queries' samples."""
     seeds = generator.integers(2**63, size=2)
     draws, samples = (np.random.Generator(np.random.PCG64(int(seed))) for seed in seeds)
     return draws, samples

@@ -26,7 +26,7 @@ _STALE = 1e-9
 
 
 class Lego(Learner):
-    r"""Learner that is told distances: LogDet regularised, with exact updates.
+    r"""Learner from distances: LogDet regularised, with exact updates.
 
     For a pair at squared distance :math:`\hat y` and the target y the step minimises
     :math:`D_{ld}(A', A) + \tfrac\eta2 (y - \bar y)^2`, with :math:`\bar y` the squared
@@ -93,7 +93,7 @@ class Lego(Learner):
 
 
 class Itml(Learner):
-    r"""Learner that is told which pairs are near and which are far.
+    r"""Learner from pairs that are near or far.
 
     Near pairs should have a squared distance of at most ``near``, far ones of at least
     ``far``. A step is Bregman's projection on the constraint of one pair, in the
@@ -106,7 +106,7 @@ class Itml(Learner):
     near, far : float
         The bounds of squared distances.
     slack : float, optional
-        The factor :math:`\gamma`: how little constraints give way.
+        The factor :math:`\gamma`: a larger one enforces constraints more strictly.
 
     Examples
     --------
@@ -152,9 +152,9 @@ class Itml(Learner):
         target : {1, -1}
             1 where they should be near, -1 where they should be far.
         pair : hashable, optional
-            A name of the pair. Visits to a pair of one name go on where the last one
+            A name of the pair. Visits to a pair of one name continue where the last one
             stopped: a step that was too long is taken back in part, and with many
-            rounds the metric converges to ITML's. Nothing is kept of other pairs.
+            rounds the metric converges to ITML's. Nothing is stored for other pairs.
 
         Returns
         -------
@@ -281,7 +281,7 @@ class Pola(Learner):
         return self._apply(a, b)
 
     def _solved(self, factor: Array, v: Array) -> Array:
-        """Solve ``U^T p = v``, by the inverse that is kept unless it is off."""
+        """Solve ``U^T p = v``, by the stored inverse unless its error is too large."""
         p = v @ self._inverse
         if np.linalg.norm(p @ factor - v) > _STALE * np.linalg.norm(v):
             self._inverse = np.linalg.inv(factor)
@@ -383,7 +383,7 @@ class HingeGradient(Learner):
         return self._apply(2 * self.rate * signs * images, apart)
 
     def _refuse_long(self, differences: Array) -> None:
-        """Raise where a step overshoots by more than it began with."""
+        """Raise if a step overshoots by more than the initial violation."""
         square = float(np.einsum("rd,rd->r", differences, differences).max())
         if self.rate * square > 1:
             raise ValueError(

@@ -12,7 +12,7 @@ from sketching.metric.mahalanobis import MahalanobisMetric
 
 
 class Learner:
-    """What a learner changes, and how."""
+    """The metric or index of a learner, and its changes."""
 
     def __init__(self, metric: MahalanobisMetric | MahalanobisIndex) -> None:
         if not isinstance(metric, (MahalanobisMetric, MahalanobisIndex)):

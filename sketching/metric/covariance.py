@@ -56,7 +56,7 @@ def _oas(covariance: Array, n: int) -> float:
 def inverse_factor(covariance: Array, ridge: float, rounding: float = 0.0) -> Array:
     """Return U with ``U^T U = (covariance + ridge I)^-1``.
 
-    ``rounding`` is what numbers of the covariance are off by, relative to each.
+    ``rounding`` is the relative error of the entries of the covariance.
     """
     ridge = check_number("ridge", ridge, least=0)
     d = len(covariance)
@@ -77,7 +77,7 @@ def inverse_factor(covariance: Array, ridge: float, rounding: float = 0.0) -> Ar
 def semidefinite_factor(matrix: Array, rounding: float) -> tuple[Array, Array]:
     """Return U with ``U^T U = matrix``, and the eigenvalues that were taken for zero.
 
-    ``rounding`` is what numbers of the matrix are off by, relative to each.
+    ``rounding`` is the relative error of the entries of the matrix.
     """
     share = max(len(matrix) * float(np.finfo(np.float64).eps), rounding)
     values, vectors, units = _balanced(matrix)

@@ -24,7 +24,7 @@ _Held = tuple[Array, bool]
 class MahalanobisMetric:
     r"""The metric :math:`d_A(x, y) = \sqrt{(x - y)^\top A (x - y)} = |U (x - y)|`.
 
-    The metric is kept as the factor :math:`U` of :math:`A = U^\top U`, in float64, so
+    The metric is stored as the factor :math:`U` of :math:`A = U^\top U`, in float64, so
     that every update leaves :math:`A` positive semidefinite.
 
     Parameters
@@ -46,11 +46,11 @@ class MahalanobisMetric:
 
     Notes
     -----
-    Libraries disagree on which matrix they want. The distance of Mahalanobis has the
+    Libraries disagree on which matrix they expect. The Mahalanobis distance has the
     *inverse* of the covariance for :math:`A`; the argument ``VI`` of
     ``scipy.spatial.distance.cdist`` is that inverse, ``V`` of scikit-learn the
     covariance itself, and either may be ignored where it does not apply. Here each
-    matrix has its own way in, and none is guessed:
+    matrix has its own constructor:
 
     ============================  ==================================================
     what you have                 the call
@@ -86,9 +86,9 @@ class MahalanobisMetric:
     def from_matrix(cls, matrix: Array) -> "MahalanobisMetric":
         """Factor a symmetric positive semidefinite matrix A, of any rank.
 
-        Its eigenvalues are taken in units in which its diagonal is one, so that columns
-        may be in units as different as they are. Those that are zero but for the
-        rounding of the matrix are dropped, and can be read from ``dropped``.
+        Its eigenvalues are computed in units in which its diagonal is one, so that
+        columns may have very different units. Those that are zero up to the rounding of
+        the matrix are dropped, and can be read from ``dropped``.
 
         Parameters
         ----------
@@ -286,9 +286,9 @@ class MahalanobisMetric:
     def refuse_covariance_of(self, points: Array) -> None:
         """Raise where the matrix of the metric is the covariance of the points.
 
-        The two are told apart by their products with one vector, in units in which the
-        points have variance one. Where the covariance is its own inverse, as after
-        whitening, there is nothing to confuse.
+        The two are distinguished by their products with one vector, in units in which
+        the points have variance one. Where the covariance is its own inverse, as after
+        whitening, they cannot be confused.
         """
         factor, is_suspect = self._cell.value
         if not is_suspect or len(points) < 3:
@@ -321,9 +321,9 @@ def updated_metric(
 ) -> tuple[MahalanobisMetric, Array]:
     """Return the metric after a checked update, and ``U_t^T a_t`` before each of it.
 
-    ``out`` is memory for the factor, which is given up.
+    ``out`` is memory for the factor, which may be overwritten.
     """
-    # an update of one row is one of all, zero elsewhere
+    # an update of one row is an update of all with zeros in the other rows
     factor, images = changed_factor(metric._factor, left, right, out=out)
     return _metric_of((factor, False)), images
 

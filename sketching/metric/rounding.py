@@ -1,4 +1,4 @@
-"""How far sums of products are off, as a rule that is rarely broken."""
+"""Rounding errors of sums of products, as a bound that is rarely exceeded."""
 
 import functools
 import math
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-# rounding errors are modelled as independent with mean zero: a sum of products is then
-# off by more than so many deviations with at most this probability (Higham and Mary,
+# rounding errors are modelled as independent with mean zero: a sum of products then
+# exceeds so many deviations with at most this probability (Higham and Mary,
 # A new approach to probabilistic rounding error analysis, 2019, theorem 3.1)
 _DEVIATIONS = 8.0
 UNLIKELY = 2 * math.exp(-(_DEVIATIONS**2) / 2)
@@ -16,7 +16,7 @@ UNLIKELY = 2 * math.exp(-(_DEVIATIONS**2) / 2)
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How far sums of products are off, and which distances that leaves right."""
+    """Rounding errors of sums of products, and distances that stay accurate."""
 
     unit: float
     tolerance: float

@@ -1,1 +1,1 @@
-"""Random projections that keep lengths, or inner products of powers."""
+"""Random projections that preserve lengths, or inner products of powers."""

@@ -1,7 +1,7 @@
-"""Linear projections to few coordinates that keep lengths: dense, sparse, by Hadamard.
+"""Linear projections that preserve lengths: dense, sparse, by Hadamard.
 
 Each is drawn with ``draw``, maps rows with ``apply`` and back with ``adjoint``, the
-transpose; ``size_for`` says how many coordinates a relative error of lengths takes.
+transpose; ``size_for`` is the number of coordinates for a relative error of lengths.
 """
 
 import math
@@ -58,7 +58,7 @@ class GaussianProjection:
 
     @staticmethod
     def size_for(n: int, *, eps: float, delta: float = 0.01) -> int:
-        """Coordinates that keep ``n`` lengths to a factor ``1 +- eps``.
+        """Coordinates that preserve ``n`` lengths to a factor ``1 +- eps``.
 
         It is the least number for which the tails of the chi-squared distribution
         beyond ``(1 - eps)^2`` and ``(1 + eps)^2`` are at most ``delta / n``; the
@@ -160,7 +160,7 @@ class SparseProjection:
 
     @staticmethod
     def size_for(n: int, *, eps: float, delta: float = 0.01) -> int:
-        """Coordinates that keep ``n`` lengths to a factor ``1 +- eps``, density >= 1/3.
+        """Coordinates that preserve ``n`` lengths to ``1 +- eps``, density >= 1/3.
 
         The moments of such a projection are at most those of a Gaussian one, so that
         Chernoff's bound holds. For fewer nonzeros no such constants are proven.
@@ -212,7 +212,7 @@ class HadamardProjection:
     signs : array, shape (d,)
         The random signs.
     places : array of int, shape (size,)
-        Which coordinates of the transform are kept, of the next power of two of them.
+        Which coordinates of the padded transform are used, below the next power of two.
 
     Examples
     --------
@@ -248,10 +248,10 @@ class HadamardProjection:
 
     @staticmethod
     def size_for(n: int, *, eps: float, delta: float = 0.01) -> int:
-        """Coordinates as many as a Gaussian projection takes.
+        """As many coordinates as a Gaussian projection takes.
 
         The variance of a squared length is at most the Gaussian one, ``2 / size``,
-        which is proven; that its tails are as light is what tests show.
+        which is proven; that its tails are as light is supported by tests only.
         """
         return GaussianProjection.size_for(n, eps=eps, delta=delta)
 
@@ -266,7 +266,7 @@ class HadamardProjection:
     def adjoint(self, y: Array) -> Array:
         """Map rows of ``size`` entries back by the transpose, to ``(..., n, d)``."""
         xp, d, size = array_namespace(y), len(self.signs), len(self.places)
-        # coordinates that were not kept read the zero that is put behind the others
+        # coordinates that are not used read the zero that is appended
         source = np.full(1 << (d - 1).bit_length(), size)
         source[self.places] = np.arange(size)
         wide = xp.concat([y, _zeros(y, (*y.shape[:-1], 1))], axis=-1)
@@ -289,7 +289,7 @@ def _distinct(generator: np.random.Generator, d: int, size: int, count: int) -> 
 
 
 def _check_promise(n: int, eps: float, delta: float) -> float:
-    """Check what is asked for; return the failure that each length may have."""
+    """Check eps, delta and n; return the failure that each length may have."""
     check_integer("n", n, least=1)
     for name, x in (("eps", eps), ("delta", delta)):
         if check_number(name, x, above=0) >= 1:

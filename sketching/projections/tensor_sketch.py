@@ -1,4 +1,4 @@
-"""TensorSketch: short rows whose products are, on average, powers of long ones'."""
+"""TensorSketch: sketches whose inner products are, on average, powers."""
 
 from dataclasses import dataclass
 

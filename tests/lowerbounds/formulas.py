@@ -1,4 +1,4 @@
-"""Formulas of few variables, and what a solver says of them."""
+"""Formulas of few variables, and the answers of a solver."""
 
 import pytest
 

@@ -101,7 +101,7 @@ def test_baselines_without_a_certificate_fail():
     rows = audit_methods(BASELINES, {"planted": pairs(40)})
     for row in rows:
         assert (row.certified, row.refused) == (0, 0)
-        # no better than saying the same every time
+        # no better than a constant answer
         assert 0.4 <= row.accuracy <= 0.6
 
 
@@ -114,7 +114,7 @@ def test_a_sampled_answer_is_not_counted_as_certified():
     }
     auto, polynomial = audit_methods(methods, {"planted": pairs(20)})
     assert (auto.right, auto.certified) == (20, 0)
-    # rows sampled after the fact show that it is off
+    # rows sampled afterwards show the error
     assert (polynomial.certified, polynomial.broken) == (0, 0)
     assert polynomial.refused > 0
 

@@ -43,7 +43,7 @@ def test_every_library_finds_the_same_pairs(xp, rng):
 
 
 def test_blocks_of_the_reference_make_one_answer(rng):
-    # more pairs than are held at a time, and the extremes in the last block
+    # more pairs than exist at a time, and the extremes in the last block
     bits = [(rng.random((n, 70)) < 0.5).astype(np.uint8) for n in (700, 300)]
     bits[0][-1], bits[1][-1] = 1, 1
     bits[1][-2] = 0

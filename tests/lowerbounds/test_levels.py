@@ -1,4 +1,4 @@
-"""Counts of keys by level answer as the keys do."""
+"""Counts of keys by level give the answers of the keys."""
 
 import numpy as np
 import pytest

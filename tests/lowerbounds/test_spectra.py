@@ -89,7 +89,7 @@ def test_no_factored_answer_beats_the_lower_end(monkeypatch):
 
 
 def test_extreme_logits_have_full_rank():
-    # every query looks at a key of its own
+    # every query has most of its weight on a key of its own
     given = Factors(np.eye(8), (np.eye(8),), (np.ones(8),), 1.0)
     assert numerical_ranks(given, 1e4, (1e-3,), 4096) == [(8, 8)]
 

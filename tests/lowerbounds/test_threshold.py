@@ -93,7 +93,7 @@ def test_the_formula_bounds_every_input_of_its_entries(order, exponent):
     rng = np.random.default_rng(0)
     for seed in range(3):
         given = factors(order, 16, 3, seed)
-        # the worst: entries of the largest size, whose logits reach the ends
+        # the worst: entries of the largest size, whose logits are at the ends
         ends = replace(
             given,
             query=rng.choice([-1.0, 1.0], given.query.shape),
@@ -110,7 +110,7 @@ def test_least_degree_lies_between_whole_degrees():
     assert least_degree(errors, 1e-2) == pytest.approx(1.5)
     assert least_degree(errors, 1e-1) == pytest.approx(1.0)
     assert least_degree(errors, 1e-5) == math.inf
-    # an error that rises again is not yet reached
+    # an error that rises again does not yet meet the tolerance
     assert least_degree(np.array([1e-3, 1.0, 1e-2]), 1e-1) == pytest.approx(1.5)
     assert least_degree(np.array([np.inf, 1e-2]), 1e-1) == 1
     assert least_degree(np.array([1.0, 0.0]), 1e-1) == 1
@@ -144,7 +144,7 @@ def test_sweeps_measure_every_family(order, family):
         assert (row.order, row.family, row.n) == (order, family, n)
         assert row.entry_bound == pytest.approx(row.ratio * math.log(n) ** (1 / order))
         assert 0 <= row.numerical_rank <= row.numerical_rank_most <= n
-        # what is reached on these inputs is at most what the worst ones need
+        # the degree for these inputs is at most that for the worst ones
         assert row.degree <= row.predicted_degree
         assert row.rank <= row.predicted_rank
     # a smaller error takes more

@@ -1,4 +1,4 @@
-"""What is refused is called by the name that the caller knows it by."""
+"""Errors call an argument by the name that the caller knows."""
 
 import numpy as np
 import pytest

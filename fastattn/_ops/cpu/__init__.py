@@ -1,1 +1,1 @@
-"""Numba bodies of the ops, same file and function names as the references."""
+"""Numba kernels of the ops, same file and function names as the references."""

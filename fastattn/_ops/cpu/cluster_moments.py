@@ -1,4 +1,4 @@
-"""What keys and their clusters are to blocks of queries: weights, kinds, moments."""
+"""Weights of keys and moments of clusters, as blocks of queries see them."""
 
 import numpy as np
 
@@ -70,7 +70,8 @@ def classify(
     weight, remainder, growth, start, threshold, least, alike, near, first_order, spans,
     total, error,
 ):  # fmt: skip
-    # lists near and middle keys; weights of near keys become 0; returns their number
+    # lists near and first-order keys; weights of near keys become 0; returns their
+    # number
     zero, a, b = weight.dtype.type(0), 0, 0
     for c in range(growth.size):
         spans[c] = b

@@ -1,4 +1,4 @@
-"""Halving in one compiled loop; products with the means of k-means by BLAS."""
+"""Bisection in one compiled loop; the products of a round of k-means by BLAS."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ _ROWS = 1024
 
 
 def partition(x, *, parts, least, most):
-    # copies: read-only and strided arrays would be compiled for once more
+    # copies: read-only and strided arrays would need further compiled signatures
     x = np.array(x, order="C")
     return _partition(x, parts, least, most)
 

@@ -1,4 +1,4 @@
-"""Tiles of what derivatives of attention need beside products and weights."""
+"""Tiles of the backward pass: ``grad V^T``, ``P`` and ``dS`` in registers."""
 
 from llvmlite import ir
 from numba import types
@@ -34,9 +34,10 @@ def change_float_tile(typingctx, left, row, right, column, steps, weights, momen
 
 @intrinsic
 def change_pair_tile(typingctx, left, row, right, column, steps, weights, moment, out):
-    """Do as ``change_float_tile`` with products of pairs.
+    """As ``change_float_tile``, with products of pairs of bfloat16 numbers.
 
-    What is written has each product, rounded, below its rounded weight in one word.
+    Each word that is written holds the rounded weight and, below it, the rounded
+    product.
     """
     return types.void(*[types.intp] * 8), _change_code("pairs", _joined)
 
@@ -62,10 +63,11 @@ def _change_code(kind, written):
 
 @intrinsic
 def slope_float_tile(typingctx, weights, change, share, delta, own, slopes):
-    """Write weights of a tile, and what they make the derivatives by its logits.
+    """Write weights ``P`` of a tile, and derivatives ``dS`` by its logits.
 
-    ``share[l] * weights[c, l]``, cut to at most one, are written to ``own``, and those
-    times ``change[c, l] - delta[l]`` to ``slopes``. All are addresses.
+    ``P[c, l] = share[l] * weights[c, l]``, cut to at most one, is written to ``own``,
+    and ``dS[c, l] = P[c, l] * (change[c, l] - delta[l])`` to ``slopes``. All arguments
+    are addresses.
     """
 
     def codegen(context, builder, signature, args):
@@ -85,9 +87,9 @@ def slope_float_tile(typingctx, weights, change, share, delta, own, slopes):
 
 @intrinsic
 def slope_pair_tile(typingctx, words, share, delta, own, slopes, across):
-    """Do as ``slope_float_tile`` with words of both, and round what is written.
+    """As ``slope_float_tile``, with both factors in one word; results are rounded.
 
-    Neighbouring lanes are pairs; to ``across`` go the slopes with neighbouring lines in
+    Neighbouring lanes are pairs; ``across`` receives ``dS`` with neighbouring lines in
     pairs.
     """
 
@@ -114,7 +116,7 @@ def slope_pair_tile(typingctx, words, share, delta, own, slopes, across):
 
 
 def _slopes(builder, kept, shares, deltas):
-    """Weights and derivatives by logits, the vectors of a tile in order."""
+    """Weights ``P`` and derivatives ``dS`` by logits, as the vectors of a tile."""
     shares, deltas = vectors(builder, shares), vectors(builder, deltas)
     one, made = ir.Constant(FLOATS, [1.0] * 16), []
     for i, (relative, slope) in enumerate(kept):
@@ -127,12 +129,12 @@ def _slopes(builder, kept, shares, deltas):
 
 
 def _alone(builder, low, high):
-    """The first of two vectors: the other is kept elsewhere."""
+    """The first of two vectors; the second is stored in another array."""
     return low
 
 
 def _joined(builder, low, high):
-    """Two vectors rounded to bfloat16, in the halves of words."""
+    """Two vectors rounded to bfloat16, in the upper and lower halves of words."""
     half = ir.Constant(WORDS, [0x8000] * 16)
     low, high = (builder.add(builder.bitcast(x, WORDS), half) for x in (low, high))
     low = builder.lshr(low, ir.Constant(WORDS, [16] * 16))
@@ -141,7 +143,7 @@ def _joined(builder, low, high):
 
 
 def _parted(builder, word):
-    """What ``_joined`` put together: what is high, and what is low."""
+    """Undo ``_joined``: the upper halves, and the lower halves."""
     high = builder.and_(word, ir.Constant(WORDS, [0xFFFF0000] * 16))
     low = builder.shl(word, ir.Constant(WORDS, [16] * 16))
     return [builder.bitcast(x, FLOATS) for x in (high, low)]
@@ -156,7 +158,7 @@ def _halves(builder, first, second):
 
 @intrinsic
 def fetch(typingctx, address):
-    """Have the line of cache at an address brought into second-level cache."""
+    """Prefetch the cache line at an address into second-level cache."""
 
     def codegen(context, builder, signature, args):
         byte = ir.IntType(8).as_pointer()

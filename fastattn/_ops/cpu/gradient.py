@@ -1,9 +1,9 @@
 """The derivative of exact attention: five products in tiles, or by BLAS.
 
-By BLAS there are two fused passes beside them. A block of queries keeps its logits and
-the products ``grad V^T`` with all keys, so that each is computed once: weights are made
-relative to the peak of a block of keys, and set right on the way back, when the row's
-own peak, sum and drift are known.
+With BLAS, two fused passes do the rest. A block of queries stores its logits and the
+products ``grad V^T`` with all keys, so that each is computed once: weights are made
+relative to the peak of a block of keys, and rescaled in the second pass, when the
+row's peak, sum and delta over all keys are known.
 """
 
 import numpy as np
@@ -14,17 +14,17 @@ from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
-# a block of logits, 512 x 256 float32, and the products beside it stay in cache
+# a block of logits, 512 x 256 float32, and its block of ``grad V^T`` stay in cache
 ROWS = 512
 KEYS = 256
-# queries in a block are fewer, down to this, where there are many keys
+# queries in a block are fewer, down to this number, where there are many keys
 FEWEST = 32
 # and where rows see some keys only, since a block multiplies all that one of its rows
 # sees: so many blocks then, but no fewer queries
 _STEPS, _FEWEST_SEEING = 8, 64
-# the products that a block of queries keeps stay below this many bytes
+# the products that a block of queries stores stay below this many bytes
 _LARGEST_KEPT = 1 << 27
-# and those of the blocks that wait for what is known beside their keys below this many
+# and those of blocks that await the statistics of other keys below this many
 _LARGEST_GROUP = 1 << 24
 # tasks, each with its own sums over queries: a number that does not depend on the
 # threads, so that the answer does not; fewer where sums would exceed so many bytes
@@ -57,7 +57,7 @@ def attend_vjp(
     key_parts = np.zeros((tasks, size, d), dtype=dtype)
     value_parts = np.zeros((tasks, size, p), dtype=dtype)
 
-    # sums that overflow leave numbers that are not finite, which the caller looks for
+    # sums that overflow give numbers that are not finite; the caller checks for them
     @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
     def work(task):
         own = slice(task * span, min((task + 1) * span, n))
@@ -72,7 +72,7 @@ def attend_vjp(
 
 
 class _Rows:
-    """What rows are differentiated from."""
+    """The arrays of the rows, and the options of the pass."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class _Rows:
         self.group = self.size * min(blocks, -(-n // self.size))
 
     def add_in_tiles(self, own, group, keys, query_slope, key_sum, value_sum):
-        """Add what some rows have to say to the sums, in tiles."""
+        """Add the terms of some rows to the sums over queries, in tiles."""
         m, known = len(self.key), self.log_normalizer
         size = tiles.kept(min(group, len(self.query)), keys)
         # once a thread: fresh memory costs as much as a product
@@ -123,7 +123,7 @@ class _Rows:
         self.rooms.append(room)
 
     def add_by_blas(self, own, query_slope, key_sum, value_sum):
-        """Add what some rows have to say to the sums."""
+        """Add the terms of some rows to the sums over queries, by BLAS."""
         m, dtype = len(self.key), self.query.dtype
         prefix_lengths, known = self.prefix_lengths, self.log_normalizer
         # once a task: fresh memory costs as much as a product
@@ -163,7 +163,7 @@ def _total(parts):
 
 
 def _settle(blocks, beside):
-    """Ask what is known of the rows of some blocks over all keys."""
+    """Merge the statistics of some blocks of rows with those of the other keys."""
     rows = slice(blocks[0].rows.start, blocks[-1].rows.stop)
     own = np.concatenate([x.normalizer for x in blocks])
     normalizer, delta = beside(rows, own, np.concatenate([x.delta for x in blocks]))
@@ -176,13 +176,13 @@ def _settle(blocks, beside):
 
 
 class _Block:
-    """A block of rows, which keeps weights between two passes over the keys."""
+    """A block of rows, which stores weights between two passes over the keys."""
 
     def __init__(self, rows, query, grad):
         self.rows, self.query, self.grad = rows, query, grad
 
     def weigh(self, key, value, prefix_lengths, known, buffers):
-        """Exponentiate logits, relative to what normalizers are known or to peaks."""
+        """Exponentiate logits, relative to the given normalizers or to the peaks."""
         n, dtype = len(self.query), self.query.dtype
         last = (
             len(key)
@@ -214,7 +214,7 @@ class _Block:
             self.factor = np.ones_like(peak)
 
     def add(self, key, query_sum, key_sum, value_sum):
-        """Add what the rows have to say to the three sums."""
+        """Add the terms of the rows to the sums for dQ, dK and dV."""
         dtype = self.query.dtype
         for (keys, weights, change), factor in zip(
             self.parts, self.factor, strict=True
@@ -226,7 +226,7 @@ class _Block:
 
 
 def _combine(peak, total, mean):
-    """Factors of the weights of each block of keys; drift and log-sum-exp of rows."""
+    """Factors of the weights of each block of keys; delta and log-sum-exp of rows."""
     top = peak.max(axis=0, initial=-np.inf)
     factor = np.exp(peak - np.where(np.isfinite(top), top, 0))
     whole = np.sum(factor * total, axis=0)

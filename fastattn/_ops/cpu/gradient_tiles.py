@@ -1,9 +1,9 @@
 """The derivative of exact attention in tiles: five products that are never packed.
 
 Queries are lanes, ``LANES`` to a group. Weights, and the products ``grad V^T``, are
-kept for all keys, so that each is computed once; the rows of a block are fewer where
-there are many keys. On the way back a short block of them, set right, stays in
-first-level cache while it is multiplied with queries, keys and derivatives.
+stored for all keys, so that each is computed once; a block has fewer rows where there
+are many keys. In the second pass a short block of them, rescaled, stays in first-level
+cache while it is multiplied with queries, keys and derivatives.
 """
 
 import numpy as np
@@ -33,11 +33,11 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 # queries that all keys pass before they do so again: up to so many, or so large a part
 # of all, since memory that is new costs as much as a product
 _ROWS, _STEPS, _LOW_PRECISION_STEPS, _FEWEST = 1024, 8, 4, 4 * LANES
-# what they keep stays below this many bytes; not all caches are as large, but keys,
+# what is stored stays below this many bytes; not all caches are as large, but keys,
 # and the sums over queries, would be brought from memory more often
 _LARGEST_KEPT = 1 << 26
-# where rows ask what is known of them beside these keys each question has its price:
-# then they wait for an answer together, below this many bytes
+# where log-sum-exps are merged with those of other keys, each call of the function
+# that knows them costs time: rows are merged together, below this many bytes
 _LARGEST_ASKING = 1 << 23
 # keys that pass a group at once: their weights stay in first-level cache
 _KEYS = 192
@@ -65,12 +65,12 @@ def rows_at_once(n, keys, is_asking):
 
 
 def kept(n, keys):
-    """How many numbers a block of so many rows keeps."""
+    """How many numbers a block of ``n`` rows stores."""
     return keys.planes * -(-n // LANES) * LANES * len(keys.key)
 
 
 def filled(x, multiple, number=0):
-    """An array filled up with a number to whole tiles, or whole groups, of rows."""
+    """An array padded with a number to whole tiles, or whole groups, of rows."""
     missing = -len(x) % multiple
     if not missing:
         return np.ascontiguousarray(x)
@@ -78,14 +78,14 @@ def filled(x, multiple, number=0):
 
 
 class Keys:
-    """Keys and values, filled up to whole tiles; rounded to pairs if they are coarse.
+    """Keys and values, padded to whole tiles; in low precision, pairs of bfloat16.
 
-    Coarse ones lie about their mean, so that rounding is of what matters.
+    In low precision the means are subtracted, so that only deviations are rounded.
     """
 
     def __init__(self, key, value, low_precision):
         self.m, self.low_precision = len(key), low_precision
-        # coarse weights, and the products, are halves of one word
+        # in low precision a weight and a product are the halves of one word
         self.planes = 1 if low_precision else 2
         if low_precision:
             self.means = [mean_of(x) for x in (key, value)]
@@ -99,10 +99,10 @@ class Keys:
 
 
 class Block:
-    """A block of rows, which keeps weights between two passes over the keys.
+    """A block of rows, which stores weights between two passes over the keys.
 
-    ``prefix_lengths`` counts the keys that a row sees. Weights, which there is ``room``
-    for, are relative to the normalizers where these are known.
+    ``prefix_lengths``, ``(n,)``, counts the keys that a row sees. Weights are stored in
+    ``room``, relative to the normalizers where these are given.
     """
 
     def __init__(self, query, keys, grad, scale, prefix_lengths, known, room):
@@ -130,7 +130,7 @@ class Block:
             self.query, self.grad = _pairs_down(self.query), _pairs_down(self.grad)
             self.offset[:] = (scaled @ keys.means[0], grad @ keys.means[1])
             shift = shift - np.float32(LOG2) * self.offset[0]
-        # what fills up the last group has no weights
+        # the padding of the last group has no weights
         self.shift = _in_groups(shift, np.inf)
         _weigh(
             low_precision, _across(lanes), _across(grads), self.shift, self.seen,
@@ -141,7 +141,7 @@ class Block:
             self._sum(shift, *(x.reshape(-1)[:n] for x in (mass, moment)))
 
     def _sum(self, shift, mass, moment):
-        """Find out what is known of the rows over these keys."""
+        """Find the log-sum-exp and delta of the rows over these keys."""
         mass = np.where(self.blind, 1, mass)
         self.is_fine = bool(
             np.all((mass > 0) & np.isfinite(mass) & np.isfinite(moment))
@@ -153,13 +153,13 @@ class Block:
         self.delta = (self.share * moment + self.offset[1]).astype(np.float32)
 
     def settle(self, normalizer, delta):
-        """Take what is known of the rows over all keys."""
+        """Set the log-sum-exp and delta of the rows over all keys."""
         own = self.normalizer
         self.share *= np.exp(np.where(self.blind, -np.inf, own - normalizer))
         self.delta = delta
 
     def add(self, query_slope, key_sum, value_sum):
-        """Write the derivative by the queries, and add to the sums over them."""
+        """Write dQ, and add to dK and dV."""
         groups, d = len(self.query), self.keys.key.shape[1]
         sums = np.zeros((groups, d, LANES), np.float32)
         share, delta = (
@@ -335,8 +335,8 @@ def _differentiate(
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _add_rows(low_precision, weights, size, rows, width, sums, ahead):
-    # to every key the rows of the group, weighted; meanwhile what the next group has
-    # kept is brought nearer
+    # to every key the rows of the group, weighted; meanwhile the stored weights of the
+    # next group are prefetched
     steps = LANES // 2 if low_precision else LANES
     for c in range(0, width, LANES):
         for first in range(0, size, COLUMNS):

@@ -1,4 +1,4 @@
-"""Feature maps in one pass over a row; causal products as small ones by BLAS."""
+"""Feature maps in one pass over a row; causal products as batched small products."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # multiplications of a product that BLAS does without copying its factors first
 _SMALL = 1_000_000
-# rows of a product: more gain nothing, and with fewer BLAS is better left alone
+# rows of a product: more are no faster, and with fewer a single product is faster
 _MOST_ROWS, _LEAST_ROWS = 128, 32
-# rows that are added up in their own precision, before sums go on in float64
+# rows that are summed in their own precision, before sums continue in float64
 _FEW = 32
-# rows of a chunk whose state is found beside others, and numbers in their states
+# rows of a chunk whose state is found together with others, and numbers in the states
 _STEP, _STATES = 32, 1 << 17
 # fewer states at once are no better than one by one
 _LEAST_STATES = 4
@@ -157,10 +157,10 @@ def prefix_products(
 
 
 def _in_step(left, right, value, state, out, prefix_lengths, fading):
-    """Answer the first rows as long as each sees one key more; return how many.
+    """Compute the first rows while each sees one key more; return how many.
 
-    States before all of a group of chunks are found before any is used: a few large
-    calls in place of many small ones.
+    The states before all chunks of a group are found before any is used: a few large
+    calls instead of many small ones.
     """
     (n, r), p = left.shape, value.shape[1]
     group = _STATES // (r * p)
@@ -197,7 +197,7 @@ def _in_step(left, right, value, state, out, prefix_lengths, fading):
 
 
 def _regular(prefix_lengths, fading):
-    """How many rows from the first on see one key more each, one position on."""
+    """How many rows, from the first, see one key more each, one position ahead."""
     number = np.arange(len(prefix_lengths))
     off = prefix_lengths != number + 1
     if fading:
@@ -209,14 +209,14 @@ def _regular(prefix_lengths, fading):
 
 
 class _Fading:
-    """What keys lose to rows, and where the state is seen from."""
+    """Decay of keys by position, and the position that a state refers to."""
 
     def __init__(self, powers, row, column, origin):
         self.powers, self.row, self.column, self.seen = powers, row, column, origin
 
 
 def _absorb(state, right, value, keys, fading, number, part):
-    """Add keys to the state, as a row that sees them all does."""
+    """Add keys to the state, as seen from a row that sees them all."""
     values = value[keys]
     if fading:
         place = fading.row[number]
@@ -292,7 +292,7 @@ def _squares(x, out):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _add_rows(x, part, total):
-    # what is left of sums that cancel is as good as those of few rows
+    # short sums first: where terms cancel, the error is that of a sum of few rows
     for start in range(0, x.shape[0], _FEW):
         part[:] = 0
         for i in range(start, min(start + _FEW, x.shape[0])):

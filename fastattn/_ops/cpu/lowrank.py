@@ -1,8 +1,8 @@
 """Both passes in blocks that stay in cache: functions in fused loops, sums by BLAS.
 
-Functions are kept one to a row, so that every loop runs along contiguous rows. The
-sum of weights of a query, and the sums over keys without values, come out of the same
-loops, so that BLAS is left with a round number of columns.
+Each basis function is one line of memory, so that every loop runs along contiguous
+numbers. The sum of weights of a query, and the sums over keys without values, come out
+of the same loops, so that BLAS is left with a round number of columns.
 """
 
 import numpy as np
@@ -77,7 +77,7 @@ def query_means(
     lower = np.sqrt((power - 1) / power).astype(dtype)
     indices = parent, parent[parent], coordinate, factor, lower
     clamp, least = dtype.type(CLAMP), dtype.type(LEAST)
-    # copies: read-only arrays would be compiled for once more
+    # copies: read-only arrays would need a further compiled signature
     spread, bounds, value_center = (
         np.array(x, order="C") for x in (spread, bounds, value_center)
     )
@@ -191,7 +191,7 @@ def _extremes(values, ends):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _settle(x, spread, reliable):
-    # outliers get no coordinates: nothing they are put into overflows
+    # outliers get zero coordinates, so that no basis function overflows
     n, one = x.shape[1], x.dtype.type(1)
     energy = energies(x, spread)
     for i in range(n):

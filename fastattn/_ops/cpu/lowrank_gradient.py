@@ -1,7 +1,7 @@
 """Both passes of the derivative in blocks that stay in cache.
 
-Functions are kept one to a row, as in the passes forward, and so are the derivatives
-by them, which fused loops hand back from each function to the one it was made from.
+Each basis function is one line of memory, as in the forward pass, and so are the
+derivatives by them, which fused loops propagate from each polynomial to its parent.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def query_vjp(
     values, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(-1), -1))
     rounded = rounds(low_precision, dtype)
     readout = Readout(values, rounded)
-    # copies: read-only arrays would be compiled for once more
+    # copies: read-only arrays would need a further compiled signature
     spread, elsewhere, partial, least = (
         np.array(x, dtype=dtype) for x in (spread, elsewhere, partial, least)
     )
@@ -131,7 +131,7 @@ def _cut(buffers, rows):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _settle(x, spread, elsewhere):
-    # nothing that a row out of reach is put into may overflow
+    # zero coordinates for outliers, so that no basis function overflows
     n, zero = x.shape[1], x.dtype.type(0)
     energy = energies(x, spread)
     for i in range(n):
@@ -145,7 +145,7 @@ def _settle(x, spread, elsewhere):
 def _judge(
     features, slope, shares, shift, elsewhere, partial, least, right, logarithm, delta
 ):
-    # completes what is known of the rows, and what their functions are summed with
+    # completes the statistics of the rows, and the factors of their functions
     n, p, zero = features.shape[1], right.shape[1], slope.dtype.type(0)
     mean, mass = np.zeros_like(shift), np.zeros_like(shift)
     for j in range(features.shape[0]):
@@ -213,8 +213,8 @@ def _at_landmarks(half, clamp, features):
 def _pull_back(
     x, parent, grandparent, coordinate, factor, lower, shares, delta, features, slope
 ):
-    # puts the derivatives by the coordinates, of slopes less shares times drift, in
-    # their place, and leaves those of the landmarks times their functions in slope
+    # replaces the coordinates by the derivatives by them, gradients less shares times
+    # delta, and leaves those of the landmarks times their functions in ``slope``
     n, r, t = features.shape[1], parent.size, x.shape[0] - 1
     for j in range(r, features.shape[0]):
         row, push, share = features[j], slope[j], shares[j]
@@ -226,7 +226,7 @@ def _pull_back(
         push, source, side = slope[j], features[parent[j]], x[coordinate[j]]
         left, sum_ = slope[parent[j]], back[coordinate[j]]
         w, share = factor[j], factor[j] * shares[j]
-        # a loop for each row that is written: together they would not vectorise
+        # a loop for each row that is written: one loop over all would not vectorise
         for i in range(n):
             part[i] = w * push[i] - share * delta[i]
         for i in range(n):
@@ -242,7 +242,7 @@ def _pull_back(
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _products(features, slope, shares):
-    # of functions with slopes and shares of them
+    # of functions with gradients and shares of them
     total = np.zeros(features.shape[1], dtype=features.dtype)
     for j in range(features.shape[0]):
         row, push, share = features[j], slope[j], shares[j]

@@ -1,6 +1,6 @@
 """Monomials in blocks that stay in cache, multiplied by BLAS.
 
-Monomials are kept one to a row, so that each is a product of two contiguous rows.
+Each monomial is one line of memory, the product of two contiguous lines.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Some blocks of queries share one reading of the keys; then BLAS, block by block."""
+"""Several blocks of queries share one pass over the keys; then BLAS, block by block."""
 
 import numpy as np
 
@@ -19,10 +19,10 @@ from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
-# blocks of queries that share one reading of the keys, and numbers they may keep
+# blocks of queries that share one pass over the keys, and numbers they may store
 _SHARED = 16
 _KEPT = 1 << 23
-# keys whose tilt is found at once, and near keys that are done at once
+# keys whose tilt is found at once, and near keys that are attended to at once
 _TILE = 1024
 _NEAR = 512
 
@@ -65,13 +65,13 @@ def multipole(
 
 
 def _plain(x):
-    # read-only and strided arrays would be compiled for once more
+    # read-only and strided arrays would need further compiled signatures
     plain = x.flags.c_contiguous and x.flags.writeable
     return x if plain else np.array(x, order="C")
 
 
 class _Keys:
-    """The keys, and what every block asks of them."""
+    """Keys, values and clusters, with the arrays that every block of queries uses."""
 
     def __init__(self, key, value, metric, start, group, low_precision):
         self.key, self.value, self.start, self.group = key, value, start, group
@@ -87,7 +87,7 @@ class _Keys:
 
 
 class _Field:
-    """What the keys are to a few blocks of queries."""
+    """Weights and moments of the keys for a few blocks of queries."""
 
     def __init__(self, keys, mean, square, probe, limits, rates):
         self.keys, self.mean, self.limits = keys, mean, limits
@@ -124,7 +124,7 @@ class _Field:
         self._sum_first_moments()
 
     def _sum_first_moments(self):
-        """First moments of middle keys, by groups."""
+        """First moments of first-order keys, by groups."""
         keys, (r, c, d), dtype = self.keys, self.shift.shape, self.shift.dtype
         cuts = keys.cuts
         lengths = np.diff(self.spans[:, cuts])
@@ -148,7 +148,7 @@ class _Field:
         self.factor = own / np.where(self.total > 0, self.total, 1) / whole
 
     def answer(self, r, query, out, norm, error):
-        """Answer queries of block ``r``; returns what was counted."""
+        """Attend from block ``r`` of queries; returns counts of keys and clusters."""
         peak = np.full(len(query), -np.inf, query.dtype)
         total, keys = np.zeros(len(query)), self.keys
         out[:] = 0
@@ -235,7 +235,7 @@ def _describe(query, cuts, mean, square, probe):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _tabulate(active, total, top, centre, shift, variance, table):
-    # what the features of a query are multiplied by for the logits of the clusters
+    # the factors of the features of a query for the logits of the clusters
     d, half = centre.shape[1], centre.dtype.type(0.5)
     for i in range(active.size):
         c = active[i]
@@ -300,7 +300,7 @@ def _gather(index, key, value, keys, values):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _widen(weight, factor, cuts, step, out):
-    # growths of the groups times steps: what multiplies the stacked moments
+    # growths of the groups times steps: the factors of the stacked moments
     rows, d = step.shape
     for i in range(rows):
         row = weight[i]

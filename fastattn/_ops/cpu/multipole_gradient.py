@@ -1,7 +1,7 @@
-"""Blocks of queries as in the answer: logits and ``grad V^T`` are computed once.
+"""Blocks of queries as in the forward pass; logits and ``grad V^T`` are computed once.
 
-What far keys get is summed over clusters first: a few blocks hand it out together, in
-one reading of the keys.
+The gradients of far keys are summed over clusters first: several blocks distribute
+them to the keys in one pass over the keys.
 """
 
 import numpy as np
@@ -73,7 +73,7 @@ def multipole_vjp(
 
 
 class _Backward:
-    """What a few blocks of queries hand back to the keys."""
+    """Gradients of a few blocks of queries for clusters and groups of keys."""
 
     def __init__(self, field, key_sum, value_sum, memory):
         self.field, self.key_sum, self.value_sum = field, key_sum, value_sum
@@ -87,7 +87,7 @@ class _Backward:
         self.tilts = np.zeros_like(field.moment)
 
     def add(self, r, query, grad, limit, slope):
-        """Differentiate a block; returns what is known of its rows."""
+        """Differentiate a block; returns log-sum-exps and deltas of its rows."""
         field = self.field
         near = field.near[r, : field.count[r]]
         far = _Far(field, r, query, grad)
@@ -137,7 +137,7 @@ class _Backward:
             )  # fmt: skip
 
     def hand_out(self):
-        """Give far keys their shares of what their clusters got."""
+        """Distribute the gradients of clusters and groups to their far keys."""
         field, keys = self.field, self.field.keys
         _share(
             field.weight, keys.value, keys.start, field.total, field.mean,
@@ -194,7 +194,7 @@ class _Far:
             _tilt(self.pull, self.step, self.factor, self.cuts, self.change)
 
     def errors(self, factor):
-        """Estimate how the squares of the errors of the rows compare."""
+        """Estimate the squared errors of the rows up to a common factor."""
         field, r = self.field, self.r
         error = np.empty_like(factor)
         own = field.error[r, self.active]
@@ -202,7 +202,7 @@ class _Far:
         return error * factor**2
 
     def add(self, grad, slope, back):
-        """Add to the slopes of the queries, and to what clusters and groups get."""
+        """Add to the gradients of the queries, of clusters and of groups."""
         r, active, change, d = self.r, self.active, self.change, slope.shape[1]
         if not len(active):
             return
@@ -222,7 +222,7 @@ class _Far:
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _tilt(pull, step, factor, cuts, change):
-    # what first moments add to the products of values and grad
+    # the contribution of first moments to the products of values and grad
     rows, d = step.shape
     for i in range(rows):
         for g in range(cuts.size - 1):
@@ -235,7 +235,7 @@ def _tilt(pull, step, factor, cuts, change):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _pull(weight, factor, cuts, step, pull, wide, slope):
-    # growths of the groups times steps, and what growths pull queries by
+    # growths of the groups times steps, and the gradients of queries by growths
     rows, d = step.shape
     for i in range(rows):
         for g in range(cuts.size - 1):
@@ -261,7 +261,7 @@ def _scatter(index, keys, values, key_sum, value_sum):
 def _share(
     weight, value, start, total, mean, average, grads, steps, ones, key_sum, value_sum
 ):
-    # clusters are outermost, so that one reading of the keys serves all blocks
+    # clusters are outermost, so that one pass over the keys serves all blocks
     p, d = grads.shape[2], steps.shape[2]
     for c in range(total.shape[1]):
         for r in range(total.shape[0]):

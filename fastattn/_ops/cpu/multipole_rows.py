@@ -1,4 +1,4 @@
-"""One row after the other: what it looks at is listed, then summed."""
+"""One row at a time: its clusters, leaves and near keys are listed, then summed."""
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def multipole_rows(query, key, value, clusters, leaves, *, first, start, thresho
 
     starts = range(0, n, _ROWS)
     if len(starts) == 1:
-        # to hold BLAS, which is not used, would take as long as the row
+        # limiting the threads of BLAS, which is not used, would take as long as the row
         work(0)
     else:
         run_blocks(work, starts)
@@ -79,7 +79,7 @@ def _summarise(key, value, value_center, start, parts):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _find_lead(local, along, lead, rest):
-    # power iteration; the variances are left without the direction
+    # power iteration; the variances exclude the direction
     n, d, zero = local.shape[0], local.shape[1], local.dtype.type(0)
     tiny, first = np.finfo(local.dtype).tiny, np.argmax(rest)
     for j in range(n):
@@ -110,7 +110,7 @@ def _find_lead(local, along, lead, rest):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _weigh(query, square, parts, lo, hi, largest, logits, size):
-    # logarithms of weights, and what a weight of one errs by; minus that where the
+    # logarithms of weights, and the error of a unit weight; minus that error where the
     # variance is too large
     d, half, skew = query.size, query.dtype.type(0.5), query.dtype.type(SKEW)
     last = parts.shape[1] - 1

@@ -1,8 +1,8 @@
-"""Near keys of a block of queries in products of eight bits, fused with the softmax.
+"""Near keys of a block of queries by int8 or bfloat16 matmul, fused with the softmax.
 
 Near keys are gathered in short blocks, which all groups of queries pass while they are
-in cache. What is rounded is the distance of a query from the mean of its block, which
-is small, so that logits are off by little; the mean's own logits are not rounded.
+in cache. The difference of a query and the mean of its block is rounded; it is small,
+so that the errors of logits are small. The logits of the mean are not rounded.
 """
 
 import numpy as np
@@ -18,9 +18,9 @@ _LOG2 = np.float32(LOG2)
 
 
 def add_near(near, query, mean, key, packed, value, peak, total, out):
-    """Add near keys to what a block of queries has summed of the others.
+    """Add near keys to the sums of a block of queries over the far field.
 
-    ``packed`` are the keys once more; ``peak``, ``total`` and ``out`` change in place,
+    ``packed`` are the keys, rounded; ``peak``, ``total`` and ``out`` change in place,
     unless a sum overflows: then nothing changes and the answer is False.
     """
     if not len(near):
@@ -86,7 +86,7 @@ def _sum_near(
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _gather(near, key, mean, words, offset, value, some, begin, tilt, pairs):
-    # returns how many tiles there are; keys that fill up the last have no weight
+    # returns how many tiles there are; the padding of the last tile has no weight
     count, p = near.size, value.shape[1]
     tiles = -(-count // COLUMNS)
     for i in range(tiles * COLUMNS):

@@ -1,4 +1,4 @@
-"""Rows rounded to eight bits, and short blocks of keys that pass a group of queries.
+"""Rows rounded to int8 or bfloat16, and short blocks of keys for groups of queries.
 
 Queries are lanes, ``LANES`` to a group. Words hold two bfloat16 numbers of a row, or
 four integers in units of a column's largest, or of a query's own.
@@ -23,7 +23,7 @@ from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 KEYS = 128
 # far below every logit
 NOTHING = np.float32(-1e30)
-# bytes without a sign are so much larger
+# offset that makes signed bytes unsigned
 _SIGN = 128
 
 
@@ -47,12 +47,12 @@ class PackedKeys:
 
 
 def mean_of(x):
-    """The mean row: anything near it would do as a centre."""
+    """The mean row in float32; it need not be exact, since it only centers."""
     return x.mean(axis=0, dtype=np.float32)
 
 
 def packed_values(value):
-    """Values of two neighbouring keys in pairs, up to whole tiles."""
+    """Values of two neighbouring keys in pairs, padded to whole tiles."""
     m, p = value.shape
     pairs = np.zeros((whole_tiles(m) // 2, whole_tiles(p)), np.uint32)
     _pack_pairs(value, pairs)
@@ -61,7 +61,7 @@ def packed_values(value):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def pack_rows(x, pairs):
-    """Round neighbours in every row to the nearest of eight bits; ties go up."""
+    """Round neighbours in every row to the nearest bfloat16; ties go up."""
     n = x.shape[1]
     bits, halves = x.view(np.uint32), pairs.view(np.uint16)
     for j in range(x.shape[0]):
@@ -74,7 +74,7 @@ def pack_rows(x, pairs):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _pack_bytes(x, factor, out, offset):
-    # integers with a sign, and what makes up for the other side's, which have none
+    # signed integers, and the sum that corrects for the offset of the other side
     m, d = x.shape
     for i in range(m):
         total = np.int32(0)
@@ -98,7 +98,7 @@ def _pack_pairs(x, out):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def pack_lanes(query, start, integers, column, lanes, unit):
-    """Pack a group of queries from ``start`` on; the last one fills up the lanes."""
+    """Pack a group of queries from ``start`` on, padded with copies of the last one."""
     if not integers:
         pack_pair_lanes(query, start, lanes)
         return
@@ -110,7 +110,7 @@ def pack_lanes(query, start, integers, column, lanes, unit):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def pack_pair_lanes(rows, start, lanes):
-    """Pack neighbours in every row of a group as ``pack_lanes`` does."""
+    """Pack pairs of neighbours in every row of a group, as ``pack_lanes`` does."""
     n, d = rows.shape
     for l in range(LANES):
         x = rows[min(start + l, n - 1)]

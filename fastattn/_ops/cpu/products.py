@@ -1,6 +1,6 @@
-"""Products with the functions of rows, one function to a row: by BLAS, or rounded.
+"""Products with basis functions, one function to a line: by BLAS, or in bfloat16.
 
-Rounded to eight bits, a product of two matrices takes half the time where the processor
+Rounded to bfloat16, a product of two matrices takes half the time where the processor
 multiplies such numbers; sums are float32.
 """
 
@@ -21,12 +21,12 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 
 
 def rounds(low_precision, dtype):
-    """Whether products that may be coarse are rounded."""
+    """Whether products that may be in low precision are rounded."""
     return low_precision and dtype == np.float32 and multiplies_bytes()
 
 
 class Readout:
-    """Weights of functions, ``(size, p)``, on their way to rows and back."""
+    """Weights of basis functions, ``(size, p)``, packed for products with rows."""
 
     def __init__(self, weights, rounded):
         self.weights, self.pairs = weights, None
@@ -34,7 +34,7 @@ class Readout:
             self.pairs, self.across = _packed(weights), _packed(weights.T.copy())
 
     def multiply(self, rows, out):
-        """Write ``weights @ rows.T``; ``out`` has so many lines as tiles do."""
+        """Write ``weights @ rows.T``; ``out`` has as many lines as the padded tiles."""
         size, n = len(self.weights), len(rows)
         if self.pairs is None or n % LANES:
             np.matmul(self.weights, rows.T, out=out[:size])
@@ -90,7 +90,7 @@ class Sums:
         _add_products(lanes, pairs, self.part, 0)
 
     def total(self):
-        """Return what was summed, ``(size, p)``."""
+        """Return the sums, ``(size, p)``."""
         return self.sums if self.pairs is None else self.part[: self.size, : self.p]
 
 
@@ -115,7 +115,7 @@ def _pack_groups(x, lanes):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _pack_columns(x, lanes):
-    # neighbours of every column; columns, filled up with zeros, are lanes
+    # neighbours of every column; columns, padded with zeros, are lanes
     n, p = x.shape
     for g in range(lanes.shape[0]):
         width = min(LANES, p - g * LANES)

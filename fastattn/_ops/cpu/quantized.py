@@ -1,4 +1,4 @@
-"""Groups of queries, which all keys pass in short blocks of rounded numbers."""
+"""Quantized attention: groups of queries, which all keys pass in short blocks."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ _QUERIES = 512
 
 @np.errstate(over="ignore", invalid="ignore", under="ignore", divide="ignore")
 def attend_quantized(query, key, value, *, scale, prefix_lengths, integers):
-    # exponents are of two
+    # exponents to the base two
     scale = np.float32(scale * LOG2)
     own, value_center = mean_of(query) * scale, mean_of(value)
     ends = np.stack([value.min(axis=0), value.max(axis=0)]).astype(np.float32)
@@ -81,7 +81,7 @@ def _answer(
             i = min(start + l, n - 1)
             shifts[l], seen[l] = shift[i], prefix_lengths[i]
         last, full = seen.max(), seen.min()
-        # what fills up the last tile has no weight
+        # the padding of the last tile has no weight
         full = m if full == count else full
         sums[:], mass[:] = 0, 0
         for lo in range(0, last, KEYS):
@@ -103,7 +103,7 @@ def _answer(
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _hide(weights, first, seen, bits, mass):
-    # a tile's weights of keys that a lane does not see become zero; the rest is summed
+    # weights of keys that a lane does not see become zero; the rest of a tile is summed
     numbers = bits.view(np.float32)
     for i in range(COLUMNS):
         shift = np.uint32(16 * (i % 2))

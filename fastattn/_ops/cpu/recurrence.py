@@ -1,4 +1,4 @@
-"""Of many rows: polynomials from those that they are made from, and energies."""
+"""Recurrences of polynomials for many rows at once, and energies of rows."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from sketching._ops.cpu.elementary import REASSOCIATE
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def add_polynomials(x, parent, grandparent, coordinate, factor, lower, features):
-    # each from the one that it was made from, and for Hermite that one's own
+    # each from its parent, and for Hermite polynomials that one's parent
     for j in range(1, parent.size):
         row, source, side = features[j], features[parent[j]], x[coordinate[j]]
         w = factor[j]

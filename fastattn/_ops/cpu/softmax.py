@@ -11,13 +11,13 @@ from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 from sketching._ops.cpu.features import has
 
-# a block of logits in float32 is what a core's second-level cache holds: a mebibyte
-# where there is AVX-512, as a rule, and half of that elsewhere
+# a block of logits in float32 fills a core's second-level cache: one mebibyte with
+# AVX-512, as a rule, and half of that without
 ROWS, KEYS = (1024, 320) if has("avx512f") else (512, 256)
 # fewer rows take longer blocks of keys: of so many logits, up to so many keys
 LOGITS = 3 << 16
 LONGEST = 1024
-# logits that are kept at once, in float64, where they may overflow
+# logits that are stored at once, in float64, where they may overflow
 _SCALED = 1 << 20
 
 
@@ -31,7 +31,7 @@ def attend(query, key, value, *, scale, prefix_lengths, rows=None):
         rows = min(ROWS, max(256, -(-heads * n // 4)))
     keys = min(LONGEST, max(KEYS, LOGITS // min(rows, n)))
     per_head = -(-n // rows)
-    # of few rows every logit is looked at: that takes less than to read the keys
+    # with few rows every logit is checked: that takes less time than to read the keys
     largest = [_largest(x) if n >= ROWS else math.inf for x in key]
 
     def work(task):
@@ -47,7 +47,7 @@ def attend(query, key, value, *, scale, prefix_lengths, rows=None):
     return out, normalizer
 
 
-# sums that overflow leave numbers that are not finite, which the caller looks for
+# sums that overflow give numbers that are not finite; the caller checks for them
 @np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore")
 def _attend_rows(
     query, key, value, scale, prefix_lengths, size, largest, out, normalizer
@@ -61,7 +61,7 @@ def _attend_rows(
         query, key, value, scale, prefix_lengths, size, largest, out, normalizer
     ):
         return
-    # extreme rows: a few at a time, since all their logits are kept
+    # extreme rows: a few at a time, since all their logits are stored
     rows = max(1, _SCALED // len(key))
     for start in range(0, len(query), rows):
         block = slice(start, start + rows)
@@ -79,7 +79,8 @@ def _largest(x):
 def _stream(query, key, value, scale, prefix_lengths, size, largest, out, normalizer):
     """Stream all keys past one block of rows; False if a logit overflowed.
 
-    No entry of a key exceeds ``largest``: logits are looked at where that is no proof.
+    No entry of a key exceeds ``largest``: logits are checked only where this bound does
+    not prove them finite.
     """
     n, dtype = len(query), query.dtype
     # in float64: a scale, and a query, of extreme size may only meet halfway
@@ -114,7 +115,7 @@ def _stream(query, key, value, scale, prefix_lengths, size, largest, out, normal
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _soften(logits, count, is_open, peak, total, sums):
     # turns logits into weights relative to the largest logit so far, and rescales
-    # what was summed before whenever a larger one comes; stops at one that overflowed
+    # earlier sums whenever a larger one comes; stops at a logit that overflowed
     for i in range(logits.shape[0]):
         size = min(max(count[i], 0), logits.shape[1])
         row = logits[i, :size]
@@ -122,7 +123,7 @@ def _soften(logits, count, is_open, peak, total, sums):
         if size == 0:
             continue
         if is_open:
-            # NaN of what is not finite, as what overflowed on the way to it stays
+            # NaN for what is not finite, so that an earlier overflow is not hidden
             check = row[0] * 0
             for j in range(size):
                 check += row[j] * 0

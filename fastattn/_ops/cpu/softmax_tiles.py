@@ -1,7 +1,8 @@
 """A block of rows of exact attention whose logits never leave the registers.
 
-Queries are lanes, ``LANES`` to a group. Keys and values are read as they lie: few rows
-are done at the speed of many, which they are not by BLAS, since it packs both sides.
+Queries are lanes, ``LANES`` to a group. Keys and values are read where they lie, so
+that few rows are as fast per row as many. BLAS is slower for few rows: it packs both
+sides.
 """
 
 import numpy as np
@@ -38,7 +39,7 @@ def serves(query, key, value):
 
 
 def attend_tiles(query, key, value, scale, prefix_lengths, out, normalizer):
-    """Attend to a block of rows; False, and nothing of use, if a sum may overflow."""
+    """Attend from a block of rows; False, output undefined, if a sum may overflow."""
     # in float64: a scale, and a query, of extreme size may only meet halfway
     scaled = np.multiply(query, scale * LOG2, dtype=np.float64).astype(np.float32)
     shift = largest_seen(scaled, key, prefix_lengths)
@@ -73,7 +74,7 @@ def _attend(query, shift, prefix_lengths, key, value, out, normalizer):
     weights = np.empty((KEYS, LANES), np.float32)
     mass, good = np.empty(LANES, np.float32), True
     largest = np.float32(0)
-    # the last keys, filled up to a tile
+    # the last keys, padded to a tile
     rest = m - m % COLUMNS
     last_key = np.zeros((COLUMNS, d), np.float32)
     last_value = np.zeros((COLUMNS, p), np.float32)
@@ -170,7 +171,7 @@ def _add(weights, value, tiles, fresh, part):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def hide(weights, first, seen, mass):
-    # a tile's weights of keys that a lane does not see become zero; the rest is summed
+    # weights of keys that a lane does not see become zero; the rest of a tile is summed
     for i in range(COLUMNS):
         for l in range(LANES):
             if first + i >= seen[l]:

@@ -1,7 +1,7 @@
 """Windows of tuples: one product for the pairs of several rows, then a fused softmax.
 
 Windows of neighbouring rows overlap, so that a block of rows shares one slab of the
-last factor's keys, little longer than a window, of which each row leaves a part out.
+last factor's keys, little longer than a window, of which each row masks a part.
 """
 
 import math
@@ -15,14 +15,14 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 
 # logits of a block: they stay in cache
 _LOGITS = 1 << 18
-# what the calls for a block cost, in logits
+# what the calls for a block cost, in units of the time of one logit
 _CALLS = 20000
 
 
 def attend_windows(query, keys, values, starts, stops, *, sizes, scale):
     n, dtype, last = len(query), query.dtype, sizes[-1]
     before = int(np.prod(sizes[:-1]))
-    # fewer rows leave less of the slab unused, more share the calls
+    # fewer rows waste less of the slab, more rows share the cost of the calls
     rows = math.isqrt(_CALLS // before)
     rows = max(1, min(rows, n, _LOGITS // (before * (last + rows))))
     out = np.empty((n, values[-1].shape[1]), dtype=dtype)
@@ -53,8 +53,8 @@ def attend_windows(query, keys, values, starts, stops, *, sizes, scale):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _soften(logits, seen, first, end):
-    # turns logits into weights relative to the largest of a row; what a row does not
-    # see gets none
+    # turns logits into weights relative to the largest of a row; tuples that a row does
+    # not see get weight zero
     rows, width, _ = logits.shape
     peaks = np.full(rows, -np.inf, dtype=logits.dtype)
     totals = np.zeros(rows, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""Products with a block of functions, which lie one to a row, without packing them.
+"""Products with a block of basis functions, one to a line, without packing them.
 
 BLAS copies both sides of a product before it multiplies; where the other side has few
-columns that takes as long as a good part of the products.
+columns the copy takes a large part of the time.
 """
 
 import numpy as np

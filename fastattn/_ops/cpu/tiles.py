@@ -1,9 +1,9 @@
-"""Tiles of products that stay in registers, and weights made of them there.
+"""Tiles of products that stay in registers, and weights computed from them there.
 
 AVX-512 BF16, where the processor has it, adds two products of bfloat16 numbers to a
 float32 where a fused multiply-add adds one; AVX-512 VNNI adds four of bytes. numba has
 no such types: pairs are ``uint32``, the first of a pair in the lower half, and the
-loops are written in LLVM's language.
+loops are written in LLVM IR.
 """
 
 import math
@@ -19,12 +19,12 @@ from sketching._ops.cpu.features import has
 # a tile of sums: rows in so many vectors of 16 lanes, and so many columns
 VECTORS, COLUMNS = 2, 8
 LANES = 16 * VECTORS
-# exponents of weights are of two
+# exponents of weights are to the base two
 LOG2 = 1 / math.log(2)
 
 
 def whole_tiles(size):
-    """So many columns, filled up to whole tiles."""
+    """A number of columns, rounded up to whole tiles."""
     return -(-size // COLUMNS) * COLUMNS
 
 
@@ -34,7 +34,7 @@ def has_tiles() -> bool:
 
 
 def multiplies_bytes() -> bool:
-    """Whether all tiles may be compiled here."""
+    """Whether tiles of all types, bytes included, may be compiled here."""
     return has_tiles() and has("avx512bf16", "avx512vnni")
 
 
@@ -57,8 +57,8 @@ WORDS = ir.VectorType(_WORD, 16)
 PAIRS = ir.VectorType(_Bfloat(), 32)
 _PAIRWISE = "llvm.x86.avx512bf16.dpbf16ps.512"
 _BYTEWISE = "llvm.x86.avx512.vpdpbusd.512"
-# of 2 ** x on [0, 1), lowest first: the least relative error, 7.5e-5, which is less
-# than what weights are rounded by; and one below the rounding of float32
+# coefficients of 2 ** x on [0, 1), lowest first: minimax for the relative error,
+# 7.5e-5, below the rounding of the weights; and one below the rounding of float32
 _POWER = 0.99992522, 0.69583354, 0.22606715, 0.07802453
 _FINE_POWER = (
     1.0, 0.693146933, 0.240230454, 0.0554806302, 0.00968418631, 0.00123913318,
@@ -128,9 +128,9 @@ def weigh_tile(typingctx, left, row, right, column, steps, tilt, shift, mass, we
     """Turn a tile of logits into weights, ``COLUMNS`` lines of ``LANES`` numbers.
 
     ``2 ** (tilt[c] - shift[l] + sum_k left[k, l] * right[k, c])`` are cut to bfloat16
-    and written in pairs, those of two neighbouring lines in one ``uint32``; what was
-    written is added to ``mass[l]``. Addresses and distances are those of ``add_tile``;
-    the pairs of ``right`` lie one behind the other.
+    and written in pairs, those of two neighbouring lines in one ``uint32``; the rounded
+    weights are added to ``mass[l]``. Addresses and distances are those of ``add_tile``;
+    the pairs of ``right`` are contiguous.
     """
 
     def codegen(context, builder, signature, args):
@@ -155,7 +155,7 @@ def weigh_float_tile(typingctx, left, row, right, column, steps, shift, mass, we
 
 @intrinsic
 def weigh_pair_tile(typingctx, left, row, right, column, steps, shift, mass, weights):
-    """Turn a tile of logits, made from pairs, into weights that are float32."""
+    """Turn a tile of logits, made from bfloat16 pairs, into float32 weights."""
     return types.void(*[types.intp] * 8), _weigh_code("pairs", _POWER)
 
 
@@ -185,9 +185,9 @@ def weigh_integer_tile(
 ):
     """Turn a tile of logits into weights as ``weigh_tile`` does, from integers.
 
-    Four bytes of each side, without a sign on the left and with one on the right, are
-    multiplied in one ``uint32``. To the logits goes ``unit[l]`` times their sum, which
-    begins at ``offset[c]``.
+    Each ``uint32`` holds four bytes, unsigned on the left and signed on the right. The
+    integer product starts at ``offset[c]`` and is added to the logits in units of
+    ``unit[l]``.
     """
 
     def codegen(context, builder, signature, args):
@@ -238,7 +238,7 @@ def _weigh(builder, logits, mass, weights):
 
 
 def summed(builder, kind, first, left, row, right, column, step, steps):
-    """Totals with all words multiplied and added, ``steps`` at least one."""
+    """Totals after all words are multiplied and added, ``steps`` at least one."""
     columns = [builder.add(right, builder.mul(column, long(c))) for c in range(COLUMNS)]
     before = builder.block
     loop, done = (builder.append_basic_block(x) for x in ("k", "end"))
@@ -260,7 +260,7 @@ def summed(builder, kind, first, left, row, right, column, step, steps):
 
 
 def _products(builder, kind, totals, left, columns, offset):
-    """Totals with one word of every row and column multiplied and added."""
+    """Totals after one word of every row and column is multiplied and added."""
     multiply = {"pairs": _dot, "bytes": _dot_integers, "floats": _dot_floats}[kind]
     rows = vectors(builder, left, WORDS)
     made: list[Any] = []
@@ -297,7 +297,7 @@ def fma(builder, x, y, z):
 
 
 def _power_of_two(builder, x, coefficients):
-    """``2 ** x``: a polynomial of what is beyond an integer, scaled by that."""
+    """``2 ** x``: a polynomial of the fractional part, scaled by the integer part."""
     module, all_lanes = builder.module, ir.Constant(ir.IntType(16), 0xFFFF)
     nothing, one = ir.Constant(FLOATS, None), ir.Constant(_WORD, 1)
     # rounding as the processor is set to
@@ -320,7 +320,7 @@ def _power_of_two(builder, x, coefficients):
 
 
 def _everywhere(builder, kind, number):
-    """A vector of one number."""
+    """A vector with one number in all lanes."""
     nothing = ir.Constant(kind, ir.Undefined)
     first, lanes = ir.Constant(_WORD, 0), ir.Constant(WORDS, [0] * 16)
     return builder.shuffle_vector(
@@ -329,7 +329,7 @@ def _everywhere(builder, kind, number):
 
 
 def vectors(builder, address, kind=FLOATS):
-    """The vectors that lie one behind the other."""
+    """The vectors at consecutive addresses."""
     places = (builder.add(address, long(64 * v)) for v in range(VECTORS))
     return [load(builder, x, kind) for x in places]
 

@@ -1,14 +1,14 @@
-"""CuPy bodies of the ops, same file and function names as the references.
+"""CuPy kernels of the ops, same file and function names as the references.
 
-The CUDA source beside them has been compiled and emulated on a CPU; nothing here has
+The CUDA source in this folder has been compiled and emulated on a CPU; nothing here has
 run on a device yet.
 
-Ops without a body are left to their references, arrays of CuPy included. That is as
-good where they are products of matrices and few passes over their results: exponentials
-of rows, single rows over clusters, the derivative of exact attention, Strassen, path
-and window attention, and exact attention over tuples, whose products are those of
-``attend``. It works, and is slow, where references loop over parts or polynomials:
-halving of rows, derivatives of low ranks and of clusters, prefixes of tuples.
+Ops without a kernel use their references, also for arrays of CuPy. References are as
+fast where the time goes into matrix products and few passes over their results:
+exponentials of rows, single rows over clusters, the derivative of exact attention,
+Strassen, path and window attention, and exact attention over tuples, whose products are
+those of ``attend``. They are slow where they loop over parts or polynomials: bisection
+of rows, derivatives of low ranks and of clusters, prefixes of tuples.
 """
 
 import functools
@@ -21,10 +21,10 @@ _HEADER = "tiles.cuh"
 
 @functools.cache
 def kernel(file, name, dtype):
-    """Return the kernel ``name`` of a source file with REAL set to ``dtype``."""
+    """Return the CUDA kernel ``name`` of a source file with REAL set to ``dtype``."""
     folder = resources.files("fastattn._ops").joinpath("gpu")
     source = folder.joinpath(file).read_text("utf-8")
-    # put in here: the run-time compiler would have to be told where the file is
+    # inserted here: the run-time compiler has no path to the header
     header = folder.joinpath(_HEADER).read_text("utf-8")
     source = source.replace(f'#include "{_HEADER}"', header)
     real = {"f": "float", "d": "double"}[dtype.char]

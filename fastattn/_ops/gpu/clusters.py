@@ -1,7 +1,7 @@
 """A round of k-means: products with the means by cuBLAS, the rest on the device.
 
-Halving is left to the reference: it chooses each cut by what the last one showed, looks
-at few rows of a part, and is done once for keys that are asked many times.
+Bisection uses the reference: it chooses each cut by the result of the last one, reads
+few rows of a part, and is done once for keys that are used many times.
 
 Not run on a device yet: the kernel was compiled and emulated on a CPU, the calls of
 CuPy were made to a stand-in.

@@ -63,8 +63,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void sum_chunks(
     store(parts + blockIdx.z * r * p, p, sum, row, r, column, p);
 }
 
-// Sums over keys become states: each is the one before times its shrinkage, and what
-// is its own. A thread for each of `size` entries.
+// Sums over keys become states: each is the state before times its decay, plus the
+// chunk's own sum. A thread for each of `size` entries.
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void add_up(
     real* __restrict__ parts, const real* __restrict__ state,
     const real* __restrict__ shrink, long long count, long long size)
@@ -80,9 +80,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void add_up(
     }
 }
 
-// Answers of a chunk of TILE rows, from number lo + TILE * blockIdx.x on. Row i sees the
-// keys before visible[i]; `fade` is what its chunk's state fades by. Blocks: chunks,
-// tiles of values.
+// Answers of a chunk of TILE rows, from number lo + TILE * blockIdx.x on. Row i sees
+// the keys before visible[i], its prefix length; `fade` is the decay of its chunk's
+// state. Blocks: chunks, tiles of values.
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void answer_chunks(
     const real* __restrict__ left, const real* __restrict__ right,
     const real* __restrict__ value, const real* __restrict__ states,

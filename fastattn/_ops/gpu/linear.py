@@ -1,4 +1,4 @@
-"""Feature maps in one pass each, and causal products by chunks done side by side.
+"""Feature maps in one pass each, and causal products by chunks done in parallel.
 
 Sums over the keys between chunks, their running sums, and the answers of all chunks are
 three launches, for as many chunks as have their states in memory at once. The products
@@ -69,7 +69,7 @@ def prefix_products(
         faded = value[: len(plan.key_fade)] * plan.key_fade[:, None]
     out = cp.empty((n, p), dtype=dtype)
     size = max(1, min(_LARGEST_GRID, _STATES // (r * p)))
-    # the last part has no rows: it is the state that the last row leaves
+    # the last part has no rows: its state is the one after the last row
     for lo in range(0, plan.parts, size):
         some = slice(lo, min(lo + size, plan.parts))
         parts = cp.empty((some.stop - lo, r, p), dtype=dtype)
@@ -109,16 +109,16 @@ class _Fading:
         self.moves = row is not None
 
     def over(self, gap):
-        """What gaps make keys fade by."""
+        """Decay factors of position gaps."""
         return np.exp(self.rate * gap)
 
 
 class _Chunks:
-    """What kernels ask of chunks of rows, on the device.
+    """Arrays that the CUDA kernels need for chunks of rows, on the device.
 
     Part ``c`` of the keys ends where those begin that not all rows of chunk ``c`` see;
-    it is as seen from the first of them. The last part ends where the last row's keys
-    do, and is as seen from that row.
+    its state refers to the position of the first of them. The last part ends where the
+    last row's keys do, and refers to the position of that row.
     """
 
     def __init__(self, prefix_lengths, fading, origin, dtype):

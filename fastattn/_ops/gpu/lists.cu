@@ -1,4 +1,4 @@
-// Softmax of rows over lists of keys, and what first moments add to it.
+// Softmax of rows over lists of keys, and the terms of first moments.
 //
 // REAL is float or double.
 
@@ -8,9 +8,9 @@
 constexpr int SHARES = THREADS / TILE;
 constexpr int OWN = DEPTH / SHARES;
 
-// What is known of the rows of a tile: of each the largest logit, the sum of weights
-// relative to it, that of their squares times `rest`, and by how much the last keys
-// shrank what was summed before.
+// Statistics of the rows of a tile: the largest logit, the sum of weights relative to
+// it, the sum of their squares times `rest`, and the factor by which the last keys
+// rescaled earlier sums.
 struct Rows {
     real peak[TILE], shrink[TILE], squares[TILE];
     double total[TILE];

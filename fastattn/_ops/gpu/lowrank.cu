@@ -1,5 +1,5 @@
-// What surrounds the products of a low-rank softmax: weights and coordinates of rows,
-// powers of the coordinates, quotients. A thread for each row.
+// The elementwise steps of a low-rank softmax: weights and coordinates of rows, powers
+// of the coordinates, quotients. A thread for each row.
 //
 // REAL is float or double. Coordinate c of row i is x[c * rows + i].
 
@@ -13,8 +13,8 @@ __device__ long long own_row()
 }
 
 // Adds the offset and half of the squared length to line t of y, the logarithms of
-// weights; `length` are the squares of what y was projected from. Far keys get no
-// coordinates and no weight.
+// weights; `length` holds the squared lengths of the rows before the projection. Far
+// keys get zero coordinates and no weight.
 extern "C" __global__ __launch_bounds__(THREADS) void weigh(
     real* __restrict__ y, const real* __restrict__ length,
     const real* __restrict__ reach, real* __restrict__ weight, bool* __restrict__ far,
@@ -31,7 +31,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void weigh(
     const real size = sqrt(square), half = size / 2;
     const real log_weight = y[t * rows + i] + offset + square / 2;
     const real most = log_weight + size * (half > reach[0] ? half : reach[0]);
-    // a comparison with what is no number is false
+    // comparisons with NaN are false
     const bool near = length[i] <= longest && most <= largest;
     far[i] = !near;
     weight[i] = near ? exp(log_weight) : real(0);
@@ -41,7 +41,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void weigh(
     }
 }
 
-// says which rows are no outliers; the others get no coordinates
+// marks the rows that are no outliers; outliers get zero coordinates
 extern "C" __global__ __launch_bounds__(THREADS) void settle(
     real* __restrict__ x, const real* __restrict__ spread, bool* __restrict__ good,
     long long rows, long long t)

@@ -1,11 +1,11 @@
 """Both passes of a low-rank softmax: polynomials in shared memory, landmarks by cuBLAS.
 
-A polynomial of a row is the product of few polynomials of single coordinates, of which
-there are as many as the degrees of all coordinates: these are written to global memory,
-and their products are made where they are multiplied, by the kernels of
-:mod:`fastattn._ops.gpu.monomials`. Exponentials at landmarks are products of matrices
-themselves: those of a block of rows are made and multiplied by cuBLAS, few enough to
-stay in a second-level cache.
+A basis polynomial of a row is the product of few polynomials of single coordinates, of
+which there are as many as the degrees of all coordinates: these are written to global
+memory, and their products are formed where they are multiplied, by the kernels of
+:mod:`fastattn._ops.gpu.monomials`. Exponentials at landmarks are matrix products
+themselves: those of a block of rows are computed and multiplied by cuBLAS; they are few
+enough to stay in a second-level cache.
 
 Not run on a device yet: the kernels were compiled and emulated on a CPU, the calls of
 CuPy were made to a stand-in; block sizes are estimates.
@@ -156,7 +156,7 @@ def _summed(left, right):
 
 
 def _add_marks(x, landmarks, weights, sums):
-    """Add what the exponentials at landmarks contribute to the rows."""
+    """Add the contribution of the exponentials at landmarks to the rows."""
     half = cp.sum(landmarks**2, axis=1) / 2
     size = max(1, _MARKS // len(landmarks))
     for lo in range(0, len(sums), size):
@@ -169,7 +169,7 @@ def _add_marks(x, landmarks, weights, sums):
 
 
 def _add_far(query, far_key, far_value, reliable, sums):
-    """Add the far keys; a row with an exponent beyond ``LARGEST`` is not good."""
+    """Add the far keys; a row with an exponent beyond ``LARGEST`` is an outlier."""
     size = max(1, _MARKS // len(far_key))
     for lo in range(0, len(sums), size):
         block = slice(lo, min(lo + size, len(sums)))
@@ -180,11 +180,11 @@ def _add_far(query, far_key, far_value, reliable, sums):
 
 
 def _indices(parent, coordinate, power):
-    """Return what kernels ask for, on the current device.
+    """Return the index arrays of the kernels, on the current device.
 
-    This is where the polynomials of each coordinate start in a table, with their
-    number; and of which lines of the table number ``j`` is the product: those from
-    ``start[j]`` to ``start[j + 1] - 1`` of ``factor``.
+    They are the start of the polynomials of each coordinate in a table, with their
+    number; and the factors of basis polynomial ``j``, the lines ``factor[start[j]]`` to
+    ``factor[start[j + 1] - 1]`` of the table.
     """
     indices = (np.asarray(x, np.int64).tobytes() for x in (parent, coordinate, power))
     return _moved_indices(cp.cuda.runtime.getDevice(), *indices)

@@ -2,12 +2,12 @@
 //
 // REAL is float or double. Coordinate c of row i is x[c * rows + i]. Monomial j is the
 // product of the coordinates factor[start[j]] to factor[start[j + 1] - 1]: it depends
-// on no other monomial, so every tile makes the monomials that it needs. What is said
-// of coordinates holds for any functions of them: lowrank.py gives powers.
+// on no other monomial, so every tile makes the monomials that it needs. The
+// coordinates may be any functions of a row: lowrank.py gives powers.
 
 #include "tiles.cuh"
 
-// rows of one thread, which share the look-up of a monomial's factors
+// rows of one thread, which share the list of a monomial's factors
 constexpr int SHARED = 4;
 // monomials that a thread makes for each of those rows
 constexpr int MADE = TILE * DEPTH / (THREADS * SHARED);
@@ -20,7 +20,7 @@ struct Recipe {
     long long rank;
 };
 
-// monomial j of some rows times what is given for each; zeros from `rank` on
+// monomial j of some rows times the factor `given` of each; zeros from `rank` on
 template <int COUNT>
 __device__ void monomial(
     real (&product)[COUNT], const real (&given)[COUNT], const int (&row)[COUNT],
@@ -116,7 +116,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void moments(
 }
 
 // Products of the monomials of TILE rows and TILE columns of readout, (rank, p + 1);
-// those with its last column come to `right[0]`.
+// those with its last column are added to `right[0]`.
 __device__ void products(
     real (&sum)[UP][ACROSS], Tile& left, Tile& right, const Recipe& recipe,
     const real* readout, long long first, long long column, long long p)

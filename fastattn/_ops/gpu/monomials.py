@@ -1,9 +1,9 @@
 """Monomials of a tile of rows in shared memory, multiplied where they are made.
 
 Only :func:`monomials` itself writes monomials to global memory. A monomial is the
-product of its own coordinates, so that no tile waits for another one's. A large rank
-changes nothing in this: making a monomial costs as many products as it has factors,
-few beside the ``p`` that it is multiplied by.
+product of its own coordinates, so that tiles are independent. This holds for large
+ranks too: a monomial costs as many products as it has factors, few compared with the
+``p`` columns that it is multiplied by.
 
 Not run on a device yet: the kernels were compiled and emulated on a CPU, the calls of
 CuPy were made to a stand-in; block sizes are estimates.

@@ -1,4 +1,5 @@
-// What keys and their clusters are to blocks of queries: weights, kinds and moments.
+// Weights of keys, near and first-order keys, and moments, as blocks of queries see
+// them.
 //
 // REAL is float or double. Cluster c is the keys start[c] to start[c + 1] - 1; arrays
 // of blocks and keys are (blocks, keys), of blocks and clusters (blocks, clusters).
@@ -6,7 +7,7 @@
 #include "tiles.cuh"
 
 constexpr int WARP = 32;
-// blocks of queries that share one reading of a cluster's keys
+// blocks of queries that share one pass over a cluster's keys
 constexpr int SHARED = 8;
 
 template <typename T>
@@ -80,9 +81,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void tilt(
     }
 }
 
-// Kinds of keys: 2 near, whose weight becomes 0, 1 middle, 0 others. Of each cluster
-// the weight that is left, that of middle keys, the square of the remainder in all, and
-// the numbers of near and of middle keys. Warps and blocks as above.
+// Kinds of keys: 2 near, whose weight becomes 0, 1 first order, 0 far. Of each cluster
+// the remaining weight, that of first-order keys, the sum of the squared remainders,
+// and the numbers of near and of first-order keys. Warps and blocks as above.
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void classify(
     real* __restrict__ weight, const real* __restrict__ square,
     const real* __restrict__ growth, const long long* __restrict__ start,
@@ -178,7 +179,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void field_moments(
     }
 }
 
-// First moments of middle keys with their values, by groups of clusters: (blocks,
+// First moments of first-order keys with values, by groups of clusters: (blocks,
 // groups, d, p). Block r's list of keys of cluster c is list[bounds[r * clusters + c]]
 // on. Blocks: tiles of coordinates, tiles of values, blocks of queries and groups.
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void first_moments(

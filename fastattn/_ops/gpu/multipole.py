@@ -1,9 +1,9 @@
 """Near and far fields of many blocks of queries in a fixed number of launches.
 
-What keys are to blocks comes from products of matrices and from kernels over clusters.
-Then rows attend to lists of keys twice, by one kernel with an online softmax: to all
-clusters, whose logits are products of ``[step, step^2, 1]``, and to near keys, wherever
-they are. The two answers merge by their log-sum-exps.
+Weights and moments for the blocks come from matrix products and from kernels over
+clusters. Then rows attend to lists of keys twice, by one kernel with an online softmax:
+to all clusters, whose logits are products of ``[step, step^2, 1]``, and to near keys.
+The two answers merge by their log-sum-exps.
 
 Not run on a device yet: the kernels were compiled and emulated on a CPU, the calls of
 CuPy were made to a stand-in; block sizes are estimates.
@@ -16,7 +16,7 @@ from fastattn._ops.gpu import kernel
 from fastattn._ops.gpu.products import THREADS, TILE
 from fastattn._ops.multipole import ALIKE, BEND, FIRST_ORDER, LARGEST
 
-# weights of keys and what moments of clusters have, for the blocks that share a launch
+# weights of keys and moments of clusters, for the blocks that share a launch
 _NUMBERS = 1 << 26
 # the most blocks that a grid has in its second and third direction
 _LARGEST_GRID = 65535
@@ -62,7 +62,7 @@ def _move(numbers):
 
 
 class _Keys:
-    """The keys, and what every block asks of them."""
+    """Keys, values and clusters, with the arrays that every block of queries uses."""
 
     def __init__(self, key, value, metric, start, group):
         self.key, self.value = cp.ascontiguousarray(key), cp.ascontiguousarray(value)
@@ -84,7 +84,7 @@ class _Keys:
 
 
 class _Field:
-    """What the keys are to some blocks of queries."""
+    """Weights and moments of the keys for some blocks of queries."""
 
     def __init__(self, keys, mean, square, probe, threshold):
         self.keys, self.mean, self.dtype = keys, mean, mean.dtype
@@ -114,12 +114,12 @@ class _Field:
         self._sum_first_moments()
 
     def counts(self):
-        """Numbers of near keys, of middle keys and of clusters of each block."""
+        """Numbers of near keys, of first-order keys and of clusters of each block."""
         kinds = self.near, self.first_order, self.total > 0
         return cp.stack([x.sum(axis=1, dtype=cp.int64) for x in kinds], axis=1)
 
     def answer(self, query, cuts):
-        """Answer the queries, cut into blocks by ``cuts``."""
+        """Attend from the queries, cut into blocks by ``cuts``."""
         keys, p = self.keys, self.keys.value.shape[1]
         tiles, block = (
             _Tiles(cuts),
@@ -144,7 +144,7 @@ class _Field:
         return out, top + cp.log(whole), error
 
     def _far_field(self):
-        """What clusters are multiplied by, are worth, and leave out."""
+        """Factors, values and remainders of clusters for the far field."""
         keys, total = self.keys, self.total
         log_total = cp.where(total > 0, cp.log(self._safe_total()) + self.top, -cp.inf)
         table = [keys.centre + self.shift, self.variance / 2, log_total[:, :, None]]
@@ -181,7 +181,7 @@ class _Field:
         )  # fmt: skip
 
     def _sum_first_moments(self):
-        """First moments of middle keys, by groups of clusters."""
+        """First moments of first-order keys, by groups of clusters."""
         keys, r = self.keys, len(self.total)
         (m, d), p, g = keys.key.shape, keys.value.shape[1], keys.groups
         # within a group, relative to one key

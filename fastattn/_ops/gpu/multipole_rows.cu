@@ -1,4 +1,4 @@
-// What a query needs to know of parts of the keys: a block of threads for each part.
+// Summaries of parts of the keys: a block of threads for each part.
 //
 // REAL is float or double.
 
@@ -20,7 +20,7 @@ __device__ real block_sum(real* shared, real x)
     return sum;
 }
 
-// mean of a column of `size` rows; the squares of what they differ from it are added
+// mean of a column of `size` rows, and the sum of the squared deviations from it
 __device__ real column_mean(
     const real* column, long long stride, long long size, real& squares)
 {
@@ -36,8 +36,8 @@ __device__ real column_mean(
 }
 
 // Row c of parts, (parts, 3 d + p + 3), is about the keys start[c] to start[c + 1] - 1.
-// `along`, a number for each key, is memory to work in: how far it is along the
-// direction that the power iteration finds in `steps`.
+// `along`, a number for each key, is scratch memory: the coordinate along the direction
+// that the power iteration finds in `steps`.
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void summarise(
     const real* __restrict__ key, const real* __restrict__ value,
     const real* __restrict__ middle, const long long* __restrict__ start,
@@ -63,7 +63,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void summarise(
         mean[l] = column_mean(value + l, p, size, spread);
         apart += (mean[l] - middle[l]) * (mean[l] - middle[l]);
     }
-    // the barriers within are what readers of `centre` and `rest` wait for
+    // the barriers within also order the reads of `centre` and `rest`
     spread = block_sum(shared, spread);
     apart = block_sum(shared, apart);
     long long widest = 0;

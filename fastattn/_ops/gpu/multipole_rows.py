@@ -1,7 +1,7 @@
-"""What a query needs to know of clusters and leaves, of which there are many.
+"""Summaries of clusters and leaves, of which there are many.
 
-Single rows are left to the reference: its products of matrices with all leaves, and
-with all keys, are what a device does at once.
+Single rows use the reference: a device computes its matrix products with all leaves,
+and with all keys, at once.
 
 Not run on a device yet: the kernel was compiled and emulated on a CPU, the calls of
 CuPy were made to a stand-in.

@@ -1,4 +1,4 @@
-"""Products that the CuPy bodies share: their tiles, and sums over rows of functions."""
+"""Products shared by the CuPy kernels: their tiles, and sums over rows of functions."""
 
 import math
 
@@ -25,7 +25,7 @@ def spans(rows, rank, p, dtype):
     """Rows that a block of threads sums, and rows whose coordinates exist at once."""
     number = math.prod(tiles(rank, p))
     least, most = _SPANS
-    # a multiple of a tile's, few if blocks are wanting
+    # a multiple of a tile's, few if there are too few blocks for the device
     wanted = max(least, min(most, min(rows, ROWS) * number // _BLOCKS))
     span = _DEPTH * -(-wanted // _DEPTH)
     largest = _LARGEST_PARTS // (rank * (p + 1) * dtype.itemsize)
@@ -61,7 +61,7 @@ def tiles(rows, p):
 
 
 def move_lists(numbers):
-    """Return where the list of each row starts, and all lists, without what is < 0."""
+    """Return the start of each row's list, and all lists, without entries < 0."""
     start = np.append(0, np.cumsum(np.sum(numbers >= 0, axis=1)))
     moved = tuple(
         cp.asarray(x.astype(np.int32)) for x in (start, numbers[numbers >= 0])

@@ -1,9 +1,9 @@
 // One pass of the online softmax over a block of logits; a warp for each line of it.
 //
 // REAL is float or double. Logits become weights relative to the largest logit so far;
-// what was summed before shrinks whenever a larger one comes. Line i of the block is
-// row i % rows of its head and sees the keys before visible[i % rows]; the block's
-// first key is number `first`.
+// earlier sums shrink whenever a larger one comes. Line i of the block is row i % rows
+// of its head and sees the keys before visible[i % rows], its prefix length; the
+// block's first key is number `first`.
 
 typedef REAL real;
 

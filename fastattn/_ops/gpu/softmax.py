@@ -13,7 +13,7 @@ from fastattn._ops.gpu import kernel
 
 # logits of one block: 32 MiB in float32, what a second-level cache holds
 _LOGITS = 1 << 23
-# keys of a block: all that is summed before the running sums are added to
+# keys of a block: they are summed before they are added to the running sums
 _KEYS = 1024
 # as in softmax.cu
 _THREADS = 128
@@ -42,7 +42,7 @@ def attend(query, key, value, *, scale, prefix_lengths, rows=None):
         prefix_lengths = cp.full(n, m, dtype=cp.int64)
     else:
         prefix_lengths = cp.asarray(prefix_lengths, dtype=cp.int64)
-        # one transfer tells every block which keys none of its rows can see
+        # one transfer fetches for every block which keys none of its rows can see
         last = np.maximum.reduceat(cp.asnumpy(prefix_lengths), starts)
     for start, seen in zip(starts, last, strict=True):
         block = slice(start, min(start + size, n))

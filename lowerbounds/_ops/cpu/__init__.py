@@ -1,1 +1,1 @@
-"""Bodies of ops for NumPy arrays, compiled by numba."""
+"""Kernels of the ops for NumPy arrays, compiled by numba."""

@@ -5,7 +5,7 @@ import numpy as np
 from sketching._lib.threads import run_blocks
 from sketching._ops.cpu.compile import njit
 
-# words that are met at once: a few hundredths of a second, then interrupts are heard
+# pairs of words between two interrupts: a few hundredths of a second
 _WORDS = 1 << 25
 
 
@@ -32,7 +32,7 @@ def _words(packed):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _extremes(left, right, found):
-    # found[0] has the least product of each row and where, found[1] the largest
+    # found[0] has the least product of each row and its position, found[1] the largest
     for i in range(left.shape[0]):
         least, largest, low, high = 64 * left.shape[1] + 1, -1, 0, 0
         for j in range(right.shape[0]):
@@ -49,7 +49,7 @@ def _extremes(left, right, found):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _ones(word):
-    # LLVM knows this sum by halves, and writes the processor's own count
+    # LLVM recognises this sum, and emits the processor's popcount instruction
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     two = np.uint64(0x3333333333333333)
     word = (word & two) + ((word >> np.uint64(2)) & two)

@@ -1,1 +1,1 @@
-"""Numba bodies; ``elementary`` holds the scalar functions that they share."""
+"""Numba kernels; ``elementary`` holds the scalar functions that they share."""

@@ -8,7 +8,7 @@ from sketching._ops.cpu.spans import over_spans
 
 # numbers of one tile of products: they stay in the second-level cache
 _TILE = 1 << 16
-# rows below which another thread is not worth its start
+# rows below which starting another thread costs more than it saves
 _SPAN = 1 << 14
 
 

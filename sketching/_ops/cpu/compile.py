@@ -1,9 +1,9 @@
-"""Compilation by numba: machine code is kept in files where that can be done.
+"""Compilation by numba, with the machine code cached in files where possible.
 
-numba refuses to define a function whose code it cannot keep: no folder can be written
-in a container of another user or on a file system that is mounted read-only. It also
-fails where a file of code was cut off. Such code is compiled anew instead, and kept if
-it can be; a checksum stands before it, since a processor runs whatever bytes it gets.
+numba refuses to define a function whose code it cannot cache: no folder is writable in
+a container of another user or on a read-only file system. It also fails on a truncated
+cache file. Here such code is compiled again, and cached if possible; a checksum
+precedes it in the file, since a processor runs whatever bytes it gets.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock
 
-# a fork waits until no thread compiles: the child would wait for that thread
+# a fork is delayed until no thread compiles: the child would block on that thread's
+# lock
 os.register_at_fork(
     before=global_compiler_lock.acquire,
     after_in_parent=global_compiler_lock.release,
@@ -37,7 +38,7 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         made = numba.njit(**options)(function)
         if made is function:
-            # numba is told not to compile
+            # numba is disabled
             return made
         compile_ = made.compile
 
@@ -50,7 +51,7 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
             try:
                 made._cache = _Cache(function)
             except (RuntimeError, OSError):
-                # no folder that can be written: what numba has without a cache stays
+                # no folder is writable: numba compiles without a cache
                 return made
         return made
 
@@ -59,10 +60,10 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
 
 @contextmanager
 def _hearing_interrupts() -> Iterator[None]:
-    """Keep interrupts that LLVM would swallow, until the code is there.
+    """Delay interrupts that LLVM would swallow until the code is compiled.
 
-    LLVM calls back into Python when it has made code, or looks for some; what is raised
-    there is printed and forgotten.
+    LLVM calls back into Python when it has made code, or searches for some; exceptions
+    raised there are printed and lost.
     """
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
@@ -87,7 +88,7 @@ def _hearing_interrupts() -> Iterator[None]:
 
 
 def _is_called_back(frame: Any) -> bool:
-    """Whether LLVM called the function that a frame is in, or one that called it."""
+    """Whether LLVM called the function of a stack frame, or one of its callers."""
     while frame is not None:
         if frame.f_code.co_name in _CALLBACKS:
             return True
@@ -112,7 +113,7 @@ class _CheckedFile(IndexDataCacheFile):
 
 
 class _Cache(FunctionCache):
-    """A cache that a damaged file, or a full disk, does not stop."""
+    """A cache that works around damaged files and full disks."""
 
     def __init__(self, function):
         super().__init__(function)
@@ -126,7 +127,7 @@ class _Cache(FunctionCache):
         try:
             return super().load_overload(sig, target_context)
         except Exception:
-            # damaged pickles raise anything; what is missing is compiled
+            # damaged pickles raise anything; missing code is compiled
             return None
 
     def save_overload(self, sig, data):

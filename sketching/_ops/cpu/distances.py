@@ -1,4 +1,4 @@
-"""Scans over all points in tiles: a product by BLAS, then one pass while it is hot."""
+"""Scans over all points in tiles: a product by BLAS, then one pass over the tile."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sketching._ops.cpu.spans import over_spans
 
 # numbers of one tile of products: they stay in the second-level cache
 _TILE = 1 << 16
-# numbers below which another thread is not worth its start
+# numbers below which starting another thread costs more than it saves
 _SPAN = 1 << 18
 
 
@@ -65,7 +65,7 @@ def _rows(queries):
 
 
 def _tiles(points, queries, finish):
-    """Hand the products of the queries with some points at a time to ``finish``."""
+    """Call ``finish`` with the products of the queries and some points at a time."""
     rows = _rows(queries)
 
     def work(start, end):
@@ -75,7 +75,7 @@ def _tiles(points, queries, finish):
             if len(queries) == 1:
                 products = vector_products(some, queries[0])[None]
             else:
-                # integers are not for BLAS
+                # BLAS has no integers
                 some = some.astype(queries.dtype, copy=False)
                 products = queries @ some.T
             finish(products, first, last)

@@ -9,7 +9,7 @@ from sketching._ops.cpu.spans import over_spans
 
 # numbers of one tile of distances, of all sampled sketches
 _TILE = 1 << 16
-# numbers below which another thread is not worth its start
+# numbers below which starting another thread costs more than it saves
 _SPAN = 1 << 18
 
 
@@ -72,7 +72,7 @@ def _finish(values, of_codes, sampled, own, rounding, floor, out):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
 def _median(values):
-    """Sort columns, all at once, by exchanges of neighbouring rows; the middle row."""
+    """Median of columns: sort all at once by exchanges of neighbouring rows."""
     count = values.shape[0]
     for step in range(count):
         for r in range(step % 2, count - 1, 2):

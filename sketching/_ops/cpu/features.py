@@ -1,4 +1,4 @@
-"""What the processor can do that not every one can."""
+"""Instruction sets that only some processors have."""
 
 from functools import cache
 

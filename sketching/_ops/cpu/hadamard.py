@@ -6,7 +6,7 @@ from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 from sketching._ops.cpu.spans import over_spans
 
-# entries below which another thread is not worth its start
+# entries below which starting another thread costs more than it saves
 _ENTRIES = 1 << 18
 
 

@@ -8,13 +8,13 @@ from sketching._ops.cpu.features import has
 
 # bytes of a vector that leaves room for rows in the first cache
 _SHORT = 1 << 14
-# four rows at once are a quarter faster with AVX2, where one keeps memory waiting; with
-# AVX-512 one row at a time was measured to be faster than BLAS
+# four rows at once are a quarter faster with AVX2, where one row leaves memory idle;
+# with AVX-512 one row at a time was measured to be faster than BLAS
 _FOUR = not has("avx512f")
 
 
 def vector_products(rows, vector):
-    """Multiply rows by a vector: BLAS is better only where the vector is long."""
+    """Multiply rows by a vector: BLAS is faster only where the vector is long."""
     if vector.nbytes > _SHORT and rows.dtype == vector.dtype:
         return rows @ vector
     out = np.empty(len(rows), vector.dtype)

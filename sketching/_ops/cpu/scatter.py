@@ -6,7 +6,7 @@ from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 from sketching._ops.cpu.spans import over_spans
 
-# additions below which another thread is not worth its start
+# additions below which starting another thread costs more than it saves
 _ADDITIONS = 1 << 18
 
 

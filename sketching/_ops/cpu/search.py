@@ -6,7 +6,7 @@ from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 from sketching._ops.cpu.spans import over_spans
 
-# bounds below which another thread is not worth its start
+# bounds below which starting another thread costs more than it saves
 _BOUNDS = 1 << 18
 
 
@@ -78,7 +78,7 @@ def _norm_form(point, direction, of_point, of_query, rounding):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _count(row, near, limit):
-    """How many bounds are up to the limit, with those that were looked at."""
+    """How many bounds are at most the limit, including those examined already."""
     count = near.size
     for i in range(row.size):
         count += row[i] <= limit
@@ -89,7 +89,7 @@ def _count(row, near, limit):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _least(row, count):
-    """Where the least entries are, by a heap whose top is the largest of them."""
+    """Positions of the least entries, by a heap whose top is the largest of them."""
     heap, where = np.empty(count, row.dtype), np.empty(count, np.int64)
     heap[:] = np.inf
     where[:] = -1

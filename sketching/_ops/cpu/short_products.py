@@ -1,8 +1,8 @@
 """Products of rows in 16-bit integers, twice as many a cycle as in single precision.
 
-Each row is rounded to as many steps as its length has. That a row is off by at most
-half a step in every number moves a product by far less than the rounding of single
-precision is taken for where rows are long, and is bounded like it (:func:`share`).
+Each row is rounded to steps proportional to its length. Half a step of error in every
+number changes a product of long rows by far less than the bound on the rounding of
+single precision, and is bounded in the same way (:func:`share`).
 """
 
 import math
@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.features import has
 
-# steps of a length: no number of a row, and no sum of products, is beyond the integers
+# steps of a length: no number of a row, and no sum of products, overflows the integers
 _STEPS = 32767
 # numbers that are multiplied at once, and rows and columns of a block of products
 _LANES, _SIDE = 32, 4
@@ -30,9 +30,9 @@ def is_fast():
 
 
 def share(d):
-    """Rounding of a product, in that of a sum of ``d`` in single precision.
+    """Rounding of a product, in units of that of a sum of ``d`` in single precision.
 
-    Rounding to half a step on either side is bounded by Hoeffding's inequality.
+    Half a step of rounding in both factors is bounded by Hoeffding's inequality.
     """
     unit = float(np.finfo(np.float32).eps) / 2
     return 1 + math.sqrt(0.5) / _STEPS / (unit * (1 + math.sqrt(d)))

@@ -6,7 +6,7 @@ from sketching._lib.threads import run_blocks
 
 
 def over_spans(work: Callable[[int, int], None], n: int, span: int) -> None:
-    """Call ``work(start, end)`` for spans of ``n`` rows; they write apart."""
+    """Call ``work(start, end)`` for spans of ``n`` rows, in parallel."""
     if n <= span:
         work(0, n)
         return

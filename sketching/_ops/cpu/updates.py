@@ -15,17 +15,17 @@ from sketching._ops.cpu.products import products as single_products
 from sketching._ops.cpu.short_products import is_fast, share, short_products, shortened
 from sketching._ops.cpu.spans import over_spans
 
-# updates of a factor beyond which products of matrices are better
+# updates of a factor beyond which matrix products are faster
 _FEW = 4
 # rows of the factor that are updated at a time
 _ROWS = 64
 # points of a tile: their products stay in the second-level cache
 _TILE = 1024
-# points whose few products are finished together: each time the pass falters
+# points whose few products are finished together: each switch interrupts the pass
 _PASS = 8 * _TILE
-# vectors, and their numbers, from which on integers are worth the rounding
+# vectors, and their numbers, from which on integers are faster
 _SHORT = 16, 64
-# numbers below which another thread is not worth its start
+# numbers below which starting another thread costs more than it saves
 _SPAN = 1 << 18
 
 
@@ -36,7 +36,7 @@ def changed_factor(factor, left, right, *, out=None):
         _change_rows(factor, left, right, images, out)
         return out, images
     images = np.tril(left @ left.T, -1) @ right
-    # in pieces, whose products are still in the cache when they are added
+    # in blocks, whose products are still in the cache when they are added
     for start in range(0, len(factor), _ROWS):
         rows = slice(start, start + _ROWS)
         images += left[:, rows] @ factor[rows]
@@ -84,7 +84,7 @@ def _may_be_short(vectors, of_points, of_updates):
 def _change_by_tiles(
     points, steps, of_points, seen, kept, vectors, of_updates, rounding, *, short=None
 ):
-    """Multiply some points at a time, and finish while the products are hot."""
+    """Multiply some points at a time, and finish while the products are in cache."""
     for start in range(0, len(points), _TILE):
         part = slice(start, start + _TILE)
         rows = points[part]
@@ -92,7 +92,7 @@ def _change_by_tiles(
             products = np.empty((len(rows), len(vectors)), vectors.dtype)
             short_products(rows, of_points[2, part], *short, products)
         else:
-            # integers are not for BLAS
+            # BLAS has no integers
             products = rows.astype(vectors.dtype, copy=False) @ vectors.T
         if steps.size:
             products *= steps[part, None]
@@ -160,7 +160,7 @@ def _add_all(products, of_updates, rounding, of_points):
     wide = of_updates[3] + squares * long
     both = (long * (of_updates[3] + wide)).sum()
     r, m = squares.size, products.shape[1] - squares.size
-    # what is left of both where one vector is a multiple of the other
+    # the difference of both where one vector is a multiple of the other
     curve, slope = (2 * ratios + squares)[m:], (np.abs(ratios) * long + wide)[m:]
     for i in range(products.shape[0]):
         row, others, change, terms = products[i], products[i, m:r], 0.0, 0.0

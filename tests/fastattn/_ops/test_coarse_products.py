@@ -1,4 +1,4 @@
-"""Products of a low rank in numbers of eight bits: what they are, and what they err."""
+"""Low-rank products in bfloat16: their values and their errors."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_weights_go_to_rows_and_back(size, p, n):
     weights, rows = matrices((size, p), (n, p))
     out = np.full((whole_tiles(size), n), np.nan, np.float32)
     Readout(weights, rounded=True).multiply(rows, out)
-    # rows that fill no group of lanes are not rounded
+    # rows that do not fill a group of lanes are not rounded
     factors = (weights, rows) if n % 32 else (rounded(weights), rounded(rows))
     want = factors[0].astype(np.float64) @ factors[1].astype(np.float64).T
     np.testing.assert_allclose(out[:size], want, rtol=1e-5, atol=1e-5)

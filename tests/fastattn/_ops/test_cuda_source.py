@@ -106,7 +106,7 @@ class TestEmulatedInFull(BodyLaws):
 
 @pytest.fixture(scope="class")
 def device(folder, request):
-    """What ops find for arrays of CuPy meanwhile is the emulated device."""
+    """Arrays of CuPy are on the emulated device meanwhile."""
     with emulated(folder, getattr(request, "param", False)):
         yield
 
@@ -114,7 +114,7 @@ def device(folder, request):
 @pytest.mark.usefixtures("device")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class EmulatedLaws:
-    """The laws of an op, of its body for the GPU on the emulated device."""
+    """The laws of an op, for its GPU kernel on the emulated device."""
 
     def places(self):
         return ["gpu"]

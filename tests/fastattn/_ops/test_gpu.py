@@ -1,4 +1,4 @@
-"""Laws of the GPU bodies: each agrees with its reference, on every place it runs.
+"""Laws of the GPU kernels: each agrees with its reference, on every place it runs.
 
 Here the place is a CUDA device; ``test_cuda_source.py`` runs the same laws on a CPU
 that emulates one.
@@ -35,7 +35,7 @@ def problem(dtype, *shapes, seed=0):
 
 
 def attend_roundoff(query, key, value):
-    """How far two orders of summation may drift apart.
+    """Largest difference between two orders of summation.
 
     A logit rounded by ``r`` scales its weight by ``exp(r)``, and the answer, which is
     a mean of the values, follows; so does the logarithm of the sum.
@@ -57,7 +57,7 @@ def sum_roundoff(dtype, terms, index_set, d):
 
 
 class BodyLaws:
-    """The laws; a place supplies the fixture ``gpu``: the bodies, and moving arrays."""
+    """The laws; a place supplies the fixture ``gpu``: kernels, and moving arrays."""
 
     dtypes, sizes = DTYPES, SIZES
 
@@ -215,7 +215,7 @@ def check_moments(gpu, dtype, m, index_set, p):
 
 
 def check_means(gpu, dtype, n, index_set, p):
-    """Compare means with the reference in float64, where the sign is beyond doubt."""
+    """Compare means with the reference in float64, where the sign is certain."""
     c, rank = 1 + int(index_set.coordinate.max()), len(index_set)
     d = c + 2
     options = {"parent": index_set.parent, "coordinate": index_set.coordinate}
@@ -258,7 +258,7 @@ def gpu(cp):
 
 
 @pytest.mark.gpu
-# a first run on a device is not to fail for somebody else's warning
+# a first run on a device must not fail for a warning of another package
 @pytest.mark.filterwarnings("default")
 class TestDevice(BodyLaws):
     def test_arrays_of_cupy_choose_the_kernels(self, cp):

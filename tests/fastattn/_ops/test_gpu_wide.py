@@ -1,4 +1,4 @@
-"""Laws of the GPU bodies where widths go beyond a tile and work beyond one launch.
+"""Laws of the GPU kernels for widths beyond a tile and work beyond one launch.
 
 The laws of the ops, in the tests of their modules, run on a device too, and are of
 narrow problems. ``test_cuda_source.py`` runs both on a CPU that emulates a device.
@@ -15,12 +15,12 @@ from fastattn._ops.multipole_rows import summarise
 from fastattn.methods.lowrank.basis import Hermite
 from tests.laws import DTYPES, bring, fetch, skip_without
 
-# entries of the recipe below are in so many coordinates
+# coordinates of the entries of the expansion below
 SIDES = 9
 
 
 def agree(op, arrays, options, slack, limits=()):
-    """Compare the body with the reference in float64, relative to the largest."""
+    """Compare the kernel with the reference in float64, relative to the largest."""
     skip_without("gpu")
     moved = [bring("gpu", x) for x in arrays]
     kernel, dtype = op.kernel("gpu"), arrays[0].dtype
@@ -40,7 +40,7 @@ def agree(op, arrays, options, slack, limits=()):
 
 
 def lowrank_inputs(dtype, rank, landmarks, p):
-    """A recipe of many polynomials, landmarks, and a projection to few coordinates."""
+    """An expansion with many polynomials and landmarks, in few coordinates."""
     rng = np.random.default_rng(rank + landmarks)
     spread = np.linspace(0.8, 0.2, SIDES)
     projection = rng.standard_normal((2 * SIDES, SIDES + 1)) / 9
@@ -52,7 +52,7 @@ def lowrank_inputs(dtype, rank, landmarks, p):
 
 
 class WideLaws:
-    """A place supplies the body of an op for the GPU."""
+    """A place supplies the kernel of an op for the GPU."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("rank", "landmarks", "p"), [(1, 70, 3), (150, 33, 70)])
@@ -137,7 +137,7 @@ class WideLaws:
 
 
 @pytest.mark.gpu
-# a first run on a device is not to fail for somebody else's warning
+# a first run on a device must not fail for a warning of another package
 @pytest.mark.filterwarnings("default")
 class TestDevice(WideLaws):
     pass

@@ -1,4 +1,4 @@
-"""Exact derivatives in tiles: the laws of the op, and the way out of overflows."""
+"""Exact derivatives in tiles: the laws of the op, and its fallback for overflows."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_derivatives_in_tiles_are_those_of_the_definition(m, spread, is_causal):
 @needs_tiles
 def test_weights_that_overflow_are_left_to_blas(monkeypatch):
     query, key, value, grad = problem(200, 200, 32, 32, dtype=np.float32)
-    # the one key that outweighs all is none that the weights are relative to
+    # weights are not relative to the one key that outweighs all
     key[101] = 300 * query[5] / np.linalg.norm(query[5])
     options = {"scale": 1.0, "prefix_lengths": None}
     got = attend_vjp(query, key, value, grad, **options)

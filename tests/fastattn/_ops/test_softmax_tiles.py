@@ -1,4 +1,4 @@
-"""Exact attention in tiles: within its proven bound, and its way out of overflows."""
+"""Exact attention in tiles: within its proven bound, and its fallback for overflows."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def test_logits_that_grow_or_fall_along_the_keys_are_right(order, is_causal):
 def test_sums_that_overflow_are_left_to_blas(monkeypatch):
     rng = np.random.default_rng(0)
     query, key, value = rng.standard_normal((3, 200, 8)).astype(np.float32)
-    # the one key that outweighs all is none that the weights are relative to
+    # weights are not relative to the one key that outweighs all
     key[101] = 300 * query[5] / np.linalg.norm(query[5])
     out, norm = np.empty((200, 8), np.float32), np.empty(200, np.float32)
     assert serves(query, key, value)

@@ -1,4 +1,4 @@
-"""Products with functions by rows: those of BLAS, in tiles or not."""
+"""Products with basis functions, one to a line: by BLAS or in tiles."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Archives that promise one thing and hold another: refused before memory is taken."""
+"""Archives with false sizes or contents: refused before memory is taken."""
 
 import io
 import json

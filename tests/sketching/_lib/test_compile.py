@@ -1,4 +1,4 @@
-"""Compiled code without a folder to keep it in, and with damaged files of it."""
+"""Compiled code without a folder to cache it in, and with damaged cache files."""
 
 import itertools
 import os
@@ -81,7 +81,7 @@ def test_damaged_code_is_compiled_anew(tmp_path, want):
             file.write_bytes(bad[file])
     assert len(bad) >= 6
     assert run(CALLS, NUMBA_CACHE_DIR=str(tmp_path)) == want
-    # and kept, so that the next process need not
+    # and cached, so that the next process need not compile
     assert all(path.read_bytes() != data for path, data in bad.items())
     assert not list(tmp_path.rglob("*.tmp.*"))
 

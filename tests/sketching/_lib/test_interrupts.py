@@ -1,4 +1,4 @@
-"""An interrupt is heard, ends all blocks, and leaves nothing held or half written."""
+"""An interrupt ends all blocks, and leaves no lock held and no file half written."""
 
 import os
 import signal

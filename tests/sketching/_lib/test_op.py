@@ -1,4 +1,4 @@
-"""An op runs the body of the place where its arrays are."""
+"""An op runs the kernel of the place where its arrays are."""
 
 import numpy as np
 import pytest

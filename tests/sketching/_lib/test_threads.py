@@ -1,4 +1,4 @@
-"""BLAS is held to one thread while blocks run, and set free again, whatever comes."""
+"""BLAS is limited to one thread while blocks run, and restored in all cases."""
 
 import gc
 import subprocess

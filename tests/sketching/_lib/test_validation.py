@@ -1,4 +1,4 @@
-"""Checks let good input through and say what is wrong with bad."""
+"""Checks accept valid input and describe what is wrong with invalid input."""
 
 import re
 import warnings

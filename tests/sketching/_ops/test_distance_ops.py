@@ -1,4 +1,4 @@
-"""Fast bodies of the scans compute what their references compute."""
+"""Kernels of the scans compute what their references compute."""
 
 import numpy as np
 import pytest

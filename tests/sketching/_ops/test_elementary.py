@@ -1,4 +1,4 @@
-"""exp and maximum of the jitted bodies, against NumPy in long double."""
+"""exp and maximum of the numba kernels, against NumPy in long double."""
 
 import numpy as np
 import pytest

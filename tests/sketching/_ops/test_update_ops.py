@@ -1,4 +1,4 @@
-"""Updates of a metric: fast bodies against references, and rounding against truth."""
+"""Updates of a metric: kernels against references, rounding against exact results."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_a_factor_changes_by_one_update_after_the_other(r, k, rng):
 
 
 def problem(n, d, r, m, dtype, size=1.0):
-    """Points, vectors of updates, what is known of both, and updates seen by some."""
+    """Points, vectors of updates, statistics of both, and updates seen by some."""
     rng = np.random.default_rng(n + r)
     points = rng.standard_normal((n, d)).astype(dtype)
     left, right = size * rng.standard_normal((r, 4)), rng.standard_normal((r, d))
@@ -102,7 +102,7 @@ def test_norms_are_off_by_no_more_than_is_said(size, m):
     kept = arrays[0], vectors, of_points.copy(), seen, of_updates
     _, products = changed_norms(*kept, rounding=rounding, keep=True)
     assert np.abs(products - exact[0] @ exact[1][:40].T)[seen == 0].max() < 1e-4
-    # and by no more than a fresh norm may be, beside what single precision adds
+    # and by no more than a fresh norm may be, plus the rounding of single precision
     assert (got[1] <= want[1] + 3 * rounding * want[0]).all()
 
 

@@ -147,7 +147,7 @@ def test_no_cluster_stays_empty(rng):
     far = np.concatenate([points[:2], 1e3 + points[:3]])
     found = lloyd(points, far, max_iter=50, tol=0.0, **ADVANCE)
     assert len(np.unique(found.labels)) == 5
-    # what the centres are made of is told, points that were moved included
+    # the members of the centres are returned, points that were moved included
     means = [points[found.members == j].mean(axis=0) for j in range(5)]
     np.testing.assert_allclose(found.centers, means)
 

@@ -1,4 +1,4 @@
-"""scikit-learn faces of neighbours: the checks, brute force, pipelines."""
+"""scikit-learn wrappers of neighbours: the checks, brute force, pipelines."""
 
 import pickle
 
@@ -123,7 +123,7 @@ def test_every_kind_of_metric_is_taken(data, rng, kind):
 def test_an_update_of_the_metric_reaches_predictions(rng):
     X = rng.standard_normal((400, 2))
     y = (X[:, 0] > 0).astype(int)
-    # the metric looks along the wrong axis until it is turned
+    # the metric measures along the wrong axis until it is turned
     model = MahalanobisKNeighborsClassifier(metric=np.array([[0.0, 1.0]]))
     model.fit(X[:200], y[:200])
     assert model.score(X[200:], y[200:]) < 0.7

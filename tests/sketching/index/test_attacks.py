@@ -1,6 +1,6 @@
 """Attacks on sketches: a single one must fall, an ensemble that is sampled must hold.
 
-An adversary that has the sketch, or n answers for each query, or one, looks for a
+An adversary that has the sketch, or n answers for each query, or one, searches for a
 query that is far from a point and answered as near. A test of an attack first shows
 that it works: without that the defence would prove nothing.
 """
@@ -34,7 +34,7 @@ def index_of(mode, seed=0, eps=EPS):
 
 
 def matrices(index):
-    """What only a white box shows: the sketches, ``(L, m, d)``."""
+    """The sketches, ``(L, m, d)``, which only a white box shows."""
     return index._engine.sketch.matrices.astype(np.float64)
 
 
@@ -45,7 +45,7 @@ def ratio(index, direction, distance=10.0):
 
 
 def kernel_vector(rows, rng, seen=0.02):
-    """A unit direction that the rows see next to nothing of.
+    """A unit direction that the rows nearly annihilate.
 
     Estimates of the size of rounding are checked from the definition, so the adversary
     keeps the answer a little above.
@@ -94,7 +94,7 @@ def test_b_the_row_space_learned_from_answers():
 
 
 def climb(index, steps, rng):
-    """Keep what lowers the answer to one point; return the last answer over truth."""
+    """Accept steps that lower the answer to one point; return the last ratio."""
     direction = rng.standard_normal(D)
     direction /= np.linalg.norm(direction)
     best = ratio(index, direction)
@@ -104,7 +104,7 @@ def climb(index, steps, rng):
         answer = ratio(index, other)
         if answer < best:
             direction, best = other, answer
-    # what a query that is fresh to the adversary is told
+    # answers to queries that are fresh to the adversary
     return np.median([ratio(index, direction) for _ in range(5)])
 
 
@@ -130,19 +130,19 @@ def test_d_the_worst_direction_follows_its_law(sketches):
 
 
 def test_e_a_neighbour_hidden_by_over_estimation():
-    # the direction that a known sketch stretches most makes a true neighbour look far
+    # the direction that a known sketch stretches most makes a true neighbour appear far
     index = index_of(SINGLE)
     _, _, right = np.linalg.svd(matrices(index)[0])
     law = 1 + np.sqrt(D / ROWS)
     assert ratio(index, right[0]) == pytest.approx(law, rel=0.05)
-    # at 15, in a direction that is seen as it is, another point looks nearer
+    # at 15, in a direction that is not distorted, another point appears nearer
     query = POINTS[:1] + 10 * right[0]
     decoy = (
         query + 15 * right[np.abs(np.linalg.svd(matrices(index)[0])[1] - 1).argmin()]
     )
     index.insert(decoy)
     assert index.query(query).value[0].argmin() == N
-    # bounds that hold for certain cannot be led astray, nor can many sketches
+    # proven bounds cannot be misled, nor can many sketches
     for mode in (Filter(size=32), SAFE):
         other = index_of(mode)
         other.insert(decoy)
@@ -201,7 +201,7 @@ def test_the_failure_of_a_median_is_what_the_certificate_says(rows, sampled, eps
 
 
 def learned(k, total, seed, trials=400):
-    """Ask in the directions that so many answers about a point at zero have taught."""
+    """Query the directions that many answers about a point at zero have taught."""
     metric = MahalanobisMetric(np.eye(k))
     index = MahalanobisIndex(metric, mode=Adaptive(), eps=EPS, rng=seed)
     index.insert(np.zeros((1, k)))

@@ -1,4 +1,4 @@
-"""Points far from each other, and near ones far from the centre: nothing is lost."""
+"""Points far from each other, and near ones far from the centre: none is lost."""
 
 import numpy as np
 import pytest
@@ -164,7 +164,7 @@ def batch(rng, d, dtype, known):
 
 
 def play(seed):
-    """Change an index at random; ask after every change."""
+    """Change an index at random; query it after every change."""
     rng = np.random.default_rng(seed)
     k, d = (int(x) for x in rng.integers(1, 12, 2))
     dtype = (np.float32, np.float64)[seed % 2]

@@ -1,4 +1,4 @@
-"""Rows of 16-bit integers: how far a number is off, and rows at the edges."""
+"""Rows of 16-bit integers: their rounding errors, and rows at the limits."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""MahalanobisIndex: answers of every mode, hard data, and errors."""
+"""MahalanobisIndex: answers of every mode, difficult data, and errors."""
 
 import numpy as np
 import pytest
@@ -164,7 +164,7 @@ def test_adaptive_neighbours_that_estimates_settle(rng):
         ),
         # a flat spectrum leaves the scan
         (lambda rng: ((rng.standard_normal((300, 200)), np.eye(200)), 0.1), Exact),
-        # nor do sketches that are safe in every direction pay for a loose answer
+        # nor does a loose eps justify sketches that are safe in every direction
         (lambda rng: ((rng.standard_normal((20, 900)), np.eye(900)), 0.6), Exact),
     ],
 )

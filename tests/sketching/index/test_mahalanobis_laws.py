@@ -1,4 +1,4 @@
-"""Any sequence of verbs leaves what a rebuild would have, to rounding."""
+"""Any sequence of calls has the result of a rebuilt index, to rounding."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 class Verbs(RuleBasedStateMachine):
-    """An index beside a dictionary of points and a factor."""
+    """An index together with a dictionary of points and a factor."""
 
     mode, dtype = Exact(), np.float64
 
@@ -191,7 +191,7 @@ def test_many_small_updates_of_sketches_stay_within_the_promise():
         engine.flush()
         share = engine.sketch._off[:100] / engine.points.stats[0]
         largest = max(largest, float(share.max()))
-    # they were drawn anew before rounding was a part of the norm that matters
+    # they were drawn anew before rounding was a relevant part of the norm
     assert 1e-3 < largest**0.5 < 2.1e-3
     answer = index.query(x[:9])
     assert_within(answer.certificate, answer.value, distances(index.factor, x[:9], x))

@@ -1,4 +1,4 @@
-"""Points given back by number, all within a radius, and points of half the width."""
+"""Points returned by number, points within a radius, and points in 16 bits."""
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def test_all_points_within_a_radius(mode, dtype):
 def test_a_radius_may_be_zero_or_hold_everything(mode):
     index, x = filled(mode)
     at = index.points([12])
-    # in half the width points come back rounded to single precision
+    # with half_width points come back rounded to single precision
     radius = 1e-5 if mode == MODES["half"] else 0
     found, numbers = index.radius_neighbors(at, radius)
     assert numbers[0].tolist() == [12]
@@ -133,11 +133,11 @@ def test_half_width_is_exact_for_the_points_that_are_kept(size, dtype, rng):
     q = x[:5].astype(np.float32)
     answer = index.query(q)
     assert answer.value.dtype == np.float32
-    # from the centre, where the points are kept: no rounding of coordinates far off it
+    # relative to the centre, as points are stored: no rounding of the centre itself
     engine = index._engine
     kept, asked = engine.points.take(slice(None)), engine.points.centred(q)
     assert_within(answer.certificate, answer.value, distances(factor, asked, kept))
-    assert "as they are kept" in answer.certificate.source
+    assert "of the rounded points" in answer.certificate.source
 
 
 @DTYPES
