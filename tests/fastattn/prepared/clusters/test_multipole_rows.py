@@ -183,7 +183,7 @@ def decoding():
 def test_single_rows_are_within_the_certificate(decoding):
     prepared, query, key, value = decoding
     answer = prepared.query(query[1500:])
-    assert "probes" in answer.certificate.source
+    assert "held-out queries" in answer.certificate.source
     truth, logarithm = oracles.attention(query[1500:], key, value)
     error = oracles.frobenius_error(answer.value, truth)
     assert 0 < error <= answer.certificate.error <= TOL
@@ -225,7 +225,7 @@ def test_most_keys_are_far(decoding):
     prepared, query, _, _ = decoding
     head = prepared._heads[0]
     rows = (query[:300] @ head.transform.query_map).astype(np.float32)
-    *_, counts = head.rows.tree.ask(rows, head.buffer, head.rows.threshold)
+    *_, counts = head.rows.tree.evaluate(rows, head.buffer, head.rows.threshold)
     assert counts[:, 1].mean() < head.count / 4
 
 
@@ -288,12 +288,12 @@ def test_recent_keys_go_into_the_tree_and_old_structures_stay_true():
 def test_keys_that_break_the_certificate_are_answered_exactly():
     query, key, value = clustered(FEWEST_KEYS + 1808)
     prepared = prepared_over(key, value, query)
-    assert "probes" in prepared.query(query[-1:]).certificate.source
+    assert "held-out queries" in prepared.query(query[-1:]).certificate.source
     # they take away most of every answer: what is left is small, its error is not
     some = np.random.default_rng(1).permutation(len(key))[:1000]
     more, away = key[some], -value[some] * len(key) / 1000
     prepared.insert(more, away)
-    assert "probes" not in prepared.query(query[-1:]).certificate.source
+    assert "held-out queries" not in prepared.query(query[-1:]).certificate.source
     keys, values = np.concatenate([key, more]), np.concatenate([value, away])
     assert relative(prepared, query[1500:1540], keys, values) <= 1e-9
 
@@ -311,4 +311,4 @@ def test_where_it_does_not_pay_few_queries_are_exact(reason):
     answer = prepared.query(query[-2:])
     truth, _ = oracles.attention(query[-2:], key, value)
     assert_allclose(answer.value, truth, atol=1e-11)
-    assert "probes" not in answer.certificate.source
+    assert "held-out queries" not in answer.certificate.source
