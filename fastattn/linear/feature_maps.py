@@ -1,7 +1,7 @@
 """Feature maps without random numbers.
 
-The weight of a key for a query is the product of their features. All maps but
-:class:`Taylor` replace the weights of softmax by others; Taylor approximates them.
+The weight of a key for a query is the product of their features. :class:`Taylor`
+approximates the weights of softmax; the other maps have weights of their own.
 """
 
 import math
@@ -40,7 +40,7 @@ class Identity(FeatureMap):
         return x, None
 
     def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
-        """Return the slope as it is."""
+        """Return the gradient of the features."""
         return slope
 
 
@@ -68,7 +68,7 @@ class EluPlusOne(FeatureMap):
         return elu_plus_one(x), None
 
     def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
-        """Return the slope where ``x`` is positive, times ``exp(x)`` elsewhere."""
+        """Gradient of the features, times ``exp(x)`` where ``x`` is not positive."""
         xp = array_namespace(x)
         return slope * xp.where(x > 0, xp.ones_like(x), elu_plus_one(x))
 
@@ -97,7 +97,7 @@ class Relu(FeatureMap):
         return positive(x), None
 
     def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
-        """Return the slope where ``x`` is positive."""
+        """Gradient of the features where ``x`` is positive, else zero."""
         return _where_positive(x, slope)
 
 
@@ -143,7 +143,7 @@ class Cosformer(FeatureMap):
         return xp.concat([x * cosine, x * sine], axis=-1), None
 
     def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
-        """Turn the slopes back and keep them where ``x`` is positive."""
+        """Undo the rotation, and set to zero where ``x`` is not positive."""
         cosine, sine = self._turn(x, drawn.position)
         d = x.shape[-1]
         return _where_positive(x, slope[..., :d] * cosine + slope[..., d:] * sine)
@@ -194,7 +194,7 @@ class Taylor(SoftmaxFeatures):
 
 
 def pairs_vjp(x: Array, slope: Array) -> Array:
-    """Differentiate the products in pairs that end the answer of ``squares``."""
+    """Gradient with respect to ``x`` of its products in pairs, as of ``squares``."""
     xp = array_namespace(x)
     d, place = x.shape[-1], 0
     total = xp.zeros_like(x)
