@@ -201,7 +201,7 @@ BAD = {
     ),
     "two.npz": (
         _npz(q=X, k=X, v=X, Q=X, K=X, V=X),
-        "expected one of the namings .* found them all",
+        "expected arrays of one of .* found all of them",
     ),
     "pickle.npz": (
         _npz(q=X, k=X, v=np.array([{}, []], dtype=object)),

@@ -1,4 +1,4 @@
-"""Heads larger than the memory they may use: read in pieces, worth the same."""
+"""Heads larger than the memory that they may use: read in blocks, with one result."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ TINY = "20KB"
 
 @pytest.fixture
 def arrays(rng):
-    """Logits that a low rank serves, of more keys than a piece has."""
+    """Logits of low rank, with more keys than a block."""
     query, key = (
         0.5 * rng.standard_normal((n, 8)).astype(np.float32) for n in (700, 5000)
     )
@@ -134,7 +134,7 @@ def test_exact_is_exact_for_grouped_heads(tmp_path, rng, stored):
         path, "--method", "exact", "--scale", -1.5, memory="1GB"
     )
     assert [x["head"] for x in heads] == [[i, j] for i in (0, 1) for j in range(3)]
-    assert all("streamed in 3 pieces" in x["source"] for x in heads)
+    assert all("streamed in 3 blocks" in x["source"] for x in heads)
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6)
     np.testing.assert_allclose(logarithm, whole_log, rtol=0, atol=1e-5)
 
