@@ -80,7 +80,7 @@ def prepare_head(
     """
     if isinstance(method, Exact) or request.count == 0:
         exact = method if isinstance(method, Exact) else Exact()
-        reason = "asked for" if exact is method else "no key to plan with"
+        reason = "requested" if exact is method else "no key to plan with"
         return request.fill(_exact(request, exact, reason, rng))
     if isinstance(method, Auto):
         return _cheapest(request, rng)
@@ -123,7 +123,7 @@ def _proven(
     head = replace(request.head, query=with_room(request.head.query))
     expansion = method.expansion(head, request.tol, "proven", rng, MAX_BLOCKS)
     return ProvenHead.of(
-        _plan_of(head, expansion, "minimax", "asked for"), expansion, head
+        _plan_of(head, expansion, "minimax", "requested"), expansion, head
     )
 
 
@@ -142,11 +142,11 @@ def _polynomial(
     if method.fits_a_basis:
         empty = method.structure(head, rng)
         state = LowRankState(empty)
-        plan = _lowrank_plan(head, empty.rank, empty.landmarks, math.nan, "asked for")
+        plan = _lowrank_plan(head, empty.rank, empty.landmarks, math.nan, "requested")
     else:
         expansion = method.expansion(head, request.tol, "sampled", rng)
         state = MonomialState.of(expansion, head.scale)
-        plan = _plan_of(head, expansion, method.basis, "asked for")
+        plan = _plan_of(head, expansion, method.basis, "requested")
     found = _filled(request, plan, state, split, MARGIN)
     error, refused = found.held_out.error(), refused_share(found)
     if refused > _REFUSED:

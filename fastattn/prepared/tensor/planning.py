@@ -57,7 +57,7 @@ def _planned(
 ) -> TensorStructure:
     """A structure without keys."""
     if isinstance(method, Exact):
-        return _exact(head, method, "asked for", rng)
+        return _exact(head, method, "requested", rng)
     if not isinstance(method, (Auto, Polynomial)):
         raise TypeError(
             f"method: {method!r} cannot be prepared for tensor attention: expected "
@@ -73,7 +73,7 @@ def _planned(
     if head.sizes[1] == 0:
         return _exact(head, Exact(), "no tuple to plan with", rng)
     if isinstance(method, Polynomial):
-        return _state(head, tol, method, "asked for")
+        return _state(head, tol, method, "requested")
     try:
         found = _state(head, tol, Polynomial(), "predicted to be faster")
     except RefusalError as error:

@@ -1,4 +1,4 @@
-"""Proven bounds of prepared structures hold for every row within their extents."""
+"""Certificates of proven structures hold for all rows within their bounds."""
 
 import numpy as np
 import pytest

@@ -30,12 +30,12 @@ class TestSummarise(OpLaws):
         return [x.astype(dtype) for x in (*arrays, np.ones(3))], {"start": start}
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # variances reach some hundreds, and what is left of them is a difference
+        # variances are up to some hundreds, and computed as differences
         return 1e5 * np.finfo(arrays[0].dtype).eps
 
 
 def clustered(m, d=8, p=5, seed=0, centres=64, spread=0.25, dtype=np.float64):
-    """Keys about centres, values that follow them, and queries that look for some."""
+    """Keys in clusters, values that depend on them, and queries near some clusters."""
     rng = np.random.default_rng(seed)
     centre, mean = rng.standard_normal((centres, d)), rng.standard_normal((centres, p))
     label = rng.integers(centres, size=m)
@@ -189,7 +189,7 @@ def test_single_rows_are_within_the_certificate(decoding):
     assert 0 < error <= answer.certificate.error <= TOL
     assert np.sqrt(np.mean((answer.log_normalizer - logarithm) ** 2)) <= TOL
     assert prepared.certificate.error == answer.certificate.error
-    # rows do not depend on who is asked with them, but for BLAS, which may add in
+    # rows do not depend on the other rows of a call, except that BLAS may add in
     # another order for one row
     one = prepared.query(query[1500:1501])
     assert_allclose(one.value[0], answer.value[0], rtol=1e-5, atol=1e-6)
