@@ -135,7 +135,7 @@ def test_auto_takes_a_low_rank_for_causal_heads():
     got = attention_vjp(*inputs, **options)
     truth = attention_vjp(*inputs, method=Exact(), **options)
     worst = max(oracles.frobenius_error(x, y) for x, y in zip(got, truth, strict=True))
-    # not exact, and good enough
+    # not exact, and within the tolerance
     assert 1e-5 < worst <= 9e-2
 
 
@@ -163,7 +163,7 @@ def test_a_long_first_chunk_is_exact(first):
 
 
 class TestFirstChunks:
-    """How long the first chunk must be is told by a few rows and keys."""
+    """The length of the first chunk is chosen by a pilot run on few rows and keys."""
 
     @pytest.fixture(autouse=True)
     def _short_chunks(self, monkeypatch):
