@@ -117,18 +117,18 @@ def _change(
     return xp.concat([grad, minus_delta], axis=1) * reciprocal(total)[:, None]
 
 
-def _by_query(part: LinearHead, rows: slice, slope: Array) -> Array:
+def _by_query(part: LinearHead, rows: slice, grad: Array) -> Array:
     """Gradient of queries from that of their features."""
     position = np.arange(rows.start, rows.stop)
-    return part.features.query_vjp(part.head.query[rows, :], position, slope)
+    return part.features.query_vjp(part.head.query[rows, :], position, grad)
 
 
-def _by_key(part: LinearHead, keys: slice, slope: Array) -> Array:
+def _by_key(part: LinearHead, keys: slice, grad: Array) -> Array:
     """Gradient of keys from that of their features."""
-    return part.features.key_vjp(part.head.key[keys, :], part.column[keys], slope)
+    return part.features.key_vjp(part.head.key[keys, :], part.column[keys], grad)
 
 
-def _by_value(slope: Array, log: Array | None, top: Array | None, p: int) -> Array:
+def _by_value(grad: Array, log: Array | None, top: Array | None, p: int) -> Array:
     """Gradient of values from that of ``[value, 1]`` times the keys' factors."""
-    slope = slope[:, :p]
-    return slope if log is None else slope * array_namespace(slope).exp(log - top)
+    grad = grad[:, :p]
+    return grad if log is None else grad * array_namespace(grad).exp(log - top)

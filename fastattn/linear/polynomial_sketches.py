@@ -68,10 +68,10 @@ class TensorSketch(FeatureMap):
         """Sketch the rows."""
         return projections.TensorSketch(drawn.constants).apply(self._extended(x)), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate the convolution."""
         sketch = projections.TensorSketch(drawn.constants)
-        return sketch.vjp(self._extended(x), slope)[..., : x.shape[-1]]
+        return sketch.vjp(self._extended(x), grad)[..., : x.shape[-1]]
 
     def _extended(self, x: Array) -> Array:
         if self.constant == 0:
@@ -145,11 +145,11 @@ class PolySketch(FeatureMap):
         start = sketch.shape[-1] + 1
         return squares(sketch)[..., start:] * 2**0.5, None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate level by level."""
         xp = array_namespace(x)
         levels, flip = self._levels(x, drawn.constants), xp.matrix_transpose
-        change = pairs_vjp(levels[-1], slope * 2**0.5)
+        change = pairs_vjp(levels[-1], grad * 2**0.5)
         for j in reversed(range(len(levels) - 1)):
             first, second = drawn.constants[2 * j : 2 * j + 2]
             left = xp.matmul(levels[j], first), xp.matmul(levels[j], second)

@@ -52,8 +52,8 @@ class FeatureMap(Protocol):
         """Features, ``(..., n, r)``, and logarithms of factors, ``(..., n, 1)``."""
         ...
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
-        """Gradient of ``sum(slope * features * exp(log - c))`` with respect to ``x``.
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
+        """Gradient of ``sum(grad * features * exp(log - c))`` with respect to ``x``.
 
         Features and ``log``, the logarithms of their factors, are functions of ``x``;
         ``c`` is the value of ``log``, held constant.
@@ -100,20 +100,20 @@ class Reader:
         """Features of keys, and the logarithms of their factors."""
         return self._apply(x, self.factors[1], position)
 
-    def query_vjp(self, x: Array, position: Any, slope: Array) -> Array:
+    def query_vjp(self, x: Array, position: Any, grad: Array) -> Array:
         """Gradient with respect to queries."""
-        return self._vjp(x, self.factors[0], position, slope)
+        return self._vjp(x, self.factors[0], position, grad)
 
-    def key_vjp(self, x: Array, position: Any, slope: Array) -> Array:
+    def key_vjp(self, x: Array, position: Any, grad: Array) -> Array:
         """Gradient with respect to keys."""
-        return self._vjp(x, self.factors[1], position, slope)
+        return self._vjp(x, self.factors[1], position, grad)
 
     def _apply(self, x: Array, factor: float, position: Any) -> Features:
         return self.map.apply(self._scaled(x, factor), self._drawn(x, position))
 
-    def _vjp(self, x: Array, factor: float, position: Any, slope: Array) -> Array:
+    def _vjp(self, x: Array, factor: float, position: Any, grad: Array) -> Array:
         drawn = self._drawn(x, position)
-        return self.map.vjp(self._scaled(x, factor), drawn, slope) * factor
+        return self.map.vjp(self._scaled(x, factor), drawn, grad) * factor
 
     def _scaled(self, x: Array, factor: float) -> Array:
         xp = array_namespace(x)

@@ -102,16 +102,16 @@ class RandomFeatures(SoftmaxFeatures):
         found, peak = exponentials(xp.concat([along, -along], axis=-1))
         return found * (2 * self.size) ** -0.5, peak - half
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate the exponents, or the angles."""
         xp = array_namespace(x)
         features, _ = self.apply(x, drawn)
-        change = features * slope
+        change = features * grad
         total = xp.sum(change, axis=-1, keepdims=True)
         first, second = slice(None, self.size), slice(self.size, None)
         if self.kind == "trigonometric":
-            along = features[..., first] * slope[..., second]
-            along = along - features[..., second] * slope[..., first]
+            along = features[..., first] * grad[..., second]
+            along = along - features[..., second] * grad[..., first]
         else:
             total, along = -total, change
             if self.kind == "hyperbolic":
@@ -176,7 +176,7 @@ class RandomMaclaurin(SoftmaxFeatures):
         parts = [xp.matmul(x, omega) for omega in signs]
         return factor * _product(x, parts, self.size), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate factor by factor."""
         xp = array_namespace(x)
         factor, *signs = drawn.constants
@@ -184,7 +184,7 @@ class RandomMaclaurin(SoftmaxFeatures):
         total = xp.zeros_like(x)
         for j, omega in enumerate(signs):
             others = _product(x, parts[:j] + parts[j + 1 :], self.size)
-            change = (factor * slope * others)[..., : omega.shape[1]]
+            change = (factor * grad * others)[..., : omega.shape[1]]
             total = total + xp.matmul(change, xp.matrix_transpose(omega))
         return total
 

@@ -73,7 +73,7 @@ def _configured(
         reliable = total > least_total(xp, total.dtype)
         reliable = xp.logical_and(reliable, xp.isfinite(total))
         logarithm = xp.log(xp.where(reliable, total, xp.ones_like(total))) + answer.log
-        nothing = xp.full_like(total, xp.nan)
-        return answer.value, xp.where(reliable, logarithm, nothing), reliable
+        undefined = xp.full_like(total, xp.nan)
+        return answer.value, xp.where(reliable, logarithm, undefined), reliable
 
     return ConfiguredMethod(plan, run, math.inf)
