@@ -169,11 +169,11 @@ class StateHead:
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Answer queries; refuse if held-out queries miss ``tol``, and far queries."""
-        promise = self.certificate(tol, guarantee, rng)
-        if not promise.error <= tol:
+        certified = self.certificate(tol, guarantee, rng)
+        if not certified.error <= tol:
             raise RefusalError(
                 f"{self.plan.method} misses tol={tol:g} after {self.count} keys: "
-                f"{promise.error:.2e} is certified ({promise.source}); prepare anew "
+                f"{certified.error:.2e} is certified ({certified.source}); prepare anew "
                 "with queries and keys like those to come, a larger rank, a larger "
                 "tol, or method=Exact()"
             )
@@ -184,7 +184,7 @@ class StateHead:
             _check_near(reliable, self.plan.method)
             summed = value, logarithm
             found = merge_partials(summed, found) if self.tail.count else summed
-        return HeadAnswer.under(promise, *head.finish(*found), self.plan)
+        return HeadAnswer.under(certified, *head.finish(*found), self.plan)
 
     def certificate(
         self,

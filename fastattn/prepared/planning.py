@@ -166,7 +166,7 @@ def _polynomial(
 
 def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
     """The cheapest state that meets the tolerance, else a KV buffer."""
-    reason = "no cheaper method meets the tolerance"
+    reason = "nothing cheaper meets the tolerance"
     if request.guarantee == "proven":
         try:
             empty = _proven(request, Polynomial(), rng)

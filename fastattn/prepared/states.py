@@ -86,16 +86,16 @@ class LowRankState:
     def empty(self) -> "LowRankState":
         """Return the state without keys."""
         old = self.structure
-        nothing = np.zeros_like(old.sums)
+        zeros = np.zeros_like(old.sums)
         return LowRankState(
             replace(
                 old,
                 count=0,
-                sums=nothing,
+                sums=zeros,
                 bounds=_no_bounds(len(old.value_center)),
                 far_key=old.far_key[:0],
                 far_value=old.far_value[:0],
-                weights=nothing,
+                weights=zeros,
             )
         )
 

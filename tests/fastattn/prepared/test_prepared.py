@@ -1,4 +1,4 @@
-"""Prepared structures keep their laws, and what they promise of their certificates."""
+"""Prepared structures: laws, and the failure rates of their certificates."""
 
 import tracemalloc
 
