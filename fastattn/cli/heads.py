@@ -181,7 +181,7 @@ class Answers:
 
     @staticmethod
     @contextmanager
-    def beside(output: str, problem: FileHeads) -> Iterator["Answers"]:
+    def in_folder_of(output: str, problem: FileHeads) -> Iterator["Answers"]:
         """Open the files in the folder of the output."""
         with ExitStack() as stack:
             one, two = (

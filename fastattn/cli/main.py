@@ -177,7 +177,7 @@ def _attend(options: Any) -> _Answer:
     problem = FileHeads.of(options)
     problem.check_room()
     heads: list[dict[str, Any]] = []
-    with Answers.beside(options.output, problem) as answers:
+    with Answers.in_folder_of(options.output, problem) as answers:
 
         def streamed(head: FileHead, **wanted: Any) -> Any:
             # heads come in C order

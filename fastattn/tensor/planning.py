@@ -36,7 +36,7 @@ from sketching._lib.certificate import RefusalError
 _TIME_SHARE = 0.8
 # heads with less work than this are computed exactly: planning costs as much
 _LITTLE_WORK = 1 << 22
-_FEW = "too few tuples: planning would cost more than it saves"
+_FEW = "too few tuples: planning costs more than it saves"
 # Auto() refuses exact attention with more work than this: it would take hours
 _ENDLESS = 1e14
 
@@ -180,7 +180,7 @@ def tensor_candidates(
     found, plan = _considered(head, tol, guarantee, rng)
     yield Candidate(plan, accepted=found is not None)
     endless = exact_work(*head.sizes) > _ENDLESS
-    reason = _endless(head) if endless else "no cheaper method meets the tolerance"
+    reason = _endless(head) if endless else "nothing cheaper meets the tolerance"
     yield Candidate(exact_plan(head, Exact(), reason), accepted=not endless)
 
 

@@ -124,7 +124,7 @@ def test_mixed_norms_are_stated_relatively():
 
 @pytest.mark.parametrize("wrong", [-3.0, 2.0, 30.0])
 def test_bound_holds_whatever_the_weights_of_approximate_parts(wrong):
-    # as where nothing is claimed of its weights
+    # as if the errors of its weights were unknown
     inputs = problem(spread=0.5)
     options = {"method": Polynomial(), "guarantee": "proven", "tol": 1e-3}
     first, second = split(*inputs, [20], **options)

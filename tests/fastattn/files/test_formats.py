@@ -173,7 +173,7 @@ def _encrypted():
 
 
 def _wide_member():
-    # the header promises more than the member holds
+    # the header claims more bytes than the member has
     file = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (2**40, 4)}
     with zipfile.ZipFile(file, "w") as archive:

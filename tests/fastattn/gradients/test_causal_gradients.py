@@ -156,7 +156,7 @@ def test_a_long_first_chunk_is_exact(first):
         gradients[0][: first - 1], truth[0][: first - 1], rtol=1e-9
     )
     assert not np.allclose(gradients[0][first:], truth[0][first:], rtol=1e-3)
-    # nothing is by the basis but what rows behind the chunk make of keys before theirs
+    # low-rank: only rows after the first chunk, over the keys of earlier chunks
     assert np.all(far[0][: first - 1] == 0)
     assert np.all(far[0][first:] != 0)
     assert np.all(far[1][:first] != 0)

@@ -279,7 +279,7 @@ def test_what_clusters_do_not_serve_is_refused():
 
 
 def test_keys_that_are_alike_may_have_other_values():
-    # no threshold makes them near, but each gets what its own value is worth
+    # no threshold makes them near, but the gradient of a key depends on its value
     query, key, value, grad = sharp(dtype=np.float64)
     key[::2] = key[3]
     inputs = query, key, value, grad

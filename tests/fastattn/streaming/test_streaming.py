@@ -179,7 +179,7 @@ def test_sums_that_miss_over_all_keys_are_not_used(
     tmp_path, capsys, arrays, monkeypatch, method
 ):
     plan = streaming._plan
-    # what a sample can promise where it is unlike the keys
+    # as if the sample were unlike the keys, and its error smaller
     monkeypatch.setattr(streaming, "_plan", lambda head, _, *x: plan(head, 0.3, *x))
     path = save(tmp_path, as_dtype(arrays, np.float32))
     options = ["--tol", 1e-4, "--method", method]
