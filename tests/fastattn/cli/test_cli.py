@@ -386,7 +386,7 @@ def test_importing_the_command_is_light():
 
 
 def test_the_module_is_a_program_whose_reader_may_leave(source):
-    command = [sys.executable, "-m", cli.__name__, "explain", source]
+    command = [sys.executable, "-m", cli.__package__, "explain", source]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

@@ -286,7 +286,7 @@ def test_shapes_are_refused_as_in_memory(tmp_path, capsys, arrays, name, command
 REFUSED = {
     "--causal": "causal attention needs the keys of a head in memory",
     "--method multipole": "Multipole needs the keys of a head in memory",
-    "--method polynomial --guarantee proven": "proven sums need the keys",
+    "--method polynomial --guarantee proven": "a proven state needs the keys",
     "--method polynomial --tol 1e-9": "Polynomial(",
     "--method exact --tol 1e-12": "is below what float32 holds",
     "--guarantee proven --tol 1e-18": "cannot be proven: rounding in float64",
