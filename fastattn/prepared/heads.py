@@ -173,9 +173,9 @@ class StateHead:
         if not certified.error <= tol:
             raise RefusalError(
                 f"{self.plan.method} misses tol={tol:g} after {self.count} keys: "
-                f"{certified.error:.2e} is certified ({certified.source}); prepare anew "
-                "with queries and keys like those to come, a larger rank, a larger "
-                "tol, or method=Exact()"
+                f"{certified.error:.2e} is certified ({certified.source}); prepare "
+                "anew with queries and keys like those to come, a larger rank, a "
+                "larger tol, or method=Exact()"
             )
         head = Head(query, self.tail.key, self.tail.value, self.held_out.scale)
         found = head.attend()
