@@ -133,7 +133,7 @@ def _single(head, tol, quick):
         "tol": tol,
         "certified": answer.certificate.error,
         "realised": error,
-        "by clusters": "probes" in answer.certificate.source,
+        "by clusters": "held-out queries" in answer.certificate.source,
         **spread("times faster than the exact op", faster(call, exact, pairs=pairs)),
         **_over_sdpa(call, head, asked, pairs),
     }, call

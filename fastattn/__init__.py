@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from sketching._lib.certificate import Certificate as Certificate
     from sketching._lib.certificate import RefusalError as RefusalError
 
-# where each public name lives; a module is imported when one of its names is first used
+# the module of each public name, which is imported when one of its names is first used
 _HOMES = {
     "fastattn._attention": ("approximate", "attention", "explain"),
     "fastattn._tensor_attention": ("tensor_attention",),

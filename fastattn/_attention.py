@@ -55,17 +55,17 @@ def attention(
     scale : float, optional
         The factor :math:`s`. By default ``d ** -0.5``.
     is_causal : bool, default False
-        Query ``i`` sees keys ``j <= i`` only, as in scaled_dot_product_attention.
+        Query ``i`` attends to keys ``j <= i`` only, as in scaled_dot_product_attention.
     key_mask : boolean array, shape (..., m), optional
-        True for keys that take part. A row that sees no key gets zeros. Leading
+        True for keys that take part. A row that attends to no key gets zeros. Leading
         dimensions align with those of the heads from the right; an axis of queries of
-        length 1, ``(..., 1, m)``, is taken as ``scaled_dot_product_attention`` takes
-        it. A mask for each sequence, (batch, m), is passed as ``mask[:, None]``.
+        length 1, ``(..., 1, m)``, is accepted as in ``scaled_dot_product_attention``. A
+        mask for each sequence, (batch, m), is passed as ``mask[:, None]``.
     method : AttentionMethod, optional
         ``Auto()`` by default. A method that cannot meet ``tol`` is refused.
     guarantee : {"sampled", "proven"}
-        What the certificate rests on: rows computed exactly after the fact, or a
-        worst-case bound over all rows from the inputs' own extent.
+        What the certificate rests on: a sample of rows that are computed exactly after
+        the output, or a worst-case bound for all rows from bounds on the inputs.
     rng : int or Generator, optional
         Source of the samples; an int makes the call reproducible.
 
@@ -143,11 +143,11 @@ def approximate(
         ``value``, shape (..., n, p); ``certificate``; ``plan``; ``log_normalizer``,
         shape (..., n), the log-sum-exp of each row's logits. For a batch the fields of
         the certificate and the plan are arrays over the leading dimensions.
-        The certificate is about ``value``. What is known of ``log_normalizer`` is
-        ``log_normalizer_error``, shape (..., n): for exact attention, proven
-        polynomials and rounded factors a bound on each row's error. Where it is None,
-        as for landmarks and clusters, or infinite, nothing is promised of the
-        log-sum-exps: they are not certified and may be off by more than one.
+        The certificate is about ``value``. The error of ``log_normalizer`` is bounded
+        by ``log_normalizer_error``, shape (..., n), for exact attention, proven
+        polynomials and ``Quantized``. Where that is None, as for landmarks and
+        clusters, or infinite, the log-sum-exps are not certified, and their errors may
+        exceed one.
 
     Examples
     --------
@@ -194,15 +194,15 @@ def explain(
     tol, scale, is_causal, key_mask, method, guarantee, rng
         As in :func:`attention`.
     run : bool, default False
-        Run every candidate, the refused ones too, to see what they would have done:
-        the time taken, the certified and the measured error. One that is predicted to
-        take more than five minutes does not run.
+        Also run every candidate, the refused ones too, and report its time, certified
+        error and measured error. Candidates that are predicted to take more than five
+        minutes are not run.
 
     Returns
     -------
     Explanation
-        ``str()`` of it is a table: per head, each method, accepted or why not,
-        predicted time and error; with ``run``, also what came out.
+        ``str()`` of it is a table: per head, each method, accepted or the reason of its
+        refusal, predicted time and error; with ``run``, also the measured ones.
 
     Examples
     --------
@@ -225,7 +225,7 @@ def explain(
     if not run:
         return Explanation(problem.lead, heads)
     exact = form.exact(method)
-    # one after the other: times are to be those of a head that is alone
+    # sequentially, so that times are those of a single head
     runs = tuple(
         run_candidates(
             head.trimmed(), candidates, tol, guarantee, stream, form.solve, exact
@@ -242,10 +242,10 @@ def _each_head(
     streams: list[np.random.Generator],
     work: Callable[[Any, np.random.Generator], _T],
 ) -> list[_T]:
-    """Call ``work`` for every head with a stream of its own, side by side on the CPU.
+    """Call ``work`` for every head with its own random stream, in parallel on the CPU.
 
-    BLAS is held to one thread even for one head: what several threads compute may
-    differ in the last place from what one does.
+    BLAS has one thread, even for one head: results may differ in the last digit with
+    the number of threads.
     """
     if place_of(problem.query) != "cpu":
         return [
@@ -263,20 +263,20 @@ def _each_head(
 
 @dataclass(frozen=True)
 class _Form:
-    """How inputs become heads, and heads are answered."""
+    """The functions for pairwise or for tensor attention."""
 
     batch: type[Any]
     solve: Callable[..., HeadAnswer]
     candidates: Callable[..., Iterator[Candidate]]
-    # whether a method stands for exact attention, which it can be compared with
+    # whether a method approximates exact attention, with which it can be compared
     exact: Callable[[Method], bool]
 
 
 def _form(key: Any) -> _Form:
-    """A tuple of keys stands for the factors of tensor attention."""
+    """The form of attention by the type of ``key``; a tuple means tensor attention."""
     if not isinstance(key, tuple):
         return _Form(Batch, _solve, _candidates, lambda _: True)
-    # loaded by those who use it: it is a fifth of what everybody else waits for
+    # imported on use: it would add a fifth to the time of import
     from fastattn.tensor.mechanisms import TensorMethod
     from fastattn.tensor.planning import solve_tensor, tensor_candidates
     from fastattn.tensor.problem import TensorBatch
@@ -304,10 +304,10 @@ def _candidates(method: Method, head: Head, *options: Any) -> Iterator[Candidate
 
 
 def _why_exact(method: Method, head: Head) -> str:
-    """Say why a head is exact whatever the method, if it is."""
+    """The reason why a head is exact whatever the method, or an empty string."""
     if not head.sizes[1]:
         return "there is no key to attend to"
-    # others are planned, and judged, by logits of a sample
+    # approximate methods are planned and certified with logits of a sample
     if isinstance(method, Auto) and may_overflow(head):
         return f"logits may overflow {head.dtype}"
     return ""

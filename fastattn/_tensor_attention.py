@@ -1,4 +1,4 @@
-"""Tensor attention: every query looks at tuples of keys, one key of each factor."""
+"""Tensor attention: queries attend to tuples of keys, one key of each factor."""
 
 from typing import Any
 
@@ -46,18 +46,19 @@ def tensor_attention(
     scale : float, optional
         The factor :math:`s`. By default ``1 / d``.
     is_causal : bool, default False
-        Query ``i`` sees tuples whose keys are all numbered ``<= i``.
+        Query ``i`` attends to tuples whose keys all have indices ``<= i``.
     key_mask : tuple of boolean array, shapes (..., m), or None, optional
         True for keys that take part, an entry for each factor, each as in
-        :func:`attention`, None for all keys. A row that sees no tuple gets zeros.
+        :func:`attention`, None for all keys. A row that attends to no tuple gets zeros.
     method : AttentionMethod, optional
         ``Auto()`` by default; ``Exact()`` or ``Polynomial()``; ``TensorWindow()`` for
-        tuples of near keys only, ``StrassenAttention()`` and ``PathAttention()`` for
-        scores of other forms. A method that cannot meet ``tol`` is refused.
+        causal windows of keys, ``StrassenAttention()`` and ``PathAttention()`` for
+        logits that are sums over pairs. A method that cannot meet ``tol`` is refused.
     guarantee : {"sampled", "proven"}
-        A row computed exactly costs as much as there are tuples: where few rows can
-        be, a sampled certificate rests on sampled tuples; ``certificate.source`` says
-        how many. A proven one is a worst case from the inputs' own extent.
+        An exact row costs one logit for each tuple. Where that is too expensive for
+        enough rows, a sampled certificate rests on sampled tuples;
+        ``certificate.source`` says how many. A proven one is a worst-case bound from
+        bounds on the inputs.
     rng : int or Generator, optional
         Source of the samples; an int makes the call reproducible.
 

@@ -1,4 +1,4 @@
-"""scikit-learn faces: feature maps as transformers before a linear model."""
+"""scikit-learn wrappers: feature maps as transformers before a linear model."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class _Sampler(
     """A feature map that is drawn in ``fit`` and applied in ``transform``."""
 
     def fit(self, X: Array, y: Any = None) -> Any:  # noqa: ARG002
-        """Draw the map for rows of as many entries as those of ``X``."""
+        """Draw the map for rows of the width of ``X``."""
         X = validate_data(self, X, dtype=_DTYPES)
         self._check()
         seed = check_random_state(self.random_state).randint(2**31 - 1)
@@ -49,7 +49,7 @@ class _Sampler(
         features = features[:, : self.n_components]
         if log is None:
             return features
-        # the Gaussian kernel is the exponential one over the factors of its rows
+        # exp(-|x - y|^2 / 2) = exp(x . y) exp(-|x|^2 / 2) exp(-|y|^2 / 2)
         half = np.sum(scaled**2, axis=1, keepdims=True) / 2
         return features * np.exp(log - half)
 
@@ -62,23 +62,24 @@ class _Sampler(
 class RandomFeatureSampler(_Sampler):
     r"""Random features of the Gaussian kernel :math:`e^{-\gamma |x - y|^2}`.
 
-    They are those of :class:`fastattn.RandomFeatures` over :math:`e^{|x|^2/2}`, for
-    rows times :math:`\sqrt{2\gamma}`: with orthogonal directions, and without an
-    offset, their variance is below that of scikit-learn's ``RBFSampler``.
+    They are the features of :class:`fastattn.RandomFeatures` for rows times
+    :math:`\sqrt{2\gamma}`, divided by :math:`e^{|x|^2/2}`. With orthogonal directions,
+    and without a random offset, their variance is below that of scikit-learn's
+    ``RBFSampler``.
 
     Parameters
     ----------
     gamma : float, default 1.0
         The factor :math:`\gamma`.
     n_components : int, default 100
-        Number of features. Kinds with two features for each direction leave the last
-        one out where the number is odd.
+        Number of features. Kinds with two features for each direction drop the last
+        one if the number is odd.
     kind : {"trigonometric", "positive", "hyperbolic"}
         As in :class:`fastattn.RandomFeatures`.
     orthogonal : bool, default True
         As in :class:`fastattn.RandomFeatures`.
     random_state : int, RandomState instance or None, default None
-        Where the directions come from.
+        Source of the directions.
 
     Attributes
     ----------
@@ -141,7 +142,7 @@ class TensorSketchSampler(_Sampler):
     n_components : int, default 100
         Number of features.
     random_state : int, RandomState instance or None, default None
-        Where the sketch comes from.
+        Source of the sketch.
 
     Attributes
     ----------

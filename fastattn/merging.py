@@ -1,11 +1,12 @@
-"""Merging answers over disjoint sets of keys, with what the parts' bounds promise.
+r"""Merging answers over disjoint sets of keys, with a certificate from those of parts.
 
-Row by row, the answer over the union of the keys is the mean of the parts' answers
-weighted by ``exp(log_normalizer)``. Each part errs in its answer, which its certificate
-bounds, and in its weight. If every log weight is off by at most ``eta``, odds between
-two groups of parts are off by a factor of ``exp(2 eta)`` at most, so that a mean of
-numbers within a range R moves by at most ``R tanh(eta / 2)``. Where nothing is known of
-the weights, ``eta`` is infinite and the whole range between the parts remains.
+For each row, the answer over the union of the keys is the mean of the parts' answers
+with weights ``exp(log_normalizer)``. Each part has an error of its answer, which its
+certificate bounds, and an error of its weight. If all log-sum-exps have errors of at
+most :math:`\eta`, the ratio of the weights of two groups of parts changes by a factor
+of at most :math:`e^{2 \eta}`, so that a mean of numbers within a range :math:`R`
+changes by at most :math:`R \tanh(\eta / 2)`. Where errors of log-sum-exps are unknown,
+:math:`\eta` is infinite, and this bound is :math:`R`, the range of the parts' answers.
 """
 
 import math
@@ -28,10 +29,10 @@ from sketching._lib.arrays import (
 )
 from sketching._lib.certificate import Approximation, Certificate
 
-# no number of keys has a larger logarithm
+# bound on the logarithm of a number of keys
 _LOG_COUNT = 50.0
-# roundings of one weight and its share in the sums, in float64: that of an exponent x
-# counts |x| exp(x), less than one
+# rounding errors of one weight and its share in the sums, in float64: the error of an
+# exponent x <= 0 counts |x| exp(x), less than one
 _ROUNDINGS = 32
 
 
@@ -60,16 +61,16 @@ def merge_answers(answers: Sequence[Approximation]) -> Approximation:
     Parameters
     ----------
     answers : sequence of Approximation
-        What :func:`approximate` gave for each set of keys. Values, and
-        log-normalizers, have one shape, dtype and library.
+        Results of :func:`approximate` for each set of keys. Their values, and their
+        log-normalizers, must have one shape, dtype and library.
 
     Returns
     -------
     Approximation
         ``value`` and ``log_normalizer`` over all keys, with ``log_normalizer_error``
-        where that of a row of every part is known. The certificate has norm "max" if
-        all parts have, else "relative-frobenius"; ``failure`` is at most the sum of the
-        parts'. ``plan`` holds the parts' plans.
+        for rows in which every part has one. The certificate has norm "max" if all
+        parts do, else "relative-frobenius"; ``failure`` is at most the sum of those of
+        the parts. ``plan`` has the plans of the parts.
 
     Raises
     ------
@@ -81,13 +82,13 @@ def merge_answers(answers: Sequence[Approximation]) -> Approximation:
 
     Notes
     -----
-    The error is bounded from the certificates of the parts alone. What those bound is
-    the parts' answers, not their weights: where these are not known to be right, the
-    bound is the distance between the parts' answers and can be large. The weights are
-    known, row by row, by the parts' ``log_normalizer_error``. Where a part has none,
-    but is by ``Exact()`` with ``failure=0``, its bound is one on the relative error of
-    weights times half the range of the values, and the answers show how large that
-    range is at least, if rows differ.
+    The error bound follows from the certificates of the parts alone. These bound the
+    errors of the parts' answers; those of the weights are bounded by
+    ``log_normalizer_error`` of each part. Where a part has none, the bound includes the
+    distance between the parts' answers and can be large. An exception are parts by
+    ``Exact()`` with ``failure=0``: their certificate is the relative error of weights
+    times half the range of the values, and the differences between rows of the answer
+    are a lower bound on that range.
 
     Examples
     --------
@@ -116,7 +117,7 @@ def merge_answers(answers: Sequence[Approximation]) -> Approximation:
     logs = xp.stack([xp.astype(x.log_normalizer, xp.float64) for x in answers])
     values = xp.stack([xp.astype(x.value, xp.float64) for x in answers])
     seen = logs > -xp.inf
-    # a part without keys has no say; where no part has any, the answer is zero
+    # a part without keys has weight zero; if no part has keys, the answer is zero
     values = xp.where(seen[..., None], values, xp.zeros_like(values))
     peak = xp.max(logs, axis=0)
     weights = xp.exp(logs - xp.where(peak > -xp.inf, peak, xp.zeros_like(peak)))
@@ -151,7 +152,7 @@ def _checked(given: Any) -> list[Approximation]:
     for i, x in enumerate(answers):
         if not isinstance(x, Approximation):
             raise TypeError(
-                f"answers: expected what approximate() gives, got {type(x).__name__} "
+                f"answers: expected results of approximate(), got {type(x).__name__} "
                 f"at {i}"
             )
         if x.log_normalizer is None:
@@ -170,7 +171,7 @@ def _checked(given: Any) -> list[Approximation]:
                 raise TypeError(
                     f"answers: {name} is {x.dtype} at {i}, but {arrays[0].dtype} at 0"
                 )
-            # minus infinity says that a row saw no key
+            # minus infinity means that a row attends to no key
             bad = xp.logical_not(xp.isfinite(x))
             if name == "log_normalizer":
                 bad = xp.logical_and(bad, x != -xp.inf)
@@ -188,7 +189,7 @@ def _checked(given: Any) -> list[Approximation]:
 def _certified(
     merged: Approximation, answers: list[Approximation], spread: Array
 ) -> tuple[Certificate, Any, Array]:
-    """Bound the error of each head, say what was merged, and bound the log-sum-exps."""
+    """The certificate and plan of each head, and error bounds of the log-sum-exps."""
     lead = tuple(spread.shape[:-2])
     largest = all(x.certificate.norm == "max" for x in answers)
     normalizer: Any = merged.log_normalizer
@@ -197,7 +198,7 @@ def _certified(
     source, plan = np.empty(lead, dtype=object), np.empty(lead, dtype=object)
     for place in np.ndindex(*lead):
         parts = [_Part.of(x, place) for x in answers]
-        # of a row, the worst of its parts
+        # the largest error of the parts, for each row
         etas = np.max([x.log_error for x in parts], axis=0)
         value, eta = merged.value[(*place, ...)], float(etas.max())
         error[place] = _bound(value, parts, spread[(*place, ...)], etas, largest)
@@ -206,11 +207,11 @@ def _certified(
         rounded += _ROUNDINGS * len(parts) * unit_roundoff(np, np.float64)
         log_errors[place] = etas + rounded
         plan[place] = Merged(tuple(x.plan for x in parts), eta + rounded)
-        known = "not all" if np.isfinite(etas).any() else "not"
-        known = f"within {eta:.1e}" if math.isfinite(eta) else known
+        known = "not known for all rows" if np.isfinite(etas).any() else "not known"
+        known = f"at most {eta:.1e}" if math.isfinite(eta) else known
         source[place] = (
-            f"merge of {len(parts)} answers: their bounds and, the logarithms of their "
-            f"weights {known} known, the distance between them"
+            f"merge of {len(parts)} answers: their error bounds and the distance "
+            f"between them, with errors of log-sum-exps {known}"
         )
     norm = "max" if largest else "relative-frobenius"
     if lead:
@@ -221,18 +222,19 @@ def _certified(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one answer promises for one head.
+    """The certificate of one answer for one head.
 
     Parameters
     ----------
     largest, frobenius : float
-        Bounds on the error of the answer, entrywise and in all; infinite if unknown.
+        Bounds on the error of the answer: of each entry, and in Frobenius norm;
+        infinite if unknown.
     log_error : array, shape (n,)
         Bound on the error of its log-sum-exps; infinite if unknown.
     failure : float
-        Probability that the bounds do not hold.
+        The failure probability.
     plan : object
-        What was run.
+        Its plan.
     """
 
     largest: float
@@ -243,7 +245,7 @@ class _Part:
 
     @staticmethod
     def of(answer: Approximation, place: tuple[int, ...]) -> "_Part":
-        """Read the head at ``place`` of an answer."""
+        """Take the head at index ``place`` of an answer."""
         certificate = answer.certificate
         value = answer.value[(*place, ...)]
         plan = answer.plan[place] if place else answer.plan
@@ -267,7 +269,7 @@ class _Part:
         if isinstance(plan, Merged):
             log_error = plan.log_error
         elif failure == 0 and isinstance(getattr(plan, "method", None), Exact):
-            # a relative bound of Exact() is its bound on every entry in other units
+            # a relative bound of Exact() is a bound on all entries in other units
             entry = error * size / root if math.isinf(largest) else largest
             log_error = _exact_log_error(value, logarithm, entry)
         errors = np.full(value.shape[0], log_error)
@@ -275,10 +277,10 @@ class _Part:
 
 
 def _exact_log_error(value: Array, logarithm: Array, error: float) -> float:
-    """Bound the error of the log-sum-exps of exact attention.
+    """Bound on the error of the log-sum-exps of exact attention.
 
-    The bound on its answers is at least the relative error of its weights and their sum
-    times half the range of the values, within which the true answers vary.
+    The certificate of its answers is at least the relative error of weights and sums
+    times half the range of the values, and all true answers are within that range.
     """
     xp = array_namespace(value)
     rows = np.flatnonzero(to_host(xp.isfinite(logarithm)))
@@ -291,7 +293,7 @@ def _exact_log_error(value: Array, logarithm: Array, error: float) -> float:
 
 
 def _log_rounding(logarithm: Array) -> float:
-    """What the last steps to a log-sum-exp may have rounded."""
+    """Bound on the rounding error of the last operations of a log-sum-exp."""
     xp = array_namespace(logarithm)
     finite = xp.isfinite(logarithm)
     size = xp.abs(xp.where(finite, logarithm, xp.zeros_like(logarithm)))
@@ -301,19 +303,19 @@ def _log_rounding(logarithm: Array) -> float:
 def _bound(
     value: Array, parts: list[_Part], spread: Array, etas: Array, largest: bool
 ) -> float:
-    """Bound the error of a merged head, in the largest entry or relative to all."""
+    """Bound on the error of a merged head: of an entry, or relative Frobenius."""
     xp = array_namespace(value)
     peak = float(xp.max(xp.abs(value)))
-    # a range that overflows is infinite, and no part of it is nothing
+    # if a range overflows, the bound is infinite, also for eta = 0
     moved = mover(value, xp.float64)(np.tanh(etas / 2)[:, None])
     moved = xp.where(spread < xp.inf, moved * spread, spread)
     rounding = 2 * unit_roundoff(xp, value.dtype)
     rounding += _ROUNDINGS * len(parts) * unit_roundoff(xp, xp.float64)
-    # parts may be larger than their mean, where they cancel
-    largest_logit = peak + float(xp.max(spread))
+    # parts may be larger than their mean
+    largest_value = peak + float(xp.max(spread))
     # a weight that underflows loses the smallest number of float64
     rounding += len(parts) * smallest_number(xp, xp.float64)
-    rounded = rounding * largest_logit + smallest_number(xp, value.dtype)
+    rounded = rounding * largest_value + smallest_number(xp, value.dtype)
     if largest:
         own = max(x.largest for x in parts)
         return own + float(xp.max(moved)) + rounded

@@ -30,8 +30,8 @@ def load_sample(name: str) -> tuple[Array, Array, Array]:
     """Load real query, key and value of a few heads, as float32.
 
     The inputs of softmax attention in all-MiniLM-L6-v2 on Python sources; queries are
-    not scaled. ``minilm-diffuse``: rows spread over hundreds of keys;
-    ``minilm-sharp``: over tens; ``minilm-mixed``: all heads of one layer, short.
+    not scaled. ``minilm-diffuse``: rows attend to hundreds of keys; ``minilm-sharp``:
+    peaked attention, to tens of keys; ``minilm-mixed``: all heads of one layer, short.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the demo measures on real heads, and its picture."""
+"""The demo: errors and times on real heads, and a plot of them."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +12,9 @@ import numpy as np
 from fastattn import Exact, Polynomial, approximate, load_sample, sample_names
 from sketching._lib.arrays import Array
 
-# a head whose logits are bounded, where the polynomial method wins
+# a head with bounded logits, where the polynomial method is faster
 BOUNDED = "gaussian-bounded"
-# rounds of timed calls: at least, at most, and seconds after which no more start
+# least and largest number of timed rounds, and seconds after which no round starts
 _ROUNDS = (3, 15)
 _PATIENCE = 0.5
 # rows of float64 logits at a time
@@ -30,7 +30,7 @@ class Measurement:
     sample, head : str, int
         Which head of which sample.
     tol : float
-        The relative error asked for.
+        The tolerance.
     method : object
         The method that ran.
     certified, measured : float
@@ -67,7 +67,7 @@ def load_cases(names: Sequence[str]) -> Iterator[tuple[str, int, list[Array]]]:
 def measure(
     sample: str, head: int, inputs: Sequence[Array], tols: Sequence[float]
 ) -> list[Measurement]:
-    """Run one head at every tolerance, and exact attention beside it."""
+    """Run one head at every tolerance, and exact attention in the same rounds."""
     runs = [
         partial(approximate, *inputs, tol=max(tols), method=Exact(), rng=0),
         *(partial(approximate, *inputs, tol=tol, rng=0) for tol in tols),
@@ -89,14 +89,14 @@ def measure(
 
 
 def warm_up() -> None:
-    """Compile what will be timed."""
+    """Compile the kernels before they are timed."""
     x = np.random.default_rng(0).standard_normal((2048, 8)).astype(np.float32)
     for method in (Exact(), Polynomial(landmarks=8)):
         approximate(x * 0.1, x * 0.1, x, tol=1.0, method=method, rng=0)
 
 
 def check_picture(path: str) -> None:
-    """Raise what :func:`draw` would raise for this path, before the measurements."""
+    """Raise the errors of :func:`draw` for a path, before the measurements."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -113,7 +113,7 @@ def check_picture(path: str) -> None:
 
 def draw(measurements: Sequence[Measurement], path: str) -> None:
     """Draw errors against tolerances, and times relative to exact attention."""
-    # a Figure of its own draws with Agg and leaves pyplot's state alone
+    # a Figure without pyplot draws with Agg and does not change pyplot's state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.2), layout="constrained")
@@ -144,7 +144,7 @@ def draw(measurements: Sequence[Measurement], path: str) -> None:
     for axes, least, most in ((errors, 1e-7, 1.0), (times, 0.09, 11.0)):
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, least), max(high, most))
-        axes.set(xscale="log", xlabel="tolerance asked for")
+        axes.set(xscale="log", xlabel="tolerance")
         axes.set_xticks(tols, [f"{tol:g}" for tol in tols])
         axes.set_xticks([], minor=True)
         axes.grid(axis="y", color="0.92")
@@ -155,7 +155,7 @@ def draw(measurements: Sequence[Measurement], path: str) -> None:
 
 
 def _spread(measurements: Sequence[Measurement]) -> tuple[Array, float]:
-    """Move the heads of one tolerance apart, by up to the returned factor."""
+    """Abscissas that separate the heads of one tolerance, and the largest factor."""
     heads = list(dict.fromkeys((m.sample, m.head) for m in measurements))
     tols = np.array([m.tol for m in measurements])
     distinct = np.unique(np.log(tols))
@@ -176,7 +176,7 @@ def _bounded() -> tuple[Array, Array, Array]:
 
 
 def _definition(query: Array, key: Array, value: Array) -> Array:
-    """Softmax attention in float64, straight from its definition."""
+    """Softmax attention in float64, by its definition."""
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
     out = np.empty((len(query), value.shape[1]))
     for start in range(0, len(query), _BLOCK):
@@ -188,7 +188,7 @@ def _definition(query: Array, key: Array, value: Array) -> Array:
 
 
 def _timed(runs: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[float]]:
-    """Return the answers and the median seconds of calls, taken in turns."""
+    """Return the results and median seconds of calls, alternating between them."""
     least, most = _ROUNDS
     rounds: list[list[float]] = []
     begin = time.perf_counter()
@@ -204,9 +204,9 @@ def _timed(runs: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[float]]:
     return answers, [float(x) for x in np.median(rounds, axis=0)]
 
 
-# errors of exactly zero are drawn here
+# errors of zero are drawn at this value
 _LEAST = 1e-17
 _CERTIFIED: dict[str, Any] = {"s": 30, "marker": "v", "linewidths": 0}
 _MEASURED: dict[str, Any] = {"s": 22, "marker": "o", "facecolor": "white"}
-# told apart by the colour-blind (Okabe and Ito)
+# distinguishable with colour blindness (Okabe and Ito)
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")

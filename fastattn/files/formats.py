@@ -1,7 +1,7 @@
 """Attention inputs and outputs as .npz and .safetensors files.
 
-What a file stores as plain bytes is memory-mapped, so that a file larger than memory
-can be worked through head by head.
+Uncompressed arrays are memory-mapped, so that a file larger than memory can be
+processed head by head.
 """
 
 import math
@@ -30,13 +30,13 @@ def read_inputs(path: PathLike) -> tuple[Array, Array, Array, dict[str, Any]]:
 
     Arrays of a ``.safetensors`` file and uncompressed members of an ``.npz`` file
     are read-only memory maps; compressed members are loaded. bfloat16 is converted
-    to float32, in memory. Other arrays in the file are left alone.
+    to float32, in memory. Further arrays in the file are ignored.
 
     Parameters
     ----------
     path : str or path
-        A file that ends in ``.npz`` or ``.safetensors``, with arrays of one naming:
-        ``query, key, value``, ``q, k, v`` or ``Q, K, V``.
+        A file that ends in ``.npz`` or ``.safetensors``, with arrays ``query, key,
+        value``, ``q, k, v`` or ``Q, K, V``.
 
     Returns
     -------
@@ -51,8 +51,8 @@ def read_inputs(path: PathLike) -> tuple[Array, Array, Array, dict[str, Any]]:
     Raises
     ------
     ValueError
-        If the file is truncated or of another format, if it lacks a complete naming
-        or has two, or if an array holds anything but floats.
+        If the file is truncated or of another format, if it has none or several of
+        these triples of names, or if an array holds anything but floats.
     OSError
         If the file cannot be read.
 
@@ -75,26 +75,28 @@ def read_inputs(path: PathLike) -> tuple[Array, Array, Array, dict[str, Any]]:
 def read_stored(
     path: PathLike, most: float = math.inf
 ) -> tuple[Array, Array, Array, dict[str, Any]]:
-    """Read as :func:`read_inputs` does, but leave the arrays as the file has them.
+    """Read as :func:`read_inputs` does, but with the dtypes of the file.
 
     Parameters
     ----------
     path : str or path
-        As there.
+        As in :func:`read_inputs`.
     most : float, optional
-        Bytes that compressed arrays may take in memory, and a header a share of.
+        Bytes that compressed arrays may take in memory; a header may take a share of
+        them.
 
     Returns
     -------
     query, key, value : array
-        Of either byte order; bfloat16 as integers of its size.
+        Of either byte order; bfloat16 as 16-bit unsigned integers.
     meta : dict
-        As there.
+        As in :func:`read_inputs`.
 
     Raises
     ------
     ValueError
-        As there, and if compressed arrays take more than ``most`` bytes.
+        As in :func:`read_inputs`, and if compressed arrays take more than ``most``
+        bytes.
     OSError
         If the file cannot be read.
 
@@ -122,17 +124,17 @@ def read_stored(
 def write_output(
     path: PathLike, arrays: Mapping[str, Array], metadata: Mapping[str, Any]
 ) -> None:
-    """Write arrays and metadata to a file, whole or not at all.
+    """Write arrays and metadata to a file, atomically.
 
-    The file is written under another name in the same folder and then renamed, so
-    that no crash leaves half of it behind.
+    The file is written under a temporary name in the same folder and then renamed, so
+    that a crash leaves no partial file.
 
     Parameters
     ----------
     path : str or path
-        Where to; the suffix, ``.npz`` or ``.safetensors``, picks the format.
+        The output; the suffix, ``.npz`` or ``.safetensors``, sets the format.
     arrays : mapping of str to array
-        What to write. Memory maps are streamed.
+        Arrays by name. Memory maps are streamed.
     metadata : mapping
         Stored as a JSON string named ``meta``; NaN and infinities, which JSON does not
         have, as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
@@ -172,12 +174,12 @@ def write_output(
 
 
 def check_output(path: PathLike) -> None:
-    """Raise what :func:`write_output` would raise for this path, before the work.
+    """Raise the errors of :func:`write_output` for a path, before the computation.
 
     Parameters
     ----------
     path : str or path
-        Where an output is to be written.
+        The output.
 
     Raises
     ------
@@ -212,7 +214,7 @@ def _write_npz(path: Path, arrays: Mapping[str, Array], text: str) -> None:
 
 
 def _write_member(member: IO[bytes], x: Array) -> None:
-    """Write an array; of a memory map no page that was read stays in memory."""
+    """Write an array; pages of a memory map are released after use."""
     pages = x
     while isinstance(pages, np.ndarray):
         pages = pages.base
@@ -236,7 +238,7 @@ def _write_safetensors(path: Path, arrays: Mapping[str, Array], text: str) -> No
 
 
 def _import_safetensors() -> Any:
-    """Import the optional dependency, or say how to get it."""
+    """Import the optional dependency, or raise ImportError with the pip command."""
     try:
         import safetensors.numpy
     except ImportError as error:

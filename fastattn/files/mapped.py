@@ -24,13 +24,13 @@ from sketching._lib.json_text import parse_object
 NAMINGS = (("query", "key", "value"), ("q", "k", "v"), ("Q", "K", "V"))
 META = "meta"
 _DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
-# bytes of a header, which becomes objects some twenty times as large: it may take that
-# share of the memory, and is never larger than what safetensors itself allows
+# limits on the bytes of a header: 1 / _SHARE of the memory, because its Python objects
+# are some twenty times as large, but at least _SHORT; and the limit of safetensors
 _SHARE, _SHORT, _LARGEST_HEADER = 32, 1 << 20, 1 << 26
 
 
 def native(x: Array) -> Array:
-    """Turn what is stored into floats of this machine; the bits of bfloat16 too."""
+    """Convert a stored array to native floats; bfloat16 bits to float32."""
     if x.dtype.kind == "u":
         # a bfloat16 is the upper half of a float32
         wide = x.astype(np.uint32)
@@ -40,17 +40,17 @@ def native(x: Array) -> Array:
 
 
 def native_dtype(x: Array) -> Any:
-    """Return the dtype of what ``native`` makes of an array."""
+    """Return the dtype of ``native(x)``."""
     return native(x[(slice(0, 0),) * x.ndim]).dtype if x.ndim else x.dtype
 
 
 def _choose(names: Collection[str]) -> tuple[str, str, str]:
-    """Pick the one complete naming among ``names``."""
+    """Return the one triple of ``NAMINGS`` that is in ``names``; raise ValueError."""
     complete = [naming for naming in NAMINGS if set(naming) <= set(names)]
     if len(complete) == 1:
         return complete[0]
     if complete:
-        raise ValueError(f"expected one of the namings {complete}, found them all")
+        raise ValueError(f"expected arrays of one of {complete}, found all of them")
     wanted = " or ".join(", ".join(naming) for naming in NAMINGS)
     # a checkpoint of a model may hold thousands
     found = ", ".join(sorted(names)[:20]) + (", ..." if len(names) > 20 else "")
@@ -89,7 +89,7 @@ def read_npz(path: Path, most: float) -> tuple[list[Array], dict[str, Any]]:
         for name in names:
             arrays.append(_read_member(path, archive, name, members[name], most))
             if members[name].compress_type != zipfile.ZIP_STORED:
-                # what is left for the others
+                # the memory that remains for later arrays
                 most -= arrays[-1].nbytes
         if META not in members:
             return arrays, {}
@@ -113,8 +113,8 @@ def _read_member(
         if size > most:
             raise ValueError(
                 f"{name} is compressed and takes {size} bytes, more than the "
-                f"{most:.0f} that memory has left: store it with numpy.savez, which "
-                "does not compress, or allow more by --memory"
+                f"{most:.0f} bytes of memory that remain: store it with numpy.savez, "
+                "which does not compress, or allow more by --memory"
             )
         return read_member(archive, name, info, most)
     order = "F" if is_fortran else "C"
@@ -122,10 +122,10 @@ def _read_member(
 
 
 def _data_start(path: Path, info: zipfile.ZipInfo) -> int:
-    """Find where the bytes of a stored member begin.
+    """Return the offset of the bytes of a stored member.
 
-    The local header repeats the name and may have other extra fields than the central
-    directory, so its own lengths count.
+    The local header repeats the name and may have different extra fields from the
+    central directory, so that its own lengths must be used.
     """
     with path.open("rb") as file:
         file.seek(info.header_offset)
@@ -146,7 +146,7 @@ def read_safetensors(path: Path, most: float) -> tuple[list[Array], dict[str, An
                 f"its header has {size} bytes, expected at most {limit:.0f}"
             )
         header = parse_object("not a .safetensors file: its header", file.read(size))
-    # some writers have null there
+    # some writers store null
     meta = header.pop("__metadata__", None) or {}
     if not isinstance(meta, dict):
         raise ValueError(f"its __metadata__ is a {type(meta).__name__}, not an object")
@@ -161,7 +161,7 @@ def read_safetensors(path: Path, most: float) -> tuple[list[Array], dict[str, An
 
 
 def _read_tensor(path: Path, name: str, entry: Any, start: int) -> Array:
-    """Map one tensor, bfloat16 as integers of its size."""
+    """Map one tensor, bfloat16 as 16-bit unsigned integers."""
     try:
         kind, shape = str(entry["dtype"]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]

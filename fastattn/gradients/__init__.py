@@ -1,1 +1,1 @@
-"""Derivatives of softmax attention: exact, by low ranks, and by clusters of keys."""
+"""Gradients of softmax attention: exact, low-rank, and by clusters of keys."""

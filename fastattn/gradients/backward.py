@@ -1,9 +1,9 @@
-"""What derivatives that are not exact have in common: exact parts, and the check.
+"""What all approximate gradients share: exact parts, and an estimate of the error.
 
-A head whose rows have their log-sum-exps and drifts can be differentiated exactly for
-some rows, or for some keys. That is what rows out of reach are mended by, and what
-derivatives are compared with after the fact. Rows of large derivatives are compared
-more often: a few keys may hold most of them.
+From log-sum-exps and deltas of all rows, gradients can be computed exactly for some
+rows, or for some keys. Rows where an approximation fails are recomputed in this way,
+and approximate gradients are compared with exact ones on sampled rows and keys. These
+are drawn by importance sampling: few keys may have most of the squared norm.
 """
 
 import math
@@ -24,31 +24,36 @@ from fastattn.problem.head import Head
 from fastattn.problem.rows import gather_rows, row_mask, scatter_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
-# derivatives may err by this many times the tolerance of the answer
+# allowed error of gradients, in units of the tolerance of the output
 SLACK = 3.0
 # a method must be predicted to take at most this share of the exact time
 TIME_SHARE = 0.8
 # rounding of a sum, in units of eps times the root of the sum of squares
 _ROUNDING = 8.0
-# standard errors that a first and a second look add: twice the normal quantiles of .04
-# and .01. Sizes of derivatives are known, and steer the draws well (benches gradients)
+# standard errors that the first and the second sampling round add: twice the normal
+# quantiles of .04 and .01. The sizes of the gradients are a reliable error profile
+# (benches gradients)
 FIRST, SECOND = Margin(3.5, 0.0), Margin(4.65, 0.0)
-# rows of a second look, in times of what one look takes
+# rows of the second sampling round, in units of those of a single round
 _SECOND = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Backward:
-    """A head with what its weights and their derivatives are made of.
+    r"""A head with the log-sum-exps and deltas of its rows.
+
+    With them :math:`P_{ij} = e^{s\,q_i \cdot k_j - L_i}` and :math:`dS_{ij} = P_{ij}
+    ((G V^\top)_{ij} - \delta_i)`, as in FlashAttention-2 (Dao, arXiv 2307.08691).
 
     Parameters
     ----------
     head : Head
     grad : array, shape (n, p)
-        Derivative by the answer.
+        Gradient :math:`G` of the loss with respect to the output.
     normalizer, delta : array, shape (n,)
-        Log-sum-exp of each row's logits, infinite where the row is to add nothing,
-        and the product of its answer and ``grad``.
+        Log-sum-exp :math:`L_i` of each row's logits, infinite for a row that is to
+        contribute zero, and :math:`\delta_i`, the inner product of its output and
+        :math:`G_i`.
     """
 
     head: Head
@@ -57,7 +62,7 @@ class Backward:
     delta: Array
 
     def with_exact(self, rows: Array) -> "Backward":
-        """Give rows their exact log-sum-exps and drifts."""
+        """Give rows their exact log-sum-exps and deltas."""
         if not len(rows):
             return self
         xp, n, dtype = self.head.xp, self.head.sizes[0], self.grad.dtype
@@ -72,9 +77,9 @@ class Backward:
         return replace(self, normalizer=found[0], delta=found[1])
 
     def exact(self, rows: Array | None, keys: Array | None) -> Gradients:
-        """Differentiate what the given rows make of the given keys; None means all.
+        """Gradients over the given rows and keys; None means all.
 
-        The numbers of the keys must not decrease.
+        Key indices must not decrease.
         """
         head, dtype = self.head, self.grad.dtype
         query, grad, normalizer, delta = (
@@ -84,7 +89,7 @@ class Backward:
         xp, prefix_lengths = head.xp, head.prefix_lengths
         if prefix_lengths is not None:
             prefix_lengths = _prefix_lengths(gather_rows(prefix_lengths, rows), keys)
-            # of rows that see no key: any number does
+            # rows that attend to no key: any finite number will do
             blind = normalizer == -xp.inf
             normalizer = xp.where(blind, xp.zeros_like(normalizer), normalizer)
         gradients: Gradients = attend_vjp(
@@ -100,7 +105,7 @@ class Backward:
         return gradients
 
     def rows(self, rows: Array) -> Gradients:
-        """Differentiate the given rows from their own exact weights."""
+        """Gradients over the given rows, from their own exact weights."""
         some = self.head.with_rows(rows)
         gradients: Gradients = attend_vjp(
             some.xp.astype(some.query, self.grad.dtype, copy=False),
@@ -113,7 +118,7 @@ class Backward:
         return gradients
 
     def with_recomputed(self, gradients: Gradients, rows: Array) -> Gradients:
-        """Add the exact derivatives of rows that added nothing."""
+        """Add the exact gradients of rows that contributed zero."""
         if not len(rows):
             return gradients
         query, key, value = self.rows(rows)
@@ -133,18 +138,34 @@ class Backward:
         error_profile: Gradients | None = None,
         few: int = ROWS,
     ) -> float:
-        """Largest relative error on random queries, and on random keys.
+        """Upper estimate of the relative error of each gradient; the largest of three.
 
-        A query is differentiated from its own exact weights; a key needs the
-        normalizers and drifts of all queries, which are taken as they are. A ``few``
-        rows are looked at first, which may show an error that is small ``enough``. What
-        of the derivatives is in ``error_profile``, all by default, says where to look
-        more.
+        Parameters
+        ----------
+        gradients : tuple of array
+            With respect to query, key and value.
+        exact_rows : integer array
+            Rows that were recomputed exactly, which are not sampled.
+        rng : Generator
+            Source of the samples.
+        enough : float
+            If the first sampling round shows a smaller error, there is no second.
+        error_profile : tuple of array, optional
+            The approximate part of the gradients, by whose size rows are drawn; by
+            default the gradients.
+        few : int
+            Rows of the first sampling round.
+
+        Notes
+        -----
+        Sampled queries are differentiated from their own exact weights. A sampled key
+        needs log-sum-exps and deltas of all queries, and takes those of the
+        approximation.
         """
         query, key, value = (
             _squares(x) for x in (gradients if error_profile is None else error_profile)
         )
-        # settled rows are exact
+        # recomputed rows have no error
         query[exact_rows] = 0
         sizes = [query, key + value]
         numbers = [np.delete(np.arange(len(query)), exact_rows), np.arange(len(key))]
@@ -154,7 +175,7 @@ class Backward:
         found = self._estimate_error(gradients, numbers, sizes, [few, few], FIRST, rng)
         if found <= enough:
             return found
-        # two looks share the chance of failure: the second takes more rows for that
+        # two sampling rounds share the failure probability: the second takes more rows
         counts = [_SECOND * x for x in counts]
         return self._estimate_error(gradients, numbers, sizes, counts, SECOND, rng)
 
@@ -167,7 +188,7 @@ class Backward:
         margin: Margin,
         rng: np.random.Generator,
     ) -> float:
-        """Largest relative error on so many queries, and on so many keys."""
+        """One sampling round: ``counts`` are the numbers of queries and of keys."""
         rows, keys = (
             _Sample.of(*x, rng) for x in zip(numbers, sizes, counts, strict=True)
         )
@@ -182,7 +203,7 @@ class Backward:
         )
 
     def _roundings(self) -> list[float]:
-        """Norms that the derivatives may have by rounding where they should be zero."""
+        """Norms of gradients by rounding alone, where they should be zero."""
         head = self.head
         grad = float(np.linalg.norm(to_host(self.grad).astype(np.float64)))
         unit = _ROUNDING * float(head.xp.finfo(self.grad.dtype).eps) * grad
@@ -197,7 +218,17 @@ class Backward:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
-    """Rows of a derivative to compare: all, or some, each for so many."""
+    """Rows of a gradient to compare with exact ones.
+
+    Parameters
+    ----------
+    rows : integer array, shape (k,)
+        All, or a sample.
+    weights : array, shape (k,), or None
+        Importance weights ``1 / (n p_i)``; None if all rows are compared.
+    n : int
+        Number of rows from which the sample is drawn.
+    """
 
     rows: Array
     weights: Array | None
@@ -207,7 +238,7 @@ class _Sample:
     def of(
         others: Array, sizes: Array, count: int, rng: np.random.Generator
     ) -> "_Sample":
-        """Draw so many of the others, those of a large size more often."""
+        """Draw ``count`` of the row numbers ``others``, with weights ``sizes``."""
         if len(others) <= count:
             return _Sample(others, None, len(others))
         probabilities = importance_probabilities(sizes[others], count)
@@ -220,14 +251,15 @@ class _Sample:
     ) -> float:
         """Upper estimate of the relative Frobenius error of all rows.
 
-        An error whose norm is no more than the floor is rounding, and none.
+        An error whose norm is at most ``floor`` is rounding, and counts as zero.
         """
         part = gather_rows(gradient, self.rows)
         part, truth = (to_host(x).astype(np.float64) for x in (part, truth))
         unit = float(np.abs(truth).max(initial=0.0)) or 1.0
         with np.errstate(over="ignore", invalid="ignore"):
             squares = np.sum(((part - truth) / unit) ** 2, axis=1)
-            # the size of what was found is known: only the difference is estimated
+            # the norm of the gradient is known: estimate only its difference from the
+            # exact norm
             more = np.sum((truth / unit) ** 2, axis=1)
             more = more - np.sum((part / unit) ** 2, axis=1)
             whole = to_host(gradient).astype(np.float64) / unit
@@ -235,13 +267,13 @@ class _Sample:
             found = RatioEstimate(squares, self.n, self.weights, more, known)
             if self.n * found.mean <= (floor / unit) ** 2:
                 return 0.0
-            # a size that overflows would make any error small
+            # a norm that overflows would make any error small
             ratio = found.upper_ratio(margin) if 0 < found.size < math.inf else math.inf
         return math.sqrt(ratio) if math.isfinite(ratio) else math.inf
 
 
 def _prefix_lengths(prefix_lengths: Array, keys: Array | None) -> Array:
-    """How many of the keys rows see that see so many first ones."""
+    """Prefix lengths within a subset of the keys, with sorted indices ``keys``."""
     if keys is None:
         return prefix_lengths
     few = np.searchsorted(keys, to_host(prefix_lengths))
@@ -250,7 +282,7 @@ def _prefix_lengths(prefix_lengths: Array, keys: Array | None) -> Array:
 
 
 def exact_vjp_work(head: Head) -> float:
-    """Work of an exact derivative, in multiply-adds of a matrix product."""
+    """Work of exact gradients, in multiply-adds of a matrix product."""
     d, p = head.sizes[2:]
     return head.logits * (3 * d + 2 * p + rates().softmax)
 

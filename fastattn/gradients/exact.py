@@ -1,8 +1,8 @@
-"""Derivatives over all logits: exact ones, and coarse ones that are checked.
+"""Gradients over all logits: exact ones, and bfloat16 ones that are checked.
 
-Where the processor multiplies bfloat16 numbers in half the time, a tolerance may leave
-room for that. Rows and keys are then compared with their exact derivatives, as those of
-a low rank are.
+Where the processor multiplies bfloat16 matrices in half the time, and the tolerance is
+large enough, matrix products are in bfloat16. The error is then estimated on sampled
+rows and keys, as for low-rank gradients.
 """
 
 import numpy as np
@@ -14,20 +14,22 @@ from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# rounding made derivatives of real heads err by up to 0.016: a half of three times this
+# least tolerance for bfloat16, which made relative errors of up to 0.016 on real heads:
+# half of the 3 * tol that gradients may have
 ENOUGH = 0.01
-# heads with fewer logits than this are differentiated exactly: the check costs as much
+# heads with fewer logits than this are exact: the check would cost as much
 _FEW_LOGITS = 1 << 23
-# rounding errs alike in all rows: few of them tell where it is far from what is allowed
+# rounding errors are similar in all rows: a small sample suffices where the estimate is
+# below this share of the allowed error
 _FEW, _SURE = 48, 0.5
-# time of rounded products and their check, in times of exact ones by BLAS
+# time of bfloat16 gradients with their check, relative to exact ones by BLAS
 _COARSE = 0.5
 
 
 def low_precision_vjp(
     head: Head, grad: Array, tol: float, rng: np.random.Generator
 ) -> Gradients | None:
-    """Differentiate in products of rounded numbers, if these meet ``3 * tol``."""
+    """Gradients by bfloat16 matrix products, or None if these miss ``3 * tol``."""
     if not _may_round(head, tol):
         return None
     xp, found = head.xp, {}
@@ -36,7 +38,7 @@ def low_precision_vjp(
         found[rows.start] = normalizer, delta
         return normalizer, delta
 
-    # of numbers that overflow the check is not content with what comes
+    # an overflow gives an infinite error estimate
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
         gradients: Gradients = attend_vjp(
             head.query,
@@ -56,22 +58,22 @@ def low_precision_vjp(
 
 
 def vjp_work(head: Head, tol: float) -> float:
-    """Work of what is done where nothing else pays, in units of ``exact_vjp_work``."""
+    """Work over all logits, in bfloat16 where allowed; units of ``exact_vjp_work``."""
     return exact_vjp_work(head) * (_COARSE if _may_round(head, tol) else 1.0)
 
 
 def _may_round(head: Head, tol: float) -> bool:
-    """Whether rounded products are tried."""
+    """Whether bfloat16 products are tried."""
     return (
         tol >= ENOUGH
         and head.logits >= _FEW_LOGITS
-        # derivatives by the answer have the width and the dtype of values
+        # the gradient of the output has the width and the dtype of values
         and multiplies_in_low_precision(head.query, head.key, head.value, head.value)
     )
 
 
 def exact_vjp(head: Head, grad: Array) -> Gradients:
-    """Differentiate one head exactly, in a precision where nothing overflows."""
+    """Exact gradients of one head, in float64 where its own dtype may overflow."""
     xp, (_, m, d, p) = head.xp, head.sizes
     if m == 0:
         query, key, value = (xp.zeros_like(x, dtype=head.dtype) for x in _arrays(head))

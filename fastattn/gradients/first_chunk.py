@@ -1,8 +1,19 @@
-"""How long the first chunk must be for the derivative of a causal low rank.
+r"""The length of the exact first chunk in the gradients of causal low-rank attention.
 
-Landmarks serve queries; what a key gets is the slope of what they make of the key, and
-errs by half of itself however many there are. But early rows, whose weights are large,
-hold most of a causal derivative: where those are exact, the others may err by as much.
+Landmarks approximate :math:`e^{s\,q \cdot k}` as a function of the query. The gradient
+with respect to a key needs the derivative of this approximation in :math:`k`, whose
+relative error :math:`\epsilon` stays near one half however many landmarks there are
+(an observation, not a theorem). Row :math:`i` of a causal head has weights
+:math:`P_{ij}` of the order of :math:`1 / i`, so that early rows contribute most of
+
+.. math:: dK_j = s \sum_i P_{ij} \left((G V^\top)_{ij} - \delta_i\right) q_i.
+
+If rows of the first chunk, of :math:`f` keys, are differentiated exactly, and later
+rows contribute the share :math:`\sigma(f)` of the squared norm of the gradient, then
+the relative Frobenius error of the gradient is about :math:`\epsilon
+\sqrt{\sigma(f)}`.
+``first_chunk`` estimates :math:`\epsilon` by a pilot run and :math:`\sigma` by
+stratified sampling of rows, and returns the smallest :math:`f` that meets a tolerance.
 """
 
 import math
@@ -20,12 +31,12 @@ from fastattn.problem.head import Head
 from fastattn.problem.rows import gather_rows, row_mask
 from sketching._lib.arrays import Array, device_of, to_host
 
-# first chunks that are looked at: so many parts of all keys
+# candidates for the length of the first chunk, as shares of all keys
 _PARTS = 1 / 4, 3 / 8, 7 / 16, 1 / 2, 9 / 16, 5 / 8
-# rows and keys of a pilot
+# rows and keys of the pilot run
 _ROWS, _KEYS = 192, 4096
-# strata of the rows, the first row after the first of them, and rows of each that are
-# looked at, of no more logits than that
+# number of strata of rows, first row of the second stratum, rows sampled in each
+# stratum, and the largest number of logits of such a sample
 _STRATA, _EARLY, _EACH = 12, 16, 48
 _LARGEST = 1 << 20
 
@@ -33,9 +44,20 @@ _LARGEST = 1 << 20
 def first_chunk(
     head: Head, grad: Array, empty: LowRank, wanted: float, rng: np.random.Generator
 ) -> int | None:
-    """Return the shortest first chunk beyond which a low rank may serve, if any does.
+    """Return the shortest first chunk that is predicted to meet an error, or None.
 
-    Derivatives are predicted to have a relative error of at most ``wanted``.
+    Parameters
+    ----------
+    head : Head
+        A causal head.
+    grad : array, shape (n, p)
+        Gradient of the loss with respect to the output.
+    empty : LowRank
+        The basis that later chunks use, without keys.
+    wanted : float
+        Relative Frobenius error that each gradient may have.
+    rng : Generator
+        Source of the samples.
     """
     prefix_lengths = to_host(head.prefix_lengths)
     seen = int(prefix_lengths[-1])
@@ -56,7 +78,10 @@ def first_chunk(
 def _lacking(
     head: Head, grad: Array, empty: LowRank, rng: np.random.Generator
 ) -> float:
-    """The largest relative error of what a few rows make of some keys."""
+    """The largest relative error of the low-rank gradients on some rows and keys.
+
+    It is the error of the module's docstring, of a pilot run without a causal mask.
+    """
     n, m, _, _ = head.sizes
     rows, keys = (
         np.sort(rng.choice(count, min(count, most), replace=False))
@@ -77,14 +102,14 @@ def _lacking(
         float(np.linalg.norm(to_host(x) - to_host(y)) / np.linalg.norm(to_host(y)))
         for x, y in zip(found, truth, strict=True)
     ]
-    # of what is not finite nothing is promised
+    # NaN and infinities are infinite errors
     return max(x if math.isfinite(x) else math.inf for x in errors)
 
 
 def _shares(
     head: Head, grad: Array, starts: Array, rng: np.random.Generator
 ) -> list[float]:
-    """The shares of the squared derivative that rows from each start on hold."""
+    """Shares of the squared norm of ``dK`` from the rows at and after each start."""
     n = head.sizes[0]
     edges = np.geomspace(min(_EARLY, n), n, _STRATA).astype(int)
     edges = np.unique([0, *edges, *starts])
@@ -99,7 +124,7 @@ def _shares(
 def _mean_square(
     head: Head, grad: Array, lo: int, hi: int, rng: np.random.Generator
 ) -> float:
-    """Mean square of what a row between two makes the keys' derivatives."""
+    """Mean over rows ``lo <= i < hi`` of ``sum_j |dS_ij q_i|^2``, by a sample."""
     xp, prefix_lengths = head.xp, to_host(head.prefix_lengths)
     each = max(1, min(_EACH, _LARGEST // max(int(prefix_lengths[hi - 1]), 1)))
     rows = np.sort(rng.integers(lo, hi, each))

@@ -1,10 +1,11 @@
-"""The derivative of attention by a low rank: that of the low-rank sums themselves.
+r"""Gradients of low-rank attention.
 
-With the weights ``P`` written in functions of queries and keys, ``dS = P * (grad V^T -
-drift)`` is never formed: one pass over queries, one over keys, and between them a sum
-of one number for each function and value column. The derivative of a polynomial of
-degree g has degree g - 1, so that derivatives by query and key err more than the answer
-does. Queries that the low rank does not serve, and far keys, are exact.
+With weights :math:`P_{ij} \propto \phi(q_i) \cdot \phi(k_j)`, the matrix :math:`dS = P
+\circ (G V^\top - \delta 1^\top)` is never formed: there is one pass over the queries
+and one over the keys, and between them sums of shape :math:`(r, p + 1)`. The derivative
+of a polynomial of degree :math:`g` has degree :math:`g - 1`, so that the gradients of
+queries and keys have larger relative errors than the output. Rows that the low rank
+cannot approximate, and far keys, are exact.
 """
 
 import math
@@ -38,31 +39,33 @@ from sketching._lib.certificate import RefusalError
 
 # heads with fewer logits than this are differentiated exactly: planning costs as much
 _FEW_LOGITS = 1 << 24
-# time of the passes of a derivative and its answer, in times of the answer alone
+# time of the forward and backward passes, relative to the forward pass
 _PASSES = 3.1
-# error of the answer over that of its derivatives, in standard deviations of a logit:
+# error of the output over that of its gradients, in standard deviations of a logit:
 # 1/sqrt(g + 1) for Hermite polynomials up to degree g of normal logits, here g = 2
 _LOST = 3.0**-0.5
-# the share of what that allows which is aimed at: pilots show the answer's error only
+# share of the allowed error that is aimed at: pilot runs show the output's error only
 _AIM = 0.7
-# share of the rows that may be done exactly because they are out of reach
+# largest share of rows that may be recomputed exactly
 _MOST_RECOMPUTED = 0.02
-# landmarks behind a long first chunk, and the fewest logits for which they are tried
+# landmarks after a long first chunk, and the fewest logits for which they are tried
 _MARKS, _LARGE = 448, 1 << 28
-# the share of the aim that a pilot must meet there: a few keys may hold the most
+# share of the aim that the pilot run must meet there: few keys may dominate the error
 _CAREFUL = 0.95
-# work of planning a second try, which a first one of a causal head often asks for
+# work of planning a second try, which is often needed for a causal head
 _AGAIN = 5e8
-# tries, how far the first may miss, and what is left to the second
+# tries, largest error of the first that leads to a second, in units of the allowed
+# error, and the share of the allowed error that the second aims at
 _TRIES = 2
 _HOPELESS, _TIGHTER = 1.6, 0.7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VjpCandidate:
-    """A structure to differentiate by, without keys.
+    """A low-rank basis for the gradients, without keys.
 
-    Of a causal head the ``first`` keys are one chunk; None where that is as usual.
+    ``first`` is the number of keys of the first chunk of a causal head; None for the
+    default.
     """
 
     empty: LowRank
@@ -76,7 +79,7 @@ class VjpCandidate:
 def _cost(
     head: Head, tol: float, first: int | None = None
 ) -> Callable[[int, int], float]:
-    """Work from the numbers of polynomials and landmarks."""
+    """The work of the gradients as a function of rank and number of landmarks."""
     cost, more = lowrank_cost(head, first), 0.0
     if head.prefix_lengths is not None:
         exact = chunk_work(head, first)[1]
@@ -93,15 +96,25 @@ def lowrank_vjp(
     enough: float = 0.0,
     first: int | None = None,
 ) -> tuple[Gradients, float]:
-    """Differentiate a head over the basis of an empty structure, and check.
+    """Low-rank gradients of a head, with an estimate of their error.
 
-    The check is content with few rows where they show an error below ``enough``. Of a
-    causal head the ``first`` keys are one chunk.
+    Parameters
+    ----------
+    head, grad : Head, array of shape (n, p)
+        The head, and the gradient of the loss with respect to its output.
+    empty : LowRank
+        The basis, without keys.
+    rng : Generator
+        Source of the samples.
+    enough : float
+        An error below which a smaller sample suffices.
+    first : int or None
+        Number of keys of the first chunk of a causal head; None for the default.
 
     Returns
     -------
     gradients : tuple of array
-        Derivatives by query, key and value.
+        With respect to query, key and value.
     error : float
         The largest of their relative Frobenius errors on sampled rows.
 
@@ -121,8 +134,8 @@ def lowrank_vjp(
     if len(exact_rows) > _MOST_RECOMPUTED * n + len(outlier_rows):
         raise RefusalError(
             f"Polynomial(rank={empty.rank}, landmarks={empty.landmarks}) fails in "
-            f"{len(exact_rows)} of {n} rows, where its sum of weights is too small to "
-            "be true: the logits reach beyond what it serves"
+            f"{len(exact_rows)} of {n} rows, where its sum of weights is below a lower "
+            "bound: their logits are too large for this rank"
         )
     state = state.with_exact(exact_rows)
     gradients = state.with_recomputed(gradients, exact_rows)
@@ -136,9 +149,9 @@ def lowrank_vjp_if_faster(
     rng: np.random.Generator,
     first: list[VjpCandidate],
 ) -> Gradients | None:
-    """Differentiate by a low rank that pays and meets ``3 * tol``, if there is one.
+    """Low-rank gradients if these are faster and meet ``3 * tol``, else None.
 
-    The ``first`` to be tried are what ``worth_a_try`` lists.
+    ``first`` are the candidates that ``worth_a_try`` lists.
     """
     aim, candidates = _AIM, first
     for _ in range(_TRIES):
@@ -156,7 +169,7 @@ def lowrank_vjp_if_faster(
             least = min(least, error)
         if not least <= _HOPELESS * SLACK * tol:
             return None
-        # what the derivatives lacked says how much more to ask for
+        # tighten by the factor by which the gradients missed
         aim *= _TIGHTER * SLACK * tol / least
         candidates = worth_a_try(head, grad, tol, rng, aim)
     return None
@@ -169,10 +182,11 @@ def worth_a_try(
     rng: np.random.Generator,
     aim: float = _AIM,
 ) -> list[VjpCandidate]:
-    """List low ranks whose derivatives may meet ``3 * tol`` and should pay.
+    """List low ranks predicted to be faster, with gradients that meet ``3 * tol``.
 
-    Landmarks hardly ever do but behind a long first chunk: they are fitted to queries,
-    and derivatives by keys err about as much however many there are.
+    Landmarks are listed only after a long first chunk of a causal head: gradients of
+    keys have a relative error near one half however many landmarks there are
+    (``first_chunk``).
     """
     if head.logits < _FEW_LOGITS:
         return []
@@ -186,7 +200,7 @@ def worth_a_try(
         if not variance <= LARGEST_VARIANCE:
             return []
         search = partial(search_ranks, whitening=whitening, landmarks=False)
-        # pilots see all keys; rows that see some may err by so many times more
+        # pilot runs have no causal mask, under which errors are larger by this factor
         factor = (
             1.0 if head.prefix_lengths is None else causal_tolerance_factor(head, rng)
         )
@@ -200,7 +214,7 @@ def worth_a_try(
             longer = VjpCandidate(marks, first_chunk(head, grad, marks, careful, rng))
             if longer.first is not None and longer.work(head, tol) <= limit:
                 return [longer]
-        # a degree that the answer has in part may be what the derivatives lack
+        # the gradients may need all monomials of a degree that the output has in part
         (found,) = search(whole, sample, factor * tol, rng, cost, limit)
         rank = _whole_degree(head.sizes[2], found.rank)
         if not found.accepted or cost(rank, 0) > limit:
@@ -211,7 +225,7 @@ def worth_a_try(
 
 
 def least_share(head: Head, tol: float, candidates: list[VjpCandidate]) -> float:
-    """The least share of the exact time that a low rank, or rounding, takes."""
+    """The least time of low-rank or bfloat16 gradients, as a share of exact ones."""
     work = [vjp_work(head, tol), *(x.work(head, tol) for x in candidates)]
     return min(work) / exact_vjp_work(head)
 

@@ -1,8 +1,9 @@
-"""The derivative of a causal low rank: sums over what comes before, and behind.
+"""The gradients of causal low-rank attention: key-value states of chunks, both ways.
 
-A row is differentiated over the chunks of keys before its own by the sums over those
-keys, and exactly within its own chunk. What a key gets comes from its own chunk too,
-and from the sums over all rows of the chunks behind.
+Rows and keys are cut into chunks. The gradient of a query is exact over the keys of its
+own chunk, and low-rank over the keys of all earlier chunks, from the key-value state of
+those keys. The gradients of a key and its value are exact over the rows of its own
+chunk, and low-rank over the rows of all later chunks, from sums over those rows.
 """
 
 from dataclasses import dataclass, replace
@@ -33,11 +34,30 @@ def causal_vjp(
     outlier_mask: Array,
     first: int | None = None,
 ) -> tuple[Gradients, Backward, Gradients]:
-    """Differentiate a causal head, whose last row sees all keys, over a basis.
+    """Low-rank gradients of a causal head whose last row attends to all keys.
 
-    The ``first`` keys are one chunk. Rows that are ``outlier_mask``, boolean ``(n,)``,
-    and rows out of reach add nothing, and have infinite normalizers in the second
-    answer. The third is what part of the derivatives is by the basis, and not exact.
+    Parameters
+    ----------
+    head : Head
+        With ``prefix_lengths``, of which the last is the number of keys.
+    grad : array, shape (n, p)
+        Gradient of the loss with respect to the output.
+    empty : LowRank
+        The basis, without keys.
+    outlier_mask : boolean array, shape (n,)
+        Rows that are to be computed exactly by the caller.
+    first : int or None
+        Number of keys of the first chunk, which is exact; None for the default.
+
+    Returns
+    -------
+    gradients : tuple of array
+        With respect to query, key and value.
+    state : Backward
+        Log-sum-exps and deltas. Outlier rows, and rows whose softmax denominator is
+        too small for the low rank, contribute zero, and have infinite log-sum-exps.
+    far : tuple of array
+        The low-rank part of the gradients; the rest is exact.
     """
     chunks = chunks_of(to_host(head.prefix_lengths), first)
     counts = [keys.start for _, keys in chunks[1:]]
@@ -47,7 +67,7 @@ def causal_vjp(
     xp, columns = head.xp, zip(*found, strict=True)
     query, key, value, far_query, normalizer, delta, sums = columns
     state = Backward(head, grad, xp.concat(list(normalizer)), xp.concat(list(delta)))
-    # no row is behind the keys of the last chunk, which are none
+    # no rows come after the last chunk
     behind = list(accumulate(sums[:0:-1]))[::-1]
     more = causal.by_keys(behind)
     far: Gradients = (
@@ -91,11 +111,11 @@ class _Causal:
     far: Array
 
     def by_rows(self) -> list[tuple[Array, ...]]:
-        """Differentiate every chunk; also say what is known of rows, and their sums."""
+        """Gradients, log-sum-exps, deltas and sums over the rows of each chunk."""
         return parallel_map(self.head, self._rows, range(len(self.chunks)))
 
     def by_keys(self, behind: list[Array]) -> list[tuple[Array, Array]]:
-        """What keys and values of every chunk get from the sums of those behind."""
+        """Gradients of keys and values of each chunk from the rows of later chunks."""
 
         def work(k: int) -> tuple[Array, Array]:
             keys, prefix = self.chunks[k][1], self.prefixes[k]
@@ -105,7 +125,7 @@ class _Causal:
         return parallel_map(self.head, work, range(len(behind)))
 
     def with_far_keys(self, gradients: Gradients, state: Backward) -> Gradients:
-        """Add what rows make of the far keys of the chunks before their own."""
+        """Add the exact gradients over far keys of earlier chunks."""
         if not len(self.far):
             return gradients
         seen = [np.full(x.stop - x.start, keys.start) for x, keys in self.chunks]
@@ -156,10 +176,25 @@ class _Causal:
     def _before(
         self, k: int, rows: slice, normalizer: Array, delta: Array
     ) -> tuple[Any, ...]:
-        """Add the keys before a chunk to what some of its rows know of those in it.
+        """Add the keys of earlier chunks to some rows of chunk ``k``.
 
-        Returns their log-sum-exps and drifts over all keys, their derivatives over
-        those that are not far, and what the keys need to know of them.
+        Parameters
+        ----------
+        k : int
+            The chunk.
+        rows : slice
+            Some of its rows.
+        normalizer, delta : array, shape (b,)
+            Log-sum-exps and deltas of the rows over the keys of their own chunk.
+
+        Returns
+        -------
+        normalizer, delta : array, shape (b,)
+            The same over all keys.
+        gradient : array, shape (b, d)
+            With respect to the queries, over earlier keys that are not far.
+        sums : array
+            Sums over the rows, for the gradients of earlier keys.
         """
         head, grad, start = self.head, self.grad[rows, :], self.chunks[k][1].start
         xp, few = head.xp, replace(head, query=head.query[rows, :], prefix_lengths=None)

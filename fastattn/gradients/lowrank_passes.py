@@ -1,4 +1,4 @@
-"""The two passes of the derivative of a low rank, over queries and over keys."""
+"""The two passes of the low-rank gradients, over queries and over keys."""
 
 import math
 from dataclasses import replace
@@ -29,38 +29,43 @@ def query_pass(
     partial: Array,
     mean: Array,
 ) -> tuple[Array, Array, Array, Array]:
-    """Differentiate what a structure answers, by the queries of a head.
+    """Low-rank gradients with respect to the queries, and sums over rows for the keys.
 
     Parameters
     ----------
     head, grad : Head, array of shape (n, p)
-        The rows, and the derivative by their answers.
+        The rows, and the gradient of the loss with respect to their outputs.
     structure : LowRank
-        The keys that all of the rows see; but far ones are not seen to here.
+        The key-value state of keys that all of the rows attend to; its far keys are
+        left to the caller.
     elsewhere, partial : array, shape (n,)
-        The log-sum-exp of the logits of other keys; and the product of the answer over
-        those alone and ``grad``.
+        Log-sum-exp of the logits of all keys outside of the state, and the inner
+        product of ``grad`` and the output over those keys alone.
     mean : array, shape (d,)
-        A mean of the keys, in units of the scale: weights below its weight are false.
+        A mean of the keys, times the scale. By Jensen's inequality the sum of weights
+        is at least the number of keys times the weight of the mean; a row whose
+        low-rank sum is below ``LEAST`` of that is computed exactly.
 
     Returns
     -------
     gradient : array, shape (n, d)
+        With respect to the queries.
     sums : array, shape (r + c, p + 1)
-        What the keys need to know of the rows, on the host.
+        Sums over the rows, on the host: all that ``key_pass`` needs of them.
     log_normalizer : array, shape (n,)
-        Over all keys; infinite where the row is to be done exactly, and added nothing.
+        Over all keys; infinite for rows that must be computed exactly, which
+        contribute zero.
     delta : array, shape (n,)
-        The product of the whole answer and ``grad``.
+        The inner product of ``grad`` and the output over all keys.
     """
     xp, basis = head.xp, structure.basis
     whitening, move = basis.whitening, mover(head.query, head.dtype)
     count = max(structure.count, 1)
-    # sums of weights average one, so that they are in range
+    # a unit in which weights average one, so that their sums are in range
     unit = math.exp(-whitening.offset) / count
     query = xp.astype(head.query, head.dtype, copy=False)
     grad_center = xp.matmul(grad, move(structure.value_center))
-    # values are summed less their middle
+    # the state sums values less their center
     gradient, sums, normalizer, delta = query_vjp(
         query,
         grad,
@@ -81,7 +86,10 @@ def query_pass(
 def key_pass(
     key: Array, value: Array, far: Array, empty: LowRank, sums: Array
 ) -> tuple[Array, Array]:
-    """Differentiate what rows, given by their sums, make of keys that are not far."""
+    """Low-rank gradients with respect to keys and values, from sums over the rows.
+
+    Far keys get zeros.
+    """
     basis = empty.basis
     whitening = basis.whitening
     move = mover(key, compute_dtype(array_namespace(key), key.dtype))
@@ -105,10 +113,11 @@ def key_pass(
 def whole_vjp(
     head: Head, grad: Array, empty: LowRank, outlier_mask: Array
 ) -> tuple[Gradients, Backward]:
-    """Differentiate a head, whose rows see all keys, over a basis.
+    """Low-rank gradients of a head whose rows attend to all keys.
 
-    Rows that are ``outlier_mask``, boolean ``(n,)``, and rows out of reach add nothing,
-    and have infinite normalizers in the second answer.
+    Outlier rows, ``outlier_mask`` of shape ``(n,)``, and rows whose softmax denominator
+    is too small for the low rank contribute zero, and have infinite log-sum-exps in the
+    second result.
     """
     xp, m = head.xp, head.sizes[1]
     structure, far = empty.filled(head.key, head.value)

@@ -1,9 +1,10 @@
-"""The derivative of attention by near keys and clusters of the others.
+"""Gradients of multipole attention: near keys exactly, far keys by their clusters.
 
-Blocks and clusters are those of the answer. Its threshold is only a first guess: what
-weights err by averages out over the keys of a cluster in an answer, but not in what
-each of these keys gets, and what values have in common makes an answer large, but no
-derivative. So a few rows are differentiated by it, and it is scaled by what they show.
+Blocks of queries and clusters of keys are those of the forward pass. Its threshold is
+only the first estimate of a threshold for the gradients: errors of weights average out
+over the keys of a cluster in the output, but not in the gradient of each key; and a
+common offset of the values makes the output large, but no gradient. So pilot runs on a
+few rows measure the error of the gradients, and the threshold is scaled by it.
 """
 
 import math
@@ -25,28 +26,28 @@ from fastattn.problem.rows import gather_rows
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host
 from sketching._lib.certificate import RefusalError
 
-# with fewer logits clusters are not tried unasked: a refusal would cost too much
+# Auto() tries clusters only for heads with more logits: a refusal would cost too much
 _LARGE = 1 << 26
 # a low rank that takes less than this share of the exact time is tried first
 QUICK = 0.15
-# time of a derivative in times of an answer
+# time of the gradients relative to the forward pass
 _PASSES = 2.5
-# the share of what is allowed that the first derivatives aim at, and later ones do
+# share of the allowed error that the first gradients aim at, and that later ones do
 _AIM, _LESS = 0.65, 0.75
-# derivatives that are checked at most
+# largest number of gradients that are computed and checked
 _TRIES = 4
-# blocks of a pilot, and rows of each
+# blocks of a pilot run, and rows of each
 _BLOCKS, _ROWS = 8, 32
-# pilots, and how close to the aim an error says enough
+# largest number of pilot runs, and the factor from the aim at which the search ends
 _PILOTS, _CLOSE = 3, 1.4
-# the error of a threshold is a power of it
+# exponent of the error as a power of the threshold
 _SLOPE = 0.8
-# a share of the keys whose being near changes little, and how much lower a threshold is
-# tried then, down to the last
+# additional near keys, as a share of all keys, that hardly change the error; the factor
+# by which the threshold is lowered then; and the least threshold
 _FEW, _STEP, _SMALLEST = 0.01, 3.0, 1e-10
-# a pilot tells no more than this: thresholds change by factors of no more
+# largest factor by which one error estimate may change the threshold
 _FURTHEST = 100.0
-# more rows than this share out of reach leave nothing worth having
+# largest share of rows that may be recomputed exactly
 _MOST_RECOMPUTED = 0.05
 
 
@@ -59,27 +60,42 @@ def cluster_vjp(
     method: Multipole | None = None,
     limit: float = math.inf,
 ) -> tuple[Gradients, float]:
-    """Differentiate a head by clusters of its keys, and check.
+    """Gradients of a head by clusters of its keys, with an estimate of their error.
+
+    Parameters
+    ----------
+    head : Head
+        A head without a causal mask.
+    grad : array, shape (n, p)
+        Gradient of the loss with respect to the output.
+    tol : float
+        Each gradient may have a relative Frobenius error of ``3 * tol``.
+    rng : Generator
+        Source of the samples.
+    method : Multipole, optional
+        Number of clusters and threshold; what is None is chosen.
+    limit : float
+        The budget, in multiply-adds.
 
     Returns
     -------
     gradients : tuple of array
-        Derivatives by query, key and value.
+        With respect to query, key and value.
     error : float
         The largest of their relative Frobenius errors on sampled rows.
 
     Raises
     ------
     RefusalError
-        If logits vary too much within blocks and clusters, no threshold serves, or the
-        work is predicted to exceed ``limit``.
+        If logits vary too much within blocks and clusters, no threshold meets ``tol``,
+        or the predicted work exceeds ``limit``.
     """
     method = Multipole() if method is None else method
     n, m, d, p = head.sizes
     cost = Cost(n, m, d, p)
     count = method.clusters or clusters_for(m)
     clusters, blocks = arrange(head, count, cost, limit / _PASSES, rng)
-    # a threshold that is given is all that may make an error
+    # with a given threshold, the truncation at it must be the only error
     given = method.threshold
     all_first_order = given is not None
     vjp = _ClusterVjp.of(
@@ -91,26 +107,33 @@ def cluster_vjp(
     threshold = vjp.threshold(tol, cost, limit / _PASSES, rng)
     for number in range(_TRIES):
         if number == _TRIES // 2 or threshold <= _SMALLEST:
-            # keys that are alike, near by no threshold, may have other values
+            # similar keys, far at every threshold, may have different values
             vjp = replace(vjp, all_first_order=True)
             threshold = vjp.threshold(tol, cost, limit / _PASSES, rng)
         gradients, error = vjp.differentiate(threshold, rng)
         if error <= SLACK * tol:
             break
-        # what the derivatives lacked says how much more to ask for; more each time
+        # lower the threshold by the measured error; further with each try
         threshold *= _factor(_LESS * SLACK * tol, error) ** (number + 1)
     return gradients, error
 
 
 def _factor(wanted: float, error: float) -> float:
-    """How many times larger the threshold of an error is than that of another."""
+    r"""The factor from the threshold of ``error`` to that of ``wanted``.
+
+    :math:`(w / e)^{1 / 0.8}` for the error :math:`e` and the wanted error :math:`w`,
+    as errors grow like the power 0.8 of the threshold; between 1/100 and 100.
+    """
     least = wanted * _FURTHEST**-_SLOPE
     change = min(max(error, least), wanted**2 / least)
     return float((wanted / change) ** (1 / _SLOPE))
 
 
 def _next(tried: list[tuple[float, float]], aim: float) -> float:
-    """Choose a threshold by those that were tried, and their errors."""
+    """Next threshold of a secant search in logarithms.
+
+    ``tried`` holds pairs of a threshold and its error.
+    """
     (threshold, error), number = tried[-1], len(tried)
     if number > 1:
         before, old = tried[-2]
@@ -119,20 +142,20 @@ def _next(tried: list[tuple[float, float]], aim: float) -> float:
             error = max(error, aim / _FURTHEST)
             slope = math.log(old / error) / math.log(before / threshold)
             return float(threshold * (aim / error) ** (1 / slope))
-    # without near keys the error hardly falls: more is asked for each time
+    # without near keys the error hardly falls: take larger steps each time
     return threshold * _factor(aim, error) ** (number if error > _CLOSE * aim else 1)
 
 
 def cluster_vjp_if_faster(
     head: Head, grad: Array, tol: float, rng: np.random.Generator, share: float
 ) -> Gradients | None:
-    """Differentiate by clusters that pay and meet ``3 * tol``, if there are any.
+    """Gradients by clusters if these are faster and meet ``3 * tol``, else None.
 
-    What else there is takes ``share`` of the exact time.
+    The best alternative takes ``share`` of the exact time.
     """
     if head.prefix_lengths is not None or head.logits < _LARGE:
         return None
-    # the reference spells out who belongs to which cluster, which never pays
+    # the reference expands every cluster to its keys, which is slower than exact
     if multipole_vjp.kernel(place_of(head.query)) is multipole_vjp.reference:
         return None
     limit = TIME_SHARE * share * exact_vjp_work(head)
@@ -145,7 +168,23 @@ def cluster_vjp_if_faster(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ClusterVjp:
-    """A head in blocks and clusters, a few rows of a few blocks, and hard rows."""
+    """A head in blocks of queries and clusters of keys, with a pilot sample.
+
+    Parameters
+    ----------
+    head, grad : Head, array of shape (n, p)
+        The head, and the gradient of the loss with respect to its output.
+    clusters, blocks : Clusters, Blocks
+        Of the keys and of the queries.
+    sample : Blocks
+        A few rows of a few blocks, for pilot runs.
+    outlier_rows : integer array
+        Rows of high logit variance, which are computed exactly.
+    known : list
+        A cache: the mask of the reliable rows of the sample, and their exact gradients.
+    all_first_order : bool
+        Whether first moments of all far keys are summed.
+    """
 
     head: Head
     grad: Array
@@ -153,9 +192,7 @@ class _ClusterVjp:
     blocks: Blocks
     sample: Blocks
     outlier_rows: Array
-    # good rows of the sample, and what they hand on exactly
     known: list[Any]
-    # whether first moments of all far keys are counted
     all_first_order: bool
 
     @staticmethod
@@ -168,7 +205,7 @@ class _ClusterVjp:
         *,
         all_first_order: bool,
     ) -> "_ClusterVjp":
-        """Draw the few rows, and find the hard ones."""
+        """Draw the pilot sample, and find the outlier rows."""
         sizes = np.diff(blocks.cuts)
         count = min(len(sizes), _BLOCKS)
         some = np.sort(rng.choice(len(sizes), count, replace=False))
@@ -182,7 +219,7 @@ class _ClusterVjp:
     def threshold(
         self, tol: float, cost: Cost, limit: float, rng: np.random.Generator
     ) -> float:
-        """Choose the threshold: that of the answer, scaled by what pilots show."""
+        """Choose the threshold: that of the forward pass, scaled by pilot runs."""
         found = choose(Trial.of(self.clusters, self.blocks, rng), tol, cost, limit)
         aim, threshold = _AIM * SLACK * tol, found.threshold
         # thresholds with their errors
@@ -191,20 +228,18 @@ class _ClusterVjp:
         while len(tried) < _PILOTS:
             row_limit, near = self._row_limit(threshold)
             if cost(replace(found.counts, near=near)) > limit:
-                raise RefusalError(
-                    f"{near:.0f} near keys a row take more than the work allowed"
-                )
+                raise RefusalError(f"{near:.0f} near keys a row exceed the budget")
             few = near <= last + _FEW * self.head.sizes[1]
             lacking = tried[-1][1] > aim if tried else not self.all_first_order
             if few and lacking and threshold > _SMALLEST:
-                # as good as no key has become near: the error is hardly another
+                # hardly any key has become near: the error would be the same
                 threshold /= _STEP if near else _STEP**2
                 continue
             error, last = self._pilot(threshold, row_limit), near
             tried.append((threshold, error))
             threshold = _next(tried, aim)
             if len(tried) > 1 and (error > aim) != (tried[-2][1] > aim):
-                # between two that were tried
+                # interpolated between the last two
                 break
             if aim / _CLOSE <= error <= aim * _CLOSE:
                 break
@@ -213,7 +248,7 @@ class _ClusterVjp:
     def differentiate(
         self, threshold: float, rng: np.random.Generator
     ) -> tuple[Gradients, float]:
-        """Differentiate by a threshold, mend rows out of reach, and check."""
+        """Gradients at a threshold, failed rows recomputed exactly, and their error."""
         head, clusters, blocks = self.head, self.clusters, self.blocks
         xp, n = head.xp, head.sizes[0]
         limit = np.full(n, self._row_limit(threshold)[0])
@@ -221,7 +256,7 @@ class _ClusterVjp:
         (query, key, value), *of_rows = self._sums(blocks, limit, threshold)
         back = xp.argsort(blocks.order)
         query, normalizer, delta = (xp.take(x, back, axis=0) for x in (query, *of_rows))
-        # centring is undone
+        # the keys were centered, which shifts the log-sum-exps
         rows = xp.astype(head.query, normalizer.dtype, copy=False)
         normalizer = normalizer + xp.matmul(rows, clusters.offset)
         back = xp.argsort(clusters.order)
@@ -230,18 +265,18 @@ class _ClusterVjp:
         if len(exact_rows) > _MOST_RECOMPUTED * n + len(self.outlier_rows):
             raise RefusalError(
                 f"Multipole(threshold={threshold:.1e}) fails in {len(exact_rows)} of "
-                f"{n} rows: the logits reach beyond what it serves"
+                f"{n} rows: their logits are too large for these clusters"
             )
         state = Backward(head, self.grad, normalizer, delta).with_exact(exact_rows)
         gradients = state.with_recomputed(gradients, exact_rows)
         return gradients, state.error(gradients, exact_rows, rng)
 
     def _pilot(self, threshold: float, row_limit: float) -> float:
-        """The largest relative error of what the few rows hand on."""
+        """The largest relative error of the gradients of the pilot sample."""
         sample = self.sample
         limit = np.full(self.head.sizes[0], row_limit)
         found, normalizer, _ = self._sums(sample, limit, threshold)
-        # rows out of reach are going to be computed exactly
+        # rows with infinite log-sum-exps will be computed exactly
         reliable = np.isfinite(to_host(normalizer))
         error = 0.0
         for x, y in zip(found, self._truth(reliable), strict=True):
@@ -251,7 +286,7 @@ class _ClusterVjp:
         return error
 
     def _truth(self, reliable: Array) -> Gradients:
-        """What the few rows hand on exactly, but for those that are not good."""
+        """Exact gradients of the reliable rows of the pilot sample."""
         if self.known and np.array_equal(self.known[0], reliable):
             found: Gradients = self.known[1]
             return found
@@ -272,9 +307,10 @@ class _ClusterVjp:
     def _sums(
         self, blocks: Blocks, limit: Array, threshold: float
     ) -> tuple[Gradients, Array, Array]:
-        """Differentiate blocks: in their order, and keys by cluster.
+        """Gradients of blocks, in the order of the blocks and of the clusters.
 
-        Rows whose errors are estimated beyond the limit have infinite normalizers.
+        Rows whose estimated error exceeds ``limit``, shape ``(n,)``, have infinite
+        log-sum-exps and contribute zero.
         """
         clusters = self.clusters
         move = mover(clusters.key, clusters.key.dtype)
@@ -297,15 +333,15 @@ class _ClusterVjp:
         return (*self._turned(query, key), value), normalizer, delta
 
     def _turned(self, query: Array, key: Array) -> tuple[Array, Array]:
-        """Derivatives by queries and keys that are not in balanced coordinates."""
+        """Gradients of queries and keys from those in balanced coordinates."""
         xp, turn = array_namespace(query), self.clusters.to_query
-        # keys are turned by what is inverse to the map of the queries
+        # the map of the keys is the inverse transpose of the map of the queries
         back = self.head.scale * np.linalg.pinv(to_host(turn).astype(np.float64))
         move = mover(query, query.dtype)
         return xp.matmul(query, xp.matrix_transpose(turn)), xp.matmul(key, move(back))
 
     def _row_limit(self, threshold: float) -> tuple[float, float]:
-        """How large the estimated error of a row may be, and near keys, by few rows."""
+        """Largest estimated error of a row that stays, and near keys per row."""
         _, _, error, counts = self.clusters.answer(self.sample, threshold)
         near = float(np.average(counts[:, 0], weights=np.diff(self.sample.cuts)))
         return largest_row_error(error, near / self.head.sizes[1]), near

@@ -1,7 +1,7 @@
-"""Derivatives of softmax attention: what reverse-mode differentiation needs.
+"""Gradients of softmax attention: the vector-Jacobian product.
 
-Exact ones are computed in blocks, with nothing of size n x m. Where attention is
-near-linear, by a low rank or by near keys and clusters, its derivative is too.
+Exact gradients are computed in blocks, without an array of size n x m. Where low-rank
+or multipole attention takes near-linear time, so do its gradients.
 """
 
 from dataclasses import replace
@@ -55,39 +55,39 @@ def attention_vjp(
 
     With the softmax weights :math:`P`, :math:`G` = ``grad_output`` and :math:`\circ`
     the entrywise product, :math:`dV = P^\top G`, :math:`dQ = s\,dS\,K` and
-    :math:`dK = s\,dS^\top Q`, where :math:`dS = P \circ (G V^\top - r 1^\top)` and
-    :math:`r` are the row sums of :math:`P \circ G V^\top`. The answers are what
-    reverse-mode differentiation hands on: a vector-Jacobian product.
+    :math:`dK = s\,dS^\top Q`, where :math:`dS = P \circ (G V^\top - \delta 1^\top)` and
+    :math:`\delta` are the row sums of :math:`P \circ G V^\top`. The results are what
+    reverse-mode differentiation needs: a vector-Jacobian product.
 
     Parameters
     ----------
     query, key, value : array, shapes (..., n, d), (..., m, d), (..., m, p)
         As in :func:`attention`.
     grad_output : array, shape (..., n, p)
-        Derivative of a loss by the output of :func:`attention`, of its shape and
-        dtype.
+        Gradient of a loss with respect to the output of :func:`attention`, of its
+        shape and dtype.
     tol : float, default 1e-2
-        A low rank, clusters, or products of rounded numbers, are kept only where each
-        of the three derivatives errs, on rows sampled after the fact, by at most ``3 *
-        tol`` in relative Frobenius norm.
+        Low-rank, cluster-based or bfloat16 gradients are returned only if the relative
+        Frobenius error of each of the three, estimated on sampled rows, is at most
+        ``3 * tol``.
     scale, is_causal, key_mask
         As in :func:`attention`.
     method : AttentionMethod, optional
-        ``Auto()`` by default: clusters or a low rank where they are predicted to pay
-        and pass the check, else all logits: in bfloat16 where the processor and the
-        check allow, or as ``Exact()``. The other choices are ``Multipole()`` and
+        ``Auto()`` by default: clusters or a low rank where they are predicted to be
+        faster and pass the check, else all logits: in bfloat16 where the processor and
+        the check allow, or as ``Exact()``. The other choices are ``Multipole()`` and
         ``Polynomial(basis="hermite")``.
     guarantee : {"sampled", "proven"}
-        With ``"proven"`` derivatives are exact up to rounding.
+        With ``"proven"`` gradients are exact up to rounding.
     rng : int or Generator, optional
         Source of the samples; an int makes the call reproducible.
 
     Returns
     -------
     tuple of array
-        Derivatives by ``query``, ``key`` and ``value``, each of the shape and dtype of
-        its argument: summed over dimensions that were broadcast. A row that sees no
-        key, and a key that no row sees, have zeros.
+        Gradients with respect to ``query``, ``key`` and ``value``, each of the shape
+        and dtype of its argument: summed over dimensions that were broadcast. A row
+        that attends to no key, and a key that no row attends to, have zeros.
 
     Raises
     ------
@@ -101,10 +101,10 @@ def attention_vjp(
 
     Notes
     -----
-    The check differentiates sampled queries from their own exact weights. Sampled
-    keys, more often those of large derivatives, take the normalizers and drifts of all
-    queries as the low rank or the clusters have them, whose errors are mostly second
-    to those of the weights. It is an estimate, not a certificate.
+    The check computes gradients of sampled queries from their exact weights. Those of
+    sampled keys, drawn by the size of their gradients, use log-sum-exps and deltas of
+    all queries from the approximation, whose errors are mostly smaller than those of
+    the weights. It is an estimate, not a certificate.
 
     Examples
     --------
@@ -150,7 +150,7 @@ def attention_vjp(
 
 
 def _check_method(method: Any, guarantee: str) -> None:
-    """Raise unless the method has a derivative, under this guarantee."""
+    """Raise unless the method has gradients, under this guarantee."""
     if isinstance(method, Auto | Exact):
         return
     if not isinstance(method, Polynomial | Multipole):
@@ -178,7 +178,7 @@ def _vjp(
     guarantee: str,
     rng: np.random.Generator,
 ) -> Gradients:
-    """Differentiate one head by the method, by a low rank that pays, or exactly."""
+    """Gradients of one head by the given method or, with ``Auto()``, the fastest."""
     if isinstance(method, Polynomial | Multipole) and head.sizes[1]:
         return _asked_for(head, grad, tol, method, rng)
     if isinstance(method, Auto) and guarantee == "sampled" and head.logits:
@@ -196,7 +196,7 @@ def _asked_for(
     method: Polynomial | Multipole,
     rng: np.random.Generator,
 ) -> Gradients:
-    """Differentiate by the given method, or refuse."""
+    """Gradients by the given method; raise ``RefusalError`` if these miss ``tol``."""
     if isinstance(method, Multipole):
         if head.prefix_lengths is not None:
             raise RefusalError(
@@ -221,7 +221,7 @@ def _asked_for(
 def _near_linear(
     head: Head, grad: Array, tol: float, rng: np.random.Generator
 ) -> Gradients | None:
-    """Differentiate by clusters or a low rank, if one pays and meets ``3 * tol``."""
+    """Cluster or low-rank gradients if faster and within ``3 * tol``, else None."""
     lowranks = worth_a_try(head, grad, tol, rng)
     share = least_share(head, tol, lowranks)
     if share > QUICK:
@@ -235,7 +235,7 @@ def _near_linear(
 
 
 def _untrimmed(head: Head, seen: Head, gradients: Gradients) -> Gradients:
-    """Give the last keys, which no row sees, derivatives of zero."""
+    """Give the last keys, which no row attends to, zero gradients."""
     m, some = head.sizes[1], np.arange(seen.sizes[1])
     if len(some) == m:
         return gradients

@@ -1,4 +1,4 @@
-"""Linear attention: weights that are products of features, in time linear in length."""
+"""Linear attention: weights are products of features; time is linear in the length."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import run_blocks
 from sketching._lib.validation import check_flag, not_finite
 
-# rows of a head that is worth a look block by block
+# least number of rows of a head whose inputs are checked block by block
 _LONG = 4096
 
 
@@ -50,14 +50,14 @@ def linear_attention(
         :class:`RandomFeatures`, :class:`Taylor`, :class:`RandomMaclaurin`,
         :class:`TensorSketch`, :class:`PolySketch` or :class:`Identity`.
     scale : float, optional
-        Features are those of rows times the root of its size. By default
-        ``d ** -0.5`` for maps that approximate softmax, ``1 / d`` for ``PolySketch``
-        and 1 for others.
+        The factor of the logits; queries and keys are multiplied by the root of its
+        size. By default ``d ** -0.5`` for maps that approximate softmax, ``1 / d`` for
+        ``PolySketch``, else 1.
     is_causal : bool, default False
-        Query ``i`` sees keys ``j <= i`` only.
+        Query ``i`` attends to keys ``j <= i`` only.
     key_mask : boolean array, shape (..., m), optional
-        True for keys that take part, as in :func:`attention`. A row that sees no key
-        gets zeros.
+        True for keys that take part, as in :func:`attention`. A row that attends to no
+        key gets zeros.
     decay : float or array, optional
         With ``is_causal``: the weight of key ``j`` for query ``i`` is multiplied by
         ``decay ** (i - j)``, as in a retention layer. One number between 0 and 1, or
@@ -102,7 +102,7 @@ def linear_attention(
     parts = _heads(batch, feature_map, decay, normalize)
     sees_all = key_mask is None and (not is_causal or batch.key.shape[-2] <= n)
     if sees_all and n >= _LONG and place_of(batch.query) == "cpu":
-        # every number is read: blocks are looked at then, while they are in cache
+        # all inputs are read anyway: check blocks for NaN while they are in cache
         parts = [replace(part, check=batch.check_finite) for part in parts]
     else:
         batch.check_finite()
@@ -127,23 +127,24 @@ def linear_attention_vjp(
     r"""Differentiate ``sum(grad_output * linear_attention(query, key, value))``.
 
     It takes two more passes over queries and keys; with ``is_causal`` all features
-    are kept. Random numbers of the feature map are those of :func:`linear_attention`.
+    are stored. The feature map draws the same random numbers as in
+    :func:`linear_attention`.
 
     Parameters
     ----------
     query, key, value : array, shapes (..., n, d), (..., m, d), (..., m, p)
         As in :func:`linear_attention`.
     grad_output : array, shape (..., n, p)
-        Derivative of a loss by the output of :func:`linear_attention`, of its shape
-        and dtype.
+        Gradient of a loss with respect to the output of :func:`linear_attention`, of
+        its shape and dtype.
     feature_map, scale, is_causal, key_mask, decay, normalize
         As in :func:`linear_attention`.
 
     Returns
     -------
     tuple of array
-        Derivatives by ``query``, ``key`` and ``value``, each of the shape and dtype of
-        its argument: summed over dimensions that were broadcast.
+        Gradients with respect to ``query``, ``key`` and ``value``, each of the shape
+        and dtype of its argument: summed over dimensions that were broadcast.
 
     Raises
     ------
@@ -162,13 +163,13 @@ def linear_attention_vjp(
     >>> rng = np.random.default_rng(0)
     >>> query, key, value, grad = rng.standard_normal((4, 5, 3))
     >>> options = {"feature_map": EluPlusOne(), "is_causal": True}
-    >>> slope, _, _ = linear_attention_vjp(query, key, value, grad, **options)
+    >>> d_query, _, _ = linear_attention_vjp(query, key, value, grad, **options)
     >>> step = np.zeros((5, 3))
     >>> step[2, 1] = 1e-6
     >>> more, less = (
     ...     linear_attention(query + x, key, value, **options) for x in (step, -step)
     ... )
-    >>> bool(abs(np.sum(grad * (more - less)) / 2e-6 - slope[2, 1]) < 1e-6)
+    >>> bool(abs(np.sum(grad * (more - less)) / 2e-6 - d_query[2, 1]) < 1e-6)
     True
     """
     batch = _batch(query, key, value, feature_map, scale, is_causal, key_mask)
@@ -231,7 +232,7 @@ def _batch(
 def _heads(
     batch: Batch, feature_map: FeatureMap, decay: Any, normalize: bool
 ) -> list[LinearHead]:
-    """Take the inputs apart into heads with their features."""
+    """The heads of a batch, with their features."""
     check_flag("normalize", normalize)
     rates = _decays(batch, decay)
     features = Reader.of(feature_map, batch.query, batch.scale)
@@ -252,7 +253,7 @@ def _decays(batch: Batch, decay: Any) -> list[float | None]:
     if decay is None:
         return [None] * batch.count
     if not batch.is_causal:
-        raise ValueError("decay: expected is_causal=True, without which no key is past")
+        raise ValueError("decay: expected is_causal=True, got is_causal=False")
     rates = check_decay(decay)
     try:
         rates = np.broadcast_to(rates, batch.lead)
@@ -265,7 +266,7 @@ def _decays(batch: Batch, decay: Any) -> list[float | None]:
 
 
 def _answers(batch: Batch, parts: list[LinearHead]) -> list[Array]:
-    """Answer the heads, side by side on the CPU; shared keys are summed once."""
+    """Outputs of the heads, in parallel on the CPU; shared keys are summed once."""
     answers: list[Any] = [None] * batch.count
     groups: dict[Any, list[int]] = {}
     for number, place in enumerate(np.ndindex(*batch.lead)):
@@ -291,7 +292,7 @@ def _answers(batch: Batch, parts: list[LinearHead]) -> list[Array]:
 
 
 def _checked(part: LinearHead, answer: Answer) -> Array:
-    """Return the values of a head in the dtype of its query, or refuse them."""
+    """Return the output in the dtype of its query; raise RefusalError on overflow."""
     xp, head = part.head.xp, part.head
     with np.errstate(over="ignore"):
         value = xp.astype(answer.value, head.query.dtype, copy=False)

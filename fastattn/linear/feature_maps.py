@@ -1,7 +1,7 @@
 """Feature maps without random numbers.
 
-The weight of a key for a query is the product of their features. All maps but
-:class:`Taylor` replace the weights of softmax by others; Taylor approximates them.
+The weight of a key for a query is the product of their features. :class:`Taylor`
+approximates the weights of softmax; the other maps have weights of their own.
 """
 
 import math
@@ -39,9 +39,9 @@ class Identity(FeatureMap):
         """Return the rows as they are."""
         return x, None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
-        """Return the slope as it is."""
-        return slope
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:  # noqa: ARG002
+        """Return the gradient of the features."""
+        return grad
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class EluPlusOne(FeatureMap):
         """Return ``x + 1`` or ``exp(x)``."""
         return elu_plus_one(x), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
-        """Return the slope where ``x`` is positive, times ``exp(x)`` elsewhere."""
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:  # noqa: ARG002
+        """Gradient of the features, times ``exp(x)`` where ``x`` is not positive."""
         xp = array_namespace(x)
-        return slope * xp.where(x > 0, xp.ones_like(x), elu_plus_one(x))
+        return grad * xp.where(x > 0, xp.ones_like(x), elu_plus_one(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,9 @@ class Relu(FeatureMap):
         """Return the positive parts."""
         return positive(x), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
-        """Return the slope where ``x`` is positive."""
-        return _where_positive(x, slope)
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:  # noqa: ARG002
+        """Gradient of the features where ``x`` is positive, else zero."""
+        return _where_positive(x, grad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,11 @@ class Cosformer(FeatureMap):
         x = positive(x)
         return xp.concat([x * cosine, x * sine], axis=-1), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
-        """Turn the slopes back and keep them where ``x`` is positive."""
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
+        """Undo the rotation, and set to zero where ``x`` is not positive."""
         cosine, sine = self._turn(x, drawn.position)
         d = x.shape[-1]
-        return _where_positive(x, slope[..., :d] * cosine + slope[..., d:] * sine)
+        return _where_positive(x, grad[..., :d] * cosine + grad[..., d:] * sine)
 
     def _turn(self, x: Array, position: Array | None) -> tuple[Array, Array]:
         xp = array_namespace(x)
@@ -187,19 +187,19 @@ class Taylor(SoftmaxFeatures):
         """Return one, the entries, and their products in pairs."""
         return squares(x), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:  # noqa: ARG002
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:  # noqa: ARG002
         """Differentiate the products."""
         d = x.shape[-1]
-        return slope[..., 1 : d + 1] + pairs_vjp(x, slope[..., d + 1 :])
+        return grad[..., 1 : d + 1] + pairs_vjp(x, grad[..., d + 1 :])
 
 
-def pairs_vjp(x: Array, slope: Array) -> Array:
-    """Differentiate the products in pairs that end the answer of ``squares``."""
+def pairs_vjp(x: Array, grad: Array) -> Array:
+    """Gradient with respect to ``x`` of its products in pairs, as of ``squares``."""
     xp = array_namespace(x)
     d, place = x.shape[-1], 0
     total = xp.zeros_like(x)
     for a in range(d):
-        some = slope[..., place : place + d - a]
+        some = grad[..., place : place + d - a]
         place += d - a
         square, others = some[..., :1] * (2**0.5 * x[..., a : a + 1]), some[..., 1:]
         own = square + xp.sum(others * x[..., a + 1 :], axis=-1, keepdims=True)

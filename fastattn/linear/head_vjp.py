@@ -1,8 +1,8 @@
-"""The derivative of linear attention: passes over queries and keys, as the answer is.
+r"""Gradients of linear attention: one pass over queries and one over keys.
 
-With ``Z = phi(Q) S`` and ``S = phi(K)^T [V, 1]``, where the last column of ``Z`` is the
-sum of the weights, the derivative by ``Z`` is a matrix of the width of ``S``, and those
-by features are products with ``S`` and with ``phi(Q)^T dZ``, the sum on the way back.
+With the state :math:`S = \phi(K)^\top [V, 1]`, shape :math:`(r, p + 1)`, and :math:`Z =
+\phi(Q) S`, whose last column is the sum of the weights, :math:`d\phi(Q) = dZ\,S^\top`
+and :math:`d\phi(K) = [V, 1]\,dS^\top` with :math:`dS = \phi(Q)^\top dZ`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ Gradients = tuple[Array, Array, Array]
 
 
 def vjp_of(part: LinearHead, grad: Array) -> Gradients:
-    """Differentiate ``sum(grad * answer)`` of one head by query, key and value."""
+    """Gradients of ``sum(grad * output)`` of one head: of query, key and value."""
     head, dtype = part.head, part.features.dtype
     if head.sizes[1] == 0:
         query, key, value = (
@@ -31,7 +31,7 @@ def vjp_of(part: LinearHead, grad: Array) -> Gradients:
 
 
 def _whole(part: LinearHead, grad: Array) -> Gradients:
-    """Differentiate where all rows see all keys, block by block."""
+    """Gradients without a causal mask, block by block."""
     xp, size, state = part.head.xp, part.rows, part.state()
     (n, m, _, p), flip = part.head.sizes, xp.matrix_transpose
     query_parts, key_parts, value_parts, total = [], [], [], None
@@ -53,9 +53,10 @@ def _whole(part: LinearHead, grad: Array) -> Gradients:
 
 
 def _causal(part: LinearHead, grad: Array) -> Gradients:
-    """Differentiate where rows see the first keys only: three products by chunks.
+    """Gradients with prefix lengths: three products by chunks.
 
-    All features are kept: what comes back runs from the last row to the first.
+    All features are stored, since the backward products run from the last row to the
+    first.
     """
     xp, (n, m, _, p) = part.head.xp, part.head.sizes
     rows, keys = slice(0, n), slice(0, m)
@@ -67,7 +68,7 @@ def _causal(part: LinearHead, grad: Array) -> Gradients:
     mixed = _products(left, right, extended, forward)
     change = _change(part, rows, mixed, (row_log, top), grad)
     by_left = _products(change, extended, right, forward)
-    # key j is seen by the rows from the first that sees more than j keys
+    # the first row that attends to key j; all later rows do so too
     first = np.searchsorted(prefix_lengths, np.arange(m), side="right")
     backward: dict[str, Any] = {"prefix_lengths": (n - first)[::-1]}
     if part.decay is not None:
@@ -91,7 +92,7 @@ def _causal(part: LinearHead, grad: Array) -> Gradients:
 def _products(
     left: Array, right: Array, value: Array, options: dict[str, Any]
 ) -> Array:
-    """Sum what each row of ``left`` sees, without keys before the first."""
+    """``prefix_products`` from an empty state."""
     empty = mover(left, left.dtype)(np.zeros((left.shape[1], value.shape[1])))
     found: Array = prefix_products(left, right, value, empty, **options)[0]
     return found
@@ -104,7 +105,7 @@ def _change(
     logs: tuple[Array | None, Array | None],
     grad: Array,
 ) -> Array:
-    """Derivative by the sums of some rows: of the values, and last of the weights."""
+    """Gradient with respect to ``Z``: sums of values and, last, of weights."""
     xp, (row_log, key_log) = part.head.xp, logs
     value, total, log = part.finish(mixed, row_log, key_log)
     part.check_weights(total, rows)
@@ -116,18 +117,18 @@ def _change(
     return xp.concat([grad, minus_delta], axis=1) * reciprocal(total)[:, None]
 
 
-def _by_query(part: LinearHead, rows: slice, slope: Array) -> Array:
-    """Derivative by queries from that by their features."""
+def _by_query(part: LinearHead, rows: slice, grad: Array) -> Array:
+    """Gradient of queries from that of their features."""
     position = np.arange(rows.start, rows.stop)
-    return part.features.query_vjp(part.head.query[rows, :], position, slope)
+    return part.features.query_vjp(part.head.query[rows, :], position, grad)
 
 
-def _by_key(part: LinearHead, keys: slice, slope: Array) -> Array:
-    """Derivative by keys from that by their features."""
-    return part.features.key_vjp(part.head.key[keys, :], part.column[keys], slope)
+def _by_key(part: LinearHead, keys: slice, grad: Array) -> Array:
+    """Gradient of keys from that of their features."""
+    return part.features.key_vjp(part.head.key[keys, :], part.column[keys], grad)
 
 
-def _by_value(slope: Array, log: Array | None, top: Array | None, p: int) -> Array:
-    """Derivative by values from that by ``[value, 1]`` times the keys' factors."""
-    slope = slope[:, :p]
-    return slope if log is None else slope * array_namespace(slope).exp(log - top)
+def _by_value(grad: Array, log: Array | None, top: Array | None, p: int) -> Array:
+    """Gradient of values from that of ``[value, 1]`` times the keys' factors."""
+    grad = grad[:, :p]
+    return grad if log is None else grad * array_namespace(grad).exp(log - top)

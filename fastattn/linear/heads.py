@@ -1,4 +1,4 @@
-"""Linear attention of one head: sums over keys, and what queries make of them."""
+"""Linear attention of one head: the key-value state, and the answers of queries."""
 
 import functools
 from collections.abc import Callable
@@ -20,23 +20,23 @@ from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import run_blocks
 from sketching._lib.validation import not_finite
 
-# features of a block of rows: as many numbers stay in cache; least and most rows
+# features of a block of rows, which fit in cache; least and largest number of rows
 _BLOCK = 1 << 18
 _ROWS = (64, 4096)
-# tasks, each with its own sums: a number that does not depend on the threads
+# tasks, each with its own sums: independent of the number of threads
 _TASKS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureState:
-    """Sums over keys of features times ``[value, 1]``.
+    """The key-value state: sums over keys of features times ``[value, 1]``.
 
     Parameters
     ----------
     total : array, shape (..., r, p + 1)
-        The sums, relative to ``exp(log)``.
+        The sums, divided by ``exp(log)``.
     log : array, shape (..., 1, 1), or None
-        None where features have no factors.
+        None for features without factors.
     """
 
     total: Array
@@ -44,22 +44,22 @@ class FeatureState:
 
     @staticmethod
     def of(features: Array, value: Array, log: Array | None) -> "FeatureState":
-        """Sum over keys whose factors have the logarithms ``log``, (..., m, 1)."""
+        """The state over keys, whose factors have the logarithms ``log``."""
         xp = array_namespace(features)
         extended, top = extend(value, log)
         return FeatureState(xp.matmul(xp.matrix_transpose(features), extended), top)
 
     def relative_to(self, log: Array | None) -> Array:
-        """Return the sums relative to another factor."""
+        """Return the sums divided by ``exp(log)`` for another ``log``."""
         if log is None or self.log is None:
             return self.total
         xp = array_namespace(self.total)
-        # no keys yet: there is nothing to scale
+        # without keys the sums are zero, and their factor is minus infinity
         gap = xp.where(xp.isfinite(self.log), self.log - log, xp.zeros_like(log))
         return self.total * xp.exp(gap)
 
     def plus(self, other: "FeatureState") -> "FeatureState":
-        """Add the sums over other keys."""
+        """Add the state over other keys."""
         top = None
         if self.log is not None and other.log is not None:
             xp = array_namespace(self.log, other.log)
@@ -70,9 +70,9 @@ class FeatureState:
 def extend(
     value: Array, log: Array | None, least: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """Return ``[value, 1]`` times the keys' factors, relative to the largest.
+    """Return ``[value, 1]`` times the keys' factors, divided by the largest of them.
 
-    The largest is at least ``exp(least)``.
+    The divisor is at least ``exp(least)``; its logarithm is returned too.
     """
     xp = array_namespace(value)
     extended = xp.concat([value, xp.ones_like(value[..., :1])], axis=-1)
@@ -95,7 +95,7 @@ def finish(
     normalize: bool,
     out: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """Turn sums of ``[value, 1]`` into values, sums of weights and logarithms."""
+    """Outputs, sums of weights, and logarithms of their factors, from weighted sums."""
     if normalize:
         value, total = divided(sums, offset=offset, out=out)
     else:
@@ -110,7 +110,7 @@ def with_logs(
     key_log: Array | None,
     normalize: bool,
 ) -> tuple[Array, Array, Array]:
-    """Return values, sums of weights, and the logarithms of their factors."""
+    """Return outputs, sums of weights, and logarithms of their factors."""
     xp = array_namespace(total)
     if row_log is None:
         return value, total, xp.zeros_like(total)
@@ -119,13 +119,16 @@ def with_logs(
 
 
 def least_total(xp: Any, dtype: Any) -> float:
-    """Return what a sum of weights must exceed, or all that is left is underflow."""
+    """Return the least sum of weights that is not dominated by underflow."""
     kind = xp.finfo(dtype)
     return float(kind.smallest_normal) / float(kind.eps)
 
 
 def check_weights(feature_map: FeatureMap, total: Array, sees: Array | None) -> None:
-    """Refuse rows that see keys whose weights, meant to be softmax's, all vanish."""
+    """Raise RefusalError if all weights of a row that approximate softmax vanish.
+
+    ``sees`` is False for rows that attend to no key.
+    """
     if not feature_map.approximates_softmax:
         return
     xp = array_namespace(total)
@@ -135,21 +138,23 @@ def check_weights(feature_map: FeatureMap, total: Array, sees: Array | None) -> 
     count = int(xp.count_nonzero(lost))
     if count:
         raise RefusalError(
-            f"all weights of {count} rows vanish in {total.dtype}: logits are beyond "
-            f"what {feature_map} serves; use attention() instead"
+            f"all weights of {count} rows vanish in {total.dtype}: logits are too "
+            f"large for {feature_map}; use attention() instead"
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What linear attention says of the queries of one head.
+    """The output of linear attention of one head.
 
     Parameters
     ----------
     value : array, shape (n, p)
+        The output.
     total : array, shape (n,)
-        Sums of the weights, relative to ``exp(log)``.
+        Sums of the weights, divided by ``exp(log)``.
     log : array, shape (n,)
+        Logarithms of the factors of the sums.
     """
 
     value: Array
@@ -166,13 +171,13 @@ class LinearHead:
     head : Head
     features : Reader
     column : integer array, shape (m,)
-        On the host: where the keys stood before some were left out.
+        On the host: positions of the keys before some were masked.
     decay : float or None
-        What a key loses for each position that a row is ahead of it.
+        Factor of the weight of a key for each position between it and the row.
     normalize : bool
         Whether a row is divided by the sum of its weights.
     check : callable, optional
-        What raises where a number of the inputs is not finite; by default they are.
+        Raises the error of inputs that are not finite; None if they were checked.
     """
 
     head: Head
@@ -184,24 +189,24 @@ class LinearHead:
 
     @property
     def prefix_lengths(self) -> Array:
-        """How many keys each row of a sequential head sees, on the host."""
+        """Prefix lengths of the rows of a sequential head, on the host."""
         return to_host(self.head.prefix_lengths).astype(np.int64)
 
     @property
     def rows(self) -> int:
-        """Rows of a block."""
+        """Number of rows of a block."""
         features, _ = self.features.key(self.head.key[:1, :], self.column[:1])
         return min(max(_BLOCK // int(features.shape[-1]), _ROWS[0]), _ROWS[1])
 
     @property
     def is_sequential(self) -> bool:
-        """Whether the answer is found row by row, so that there is no one sum."""
+        """Whether rows have different states, so that there is no state of all keys."""
         return self.head.prefix_lengths is not None or self.head.sizes[1] == 0
 
     def answer(self, state: FeatureState | None = None) -> Answer:
         """Answer all queries; a row whose weights add up to zero gets zeros.
 
-        ``state`` is what ``state()`` returns, where that is known.
+        ``state`` is the result of ``state()``, if that has been computed.
         """
         n, m, _, p = self.head.sizes
         if m == 0:
@@ -213,7 +218,7 @@ class LinearHead:
         return self._whole(self.state() if state is None else state, self.rows)
 
     def state(self) -> FeatureState:
-        """Sum over all keys: a task adds up its own blocks."""
+        """The state over all keys: each task sums its own blocks."""
         m, size = self.head.sizes[1], self.rows
         span = size * -(-m // (size * _TASKS))
         found: list[Any] = [None] * -(-m // span)
@@ -236,7 +241,7 @@ class LinearHead:
     def key(self, rows: slice) -> tuple[Array, Array | None, Array]:
         """Features of some keys, their factors' logarithms, and the values."""
         head, xp = self.head, self.head.xp
-        self._look_at(head.key[rows, :], head.value[rows, :])
+        self._check_finite(head.key[rows, :], head.value[rows, :])
         features, log = self.features.key(head.key[rows, :], self.column[rows])
         value = xp.astype(head.value[rows, :], self.features.dtype, copy=False)
         return features, log, value
@@ -244,25 +249,25 @@ class LinearHead:
     def query(self, rows: slice) -> tuple[Array, Array | None]:
         """Features of some queries and their factors' logarithms."""
         position = np.arange(rows.start, rows.stop)
-        self._look_at(self.head.query[rows, :])
+        self._check_finite(self.head.query[rows, :])
         return self.features.query(self.head.query[rows, :], position)
 
-    def _look_at(self, *arrays: Array) -> None:
+    def _check_finite(self, *arrays: Array) -> None:
         if self.check and any(not_finite(x)[0] for x in arrays):
             self.check()
 
     def finish(
         self, sums: Array, row_log: Array | None, key_log: Array | None, out: Any = None
     ) -> tuple[Array, Array, Array]:
-        """Turn the sums of some rows into values, sums of weights and logarithms."""
+        """Outputs, sums of weights, and logarithms of their factors, of some rows."""
         offset = self.features.map.offset
         return finish(sums, row_log, key_log, offset, self.normalize, out)
 
     def check_weights(self, total: Array, rows: slice) -> None:
-        """Refuse rows whose weights, which should be those of softmax, all vanish."""
+        """Raise RefusalError if all softmax-like weights of a row vanish."""
         prefix_lengths = self.head.prefix_lengths
         sees = None if prefix_lengths is None else prefix_lengths[rows] > 0
-        # weights that faded away are right to vanish
+        # by decay, weights may rightly vanish
         if self.head.sizes[1] and (self.normalize or self.decay is None):
             check_weights(self.features.map, total, sees)
 
@@ -306,10 +311,11 @@ class LinearHead:
 
     @property
     def place(self) -> Array:
-        """Where each row of a sequential head is: positions that decay counts from.
+        """Positions of the rows of a sequential head, for decay.
 
-        Where rows are normalised, what fades for all their keys does not matter: rows
-        stay with the last key that they see, so that its weight is never lost.
+        Normalization cancels a common factor of all weights of a row. So normalized
+        rows take the position of the last key that they attend to, whose weight then
+        cannot underflow.
         """
         if self.decay is None or not self.normalize or self.features.map.offset:
             return np.arange(self.head.sizes[0])
@@ -319,7 +325,7 @@ class LinearHead:
         )
 
     def fading(self, keys: slice, rows: slice, place: Array) -> dict[str, Any]:
-        """Return the options of ``prefix_products`` that say how keys fade."""
+        """The options of ``prefix_products`` for decay."""
         if self.decay is None:
             return {}
         return {
@@ -338,10 +344,10 @@ def each_block(
     like: Array,
     in_turn: bool = False,
 ) -> tuple[Array, ...]:
-    """Call ``work`` for blocks of rows and put the answers one below the other.
+    """Call ``work(rows, out)`` for blocks of rows, and concatenate the results.
 
-    It returns values, ``(rows, p)``, and two numbers for each row. It is given memory
-    for the values, or None, and may use it.
+    It returns outputs, ``(rows, p)``, and two numbers for each row. It may write the
+    outputs into ``out`` if that is not None. ``in_turn`` calls it in order.
     """
     blocks = [slice(s, min(s + size, n)) for s in range(0, n, size)]
     if place_of(like) != "cpu":
@@ -353,7 +359,7 @@ def each_block(
     def call(number: int) -> None:
         rows = blocks[number]
         value, *others = work(rows, outs[0][rows])
-        # where the memory was used there is nothing to copy
+        # outputs that were written into out are in place already
         if value.base is not outs[0]:
             outs[0][rows] = value
         for out, part in zip(outs[1:], others, strict=True):
@@ -368,7 +374,7 @@ def each_block(
 
 
 def run_tasks(work: Callable[[int], None], numbers: range, like: Array) -> None:
-    """Call ``work`` for every number, spread over threads on the CPU."""
+    """Call ``work`` for every number, in parallel on the CPU."""
     if place_of(like) == "cpu":
         run_blocks(work, numbers)
         return
@@ -377,7 +383,7 @@ def run_tasks(work: Callable[[int], None], numbers: range, like: Array) -> None:
 
 
 def _empty(left: Array, log: Array | None, p: int) -> FeatureState:
-    """Sums over no keys."""
+    """The state without keys."""
     xp = array_namespace(left)
     total = xp.broadcast_to(xp.zeros_like(left[0, :])[:, None], (left.shape[1], p + 1))
     return FeatureState(

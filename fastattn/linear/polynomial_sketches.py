@@ -1,4 +1,4 @@
-"""Random features of polynomial kernels, which replace the weights of softmax."""
+"""Random features of polynomial kernels, in place of the weights of softmax."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,8 +29,8 @@ class TensorSketch(FeatureMap):
     constant : float, default 0
         The constant :math:`c`, not negative.
     rng : int or Generator, default 0
-        Where the sketch comes from. A generator is asked for an int, which is kept:
-        one map draws the same sketch wherever it is used.
+        Source of the sketch. A generator draws an int seed, which is stored: a map has
+        the same sketch in every use.
 
     Examples
     --------
@@ -58,7 +58,7 @@ class TensorSketch(FeatureMap):
         object.__setattr__(self, "rng", seed_of(self.rng))
 
     def draw(self, d: int) -> Constants:
-        """Draw the count sketches of a row and its constant."""
+        """Draw the count sketches, of a row with the root of the constant."""
         width = d + (self.constant > 0)
         return projections.TensorSketch.draw(
             width, size=self.size, degree=self.degree, rng=self.rng
@@ -68,10 +68,10 @@ class TensorSketch(FeatureMap):
         """Sketch the rows."""
         return projections.TensorSketch(drawn.constants).apply(self._extended(x)), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate the convolution."""
         sketch = projections.TensorSketch(drawn.constants)
-        return sketch.vjp(self._extended(x), slope)[..., : x.shape[-1]]
+        return sketch.vjp(self._extended(x), grad)[..., : x.shape[-1]]
 
     def _extended(self, x: Array) -> Array:
         if self.constant == 0:
@@ -83,7 +83,7 @@ class TensorSketch(FeatureMap):
 
 @dataclass(frozen=True, slots=True)
 class PolySketch(FeatureMap):
-    r"""Features of a power of logits whose products are squares, never negative.
+    r"""Features of a power of logits, with weights that are squares: never negative.
 
     Sketches are :math:`S_1(x) = x` and :math:`S_{2p}(x) = r^{-1/2} (S_p(x) G) \circ
     (S_p(x) G')` with normal :math:`G, G'`. The weight of a key is :math:`(S_{p/2}(q)
@@ -130,7 +130,7 @@ class PolySketch(FeatureMap):
         return 1 / d
 
     def draw(self, d: int) -> Constants:
-        """Draw two normal matrices for each doubling of the power."""
+        """Draw two normal matrices for each doubling of the degree."""
         rng, matrices = np.random.default_rng(self.rng), []
         doublings = self.degree.bit_length() - 2
         for level in range(doublings):
@@ -145,11 +145,11 @@ class PolySketch(FeatureMap):
         start = sketch.shape[-1] + 1
         return squares(sketch)[..., start:] * 2**0.5, None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate level by level."""
         xp = array_namespace(x)
         levels, flip = self._levels(x, drawn.constants), xp.matrix_transpose
-        change = pairs_vjp(levels[-1], slope * 2**0.5)
+        change = pairs_vjp(levels[-1], grad * 2**0.5)
         for j in reversed(range(len(levels) - 1)):
             first, second = drawn.constants[2 * j : 2 * j + 2]
             left = xp.matmul(levels[j], first), xp.matmul(levels[j], second)
@@ -159,7 +159,7 @@ class PolySketch(FeatureMap):
         return change
 
     def _levels(self, x: Array, constants: Constants) -> list[Array]:
-        """Sketches of growing degree, the rows themselves first."""
+        """Sketches of degrees 1, 2, 4, ...; the first are the rows."""
         xp, levels = array_namespace(x), [x]
         for j in range(0, len(constants), 2):
             left, right = (xp.matmul(levels[-1], g) for g in constants[j : j + 2])

@@ -1,8 +1,8 @@
-"""What a feature map is, and one that is ready for rows of a given width.
+r"""The protocol of feature maps, and a map drawn for rows of a given width.
 
-A map sends a row ``x`` to features; the weight of a key for a query is the product of
-theirs. Where features would overflow, a map returns them relative to a factor of
-their row, whose logarithm it returns beside them.
+A feature map :math:`\phi: \mathbb{R}^d \to \mathbb{R}^r` gives the weight
+:math:`\phi(q) \cdot \phi(k)` of a key for a query. A map whose features could overflow
+returns them divided by a factor :math:`e^c` of each row, together with :math:`c`.
 """
 
 import math
@@ -14,49 +14,49 @@ import numpy as np
 from sketching._lib.arrays import Array, array_namespace, compute_dtype, mover
 from sketching._lib.random import RandomSource, as_generator
 
-# what a map is made from for rows of one width: its random numbers
+# the random arrays of a map for rows of one width
 Constants = tuple[Array, ...]
-# features and, where they have factors, the logarithms of these
+# features, and the logarithms of their factors or None
 Features = tuple[Array, Array | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """What features of rows are made with: random numbers, and where the rows stand."""
+    """The random arrays of a map, and the positions of the rows, shape ``(n,)``."""
 
     constants: Constants
     position: Array | None = None
 
 
 class FeatureMap(Protocol):
-    """A recipe for features: a frozen value, a random one with the seed it is of."""
+    """Settings of a feature map: a frozen value, with the seed of a random map."""
 
     __slots__ = ()
 
-    # whether the weights approximate exp(scale * q . k), or are others
+    # whether the weights approximate exp(scale * q . k)
     approximates_softmax: ClassVar[bool] = False
-    # whether features depend on where a row stands
+    # whether features depend on the position of a row
     is_positional: ClassVar[bool] = False
-    # what is added to the sum of the weights of a row
+    # a number that is added to the sum of the weights of a row
     offset: ClassVar[float] = 0.0
 
     def default_scale(self, d: int) -> float:
-        """Return the factor of logits where none is given."""
+        """Return the default factor of the logits."""
         return d**-0.5 if self.approximates_softmax else 1.0
 
     def draw(self, d: int) -> Constants:  # noqa: ARG002
-        """Return host arrays that the map is made from."""
+        """Draw the random arrays of the map for rows of width ``d``, on the host."""
         return ()
 
     def apply(self, x: Array, drawn: Drawn) -> Features:
         """Features, ``(..., n, r)``, and logarithms of factors, ``(..., n, 1)``."""
         ...
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
-        """Derivative by ``x`` of ``sum(slope * features)``.
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
+        """Gradient of ``sum(grad * features * exp(log - c))`` with respect to ``x``.
 
-        Factors count as constants, but where they depend on ``x`` the features are
-        differentiated as if they were multiplied by them.
+        Features and ``log``, the logarithms of their factors, are functions of ``x``;
+        ``c`` is the value of ``log``, held constant.
         """
         ...
 
@@ -68,11 +68,11 @@ class Reader:
     Parameters
     ----------
     map : FeatureMap
-        The recipe.
+        The map.
     constants : tuple of array
-        What it drew.
+        Its random arrays.
     factors : tuple of float
-        What queries and keys are multiplied by: their product is the scale.
+        Factors of queries and of keys, whose product is the scale.
     dtype : dtype
         The dtype of computation.
     """
@@ -93,27 +93,27 @@ class Reader:
         return Reader(feature_map, constants, factors, dtype)
 
     def query(self, x: Array, position: Any = None) -> Features:
-        """Features of queries with their factors' logarithms."""
+        """Features of queries, and the logarithms of their factors."""
         return self._apply(x, self.factors[0], position)
 
     def key(self, x: Array, position: Any = None) -> Features:
-        """Features of keys with their factors' logarithms."""
+        """Features of keys, and the logarithms of their factors."""
         return self._apply(x, self.factors[1], position)
 
-    def query_vjp(self, x: Array, position: Any, slope: Array) -> Array:
-        """Derivative by queries."""
-        return self._vjp(x, self.factors[0], position, slope)
+    def query_vjp(self, x: Array, position: Any, grad: Array) -> Array:
+        """Gradient with respect to queries."""
+        return self._vjp(x, self.factors[0], position, grad)
 
-    def key_vjp(self, x: Array, position: Any, slope: Array) -> Array:
-        """Derivative by keys."""
-        return self._vjp(x, self.factors[1], position, slope)
+    def key_vjp(self, x: Array, position: Any, grad: Array) -> Array:
+        """Gradient with respect to keys."""
+        return self._vjp(x, self.factors[1], position, grad)
 
     def _apply(self, x: Array, factor: float, position: Any) -> Features:
         return self.map.apply(self._scaled(x, factor), self._drawn(x, position))
 
-    def _vjp(self, x: Array, factor: float, position: Any, slope: Array) -> Array:
+    def _vjp(self, x: Array, factor: float, position: Any, grad: Array) -> Array:
         drawn = self._drawn(x, position)
-        return self.map.vjp(self._scaled(x, factor), drawn, slope) * factor
+        return self.map.vjp(self._scaled(x, factor), drawn, grad) * factor
 
     def _scaled(self, x: Array, factor: float) -> Array:
         xp = array_namespace(x)
@@ -127,7 +127,7 @@ class Reader:
 
 
 def seed_of(rng: RandomSource) -> int:
-    """Return an int as it is, or draw one: a map is the same wherever it is used."""
+    """Return an int seed: ``rng`` if it is an int, else a number drawn from it."""
     if isinstance(rng, int | np.integer) and not isinstance(rng, bool) and rng >= 0:
         return int(rng)
     return int(as_generator(rng).integers(2**63))

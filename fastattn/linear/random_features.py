@@ -1,7 +1,7 @@
 """Random feature maps: products of features are unbiased estimates of weights.
 
-:class:`RandomFeatures` and :class:`RandomMaclaurin` estimate those of softmax,
-:class:`TensorSketch` and :class:`PolySketch` powers of logits, which replace them.
+:class:`RandomFeatures` and :class:`RandomMaclaurin` estimate those of softmax;
+:class:`TensorSketch` and :class:`PolySketch` estimate powers of logits.
 """
 
 import math
@@ -27,7 +27,7 @@ class RandomFeatures(SoftmaxFeatures):
 
     * ``"positive"``: :math:`e^{w \cdot q - |q|^2/2} e^{w \cdot k - |k|^2/2}`, whose
       variance is :math:`e^{2 q \cdot k} (e^{|q + k|^2} - 1)`;
-    * ``"hyperbolic"``: the same for :math:`w` and :math:`-w`, both kept;
+    * ``"hyperbolic"``: the same for both :math:`w` and :math:`-w`;
     * ``"trigonometric"``: :math:`e^{(|q|^2 + |k|^2)/2} \cos(w \cdot (q - k))`, the
       weights of which may be negative.
 
@@ -40,19 +40,19 @@ class RandomFeatures(SoftmaxFeatures):
         Number of directions :math:`w`; all kinds but ``"positive"`` have two features
         for each.
     kind : {"positive", "hyperbolic", "trigonometric"}
-        Which features.
+        The kind of features.
     orthogonal : bool, default True
-        Make directions orthogonal, as many as there are dimensions at a time; their
-        lengths stay those of normal vectors.
+        Make directions orthogonal in blocks of :math:`d`; their lengths are
+        distributed as those of normal vectors.
     rng : int or Generator, default 0
-        Where the directions come from. A generator is asked for an int, which is
-        kept: one map draws the same directions wherever it is used.
+        Source of the directions. A generator draws an int seed, which is stored: a map
+        has the same directions in every use.
 
     Notes
     -----
-    The largest exponent of each row is taken out, so that nothing overflows. The
-    constant that Performer adds to features, 1e-4, is left out: it is a bias, and on
-    sharp rows it is all that is left of the answer.
+    Features are relative to the largest exponent of each row, so that they do not
+    overflow. The constant 1e-4 that Performer adds to features is left out: it is a
+    bias, which dominates the output in rows of peaked attention.
 
     Examples
     --------
@@ -102,16 +102,16 @@ class RandomFeatures(SoftmaxFeatures):
         found, peak = exponentials(xp.concat([along, -along], axis=-1))
         return found * (2 * self.size) ** -0.5, peak - half
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate the exponents, or the angles."""
         xp = array_namespace(x)
         features, _ = self.apply(x, drawn)
-        change = features * slope
+        change = features * grad
         total = xp.sum(change, axis=-1, keepdims=True)
         first, second = slice(None, self.size), slice(self.size, None)
         if self.kind == "trigonometric":
-            along = features[..., first] * slope[..., second]
-            along = along - features[..., second] * slope[..., first]
+            along = features[..., first] * grad[..., second]
+            along = along - features[..., second] * grad[..., first]
         else:
             total, along = -total, change
             if self.kind == "hyperbolic":
@@ -176,7 +176,7 @@ class RandomMaclaurin(SoftmaxFeatures):
         parts = [xp.matmul(x, omega) for omega in signs]
         return factor * _product(x, parts, self.size), None
 
-    def vjp(self, x: Array, drawn: Drawn, slope: Array) -> Array:
+    def vjp(self, x: Array, drawn: Drawn, grad: Array) -> Array:
         """Differentiate factor by factor."""
         xp = array_namespace(x)
         factor, *signs = drawn.constants
@@ -184,7 +184,7 @@ class RandomMaclaurin(SoftmaxFeatures):
         total = xp.zeros_like(x)
         for j, omega in enumerate(signs):
             others = _product(x, parts[:j] + parts[j + 1 :], self.size)
-            change = (factor * slope * others)[..., : omega.shape[1]]
+            change = (factor * grad * others)[..., : omega.shape[1]]
             total = total + xp.matmul(change, xp.matrix_transpose(omega))
         return total
 

@@ -23,7 +23,7 @@ from sketching._lib.certificate import RefusalError
 
 
 class SoftmaxFeatures(FeatureMap, Protocol):
-    """A map whose weights approximate those of softmax: a method of attention."""
+    """A feature map that approximates softmax weights, as a method of attention."""
 
     __slots__ = ()
 
@@ -36,13 +36,13 @@ class SoftmaxFeatures(FeatureMap, Protocol):
         guarantee: str,
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Iterator[Candidate]:
-        """Say what would run, or why it would be refused."""
+        """Yield the plan, or the reason of a refusal."""
         yield candidate_of(self, lambda: _configured(self, head, guarantee).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
-        """Run the method and certify the answer, or refuse."""
+        """Run the method and certify the answer, or raise RefusalError."""
         answer = certified(head, _configured(self, head, guarantee), tol, rng)
         if not answer.error <= tol:
             raise RefusalError(
@@ -64,7 +64,7 @@ def _configured(
     n, m, d, p = head.sizes
     width = features.key(head.key[:1, :])[0].shape[-1]
     work = (n + m) * width * (p + 1 + d)
-    plan = Plan(feature_map, math.nan, seconds(work), "asked for")
+    plan = Plan(feature_map, math.nan, seconds(work), "requested")
 
     def run(head: Head) -> tuple[Array, Array, Array]:
         xp = head.xp
@@ -73,7 +73,7 @@ def _configured(
         reliable = total > least_total(xp, total.dtype)
         reliable = xp.logical_and(reliable, xp.isfinite(total))
         logarithm = xp.log(xp.where(reliable, total, xp.ones_like(total))) + answer.log
-        nothing = xp.full_like(total, xp.nan)
-        return answer.value, xp.where(reliable, logarithm, nothing), reliable
+        undefined = xp.full_like(total, xp.nan)
+        return answer.value, xp.where(reliable, logarithm, undefined), reliable
 
     return ConfiguredMethod(plan, run, math.inf)

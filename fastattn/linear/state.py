@@ -1,4 +1,4 @@
-"""Linear attention one token at a time: a state whose size does not grow."""
+"""Linear attention one token at a time, by a state of constant size."""
 
 import math
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ _Kind = tuple[tuple[int, ...], int, int, Any]
 
 
 class _Held(NamedTuple):
-    """What a state holds; nobody changes it in place."""
+    """The contents of a state; replaced, never changed in place."""
 
     inserted: int = 0
     features: Reader | None = None
@@ -29,15 +29,16 @@ class _Held(NamedTuple):
 
 
 class LinearState:
-    r"""What linear attention remembers of the keys so far: one matrix for each head.
+    r"""The key-value state of linear attention, :math:`\phi(K)^\top [V, 1]` of a head.
 
-    A query sees all keys that were inserted before it, so that inserting a token and
-    querying it gives the rows of :func:`linear_attention` with ``is_causal=True``. The
-    state has a row for each feature, whatever the number of keys.
+    A query attends to all keys that were inserted before it, so that inserting a token
+    and then querying it gives the rows of :func:`linear_attention` with
+    ``is_causal=True``. The shape of the state is :math:`(r, p + 1)`, with :math:`r`
+    features, whatever the number of keys.
 
-    Queries may run side by side with each other and with one change: each answers from
-    the keys before the change or after it. Changes take turns, and an exception inside
-    one, an interrupt too, leaves the state as it was.
+    Thread safety: queries may run at the same time as each other and as one change;
+    each is answered from the keys before or after the change. Changes are serialized.
+    A change that raises, also ``KeyboardInterrupt``, leaves the state as it was.
 
     Parameters
     ----------
@@ -46,8 +47,8 @@ class LinearState:
     scale : float, optional
         As in :func:`linear_attention`.
     decay : float or array, optional
-        What every key inserted before loses with each key: a number above 0 and up to
-        1, or one for each head.
+        Factor of the weights of all earlier keys with each inserted key: above 0 and
+        up to 1, one number or one for each head.
     normalize : bool, default True
         As in :func:`linear_attention`.
 
@@ -99,7 +100,7 @@ class LinearState:
         self._cell = Cell(_Held())
 
     def __copy__(self) -> "LinearState":
-        """Return a state that goes its own way from here on."""
+        """Return a copy that does not change with this state."""
         other = object.__new__(LinearState)
         for name in ("decay", "feature_map", "normalize", "scale"):
             setattr(other, name, getattr(self, name))
@@ -147,7 +148,7 @@ class LinearState:
         for start in range(0, key.shape[-2], rows):
             block = slice(start, min(start + rows, key.shape[-2]))
             size = block.stop - start
-            # a query that meets sums which overflowed is refused
+            # queries of a state that overflowed are refused
             with np.errstate(over="ignore", invalid="ignore"):
                 some = self._sum(
                     features, key[..., block, :], value[..., block, :], count
@@ -173,7 +174,7 @@ class LinearState:
         (query,) = _checked(query=query)
         count, features, kind, state = self._cell.value
         if features is None or state is None or kind is None:
-            raise ValueError("nothing was inserted yet: there is no key to see")
+            raise ValueError("nothing was inserted yet: there is no key to attend to")
         _, d, _, dtype = kind
         if query.shape[-1] != d:
             raise ValueError(
@@ -182,7 +183,7 @@ class LinearState:
         if query.dtype != dtype:
             raise TypeError(f"query: expected {dtype}, as the keys, got {query.dtype}")
         xp = array_namespace(query, state.total)
-        # all queries stand where the last key does
+        # all queries are at the position of the last key
         position = np.full(query.shape[-2], count - 1)
         found, row_log = features.query(query, position)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -201,12 +202,12 @@ class LinearState:
         return value
 
     def merge(self, other: "LinearState") -> "LinearState":
-        """Add what another state remembers, as if its keys had come after these.
+        """Add another state, as if its keys were inserted after those of this state.
 
         Parameters
         ----------
         other : LinearState
-            Of the same feature map and options; it stays as it is.
+            Of the same feature map and options; it does not change.
 
         Returns
         -------
@@ -245,7 +246,7 @@ class LinearState:
         return self.feature_map, self.scale, decay, self.normalize
 
     def _checked_kind(self, kind: _Kind | None, key: Array, value: Array) -> _Kind:
-        """Return what all keys and values have in common; raise if these have not."""
+        """Return the common shapes and dtype of keys and values; raise on others."""
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"value: expected one row for each key of {key.shape}, got "
@@ -279,7 +280,7 @@ class LinearState:
     def _sum(
         self, reader: Reader, key: Array, value: Array, count: int
     ) -> FeatureState:
-        """Sum over some keys, as seen from the last of them."""
+        """The state over some keys, with decay relative to the last of them."""
         xp, m = array_namespace(key, value), key.shape[-2]
         features, log = reader.key(key, count + np.arange(m))
         value = xp.astype(value, reader.dtype, copy=False)
@@ -289,7 +290,7 @@ class LinearState:
         return FeatureState.of(features, value, log)
 
     def _faded(self, reader: Reader, state: FeatureState, steps: int) -> FeatureState:
-        """Return the sums as seen from some positions later."""
+        """Return the state after the decay of a number of positions."""
         if self.decay is None:
             return state
         return FeatureState(
@@ -303,7 +304,7 @@ class LinearState:
 
 
 def _checked(**arrays: Array) -> list[Array]:
-    """Return arrays of one library, of finite numbers."""
+    """Check that arrays are of one library, and finite; return them."""
     array_namespace(*arrays.values())
     found = []
     for name, x in arrays.items():

@@ -1,4 +1,5 @@
 """Keys and values prepared once, for queries that come later.
 
-KV buffers, key-value states and clusters, which grow, merge and are saved.
+KV buffers, key-value states and clusters, to which keys are added, and which can be
+merged and saved.
 """

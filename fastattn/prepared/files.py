@@ -54,7 +54,7 @@ _KINDS: dict[str, Any] = {
 def write_prepared(
     path: PathLike, heads: list[PreparedHead], options: dict[str, Any]
 ) -> None:
-    """Write heads and the options that they share, whole or not at all."""
+    """Write heads and the options that they share, atomically."""
     if Path(path).suffix.lower() != ".npz":
         raise ValueError(f"{path}: expected a file name that ends in .npz")
     arrays: dict[str, Array] = {}
@@ -76,9 +76,9 @@ def write_prepared(
 
 
 def read_header(path: PathLike, memory: int | None = None) -> dict[str, Any]:
-    """Read what a file says of itself; refuse files that are not ours, or newer.
+    """Read and check the header; raise ValueError for other formats or newer versions.
 
-    All that is in the file may unpack to ``memory`` bytes.
+    The file may unpack to at most ``memory`` bytes.
     """
     with naming_the_file(Path(path)), reading(Path(path)) as archive:
         members = members_of(archive)
@@ -100,12 +100,12 @@ def read_header(path: PathLike, memory: int | None = None) -> dict[str, Any]:
 
 
 def _check_options(header: dict[str, Any]) -> None:
-    """Raise ``ValueError`` unless a header says what ``prepare`` was asked for."""
+    """Raise ``ValueError`` unless a header has the arguments of ``prepare``."""
     options, heads = header.get("options"), header.get("heads")
     if not isinstance(options, dict) or not isinstance(heads, list):
         raise ValueError("its header has no options, or no heads")
     if not all(isinstance(head, dict) for head in heads):
-        raise ValueError("its header describes heads that are none")
+        raise ValueError("its header describes heads that are no JSON objects")
     lead = options.get("lead")
     if not isinstance(lead, list):
         raise ValueError(f"lead: expected a list of sizes, got {lead!r}")
@@ -143,7 +143,7 @@ def read_heads(
             ]
         except (KeyError, IndexError) as error:
             raise ValueError(f"lacks {error}") from error
-        # what says more comes first
+        # unpacking comes first: its messages say more than those of checksums
         for place, members in enumerate(arrays):
             check_sums({f"{place}/{name}": x for name, x in members.items()}, header)
             _check_widths(members, header["options"])
@@ -168,7 +168,7 @@ def _check_widths(arrays: dict[str, Array], options: dict[str, Any]) -> None:
 def _unpack(
     arrays: dict[str, Array], values: dict[str, Any], like: Array
 ) -> PreparedHead:
-    """Make a head again."""
+    """Make a head from its arrays and values."""
     move, plan = mover(like, like.dtype), _unpack_plan(values["plan"])
     if values["kind"] == "exact":
         buffer = _buffer(move(arrays["key"]), move(arrays["value"]))

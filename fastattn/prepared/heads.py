@@ -1,4 +1,4 @@
-"""What is prepared for one head: its keys, or sums and a short tail of recent keys."""
+"""Prepared structures of one head: a KV buffer, or a key-value state with a tail."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,18 +17,18 @@ from fastattn.problem.plan import HeadAnswer, Plan
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import Certificate, RefusalError
 
-# keys of a tail: a projection onto a basis costs too much for one key at a time
+# largest tail: projection onto a basis is too expensive for one key at a time
 TAIL = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExactHead:
-    """The keys and values themselves.
+    """The keys and values themselves, in a buffer.
 
     Parameters
     ----------
     plan : Plan
-        Says that they are kept, and why.
+        With the reason for exact attention.
     scale : float
         The factor of the logits.
     buffer : KVBuffer
@@ -53,7 +53,7 @@ class ExactHead:
         return self.buffer.nbytes + bytes_of(self.sample)
 
     def empty(self) -> "ExactHead":
-        """Forget the keys."""
+        """Return the structure without keys."""
         return replace(self, buffer=self.buffer.empty())
 
     def insert(
@@ -81,7 +81,7 @@ class ExactHead:
     def certificate(
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
-        """What is promised of the sample of queries."""
+        """The certificate of the answers to the sample of queries."""
         return self.answer(self.sample, tol, guarantee, rng).certificate
 
     def pack(self) -> Packed:
@@ -96,14 +96,14 @@ class ExactHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateHead:
-    """Sums over the keys, a tail of recent ones that is answered exactly, and probes.
+    """A key-value state, a tail of recent keys in a buffer, and held-out queries.
 
     Parameters
     ----------
     plan : Plan
-        What was chosen.
+        The plan.
     state : KeyValueState
-        Over all keys but those of the tail.
+        Over all keys except those of the tail.
     tail : KVBuffer
         Fewer than ``TAIL`` keys.
     held_out : HeldOutQueries
@@ -126,7 +126,7 @@ class StateHead:
         return self.state.nbytes + self.tail.nbytes + self.held_out.nbytes
 
     def empty(self) -> "StateHead":
-        """Forget the keys."""
+        """Return the structure without keys."""
         tail, held_out = self.tail.empty(), self.held_out.empty()
         return StateHead(self.plan, self.state.empty(), tail, held_out)
 
@@ -145,21 +145,21 @@ class StateHead:
         return folded._predict_held_out()
 
     def merge(self, other: "StateHead") -> "StateHead":
-        """Add the keys of another structure; the tails go into the sums."""
+        """Add the keys of another structure; the tails go into the state."""
         mine, theirs = self._folded(), other._folded()
         state = mine.state.merge(theirs.state)
         held_out = mine.held_out.merge(theirs.held_out)
         return replace(mine, state=state, held_out=held_out)._predict_held_out()
 
     def _folded(self) -> "StateHead":
-        """Move the tail into the sums; the probes are still to be asked."""
+        """Move the tail into the state; call ``_predict_held_out`` next."""
         if not self.tail.count:
             return self
         state = self.state.insert(self.tail.key, self.tail.value)
         return StateHead(self.plan, state, self.tail.empty(), self.held_out.fold())
 
     def _predict_held_out(self) -> "StateHead":
-        """Ask the sums for their answers to the probes."""
+        """Update the outputs of the state for the held-out queries."""
         if not self.state.count:
             return self
         predicted = self.state.query(self.held_out.query)
@@ -168,14 +168,14 @@ class StateHead:
     def answer(
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
-        """Answer queries; refuse where the probes miss ``tol``, and far queries."""
-        promise = self.certificate(tol, guarantee, rng)
-        if not promise.error <= tol:
+        """Answer queries; refuse if held-out queries miss ``tol``, and far queries."""
+        certified = self.certificate(tol, guarantee, rng)
+        if not certified.error <= tol:
             raise RefusalError(
                 f"{self.plan.method} misses tol={tol:g} after {self.count} keys: "
-                f"{promise.error:.2e} is certified ({promise.source}); prepare anew "
-                "with queries and keys like those to come, more functions, a larger "
-                "tol, or method=Exact()"
+                f"{certified.error:.2e} is certified ({certified.source}); prepare "
+                "anew with queries and keys like those to come, a larger rank, a "
+                "larger tol, or method=Exact()"
             )
         head = Head(query, self.tail.key, self.tail.value, self.held_out.scale)
         found = head.attend()
@@ -184,7 +184,7 @@ class StateHead:
             _check_near(reliable, self.plan.method)
             summed = value, logarithm
             found = merge_partials(summed, found) if self.tail.count else summed
-        return HeadAnswer.under(promise, *head.finish(*found), self.plan)
+        return HeadAnswer.under(certified, *head.finish(*found), self.plan)
 
     def certificate(
         self,
@@ -192,7 +192,7 @@ class StateHead:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Certificate:
-        """What the probes say now, whether or not it meets ``tol``."""
+        """The certificate by held-out queries, whether or not it meets ``tol``."""
         found = self.held_out.error()
         return Certificate(found.upper, FAILURE, "relative-frobenius", found.source)
 
@@ -206,7 +206,7 @@ class StateHead:
 
 
 def _check_near(reliable: Array, method: Any) -> None:
-    """Raise ``RefusalError`` where a row cannot be trusted: its keys are gone."""
+    """Raise ``RefusalError`` if a row is not reliable: there are no keys for it."""
     far = np.flatnonzero(~to_host(reliable).astype(bool))
     if len(far):
         shown = ", ".join(map(str, far[:5])) + (", ..." if len(far) > 5 else "")
@@ -219,12 +219,12 @@ def _check_near(reliable: Array, method: Any) -> None:
 
 
 def refused_share(head: StateHead) -> float:
-    """Share of the probes that are refused."""
+    """Share of the held-out queries that are refused."""
     return 1 - float(head.held_out.reliable.mean())
 
 
 def same_plan(one: PreparedHead, other: PreparedHead) -> bool:
-    """Whether keys of the two may be added up."""
+    """Whether two structures have the same plan, so that they can be merged."""
     if type(one) is not type(other):
         return False
     if isinstance(one.plan.method, Exact):

@@ -1,11 +1,18 @@
-"""What probes say about the error of a structure whose keys are gone.
+r"""Held-out queries: the error of a key-value state, which no longer has its keys.
 
-Some of the queries that a structure was prepared for are kept with their exact answers
-over all keys. Exact answers over disjoint keys merge by their log-sum-exps, so that
-they are kept up to date, key by key, at the price of one row of attention a probe.
+Some of the queries given to ``prepare`` are held out. The exact output :math:`o_i` of a
+held-out query :math:`q_i` over all keys is known: exact outputs over disjoint keys
+merge by their log-sum-exps, so that the insertion of a key costs one logit for each
+held-out query. With the outputs :math:`\tilde o_i` of the state, the relative error is
+estimated by the ratio
 
-Few queries whose logits vary most may hold most of the error. Of the queries that are
-held out, those are probes all, and each of a few others stands for many.
+.. math:: \Big(\sum_i w_i \|\tilde o_i - o_i\|^2 \Big/ \sum_i w_i \|o_i\|^2\Big)^{1/2}.
+
+The sample is stratified, because few queries of high logit variance may have most of
+the error: of up to 2048 candidates, the 64 of the highest logit variance are all held
+out (:math:`w_i = 1`), and 64 of the rest are drawn uniformly (:math:`w_i` is the number
+of candidates that each represents). To the estimate are added ``margin`` standard
+errors, and an allowance for a heavy tail of the uniform stratum (``RatioEstimate``).
 """
 
 import math
@@ -24,36 +31,37 @@ from fastattn.problem.partial_softmax import Answer, empty_partial, merge_partia
 from fastattn.problem.row_statistics import logit_spread
 from sketching._lib.arrays import Array, array_namespace, compute_dtype, to_host
 
-# pairs of values and log-sum-exps that a file keeps of probes
+# pairs of outputs and log-sum-exps in a file
 _ANSWERS = ("truth", "answer", "tail")
 
-# probes of a structure, the fewest of them that must be answered, and the fewest
-# queries that some of which say enough about the others
+# number of held-out queries, the fewest of them that must be reliable, and the fewest
+# queries to plan with and to hold some out from
 HELD_OUT = 128
 _ANSWERED = 32
 FEWEST_QUERIES = 256
 
-# queries that are held out, of which the probes are the hardest and some others
+# candidates for held-out queries, and how many of the highest logit variance are taken
 _HELD = 2048
 _MOST_OUTLIERS = 64
-# a sample hides the tail beyond its largest: so many times its share is added
+# a sample does not show the tail beyond its maximum: this many times the maximum's
+# share is added
 _TAIL = 8.0
-# standard errors that are added for a structure that was asked for, and for those that
-# are tried in turn: twice the normal quantiles of .04, and of .03, .01 and .01, which
-# make up the chance of failure. No guess of the errors steers this sample
+# standard errors that are added for a given method, and for methods that are tried in
+# turn: twice the normal quantiles of .04, and of .03, .01 and .01, which share the
+# failure probability of .05. No error profile steers this sample
 MARGIN, MARGINS = 3.5, (3.76, 4.65, 4.65)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuerySplit:
-    """Queries that become probes, and those that are left to plan with.
+    """Queries that are held out, and the rest, to plan with.
 
     Parameters
     ----------
     held_out, rest : array, shapes (k, d), (r, d)
         In the library of the queries.
     weight : array, shape (k,)
-        How many of the queries that were held out each probe stands for.
+        How many candidates each held-out query represents.
     """
 
     held_out: Array
@@ -62,7 +70,7 @@ class QuerySplit:
 
     @staticmethod
     def of(head: Head, rng: np.random.Generator) -> "QuerySplit":
-        """Hold out some queries of a head; take the hardest of them, and others."""
+        """Hold out queries of a head: those of the highest logit variance, and some."""
         n = head.sizes[0]
         order = rng.permutation(n)
         size = min(_HELD, (n + 1) // 2)
@@ -82,29 +90,29 @@ class QuerySplit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOutQueries:
-    """Queries with what they should be told, and what they are told.
+    """Held-out queries with their exact outputs and those of the structure.
 
     Parameters
     ----------
     query : array, shape (k, d)
         In the library of the inputs.
     weight : array, shape (k,)
-        How many of the queries that were held out each probe stands for.
+        How many candidates each held-out query represents.
     scale : float
         The factor of the logits.
     tol : float
-        The tolerance that the answers are held against.
+        The tolerance of the structure.
     margin : float
-        Standard errors that are added to what is estimated.
-    truth, answer : answers
-        Over the keys that were summed: exact ones, and those of the structure. On the
-        host in float64, like the next.
-    tail : answers
-        Exact ones over the keys that are still kept.
+        Standard errors that are added to the estimated error.
+    truth, answer : pair of arrays, shapes (k, p), (k,)
+        Outputs and log-sum-exps over the keys of the state: exact ones, and those of
+        the state. On the host in float64, as ``tail``.
+    tail : pair of arrays, shapes (k, p), (k,)
+        Exact ones over the keys in the tail, which are not in the state yet.
     reliable : boolean array, shape (k,)
-        The other probes are refused by the structure.
+        False for queries that the structure refuses.
     mass : float
-        Number of keys times their largest absolute value, summed over what came in.
+        Number of keys times their largest absolute value, summed over insertions.
     """
 
     query: Array
@@ -136,7 +144,7 @@ class HeldOutQueries:
         return bytes_of(self.query) + sum(int(x.nbytes) for x in answers)
 
     def empty(self) -> "HeldOutQueries":
-        """Forget the keys."""
+        """Return the held-out queries without keys."""
         none = empty_partial(*self.truth[0].shape)
         reliable = np.ones(len(self.reliable), bool)
         return replace(
@@ -144,26 +152,26 @@ class HeldOutQueries:
         )
 
     def with_buffered(self, key: Array, value: Array) -> "HeldOutQueries":
-        """Take note of keys that are kept."""
+        """Add keys that go into the tail."""
         tail, mass = self._exact(key, value)
         return replace(
             self, tail=merge_partials(self.tail, tail), mass=self.mass + mass
         )
 
     def with_summed(self, key: Array, value: Array) -> "HeldOutQueries":
-        """Take note of keys that were summed; ``update_predictions`` has to follow."""
+        """Add keys that go into the state; call ``update_predictions`` next."""
         truth, mass = self._exact(key, value)
         return replace(
             self, truth=merge_partials(self.truth, truth), mass=self.mass + mass
         )
 
     def fold(self) -> "HeldOutQueries":
-        """Move the tail to the sums; ``update_predictions`` has to follow."""
+        """Move the tail into the state; call ``update_predictions`` next."""
         none = empty_partial(*self.tail[0].shape)
         return replace(self, truth=merge_partials(self.truth, self.tail), tail=none)
 
     def merge(self, other: "HeldOutQueries") -> "HeldOutQueries":
-        """Add the keys of another structure; ``update_predictions`` has to follow."""
+        """Add the keys of another structure; call ``update_predictions`` next."""
         return replace(
             self,
             truth=merge_partials(self.truth, other.truth),
@@ -174,18 +182,18 @@ class HeldOutQueries:
     def update_predictions(
         self, value: Array, logarithm: Array, reliable: Array
     ) -> "HeldOutQueries":
-        """Take note of what the structure says over the keys that were summed."""
+        """Set the outputs and log-sum-exps of the state for the held-out queries."""
         value, logarithm, reliable = (to_host(x) for x in (value, logarithm, reliable))
-        # rows that are refused have no answer
+        # refused rows have no output
         logarithm = np.where(reliable, logarithm, 0.0)
         answer = value.astype(np.float64), logarithm.astype(np.float64)
         return replace(self, answer=answer, reliable=reliable.astype(bool))
 
     def error(self) -> SampledError:
-        """The error of queries drawn like those held out, of those that are answered.
+        """Estimate, and bound, the relative error over queries that are not refused.
 
-        It is the root of a ratio of means of squares; what is added for the sampling
-        follows from the squared errors less the ratio times the squared answers.
+        The estimate is the root of a ratio of weighted means of squares; its standard
+        error is that of the squared errors less the ratio times the squared outputs.
         """
         reliable, k = self.reliable, int(self.reliable.sum())
         truth, logarithm = merge_partials(self.truth, self.tail)
@@ -199,7 +207,7 @@ class HeldOutQueries:
         with np.errstate(over="ignore", invalid="ignore"):
             squares = np.sum(((answer - truth) / unit) ** 2, axis=1)
         if k < _ANSWERED or not (np.isfinite(squares).all() and unit < math.inf):
-            text = f"{k} of {len(reliable)} probes were answered with finite numbers"
+            text = f"{k} of {len(reliable)} held-out queries have finite answers"
             return SampledError(math.inf, math.inf, text)
         sizes = np.sum((truth / unit) ** 2, axis=1)
         if squares.any() and sizes.any():
@@ -207,7 +215,7 @@ class HeldOutQueries:
         else:
             estimate = upper = math.inf if squares.any() else 0.0
         exponent = float(np.abs(logarithm[np.isfinite(logarithm)]).max(initial=0.0))
-        # the truth was rounded, and answers are rounded to the dtype of the queries
+        # exact outputs were rounded, and answers are rounded to the dtype of queries
         info = array_namespace(self.query).finfo
         upper += TRUTH * float(info(self._dtype).eps) * (1 + exponent)
         upper += float(info(self.query.dtype).eps) / 2
@@ -217,7 +225,7 @@ class HeldOutQueries:
         return SampledError(estimate, upper, self._source(estimate, largest))
 
     def _ratio(self, squares: Array, sizes: Array) -> tuple[float, float]:
-        """Root of the ratio of weighted means, and with its margin."""
+        """Root of the ratio of weighted means, without and with its margin."""
         weight = self.weight[self.reliable]
         n = float(weight.sum())
         found = RatioEstimate(
@@ -230,12 +238,12 @@ class HeldOutQueries:
         certain = int(np.sum(self.weight == 1))
         k, refused = len(self.reliable), len(self.reliable) - int(self.reliable.sum())
         return (
-            f"{k} probes, the {certain} hardest and {k - certain} others of "
-            f"{self.weight.sum():.0f} queries that prepare() held out, answered "
-            "exactly over all keys: the root mean square error of queries drawn like "
-            f"those is estimated at {estimate:.2e} of their root mean square answer; "
-            f"the largest error seen is {largest:.2e} of the largest entry"
-            + (f"; {refused} probes are refused and do not count" if refused else "")
+            f"{k} held-out queries, the {certain} of the highest logit variance and "
+            f"{k - certain} random ones of {self.weight.sum():.0f} queries given to "
+            "prepare(), compared with exact attention over all keys: estimated "
+            f"relative error {estimate:.2e} for queries drawn like these; the largest "
+            f"error of a row is {largest:.2e} of the largest entry"
+            + (f"; {refused} refused queries do not count" if refused else "")
         )
 
     @property
@@ -246,7 +254,7 @@ class HeldOutQueries:
         return compute_dtype(xp, self.query.dtype)
 
     def _exact(self, key: Array, value: Array) -> tuple[Answer, float]:
-        """Answers over the given keys, and the mass of those."""
+        """Exact outputs and log-sum-exps over the given keys, and their mass."""
         head = Head(self.query, key, value, self.scale)
         m = head.sizes[1]
         out, logarithm = (to_host(x) for x in head.attend(self._dtype))
@@ -254,7 +262,7 @@ class HeldOutQueries:
         return answer, m * head.largest_value if m else 0.0
 
     def _lost(self, size: float) -> float:
-        """What weights that underflow may add to an answer of norm ``size``."""
+        """Relative error of an output of norm ``size`` by weights that underflow."""
         if self.mass == 0:
             return 0.0
         xp = array_namespace(self.query)
@@ -264,7 +272,7 @@ class HeldOutQueries:
 
 
 def pack_held_out(held_out: HeldOutQueries) -> Packed:
-    """Arrays and plain values of probes."""
+    """Arrays and plain values of held-out queries."""
     arrays = {
         "probe_query": to_host(held_out.query),
         "probe_good": held_out.reliable,

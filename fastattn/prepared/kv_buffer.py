@@ -1,4 +1,4 @@
-"""Keys and values that are kept as they are, in arrays that grow."""
+"""The KV buffer: keys and values in arrays that grow."""
 
 import math
 from dataclasses import dataclass
@@ -7,23 +7,24 @@ import numpy as np
 
 from sketching._lib.arrays import Array, array_namespace, place_of
 
-# rows of a first buffer, and how much larger than its rows every later one is
+# rows of the first buffer, and the growth factor of later ones
 _LEAST = 16
 _GROWTH = 1.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVBuffer:
-    """Rows of keys and values, at the front of buffers with room for more.
+    """Keys and values, in the first rows of buffers with room for more.
 
-    Of what ``append`` returns one is to be used at most: they share the buffers.
+    Results of ``append`` share the buffers with their origin: append to one KVBuffer
+    only once.
 
     Parameters
     ----------
     keys, values : array, shapes (c, d), (c, p)
         The buffers.
     count : int
-        Rows that are there.
+        Number of rows in use.
     """
 
     keys: Array
@@ -32,7 +33,7 @@ class KVBuffer:
 
     @staticmethod
     def none(key: Array, value: Array) -> "KVBuffer":
-        """Start without rows, beside arrays of the right kind."""
+        """Start without rows, with the widths, library and dtype of the arrays."""
         return KVBuffer(key[:0, :], value[:0, :], 0)
 
     @property
@@ -51,20 +52,20 @@ class KVBuffer:
         return bytes_of(self.keys) + bytes_of(self.values)
 
     def empty(self) -> "KVBuffer":
-        """Start again without rows."""
+        """Return a buffer without rows."""
         return KVBuffer.none(self.keys, self.values)
 
     def append(self, key: Array, value: Array) -> "KVBuffer":
-        """Copy rows to the end; returns what has them too."""
+        """Copy rows to the end; returns the longer buffer."""
         count = self.count + key.shape[0]
         if place_of(self.keys) != "cpu":
-            # array libraries agree on concat, not on writing
+            # the array API has concat, but no writing in place
             xp = array_namespace(self.keys)
             key = xp.concat([self.key, key], axis=0)
             return KVBuffer(key, xp.concat([self.value, value], axis=0), count)
         keys, values = self.keys, self.values
         if count > len(keys):
-            # many rows at once are seldom followed by a few
+            # a large first insertion gets no spare room: few rows follow, as a rule
             size = max(count, int(self.count * _GROWTH), _LEAST)
             keys, values = (_moved(x, self.count, size) for x in (keys, values))
         keys[self.count : count] = key

@@ -1,4 +1,4 @@
-"""Which structure a head gets when it is prepared, and how it is filled."""
+"""The choice of the structure of a prepared head, and its first insertion."""
 
 import math
 from collections.abc import Callable
@@ -36,11 +36,11 @@ from sketching._lib.certificate import RefusalError
 
 # a structure must be predicted to take at most this share of exact attention's time
 _TIME_SHARE = 0.8
-# queries that the search for sizes is made to see, so that keys alone are what counts
+# number of queries in the rank search, so that the cost of a query dominates
 _QUERIES = 1 << 14
-# share of the probes that a method that was asked for may refuse
+# largest share of held-out queries that a given method may refuse
 _REFUSED = 0.1
-# share of the tolerance that another structure aims at where one missed it
+# share of the tolerance that the next try aims at where one missed it
 _LESS = 0.85
 
 Fill = Callable[[PreparedHead], PreparedHead]
@@ -48,7 +48,7 @@ Fill = Callable[[PreparedHead], PreparedHead]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What is asked for one head, and a way to fill what is planned.
+    """The task of one head, and a way to fill the planned structure.
 
     Parameters
     ----------
@@ -57,9 +57,9 @@ class Request:
     fill : callable
         Inserts the keys and values into an empty structure.
     count : int
-        Number of keys and values.
+        Number of keys.
     tol : float
-        Error that is allowed.
+        The tolerance.
     guarantee : str
         "sampled" or "proven".
     """
@@ -74,10 +74,13 @@ class Request:
 def prepare_head(
     request: Request, method: Method, rng: np.random.Generator
 ) -> PreparedHead:
-    """Plan and fill a structure that keeps the tolerance; refuse, or keep the keys."""
+    """Plan and fill a structure that meets the tolerance, or raise RefusalError.
+
+    ``Auto()`` falls back to a KV buffer.
+    """
     if isinstance(method, Exact) or request.count == 0:
         exact = method if isinstance(method, Exact) else Exact()
-        reason = "asked for" if exact is method else "no key to plan with"
+        reason = "requested" if exact is method else "no key to plan with"
         return request.fill(_exact(request, exact, reason, rng))
     if isinstance(method, Auto):
         return _cheapest(request, rng)
@@ -86,7 +89,7 @@ def prepare_head(
             return request.fill(_proven(request, method, rng))
         return _polynomial(request, method, rng)
     if isinstance(method, Multipole):
-        # what is planned is found on the queries that are given
+        # the given queries stand for those to come
         configured = method.configure(request.head, request.tol, request.guarantee, rng)
         head, sample = request.head, _sample(request.head, rng)
         empty = MultipoleHead.of(configured.plan, head, sample, request.tol, rng)
@@ -98,14 +101,14 @@ def prepare_head(
 
 
 def _sample(head: Head, rng: np.random.Generator) -> Array:
-    """Queries that a structure with its keys is certified on, where nobody asks."""
+    """Queries for the ``certificate`` of a structure that has its keys."""
     return head.with_rows(np.sort(rng.permutation(head.sizes[0])[:HELD_OUT])).query
 
 
 def _exact(
     request: Request, method: Exact, reason: str, rng: np.random.Generator
 ) -> ExactHead:
-    """Keep the keys; without them yet."""
+    """An empty KV buffer."""
     head = request.head
     _, _, d, p = head.sizes
     plan = Plan(method, 0.0, seconds(exact_work(1, request.count, d, p)), reason)
@@ -116,18 +119,18 @@ def _exact(
 def _proven(
     request: Request, method: Polynomial, rng: np.random.Generator
 ) -> ProvenHead:
-    """The least proven polynomial, with some room for larger queries."""
+    """The proven polynomial of least degree, for queries up to a tenth larger."""
     head = replace(request.head, query=with_room(request.head.query))
     expansion = method.expansion(head, request.tol, "proven", rng, MAX_BLOCKS)
     return ProvenHead.of(
-        _plan_of(head, expansion, "minimax", "asked for"), expansion, head
+        _plan_of(head, expansion, "minimax", "requested"), expansion, head
     )
 
 
 def _polynomial(
     request: Request, method: Polynomial, rng: np.random.Generator
 ) -> StateHead:
-    """The sums that were asked for; refuses where they miss the tolerance."""
+    """The state of the given method; raise RefusalError if it misses the tolerance."""
     split = QuerySplit.of(request.head, rng)
     head = replace(request.head, query=split.rest)
     if request.head.sizes[0] < FEWEST_QUERIES:
@@ -139,17 +142,17 @@ def _polynomial(
     if method.fits_a_basis:
         empty = method.structure(head, rng)
         state = LowRankState(empty)
-        plan = _lowrank_plan(head, empty.rank, empty.landmarks, math.nan, "asked for")
+        plan = _lowrank_plan(head, empty.rank, empty.landmarks, math.nan, "requested")
     else:
         expansion = method.expansion(head, request.tol, "sampled", rng)
         state = MonomialState.of(expansion, head.scale)
-        plan = _plan_of(head, expansion, method.basis, "asked for")
+        plan = _plan_of(head, expansion, method.basis, "requested")
     found = _filled(request, plan, state, split, MARGIN)
     error, refused = found.held_out.error(), refused_share(found)
     if refused > _REFUSED:
         raise RefusalError(
-            f"{plan.method} refuses {refused:.0%} of the queries, whose logits reach "
-            "beyond what it serves: use Exact() or Auto()"
+            f"{plan.method} refuses {refused:.0%} of the held-out queries, whose "
+            "logits are too large for it: use Exact() or Auto()"
         )
     if error.upper > request.tol:
         raise RefusalError(
@@ -162,7 +165,7 @@ def _polynomial(
 
 
 def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
-    """The cheapest structure that keeps the tolerance, else the keys themselves."""
+    """The cheapest state that meets the tolerance, else a KV buffer."""
     reason = "nothing cheaper meets the tolerance"
     if request.guarantee == "proven":
         try:
@@ -193,7 +196,7 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
         if upper <= request.tol and not refused:
             return filled
         reason = f"{plan.method} certified {upper:.2e} and refused {refused:.0%}"
-        # what another look would certify says how much more to ask for
+        # tighten by the error that the next sampling round would certify
         again = replace(filled.held_out, margin=MARGINS[-1]).error().upper
         if refused or not math.isfinite(again):
             break
@@ -204,10 +207,10 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
 def _rank_estimate(
     request: Request, head: Head, aim: float, rng: np.random.Generator
 ) -> RankEstimate:
-    """The cheapest low rank, or the one that came nearest and what is against it."""
+    """The cheapest low rank, or the best one with the reason why it is refused."""
     _, _, d, p = head.sizes
     xp, rows = head.xp, np.arange(_QUERIES) % head.sizes[0]
-    # sizes follow from what a query costs, however few queries are known
+    # the rank is chosen for the cost of a query, however few queries are given
     many = xp.take(head.query, xp.asarray(rows, device=device_of(head.query)), axis=0)
     try:
         found = search_ranks(
@@ -230,7 +233,7 @@ def _filled(
     split: QuerySplit,
     margin: float,
 ) -> StateHead:
-    """Fill sums with all keys and values."""
+    """A state with all keys and values, and its held-out queries."""
     head = request.head
     p = head.sizes[3]
     found = request.fill(
@@ -253,7 +256,7 @@ def _exact_seconds(request: Request) -> float:
 def _plan_of(
     head: Head, expansion: PolynomialExpansion, basis: str, reason: str
 ) -> Plan:
-    """Describe monomials by the method that they make concrete, with a query's cost."""
+    """The plan of a polynomial expansion, with the cost of one query."""
     _, _, d, p = head.sizes
     rank, degree = len(expansion.index), int(expansion.index.degree.max())
     method = Polynomial(degree=degree, rank=rank, basis=basis)
@@ -267,7 +270,7 @@ def _plan_of(
 def _lowrank_plan(
     head: Head, rank: int, landmarks: int, error: float, reason: str
 ) -> Plan:
-    """Describe a basis by the method that it makes concrete, with a query's cost."""
+    """The plan of a low-rank basis, with the cost of one query."""
     _, _, d, p = head.sizes
     method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
     work = lowrank_work(1, 0, d, p, rank, landmarks)

@@ -1,8 +1,8 @@
 """Keys and values prepared once, for queries that come later.
 
 Each head becomes a data structure: keys can be inserted, structures over disjoint keys
-merged, and the whole saved. Where sums take the place of keys, probes, queries with
-their exact answers, say what an answer is worth.
+merged, and the structures saved. The certificate of a key-value state, which replaces
+the keys, rests on held-out queries, whose exact outputs are known.
 """
 
 from typing import Any
@@ -38,8 +38,8 @@ def prepare(
     r"""Prepare keys and values for queries that come later.
 
     For each head a data structure is made that answers softmax attention over the
-    keys within ``tol``: sums over a basis, which take the place of the keys, where
-    these are predicted to be cheaper and keep the tolerance, else the keys themselves.
+    keys within ``tol``: a key-value state, which replaces the keys, where that is
+    predicted to be faster and meets the tolerance, else the keys in a buffer.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def prepare(
         Values, one for each key. Tuples of keys and of values, and of masks, mean
         :func:`tensor_attention`.
     queries : array, shape (..., q, d)
-        A sample of the queries to come, some hundred for each head: what is prepared
-        serves queries like these, and some of them become its probes.
+        A sample of the queries to come, some hundred for each head. Structures are
+        planned for queries like these, and some of them are held out.
     tol : float, default 1e-2
         As in :func:`attention`.
     scale : float, optional
@@ -59,12 +59,14 @@ def prepare(
     key_mask : boolean array, shape (..., m), optional
         True for keys that take part, as in :func:`attention`.
     method : AttentionMethod, optional
-        ``Auto()`` by default: the structure with the cheapest query. ``Exact()`` keeps
-        the keys, ``Polynomial(...)`` keeps sums; it is refused where it misses ``tol``.
+        ``Auto()`` by default: the structure with the cheapest query. ``Exact()`` is a
+        KV buffer, ``Polynomial(...)`` a key-value state, which is refused where it
+        misses ``tol``; ``Multipole()`` clusters the keys.
     guarantee : {"sampled", "proven"}
-        What the certificate rests on: probes, or extents of queries, keys and values
-        beyond which nothing is accepted. Those of queries have a tenth to spare. For
-        tensor attention sums are made with "proven" only.
+        What the certificate rests on: held-out queries, or a theorem that holds within
+        bounds on queries, keys and values, outside of which inputs are refused. The
+        bounds on queries are a tenth larger than ``queries``. For tensor attention
+        states are made with "proven" only.
     rng : int or Generator, optional
         Source of the samples; an int makes the call reproducible.
 
@@ -86,12 +88,12 @@ def prepare(
 
     Notes
     -----
-    At most 128 of the queries, never more than half, are held out as probes: their
-    exact answers are kept up to date as keys are inserted, at the price of 128 rows of
-    attention, and compared with what the structure says. The certificate is about
-    queries drawn like ``queries``. A structure of sums does not grow with the keys,
-    but for far ones, and keeps fewer than 256 recent keys as they are, which are
-    answered exactly. Queries far from ``queries`` are refused.
+    At most 128 of the queries, never more than half, are held out: their exact outputs
+    are updated with every insertion, which costs 128 rows of attention, and compared
+    with the outputs of the structure. The certificate is about queries drawn like
+    ``queries``. A key-value state does not grow with the keys, except for far ones. It
+    has a buffer of fewer than 256 recent keys, which are attended to exactly. Queries
+    far from ``queries`` are refused.
 
     Examples
     --------
@@ -160,17 +162,17 @@ def load(
     path : str or path
         The file.
     like : array, optional
-        The structure is to be used with arrays of its library, device and dtype; by
-        default NumPy arrays of the dtype of the keys.
+        An array of the library, device and dtype of the queries to come; by default
+        NumPy arrays of the dtype of the keys.
     memory : int, optional
         Bytes that the arrays of the file may take; by default 16 times its size, and
-        at least 64 MiB. ``save`` does not compress: only a file that somebody packed,
-        perhaps to do harm, takes more than its size.
+        at least 64 MiB. ``save`` does not compress: only a file from elsewhere, perhaps
+        a malicious one, takes more than its size.
 
     Returns
     -------
     Prepared
-        It answers as the one that was saved, to the last bit.
+        Its answers equal those of the saved structure, bit for bit.
 
     Raises
     ------

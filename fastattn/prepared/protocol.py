@@ -1,4 +1,4 @@
-"""What a prepared structure of one head is asked."""
+"""The protocol of a prepared structure of one head."""
 
 from typing import Protocol, Self
 
@@ -29,11 +29,11 @@ class PreparedHead(Protocol):
         ...
 
     def empty(self) -> Self:
-        """Forget the keys."""
+        """Return the structure without keys."""
         ...
 
     def insert(self, key: Array, value: Array, *, fold: bool = False) -> Self:
-        """Add keys; ``fold`` asks for a structure without a tail."""
+        """Add keys; with ``fold`` all keys go into the state, none into the tail."""
         ...
 
     def merge(self, other: Self) -> Self:
@@ -43,13 +43,13 @@ class PreparedHead(Protocol):
     def answer(
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
-        """Answer queries within ``tol``; raise ``RefusalError`` if that cannot be."""
+        """Answer queries within ``tol``; raise ``RefusalError`` if that is missed."""
         ...
 
     def certificate(
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
-        """What would be promised now."""
+        """The certificate of an answer over the keys inserted so far."""
         ...
 
     def pack(self) -> Packed:

@@ -1,4 +1,4 @@
-"""A head with a proven bound: its queries, keys and values must stay within extents."""
+"""A head with a proven bound, which holds for queries, keys and values in bounds."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from sketching._lib.certificate import Certificate, RefusalError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowBounds:
-    """How far rows reach under one side of a transform.
+    """Bounds on the rows of queries or keys, in the coordinates of a polynomial.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class RowBounds:
 
     @staticmethod
     def of(x: Array, center: Array, projection: Array) -> "RowBounds":
-        """Measure rows, at least one."""
+        """The tightest bounds on rows, at least one."""
         return RowBounds(
             center,
             projection,
@@ -49,7 +49,7 @@ class RowBounds:
         )
 
     def check(self, name: str, x: Array) -> None:
-        """Raise ``RefusalError`` where a row is beyond the extents."""
+        """Raise ``RefusalError`` where a row exceeds the bounds."""
         found = RowBounds.of(x, self.center, self.projection)
         ratio = max(
             _share(found.length, self.length),
@@ -58,14 +58,14 @@ class RowBounds:
         )
         if not ratio <= 1:
             raise RefusalError(
-                f"{name}: rows reach {ratio:.3g} times as far as those that the bound "
-                "was proven for: prepare with rows that reach as far, or use "
+                f"{name}: rows are {ratio:.3g} times as large as the bounds of the "
+                "proven certificate allow: prepare with rows as large as these, or use "
                 "guarantee='sampled' or method=Exact()"
             )
 
 
 def _share(found: float, allowed: float) -> float:
-    """How many times as far; zero allows zero."""
+    """``found / allowed`` if above one, else 0; NaN is infinite."""
     if found <= allowed:
         return 0.0
     share = found / allowed if allowed > 0 else math.inf
@@ -75,20 +75,20 @@ def _share(found: float, allowed: float) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProvenHead:
-    """Sums of monomials with the extents that their bound was proven for.
+    """A state over monomials with a proven bound.
 
     Parameters
     ----------
     plan : Plan
-        What was chosen.
+        The plan.
     state : MonomialState
         Over all keys.
     query, key : RowBounds
-        What queries and keys must stay within.
+        Bounds on queries and keys for which the certificate is proven.
     low, high : array, shape (p,)
-        What values must stay within.
-    accumulation_blocks : int
-        Sums that were added up.
+        The same for the values: minimum and maximum of each column.
+    blocks : int
+        Number of partial sums that were added, which bounds the rounding error.
     """
 
     plan: Plan
@@ -101,7 +101,7 @@ class ProvenHead:
 
     @staticmethod
     def of(plan: Plan, expansion: PolynomialExpansion, head: Head) -> "ProvenHead":
-        """Start without keys, for rows that reach as far as those of the head."""
+        """Start without keys, with the bounds of the rows of a head."""
         xp, t = head.xp, expansion.transform
         return ProvenHead(
             plan,
@@ -123,7 +123,7 @@ class ProvenHead:
         return self.state.nbytes + sum(int(x.nbytes) for x in sides)
 
     def empty(self) -> "ProvenHead":
-        """Forget the keys."""
+        """Return the structure without keys."""
         return replace(self, state=self.state.empty(), blocks=0)
 
     def insert(
@@ -133,7 +133,7 @@ class ProvenHead:
         *,
         fold: bool = False,  # noqa: ARG002
     ) -> "ProvenHead":
-        """Add keys that are within the extents."""
+        """Add keys that are within the bounds."""
         if not key.shape[0]:
             return self
         self.key.check("key", key)
@@ -141,8 +141,8 @@ class ProvenHead:
         low, high = (_double(end(value, axis=0)) for end in (xp.min, xp.max))
         if np.any(low < self.low) or np.any(high > self.high):
             raise RefusalError(
-                "value: entries lie outside the range of those that the bound was "
-                "proven for: prepare with values of that range, or use method=Exact()"
+                "value: entries are outside of the range of the proven certificate: "
+                "prepare with values of this range, or use method=Exact()"
             )
         state, cut = self.state, list(accumulation_blocks(key.shape[0]))
         for rows in cut:
@@ -164,7 +164,7 @@ class ProvenHead:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> HeadAnswer:
-        """Answer queries that are within the extents."""
+        """Answer queries that are within the bounds."""
         self.query.check("query", query)
         head = Head(query, query, query, self.state.scale)
         if self.count:
@@ -173,8 +173,8 @@ class ProvenHead:
                 head.xp.all(head.xp.isfinite(value))
             ):
                 raise RefusalError(
-                    "a sum of weights is not positive and finite although the bound "
-                    "says so: inputs are too extreme for this precision; use Exact()"
+                    "a sum of weights is not positive and finite, against the bound: "
+                    "inputs are too extreme for this precision; use Exact()"
                 )
         else:
             none = Head(query, query[:0, :], query[:0, : len(self.low)], 1.0)
@@ -187,7 +187,7 @@ class ProvenHead:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Certificate:
-        """The proven bound, whatever is asked for."""
+        """The proven bound."""
         return self._bound
 
     @property
@@ -197,8 +197,8 @@ class ProvenHead:
             0.0,
             "max",
             f"minimax polynomial of degree {self.plan.method.degree} on the interval "
-            "of all logits within the extents that queries and keys are held to "
-            "(Alman and Song 2023; relative error of weights)",
+            "of all logits within the bounds on queries and keys (Alman and Song "
+            "2023; relative error of weights)",
         )
 
     def pack(self) -> Packed:

@@ -1,4 +1,4 @@
-"""The keys and values of one head on their way into a structure, a block at a time."""
+"""The keys and values of one head, inserted into a structure in blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
 from sketching._lib.threads import run_blocks
 
-# rows that are inserted at once: what is copied of them is freed before the next
+# rows that are inserted at once; copies of them are freed before the next block
 _ROWS = 1 << 18
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Keys, values and the mask of one head; nothing is copied.
+    """Keys, values and the mask of one head, without copies.
 
     Parameters
     ----------
@@ -54,10 +54,10 @@ class Rows:
     def head(
         self, query: Array, scale: float, guarantee: str, rng: np.random.Generator
     ) -> tuple[Head, int]:
-        """What a planner looks at, and the number of rows that take part.
+        """The head to plan with, and the number of keys that take part.
 
-        Of masked rows it is a sample, because they are copied; a proven bound needs
-        them all.
+        With a mask keys are copied, and only a sample of them, except for a proven
+        bound, which needs them all.
         """
         if self.mask is None:
             return Head(query, self.key, self.value, scale), self.key.shape[0]
@@ -73,14 +73,14 @@ class Rows:
 
 
 def _taken(key: Array, value: Array, rows: Array) -> tuple[Array, Array]:
-    """Copy rows of the given numbers."""
+    """Copy the rows with the given indices."""
     xp = array_namespace(key)
     numbers = xp.asarray(rows, device=device_of(key))
     return xp.take(key, numbers, axis=0), xp.take(value, numbers, axis=0)
 
 
 def side_by_side(like: Array, count: int, work: Callable[[int], _T]) -> list[_T]:
-    """Call ``work`` for every head, side by side on the CPU."""
+    """Call ``work`` for every head, in parallel on the CPU."""
     if place_of(like) != "cpu":
         return [work(i) for i in range(count)]
     found: list[Any] = [None] * count

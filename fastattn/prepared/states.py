@@ -1,7 +1,7 @@
-"""Sums over keys that answer queries without them: what a prepared head may hold.
+"""Key-value states: sums over keys that answer queries without the keys.
 
-The polynomial families are here; another family of linear attention joins by a class
-with the same methods, and a name in ``_KINDS``.
+The states of the polynomial methods are here. Another family of feature maps needs a
+class with the same methods, and a name in ``_KINDS``.
 """
 
 import math
@@ -25,7 +25,10 @@ Packed = tuple[dict[str, Array], dict[str, Any]]
 
 
 class KeyValueState(Protocol):
-    """Sums over keys and values, to which keys can be added."""
+    """Sums over keys and values, to which keys can be added.
+
+    For features ``phi`` the state is ``phi(K)^T [V, 1]``, shape ``(r, p + 1)``.
+    """
 
     @property
     def count(self) -> int:
@@ -38,19 +41,19 @@ class KeyValueState(Protocol):
         ...
 
     def empty(self) -> Self:
-        """Forget the keys."""
+        """Return the state without keys."""
         ...
 
     def insert(self, key: Array, value: Array) -> Self:
-        """Add keys, at least one; returns the new structure."""
+        """Add keys, at least one; returns the new state."""
         ...
 
     def merge(self, other: Self) -> Self:
-        """Add the keys of another structure of the same plan; returns the new one."""
+        """Add the keys of another state of the same plan; returns the new state."""
         ...
 
     def query(self, query: Array) -> tuple[Array, Array, Array]:
-        """Values, log-sum-exps, and whether each row can be trusted."""
+        """Outputs, log-sum-exps, and a mask of reliable rows."""
         ...
 
     def pack(self) -> Packed:
@@ -60,7 +63,13 @@ class KeyValueState(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankState:
-    """Inner products with a basis of polynomials and landmarks."""
+    """The state over a low-rank basis of polynomials and landmarks.
+
+    Parameters
+    ----------
+    structure : LowRank
+        The basis, and sums over keys of basis functions times ``[value, 1]``.
+    """
 
     structure: LowRank
 
@@ -75,31 +84,31 @@ class LowRankState:
         return self.structure.nbytes
 
     def empty(self) -> "LowRankState":
-        """Forget the keys."""
+        """Return the state without keys."""
         old = self.structure
-        nothing = np.zeros_like(old.sums)
+        zeros = np.zeros_like(old.sums)
         return LowRankState(
             replace(
                 old,
                 count=0,
-                sums=nothing,
+                sums=zeros,
                 bounds=_no_bounds(len(old.value_center)),
                 far_key=old.far_key[:0],
                 far_value=old.far_value[:0],
-                weights=nothing,
+                weights=zeros,
             )
         )
 
     def insert(self, key: Array, value: Array) -> "LowRankState":
-        """Add keys, at least one; returns the new structure."""
+        """Add keys, at least one; returns the new state."""
         return LowRankState(self.structure.insert(key, value))
 
     def merge(self, other: "LowRankState") -> "LowRankState":
-        """Add the keys of another structure; returns the new structure."""
+        """Add the keys of another state; returns the new state."""
         return LowRankState(self.structure.merge(other.structure))
 
     def query(self, query: Array) -> tuple[Array, Array, Array]:
-        """Values, log-sum-exps, and whether each row can be trusted."""
+        """Outputs, log-sum-exps, and a mask of reliable rows."""
         return self.structure.query(query)
 
     def pack(self) -> Packed:
@@ -136,20 +145,21 @@ class LowRankState:
         return LowRankState(LowRank(basis=basis, count=int(values["count"]), **own))
 
 
-# the arrays of the structure, its frame and its polynomials; the numbers of the frame
+# names in files: arrays of the structure, its whitening and its polynomials; then
+# numbers of the whitening
 _LOWRANK = (
     ("middle", "sums", "bounds", "far_key", "far_value", "weights"),
     ("center", "to_key", "to_query", "origin", "spread"),
     ("parent", "coordinate", "power", "factorial"),
 )
-# attributes that files know by an earlier name
+# attributes whose names in files are older
 _ATTRIBUTES = {"middle": "value_center"}
 _WHITENING = ("offset", "limit", "longest", "share", "scale")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MonomialState:
-    """Sums of monomials, in float64 on the host.
+    """The state over monomials, in float64 on the host.
 
     Parameters
     ----------
@@ -162,7 +172,7 @@ class MonomialState:
     total : array, shape (r, p + 1)
         Sum over keys of monomial times weight times ``[value - value_center, 1]``.
     bounds : array, shape (2, p)
-        The least and the largest of the values.
+        Minimum and maximum of each column of the values.
     """
 
     expansion: PolynomialExpansion
@@ -184,11 +194,11 @@ class MonomialState:
         return sum(int(x.nbytes) for x in self.pack()[0].values())
 
     def empty(self) -> "MonomialState":
-        """Forget the keys."""
+        """Return the state without keys."""
         return MonomialState.of(self.expansion, self.scale)
 
     def insert(self, key: Array, value: Array) -> "MonomialState":
-        """Add keys, at least one; returns the new structure."""
+        """Add keys, at least one; returns the new state."""
         xp, expansion = array_namespace(value), self.expansion
         part = Moments.of(
             key,
@@ -209,7 +219,7 @@ class MonomialState:
         return self.merge(added)
 
     def merge(self, other: "MonomialState") -> "MonomialState":
-        """Add the keys of another structure; returns the new structure."""
+        """Add the keys of another state; returns the new state."""
         with np.errstate(over="ignore", invalid="ignore"):
             total = self.total + other.total
         if not np.isfinite(total).all():
@@ -224,7 +234,7 @@ class MonomialState:
         )
 
     def query(self, query: Array) -> tuple[Array, Array, Array]:
-        """Values, log-sum-exps, and whether each row can be trusted."""
+        """Outputs, log-sum-exps, and a mask of reliable rows."""
         expansion, xp = self.expansion, array_namespace(query)
         move = mover(query, expansion.dtype)
         moments = Moments(
@@ -236,7 +246,7 @@ class MonomialState:
         )
         value, logarithm, reliable = moments.query(query, expansion.coefficients)
         reliable = xp.logical_and(reliable, xp.all(xp.isfinite(value), axis=1))
-        # no mean is outside the range of the values
+        # a mean is within the range of the values
         low, high = move(self.bounds)[0, :], move(self.bounds)[1, :]
         return xp.minimum(xp.maximum(value, low), high), logarithm, reliable
 
@@ -264,7 +274,7 @@ class MonomialState:
     def unpack(
         arrays: dict[str, Array], values: dict[str, Any], xp: Any
     ) -> "MonomialState":
-        """Undo ``pack``; the sums are going to be used with arrays of ``xp``."""
+        """Undo ``pack``, for arrays of the namespace ``xp``."""
         transform, index = (
             {name: arrays[prefix + name] for name in names}
             for prefix, names in zip(("transform_", "index_"), _MONOMIAL, strict=True)
@@ -293,12 +303,12 @@ _MONOMIAL = (
 
 
 def _no_bounds(p: int) -> Array:
-    """The range of no values at all."""
+    """Minimum and maximum over no values: infinity, and minus infinity."""
     return np.outer([math.inf, -math.inf], np.ones(p))
 
 
 def pack_state(state: KeyValueState) -> Packed:
-    """Pack with the name of the kind."""
+    """Pack a state with the name of its kind."""
     arrays, values = state.pack()
     kind = next(name for name, of in _KINDS.items() if isinstance(state, of))
     return arrays, {"sums": kind, **values}

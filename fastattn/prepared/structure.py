@@ -1,4 +1,4 @@
-"""The class of what is prepared: structures of heads behind checked arguments."""
+"""The public class ``Prepared``: one structure for each head, and checked arguments."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -30,18 +30,18 @@ _T = TypeVar("_T")
 class Prepared:
     """Keys and values as a data structure for each head, made by :func:`prepare`.
 
-    Queries may run side by side with each other and with one change: each answers from
-    the keys before the change or after it. Changes take turns, and an exception inside
-    one, an interrupt too, leaves the structure as it was.
+    Thread safety: queries may run at the same time as each other and as one change;
+    each is answered from the keys before or after the change. Changes are serialized.
+    A change that raises, also ``KeyboardInterrupt``, leaves the structure as it was.
 
     Parameters
     ----------
     heads : list of PreparedHead
         One structure for each head, the last leading dimension fastest.
     like : array
-        Of the library, dtype and device of the queries to come; it is empty.
+        An empty array of the library, dtype and device of the queries to come.
     options : dict
-        Sizes and what was asked of :func:`prepare`.
+        Sizes and the arguments of :func:`prepare`.
 
     Examples
     --------
@@ -60,12 +60,12 @@ class Prepared:
         self._cell, self._like, self._options = Cell(heads), like, options
 
     def __copy__(self) -> "Prepared":
-        """Return a structure that goes its own way from here on."""
+        """Return a copy that does not change with this structure."""
         return Prepared(self._heads, self._like, self._options)
 
     @property
     def _heads(self) -> list[PreparedHead]:
-        # the list and its heads are replaced, never changed: who reads takes it once
+        # the list and its heads are replaced, never changed: readers load it once
         return self._cell.value
 
     def __repr__(self) -> str:
@@ -76,7 +76,7 @@ class Prepared:
 
     @property
     def plan(self) -> Any:
-        """What was chosen; for a batch an object array over the leading dimensions."""
+        """The plan; for a batch an object array over the leading dimensions."""
         return self._field([head.plan for head in self._heads], object)
 
     @property
@@ -91,15 +91,15 @@ class Prepared:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, probes and recent keys among them."""
+        """Bytes of all arrays, with held-out queries and recent keys."""
         return sum(head.nbytes for head in self._heads)
 
     @property
     def certificate(self) -> Certificate:
-        """What an answer is worth now, whether or not that meets the tolerance.
+        """The certificate of an answer now, whether or not it meets the tolerance.
 
-        Where the keys are kept, it is that of the sampled queries, which are answered
-        for it.
+        A structure that has the keys computes the answers of some sample queries for
+        it.
         """
         tol, guarantee = self._options["tol"], self._options["guarantee"]
         heads = self._heads
@@ -123,8 +123,8 @@ class Prepared:
         Returns
         -------
         Approximation
-            As of :func:`approximate`. Where keys are gone, the certificate rests on
-            probes: it is a statement about queries drawn like those of ``prepare``.
+            As of :func:`approximate`. The certificate of a key-value state rests on
+            held-out queries: it is about queries drawn like those of ``prepare``.
 
         Raises
         ------
@@ -133,8 +133,9 @@ class Prepared:
         ValueError
             If shapes do not match or the array is empty or not finite.
         RefusalError
-            If the tolerance is not kept for the keys inserted so far, or if queries
-            are too far from those of ``prepare`` and there are no keys to answer from.
+            If the tolerance is missed for the keys inserted so far, or if queries are
+            too far from those of ``prepare`` and the structure has no keys to compute
+            them exactly.
         """
         query = self._checked("query", query, self._options["d"])
         tol, guarantee = self._options["tol"], self._options["guarantee"]
@@ -159,9 +160,9 @@ class Prepared:
         ----------
         key, value : array, shapes (..., m, d), (..., m, p)
             The leading dimensions broadcast to those of the structure. Memory maps
-            are read a block at a time, and copied only where keys are kept. For tensor
+            are read a block at a time, and copied only into a KV buffer. For tensor
             attention tuples, an entry for each factor, None for one that gets no keys:
-            a new key of one factor makes tuples with all keys of the others.
+            a new key of one factor makes tuples with all keys of the other factors.
         key_mask : boolean array, shape (..., m), optional
             True for keys that take part; a tuple for tensor attention.
 
@@ -177,7 +178,7 @@ class Prepared:
         ValueError
             If shapes do not match or an array is empty or not finite.
         RefusalError
-            If keys or values are beyond what a proven bound was made for.
+            If keys or values are outside of the bounds of a proven certificate.
         """
         factors = self._options.get("factors")
         if factors is None:
@@ -203,7 +204,7 @@ class Prepared:
     def _checked_pair(
         self, which: str, key: Array, value: Array, key_mask: Array | None
     ) -> tuple[Array, Array, Array | None]:
-        """Check keys with their values; ``which`` says of which factor they are."""
+        """Check keys with their values; ``which`` is the index of the factor."""
         key = self._checked(f"key{which}", key, self._options["d"])
         value = self._checked(f"value{which}", value, self._options["p"])
         check_rows(key, value)
@@ -217,7 +218,7 @@ class Prepared:
     def _checked_factors(
         self, factors: int, keys: Any, values: Any, masks: Any
     ) -> dict[int, tuple[Array, Array, Array | None]]:
-        """Check the keys of those factors that get some, by their numbers."""
+        """Check the keys of those factors that get some, by their indices."""
         masks = (None,) * factors if masks is None else masks
         for name, given in (("key", keys), ("value", values), ("key_mask", masks)):
             if not isinstance(given, tuple) or len(given) != factors:
@@ -237,8 +238,8 @@ class Prepared:
         """Add the keys of another structure of the same plan.
 
         For tensor attention the keys of each factor are added to those of the same
-        factor: answers are then over all tuples of the union, also over those that
-        neither of the two had.
+        factor: answers are then over all tuples of the union, also over tuples that
+        neither structure had.
 
         Parameters
         ----------
@@ -285,7 +286,7 @@ class Prepared:
         Returns
         -------
         Prepared
-            Two structures from one plan can be merged.
+            Structures from one plan can be merged.
         """
         heads = [head.empty() for head in self._heads]
         return Prepared(heads, self._like, self._options)
@@ -316,7 +317,7 @@ class Prepared:
         return tuple(int(i) for i in np.unravel_index(number, self._lead))
 
     def _rng(self, number: int) -> np.random.Generator:
-        # the same whatever was asked before, and after a load
+        # independent of earlier queries, and the same after a load
         return np.random.default_rng([self._options["seed"], number])
 
     def _field(self, values: list[Any], dtype: Any) -> Any:
@@ -330,7 +331,7 @@ class Prepared:
         return side_by_side(self._like, len(self._heads), work)
 
     def _checked(self, name: str, x: Array, width: int) -> Array:
-        """Check an array against the structure; NaN too, a block at a time."""
+        """Check an array against the structure, also for NaN, a block at a time."""
         like = self._like
         array_namespace(like, x)
         check_unmasked(name, x)

@@ -1,1 +1,1 @@
-"""Regression by attention: losses of its output, and their derivatives."""
+"""Regression by attention: losses of its output, and their gradients."""

@@ -1,4 +1,4 @@
-"""The squared loss of one attention layer, differentiated by its weights."""
+"""The squared loss of one attention layer, and its gradient."""
 
 from typing import Any
 
@@ -23,24 +23,25 @@ def loss_gradient(
     method: Method | None = None,
     rng: RandomSource = None,
 ) -> Array:
-    r"""Differentiate the training loss of one attention layer by its query-key matrix.
+    r"""Gradient of the loss of one attention layer by its query-key matrix.
 
     The loss is :math:`L(X) = \frac12 \| D^{-1} \exp(s\,A_1 X A_2^\top) A_3 Y - E
     \|_F^2`, where :math:`D` makes rows sum to one. With :math:`f` the softmax matrix,
     :math:`q = (f A_3 Y - E)(A_3 Y)^\top` and :math:`r_i = \langle f_i, q_i\rangle`,
-    :math:`dL/dX = s\,A_1^\top (f \circ q - \mathrm{diag}(r) f) A_2`. It is near-linear
-    wherever :func:`attention` and :func:`attention_vjp` are.
+    :math:`dL/dX = s\,A_1^\top (f \circ q - \mathrm{diag}(r) f) A_2`. It takes
+    near-linear time wherever :func:`attention` and :func:`attention_vjp` do.
 
     Parameters
     ----------
     a1, a2, a3 : array, shapes (..., n, d), (..., m, e), (..., m, c)
-        What queries, keys and values are made from.
+        Inputs of the layer; :math:`A_1 X`, :math:`A_2` and :math:`A_3 Y` are its
+        queries, keys and values.
     x : array, shape (..., d, e)
         Product of the query and key matrices.
     y : array, shape (..., c, p)
         The value matrix.
     target : array, shape (..., n, p)
-        The output that is wanted, :math:`E`.
+        The target :math:`E` of the output.
     tol : float, default 1e-2
         As in :func:`attention` and :func:`attention_vjp`.
     scale : float, optional
@@ -53,7 +54,7 @@ def loss_gradient(
     Returns
     -------
     array, shape (..., d, e)
-        The derivative of the loss by ``x``.
+        The gradient of the loss with respect to ``x``.
 
     Examples
     --------

@@ -1,1 +1,1 @@
-"""Attention of heads larger than memory, whose rows are read piece by piece."""
+"""Attention of heads larger than memory, whose rows are read in blocks."""

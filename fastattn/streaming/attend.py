@@ -1,8 +1,8 @@
 """Attention of one head whose keys and values are larger than memory.
 
-Sums over a basis are planned on a sample of the rows, and filled with all keys, piece
-by piece. Probes say what they are worth; where that misses the tolerance, the keys
-stream past once more, or several times, for exact attention.
+A key-value state is planned on a sample of the rows, and filled with all keys, block by
+block. Its error is estimated on held-out queries. Where it misses the tolerance, the
+keys are read again, once for each block of queries, for exact attention.
 """
 
 from dataclasses import dataclass, replace
@@ -27,17 +27,17 @@ from sketching._lib.arrays import compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError
 from sketching._lib.threads import single_threaded_blas
 
-# rows that sums are planned on
+# keys and queries of the sample that a state is planned on
 _KEYS, _QUERIES = 1 << 16, 1 << 13
-# sums must be predicted to take at most this share of exact attention's time
+# a state must be predicted to take at most this share of exact attention's time
 _TIME_SHARE = 0.8
-# far keys are kept beside the sums, up to one in so many bytes of the memory
+# far keys of a state may take up to this fraction of the memory, as 1 / _SHARE
 _SHARE = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Streamed:
-    """What is known of answers that were put elsewhere."""
+    """The certificate and plan of answers that were passed to ``put``."""
 
     certificate: Certificate
     plan: Plan
@@ -53,17 +53,17 @@ def attend_streamed(
     step: Step,
 ) -> Streamed:
     """Answer all queries of a head in a file; ``put`` gets the answers in blocks."""
-    # before the keys, which take long
+    # check all queries before the keys, which take long
     for _ in head.each_block():
         pass
     exact = method if isinstance(method, Exact) else Exact()
-    reason = "asked for"
-    # what several threads of BLAS compute may differ in the last place
+    reason = "requested"
+    # with several threads BLAS results may differ in the last digit
     with single_threaded_blas():
         if exact is not method:
             planned = _plan(head, tol, method, guarantee, rng)
             if isinstance(planned, StateHead):
-                # the other half is for exact attention, if it comes to that
+                # the other half is for exact attention, where the state is refused
                 step = _half(step)
                 try:
                     found = _sum(head, planned, tol, put, step)
@@ -92,11 +92,11 @@ def explain_streamed(
 ) -> Explanation:
     """Say what would be run: what is planned on the sample, then exact attention."""
     considered = []
-    reason = "asked for"
+    reason = "requested"
     with single_threaded_blas():
         if not isinstance(method, Exact):
             planned = _plan(head, tol, method, guarantee, rng)
-            reason = "where the sums over all keys miss the tolerance"
+            reason = "if the state over all keys misses the tolerance"
             if isinstance(planned, StateHead):
                 considered.append(Candidate(planned.plan, accepted=True))
             else:
@@ -111,14 +111,14 @@ def explain_streamed(
 def _plan(
     head: FileHead, tol: float, method: Method, guarantee: str, rng: np.random.Generator
 ) -> StateHead | str:
-    """Plan sums on a sample of the rows: empty ones, or why there are none."""
+    """Plan a state on a sample of the rows: an empty state, or why there is none."""
     if not isinstance(method, (Auto, Polynomial)):
         raise RefusalError(
             f"{type(method).__name__} needs the keys of a head in memory, of which "
             f"{head.memory} bytes may be used: allow more, or use Auto() or Exact()"
         )
     if guarantee == "proven":
-        reason = "proven sums need the keys of a head in memory: these stream"
+        reason = "a proven state needs the keys of a head in memory: these stream"
         if isinstance(method, Auto):
             return reason
         raise RefusalError(f"{reason}; allow more memory, or use Exact()")
@@ -141,7 +141,7 @@ def _plan(
 
 
 def _sample(head: FileHead, rng: np.random.Generator) -> Head:
-    """Copy some rows of each kind."""
+    """Copy a sample of the queries, and of the keys and values."""
     n, m, _, _ = head.sizes
     keys = np.sort(rng.choice(m, min(m, _KEYS), replace=False))
     queries = np.sort(rng.choice(n, min(n, _QUERIES), replace=False))
@@ -150,7 +150,7 @@ def _sample(head: FileHead, rng: np.random.Generator) -> Head:
 
 
 def _work(head: FileHead, method: Polynomial) -> float:
-    """Work of filling sums, with their probes, and of asking them."""
+    """Work of filling a state, with its held-out queries, and of all queries."""
     n, m, d, p = head.sizes
     held_out = exact_work(HELD_OUT, m, d, p)
     rank = method.rank or 1
@@ -162,13 +162,13 @@ def _work(head: FileHead, method: Polynomial) -> float:
 def _sum(
     head: FileHead, summed: StateHead, tol: float, put: Put, step: Step
 ) -> Streamed:
-    """Fill the sums, see what they are worth, and answer by them."""
+    """Fill a state with all keys, certify it, and answer all queries by it."""
     most = summed.nbytes + head.memory // _SHARE
     for key, value in head.each_key_block():
         summed = summed.insert(key, value, fold=True)
         if summed.nbytes > most:
             raise RefusalError(
-                f"{summed.plan.method} keeps too many far keys: {summed.nbytes} bytes"
+                f"{summed.plan.method} has too many far keys: {summed.nbytes} bytes"
             )
         step(1 / head.n_key_blocks)
     error = summed.held_out.error()
@@ -181,7 +181,7 @@ def _sum(
     for start, query in head.each_block():
         value, logarithm, reliable = summed.state.query(query)
         bad = np.flatnonzero(~reliable)
-        # these are put again
+        # refused rows are put again below, after exact attention
         value[bad], logarithm[bad] = 0, 0
         put(start, *rounded(head, value, logarithm))
         refused.append(start + bad)
@@ -192,7 +192,7 @@ def _sum(
 
 
 def _answer_exactly(head: FileHead, rows: np.ndarray, put: Put) -> int:
-    """Answer the queries that sums refuse from the keys; returns how many."""
+    """Compute the queries that the state refuses exactly; returns their number."""
     dtype = compute_dtype(np, head.query.dtype)
     for start in range(0, len(rows), head.block):
         some = rows[start : start + head.block]

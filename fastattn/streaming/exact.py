@@ -1,8 +1,9 @@
-"""Exact attention over keys that stream past, piece by piece.
+r"""Exact attention over keys that are read from a file in blocks.
 
-Answers over the pieces merge by their log-sum-exps in float64. If every log weight of a
-piece is off by at most ``eta``, the mean of numbers within a range R moves by at most
-``R tanh(eta / 2)``; each piece's own answer is off by what ``Exact()`` says of it.
+Outputs over the blocks merge by their log-sum-exps in float64. If the log-sum-exp of
+each block has an error of at most :math:`\eta`, the merged mean of numbers within a
+range :math:`R` changes by at most :math:`R \tanh(\eta / 2)`; the output of each block
+has the rounding error of ``Exact()``.
 """
 
 import math
@@ -35,15 +36,15 @@ from fastattn.streaming.rows import FileHead, Put, Step
 from sketching._lib.arrays import Array, compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError
 
-# rows that confirm what was rounded
+# rows that are compared with float64
 _ROWS = 8
-# roundings, in float64, of one merge
+# rounding errors, in float64, of one merge
 _ROUNDINGS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class HeadBounds:
-    """Largest norms of scaled queries and of keys, and the range of the values."""
+    """Largest norms of scaled queries and keys, half range and peak of the values."""
 
     query_norm: float
     key_norm: float
@@ -63,7 +64,7 @@ def measure(head: FileHead, step: Step) -> HeadBounds:
         high = np.maximum(high, value.max(axis=0))
         step(1 / head.n_key_blocks)
     peak = float(max(-low.min(), high.max()))
-    # halves first: the range of two large numbers may not be one
+    # halve first: the range of large numbers may overflow
     half = float((high / 2 - low / 2).max())
     return HeadBounds(abs(head.scale) * query_norm, key_norm, half, peak)
 
@@ -99,11 +100,11 @@ def stream_exactly(
     block: int | None = None,
     step: Step = lambda _: None,
 ) -> tuple[Array, Array]:
-    """Answer queries over all keys, piece by piece; the answer is in float64."""
+    """Answer queries over all keys, block by block; the answer is in float64."""
     found = empty_partial(len(query), head.sizes[3])
     for key, value in head.each_key_block():
         part, logarithm = Head(query, key, value, head.scale).attend(dtype, block)
-        # what overflowed shows in the answer
+        # an overflow leaves infinities or NaN in the answer
         with np.errstate(over="ignore", invalid="ignore"):
             found = merge_partials(
                 found, (part.astype(np.float64), logarithm.astype(np.float64))
@@ -113,7 +114,7 @@ def stream_exactly(
 
 
 def rounded(head: FileHead, value: Array, logarithm: Array) -> tuple[Array, Array]:
-    """Round an answer to the dtype of the query, its normalizer to that of the work."""
+    """Round an answer to the dtype of the query, log-sum-exps to the working dtype."""
     dtype = head.query.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         return (
@@ -148,7 +149,7 @@ def solve_exactly(
     answer = _attend(head, rows, dtype, method.block, put, step_of_all)
     source = (
         f"exact attention in {np.dtype(dtype)}, streamed in {head.n_key_blocks} "
-        "pieces: a-priori rounding bound"
+        "blocks: a-priori rounding bound"
     )
     if guarantee == "proven":
         return Certificate(error, 0.0, "max", source), plan
@@ -163,7 +164,7 @@ def solve_exactly(
 
 
 def _proven(head: FileHead, bounds: HeadBounds, tol: float) -> tuple[Any, float]:
-    """The dtype that keeps a proven tolerance, and its bound."""
+    """The dtype whose proven bound meets the tolerance, and that bound."""
     own = compute_dtype(np, head.query.dtype)
     for dtype in dict.fromkeys([own, np.float64]):
         bound = rounding_bound(head, bounds, dtype)
@@ -177,7 +178,7 @@ def _proven(head: FileHead, bounds: HeadBounds, tol: float) -> tuple[Any, float]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Answer:
-    """Size of an answer, its largest log-sum-exp, and the rows to be confirmed."""
+    """Norm of an answer, its largest log-sum-exp, and the sampled rows."""
 
     peak: float
     norm: float
@@ -195,13 +196,13 @@ def _attend(
 ) -> _Answer:
     """Answer all queries, block by block."""
     peak = norm = exponent = 0.0
-    kept = []
+    sampled = []
     for start, query in head.each_block():
         found = stream_exactly(head, query, dtype, block, step)
         value, logarithm = rounded(head, *found)
         put(start, value, logarithm)
         own = (rows >= start) & (rows < start + len(query))
-        kept.append(value[rows[own] - start])
+        sampled.append(value[rows[own] - start])
         exponent = max(exponent, float(np.abs(logarithm).max()))
         with np.errstate(invalid="ignore"):
             unit, size = scaled_frobenius(value.astype(np.float64))
@@ -211,7 +212,7 @@ def _attend(
             peak, norm = unit, math.hypot(norm * peak / unit, size)
         elif unit:
             norm = math.hypot(norm, size * unit / peak)
-    return _Answer(peak, norm, exponent, np.concatenate(kept))
+    return _Answer(peak, norm, exponent, np.concatenate(sampled))
 
 
 def _sampled(
@@ -246,5 +247,5 @@ def _sampled(
             f"tol={tol:g} is below what {dtype} holds for this head "
             f"({found.upper:.1e}): pass float64 arrays or a larger tol"
         )
-    source = f"exact attention, streamed in {head.n_key_blocks} pieces; {found.source}"
+    source = f"exact attention, streamed in {head.n_key_blocks} blocks; {found.source}"
     return Certificate(found.upper, FAILURE, "relative-frobenius", source)

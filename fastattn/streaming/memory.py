@@ -1,4 +1,4 @@
-"""How many bytes this process may use: of the machine, a container, a limit."""
+"""The memory that this process may use: of the machine, a container, or a limit."""
 
 import os
 import resource
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# where the two versions of Linux's control groups keep their limits
+# files with the limits of the two versions of Linux control groups
 _GROUPS = {
     "": ("sys/fs/cgroup", "memory.max"),
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes"),
@@ -20,14 +20,14 @@ def usable_memory(root: Path = Path("/")) -> int:
 
 
 def _limits_of_process() -> Iterator[int]:
-    """Yield what ``ulimit -v`` and batch systems allow."""
+    """Yield the limits by ``ulimit -v`` and batch systems."""
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         soft, _ = resource.getrlimit(kind)
         yield soft if soft != resource.RLIM_INFINITY else 1 << 62
 
 
 def _limits_of_groups(root: Path) -> Iterator[int]:
-    """Yield the limits of the container, and of the groups around it."""
+    """Yield the limits of the container, and of its parent groups."""
     yield 1 << 62
     lines: list[str] = []
     with suppress(OSError):

@@ -1,7 +1,7 @@
-"""One head of a file whose rows are read piece by piece.
+"""One head of a file, whose rows are read in blocks.
 
-A piece is a map of its own, which is gone with it: pages of one large map would stay
-in memory for as long as there is room.
+Each block has its own memory map, which is closed after use: the pages of one large
+map would stay in memory as long as there is room.
 """
 
 import mmap
@@ -21,17 +21,17 @@ from sketching._lib.validation import (
     raise_not_finite,
 )
 
-# a piece takes one in so many of the bytes that may be used: it comes in twice, as
-# keys and values, is copied where it is converted, and blocks of work lie beside it
+# a block may take 1 / _SHARE of the memory: there are two, keys and values, copies
+# where dtypes are converted, and the temporary arrays of attention
 _SHARE = 16
-# rows of a piece: fewer are not worth a call, more win nothing
+# least and largest number of rows of a block
 _FEWEST, _MOST = 1024, 1 << 18
-# reading one row may bring in so many pages beside it; rows that are taken at once
+# scattered rows that are taken from one map, since reading a row reads whole pages
 _TAKEN = 1024
 
-# begins at a row: answers and log-sum-exps
+# gets the number of the first row, outputs and log-sum-exps
 Put = Callable[[int, Array, Array], None]
-# moves a bar by a share of the whole
+# advances a progress bar by a share of the whole
 Step = Callable[[float], None]
 
 
@@ -49,14 +49,14 @@ def mapped_anew(x: Array, advice: int = mmap.MADV_SEQUENTIAL) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileRows:
-    """The rows of one head of an array in a file; nothing stays in memory.
+    """The rows of one head of an array in a file; none stay in memory.
 
     Parameters
     ----------
     name : str
-        For errors.
+        Name of the argument in error messages.
     stored : array, shape (..., m, c)
-        As the file has it, all heads: a map of it, or what had to be decompressed.
+        All heads as stored in the file: a memory map, or the decompressed array.
     place : tuple of int
         The head; the leading dimensions of ``stored`` broadcast to it.
     """
@@ -82,21 +82,21 @@ class FileRows:
         return native_dtype(self.stored)
 
     def rows(self, start: int, stop: int) -> Array:
-        """Map some rows in a row."""
+        """Map consecutive rows."""
         return native(self._mapped()[start:stop])
 
     def checked(self, start: int, stop: int) -> Array:
-        """Map some rows; raise, after a look at all rows, unless they are finite."""
+        """Map consecutive rows; raise ``ValueError`` unless they are finite."""
         rows = self.rows(start, stop)
         if not_finite(rows)[0]:
             self._refuse()
         return rows
 
     def take(self, numbers: Array) -> Array:
-        """Copy the rows of sorted numbers."""
+        """Copy the rows with the given sorted indices."""
         c = self.shape[1]
         taken = np.empty((len(numbers), c), self.dtype)
-        # rows in Fortran order are as many places as they have columns
+        # a row in Fortran order touches as many pages as it has columns
         step = _TAKEN if self.stored.flags.c_contiguous else max(1, _TAKEN // c)
         for start in range(0, len(numbers), step):
             some = slice(start, start + step)
@@ -106,12 +106,12 @@ class FileRows:
         return taken
 
     def _mapped(self, advice: int = mmap.MADV_SEQUENTIAL) -> Array:
-        """Map the whole head, which takes addresses but no memory."""
+        """Map the whole head, which takes address space but no memory."""
         x = mapped_anew(self.stored, advice)
         return x[own_place(x, self.place)]
 
     def _refuse(self) -> None:
-        """Raise as a check of the whole array would."""
+        """Raise the error of a check of the whole array."""
         count, first = 0, None
         for start in range(0, self.shape[0], _FEWEST):
             bad, where = not_finite(self.rows(start, start + _FEWEST))
@@ -168,13 +168,13 @@ class FileHead:
 
     @property
     def key_block(self) -> int:
-        """Rows of a piece of the keys and values."""
+        """Number of rows of a block of keys and values."""
         _, _, d, p = self.sizes
         return self._rows(8 * (d + p))
 
     @property
     def block(self) -> int:
-        """Queries that are answered at once, with their answers in float64."""
+        """Number of queries of a block, with their outputs in float64."""
         _, _, d, p = self.sizes
         return self._rows(8 * (d + 3 * p))
 
@@ -183,18 +183,18 @@ class FileHead:
 
     @property
     def n_key_blocks(self) -> int:
-        """Number of pieces."""
+        """Number of blocks of keys."""
         return -(-self.key.shape[0] // self.key_block)
 
     def each_key_block(self) -> Iterator[tuple[Array, Array]]:
-        """Yield keys and values, piece by piece; raise unless they are finite."""
+        """Yield blocks of keys and values; raise ``ValueError`` unless finite."""
         m, size = self.key.shape[0], self.key_block
         for start in range(0, m, size):
             stop = min(start + size, m)
             yield self.key.checked(start, stop), self.value.checked(start, stop)
 
     def each_block(self) -> Iterator[tuple[int, Array]]:
-        """Yield queries, block by block, and where each begins."""
+        """Yield the first row and the queries of each block."""
         n, size = self.query.shape[0], self.block
         for start in range(0, n, size):
             yield start, self.query.checked(start, min(start + size, n))

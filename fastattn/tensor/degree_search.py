@@ -1,4 +1,4 @@
-"""The least polynomial that meets a tolerance on a sample of one tensor head."""
+"""The least degree that meets a tolerance on a sample of one tensor head."""
 
 import math
 from collections.abc import Callable
@@ -29,28 +29,28 @@ from fastattn.tensor.sampled import certify_tuples, row_work
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
-# queries of the sample, at random and those that reach furthest; tuples of keys
+# queries of the sample: random ones, and those of largest norm; tuples of keys
 _QUERIES, _FURTHEST, _TUPLES = 64, 16, 1 << 15
-# sampled logits may be passed by so much of the width of their interval
+# extension of the interval of sampled logits on each side, relative to its width
 _MARGIN = 0.1
-# an interval of all logits that is wider by less is taken instead: it can be proven
+# the interval of all logits is used if it is wider by less: it can be proven
 _ALMOST = 1.3
-# the share of a tolerance that a bound is to meet, next to a coarse norm
+# share of the tolerance that a bound must meet, relative to an approximate norm
 _SURE = 0.9
-# what is aimed at, as a share of the tolerance
+# share of the tolerance that the search aims at
 _AIM = 0.6
-# the same where tuples are to confirm it; how many degrees more, and monomials, that
-# may take
+# the same if sampled tuples are to certify it; largest number of additional degrees for
+# that, and of monomials
 _CONFIRMED, _EXTRA, _LARGEST_EXTRA = 0.8, 4, 4096
-# groups of tuples that are tried before, and the work of rows that is less
+# groups of tuples of a pilot certificate, and the work below which rows are cheaper
 _FEW_GROUPS, _QUICK_WORK = 4, 4e9
 
 
 def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion | None:
-    """Find the least polynomial whose proven bound meets a relative tolerance.
+    """Find the least degree whose proven bound meets a relative tolerance.
 
-    None where it is no cheaper than the rows that a sample would compute exactly. What
-    the bound is relative to, the answer's norm, is taken from a coarse answer.
+    None where it is no cheaper than the exact rows of a sampled certificate. The norm
+    of the output, to which the bound is relative, is that of a polynomial of degree 1.
     """
     logit_bounds = LogitBounds.of(head)
     bound, d = max(logit_bounds.bound, NARROWEST), head.sizes[2]
@@ -80,12 +80,12 @@ def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion
 def sampled_expansion(
     head: TensorHead, method: Polynomial, tol: float, rng: np.random.Generator
 ) -> TensorPolynomialExpansion:
-    """Choose what the method leaves open by the error on a sample.
+    """Choose the degree or rank that ``method`` does not give, by a sample.
 
     Raises
     ------
     RefusalError
-        If sampled logits spread too far, or the monomials would be too many to sum.
+        If the interval of sampled logits is too wide, or there are too many monomials.
     """
     logit_bounds = whole = LogitBounds.of(head)
     if not math.isfinite(logit_bounds.logit_bound):
@@ -123,16 +123,17 @@ def _least(
     make: Callable[[int], TensorPolynomialExpansion],
     rng: np.random.Generator,
 ) -> TensorPolynomialExpansion:
-    """The least degree that meets the tolerance and that sampled tuples can confirm.
+    """The least degree that meets the tolerance and that sampled tuples can certify.
 
-    They scatter with the error of the polynomial, so that a larger degree may spare
-    rows computed exactly. Where none is enough, the least that meets the tolerance.
+    The standard error of sampled tuples falls with the error of the polynomial, so that
+    a larger degree may save exact rows. If no degree suffices for that, the least that
+    meets the tolerance.
     """
     truth = to_host(some.attend(head.xp.float64)[0])[:_QUERIES]
     # squares of extreme values would leave the range of float64
     peak = float(np.abs(truth).max()) or 1.0
     truth = truth / peak
-    # no tuples are sampled for causal rows, see ``certify_tuples``
+    # causal rows have no sampled tuples, see ``planning._certify``
     few_rows_are_quick = (
         head.prefix_lengths is not None or row_work(head) <= _QUICK_WORK
     )
@@ -170,7 +171,7 @@ def _expansion(
     method: Polynomial,
     dtype: object,
 ) -> TensorPolynomialExpansion:
-    """One recipe; with a bound where the interval holds every logit."""
+    """The expansion of one degree; with a bound if the interval has all logits."""
     if method.basis == "minimax" and math.isfinite(logit_bounds.logit_bound):
         return bounded_expansion(head, logit_bounds, degree, method.rank, dtype)
     bound = min(max(logit_bounds.bound, NARROWEST), LARGEST_BOUND)
@@ -184,9 +185,9 @@ def _expansion(
 
 
 def _narrowed(logit_bounds: LogitBounds, some: TensorHead) -> LogitBounds:
-    """The interval that sampled logits suggest, unless all reach hardly further.
+    """The interval of sampled logits with a margin, or of all if hardly wider.
 
-    An infinite ``logit_bound`` says that not every logit is known to lie within.
+    ``logit_bound`` is infinite if logits may lie outside of the interval.
     """
     keys = [to_host(x).astype(np.float64) for x in some.keys]
     whole = keys[0]
@@ -204,7 +205,7 @@ def _narrowed(logit_bounds: LogitBounds, some: TensorHead) -> LogitBounds:
 def _sample(
     head: TensorHead, logit_bounds: LogitBounds, rng: np.random.Generator
 ) -> tuple[Array, list[Array]]:
-    """Numbers of queries, those at random first, and of keys of each factor."""
+    """Indices of sampled queries, random ones first, and of keys of each factor."""
     n = head.sizes[0]
     rows = rng.choice(n, min(n, _QUERIES), replace=False)
     size = max(2, int(_TUPLES ** (1 / len(head.keys))))

@@ -1,4 +1,4 @@
-"""Exact tensor attention with a bound on its rounding, and a check where that fails."""
+"""Exact tensor attention: a bound on its rounding error, or else sampled rows."""
 
 import math
 from collections.abc import Callable
@@ -27,14 +27,14 @@ from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# norms of rounded numbers are off by less than this
+# bound on the relative rounding error of norms
 _SLACK = 1e-2
-# keys that a fast body sums before it adds to the running sums: least and most
+# least and largest number of keys that a kernel sums before it adds to running sums
 _KEYS_A_BLOCK = (320, 1024)
 
 
-def exact_plan(head: TensorHead, method: Any, reason: str = "asked for") -> Plan:
-    """Say what exact tensor attention costs for this head."""
+def exact_plan(head: TensorHead, method: Any, reason: str = "requested") -> Plan:
+    """The plan of exact tensor attention for this head, with its cost."""
     return Plan(method, 0.0, seconds(exact_work(*head.sizes)), reason)
 
 
@@ -45,15 +45,15 @@ def solve_exact(
     rng: np.random.Generator,
     plan: Plan,
 ) -> HeadAnswer:
-    """Compute the head and bound the rounding, in float64 where float32 is too short.
+    """Compute the head and certify it, in float64 where float32 is not sufficient.
 
     Raises
     ------
     RefusalError
-        If no precision can promise ``tol``.
+        If no precision meets ``tol``.
     """
     if head.sizes[1] == 0:
-        return _nothing(head, guarantee, plan)
+        return _no_tuples(head, guarantee, plan)
     logit_bounds = LogitBounds.of(head)
     bounds = {}
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
@@ -73,7 +73,7 @@ def solve_exact(
             f"{logit_bounds.half:.1e}"
         )
     dtype = head.dtype
-    # the log-sum-exps are returned in it, and must fit
+    # the log-sum-exps are returned in the dtype of the head, and must be in its range
     if logit_bounds.logit_bound < largest_number(head.xp, dtype) / 4 and not in_range(
         head, dtype
     ):
@@ -81,8 +81,8 @@ def solve_exact(
     return _solve_sampled(head, tol, rng, plan, dtype, bounds[dtype])
 
 
-def _nothing(head: TensorHead, guarantee: str, plan: Plan) -> HeadAnswer:
-    """Zeros, where there is no tuple to see."""
+def _no_tuples(head: TensorHead, guarantee: str, plan: Plan) -> HeadAnswer:
+    """Zeros, where there is no tuple to attend to."""
     norm = "max" if guarantee == "proven" else "relative-frobenius"
     source = "exact tensor attention: there is no tuple"
     return HeadAnswer(*head.finish(*head.attend()), 0.0, 0.0, norm, source, plan)
@@ -96,13 +96,13 @@ def _solve_sampled(
     dtype: Any,
     bound: float,
 ) -> HeadAnswer:
-    """Certify by the bound on the rounding, or by rows in float64."""
+    """Certify by the bound on the rounding error, or by sampled rows in float64."""
     value, normalizer = head.finish(*head.attend(dtype))
     error = relative_bound(head, bound, value)
     failure = 0.0
     source = f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
     if not error <= tol:
-        # a tensor head has all that rows are certified by
+        # a tensor head has all attributes that certify_rows uses
         sampled = certify_rows(cast(Head, head), value, tol, rng)
         error, failure = sampled.upper, FAILURE
         source = f"exact tensor attention; {sampled.source}"
@@ -128,12 +128,13 @@ def solve_bounded(
 ) -> HeadAnswer:
     """Compute a head in the least precision whose rounding bound meets ``tol``.
 
-    ``compute`` and ``bound`` take a dtype; the extent of the values is what counts.
+    ``compute`` and ``bound`` take a dtype; of ``logit_bounds`` only the bounds on
+    values are used.
 
     Raises
     ------
     RefusalError
-        If no precision can promise ``tol``.
+        If no precision meets ``tol``.
     """
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
         error, norm = bound(dtype), "max"
@@ -166,30 +167,30 @@ def solve_bounded(
 
 
 def _is_constant(logit_bounds: LogitBounds, bound: float) -> bool:
-    """Whether no tolerance is asked for: there is one product of values only."""
+    """Whether all products of values are equal, so that the tolerance is void."""
     return logit_bounds.half == 0 and bound < math.inf
 
 
 def _name(dtype: Any) -> str:
-    """The name of a dtype of any library."""
+    """The name of a dtype of an array library."""
     return str(dtype).rpartition(".")[2].strip("'>")
 
 
 def stored(head: TensorHead, peak: float, error: float) -> float:
-    """Bound an ``error`` of numbers up to ``peak`` in the dtype of the query."""
+    """Add to ``error`` the rounding of numbers up to ``peak`` to the query's dtype."""
     return once_stored(head.xp, head.query.dtype, peak, error)
 
 
 def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
     """Turn a bound on every entry into one relative to the answer's Frobenius norm.
 
-    What is bounded was computed before it was stored in ``value``.
+    ``bound`` is about the numbers before they were rounded to the dtype of ``value``.
     """
     n, _, _, p = head.sizes
     size = scaled_frobenius(value)
     if bound > 0 or size[0] > 0:
         bound += smallest_number(head.xp, head.query.dtype)
-    # a stored number is off by its own size, not by the largest there is
+    # the rounding error of a stored number is relative to it, not to the largest
     own = unit_roundoff(head.xp, head.query.dtype) * (1 + _SLACK)
     return relative_of_max(bound, size, n * p, own)
 
@@ -199,12 +200,13 @@ def rounding(
 ) -> float:
     r"""Bound ``max |computed - exact|`` of nested attention in ``dtype``.
 
-    As in pairwise attention a logit is off by :math:`\gamma_{d+k+2} + 4u` of the sum of
-    its absolute terms and its weight by the exps of all blocks. A nested row enters
-    twice, by its weights and by its log-sum-exp, at each of the ``k - 2`` levels; the
-    log-sum-exp is stored, and weighed, with one more rounding of its size. Products
-    and sums of values add their own, relative to the largest product. ``terms`` are
-    added in ``dtype``; by default as many as the blocks of the longest factor have.
+    As in pairwise attention, a logit has an error of :math:`\gamma_{d+k+2} + 4u` times
+    the sum of its absolute terms, and a weight that of the exponentials of all blocks,
+    where :math:`k` is the order and :math:`u` the unit roundoff. At each of the
+    :math:`k - 2` levels of nesting a row contributes the errors of its weights and of
+    its log-sum-exp, which is rounded once more when it is stored. Products and sums of
+    values add errors relative to the largest product. ``terms`` is the number of terms
+    of the sums in ``dtype``; by default that of the blocks of the longest factor.
     """
     u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
     levels, d = head.order - 2, head.sizes[2]
@@ -221,7 +223,7 @@ def rounding(
         return 0.0
     tuples, size = head.sizes[1], size_of((head.query, *head.keys), head.scale)
     inner = (gamma(d + head.order + 2, u) + 4 * u) * logit_bounds.logit_bound
-    # what underflows on the way may be multiplied by all that comes after
+    # a partial product that underflows may be multiplied by large factors later
     inner += EXP * (blocks + 1) * u + d * tiny * size
     sums = gamma(terms + 2, u) + 2 * u
     logarithm = 4 * u * (logit_bounds.logit_bound + math.log(tuples) + 1)

@@ -1,9 +1,11 @@
-"""How far logits and values of a head of tensor attention can reach.
+r"""Bounds on the logits and values of a head of tensor attention.
 
-In a logit ``sum_l prod_s x_sl`` every coordinate may be rescaled between the factors as
-long as the product of the scales is one; nothing may be subtracted from one factor, for
-that leaves a term that depends on the query and the keys of the other factors. What may
-be subtracted is one number from all logits: their interval need not lie around 0.
+A logit is :math:`s \sum_l \prod_{t=1}^{k} x_{t l}`, with the query and the keys of the
+:math:`k - 1` factors as :math:`x_1, \dots, x_k`. Each coordinate may be rescaled
+between them if the product of the scales is one. The keys of one factor cannot be
+shifted: that would change logits by a term that depends on the keys of the other
+factors. But softmax is invariant to a shift of all logits, so that their interval
+``[low, high]`` need not be symmetric around 0.
 """
 
 import math
@@ -19,29 +21,29 @@ from sketching._lib.arrays import Array, array_namespace, device_of, mover, to_h
 from sketching._lib.certificate import RefusalError
 
 _BLOCK = 2048
-# the share of the largest product of values that may underflow on the way to it
-_NOTHING = 1e-10
-# sums and products of a few float64 numbers were rounded, too
+# largest error by underflow of partial products, relative to the largest product
+_NEGLIGIBLE = 1e-10
+# covers the rounding of sums and products of a few float64 numbers
 _SLACK = 1 + 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogitBounds:
-    """Bounds of a head's logits and values, from its arrays' own entries.
+    """Bounds on the logits and values of a head, from the entries of its arrays.
 
     Parameters
     ----------
     low, high : float
-        Every logit lies between them.
+        Bounds on all logits.
     logit_bound : float
         Bound on the sum of the absolute terms of a logit.
     terms : array, shape (d,)
         Bound on the absolute term of each coordinate.
     largest : array, shape (k, d)
-        The largest sizes of the coordinates of queries and keys.
+        The largest absolute coordinates of queries and keys.
     maps : tuple of array, shape (d,)
-        What query and keys are multiplied by, so that their largest entries are alike
-        in each coordinate, up to a power of two; the product of all is the scale.
+        Factors of query and keys that make their largest entries equal in each
+        coordinate, up to a power of two; the product of all is the scale.
     half : float
         Half the largest range of a column of products of values.
     peak : float
@@ -60,17 +62,17 @@ class LogitBounds:
     @staticmethod
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
     def of(head: TensorHead) -> "LogitBounds":
-        """Look at every row once."""
+        """Compute the bounds in one pass over the rows."""
         sides = (head.query, *head.keys)
         shares, largest = _product_ranges(sides)
         terms = _product(np.vstack([largest, np.full(largest.shape[1], head.scale)]))
-        # a coordinate without terms has no share in a sum, whatever is infinite
+        # a coordinate whose terms are zero adds nothing, also if a share is infinite
         scaled = np.where(terms != 0, shares * terms, 0.0)
         terms = np.abs(terms) * _SLACK
         logit_bound = _largest_sum(sides, largest, terms)
         slack = (_SLACK - 1) * terms.sum()
         shares, tops = _product_ranges(head.values)
-        # a product may underflow, and is rounded by more than the slack then
+        # a product may underflow, with a relative error larger than the slack
         least = np.finfo(np.float64).smallest_subnormal
         peaks = np.where(np.all(tops > 0, axis=0), _product(tops) * _SLACK + least, 0.0)
         varies = (peaks > 0) & (shares[1] > shares[0])
@@ -88,7 +90,7 @@ class LogitBounds:
 
     @property
     def center(self) -> float:
-        """The middle of the interval of the logits."""
+        """The midpoint of the interval of the logits."""
         return (self.low + self.high) / 2
 
     @property
@@ -98,7 +100,7 @@ class LogitBounds:
 
 
 def furthest_rows(head: TensorHead, scales: Array, count: int) -> Array:
-    """Numbers of the queries whose products with ``scales`` are longest."""
+    """Indices of the ``count`` queries of largest norm after scaling coordinates."""
     xp = head.xp
     scales = xp.asarray(scales, dtype=xp.float64, device=device_of(head.query))
     squares = xp.sum((xp.astype(head.query, xp.float64) * scales) ** 2, axis=1)
@@ -108,13 +110,13 @@ def furthest_rows(head: TensorHead, scales: Array, count: int) -> Array:
 def balanced(head: TensorHead, logit_bounds: LogitBounds) -> TensorHead:
     """The same head in float64 with scale one, its factors balanced.
 
-    Products of some of its entries leave the range of float64 only where those of all
-    do, or where sides are so far apart that a factor that balances them does.
+    Partial products of its entries overflow or underflow float64 only if complete
+    products do, or if the factors that balance them do.
 
     Raises
     ------
     RefusalError
-        If a factor does.
+        If a factor that balances them overflows or underflows.
     """
 
     def scaled(arrays: tuple[Array, ...], maps: tuple[Array, ...]) -> Iterator[Array]:
@@ -125,8 +127,8 @@ def balanced(head: TensorHead, logit_bounds: LogitBounds) -> TensorHead:
     maps = _maps(_product_ranges(head.values)[1], 1.0)
     if not np.isfinite(np.concatenate([*logit_bounds.maps, *maps])).all():
         raise RefusalError(
-            "query, keys and values are too far apart to be balanced in float64: scale "
-            "them so that their products stay in range"
+            "query, keys and values differ too much in size to be balanced in "
+            "float64: scale them so that their products stay in range"
         )
     query, *keys = scaled((head.query, *head.keys), logit_bounds.maps)
     values = tuple(scaled(head.values, maps))
@@ -136,15 +138,15 @@ def balanced(head: TensorHead, logit_bounds: LogitBounds) -> TensorHead:
 def in_range(head: TensorHead, dtype: Any) -> bool:
     """Whether products of entries, and sums of them, stay in the range of ``dtype``.
 
-    An underflow on the way may be multiplied by all that comes after: it must be
-    nothing next to the largest product of values.
+    A partial product that underflows may be multiplied by large factors later: the
+    error must be negligible relative to the largest product of values.
     """
     values = head.sizes[1] * size_of(head.values)
     size = size_of((head.query, *head.keys), head.scale)
     peak = float(_product(_product_ranges(head.values)[1]).max())
     lost = smallest_number(head.xp, dtype) * values if peak > 0 else 0.0
     fits = max(size, values) < largest_number(head.xp, dtype) / 4
-    return fits and lost <= _NOTHING * peak
+    return fits and lost <= _NEGLIGIBLE * peak
 
 
 def size_of(arrays: tuple[Array, ...], scale: float = 0.0) -> float:
@@ -155,10 +157,10 @@ def size_of(arrays: tuple[Array, ...], scale: float = 0.0) -> float:
 
 
 def _product_ranges(sides: tuple[Array, ...]) -> tuple[Array, Array]:
-    """Ends of the products of columns, ``(2, d)``, and the largest sizes, ``(k, d)``.
+    """Ranges of the products of columns, ``(2, d)``, and largest entries, ``(k, d)``.
 
-    The ends are in units of the product of the largest, which may leave the range of
-    float64 on the way.
+    The ranges are relative to the product of the largest entries, whose partial
+    products may be out of the range of float64.
     """
     shares, largest = np.ones((1, 1)), []
     for x in sides:
@@ -173,7 +175,7 @@ def _product_ranges(sides: tuple[Array, ...]) -> tuple[Array, Array]:
 
 
 def _product(x: Array) -> Array:
-    """Products of the columns, right wherever the result is in range."""
+    """Products over the rows; partial products may be out of range."""
     mantissa, exponent = np.frexp(x)
     product: Array = np.ldexp(np.prod(mantissa, axis=0), exponent.sum(axis=0))
     return product
@@ -183,7 +185,8 @@ def _largest_sum(sides: tuple[Array, ...], largest: Array, terms: Array) -> floa
     """Bound ``sum_l terms_l prod_s y_sl`` where ``y_s = |x_s| / largest_s``.
 
     By Hoelder's inequality it is at most the product of the weighted norms of order
-    ``c`` of any ``c`` of the sides, since the others' entries are at most one.
+    ``c`` of any ``c`` of the sides, since all entries of the other sides are at most
+    one.
     """
     count = len(sides)
     norms = np.array(
@@ -207,16 +210,16 @@ def row_norms(x: Array, largest: Array, terms: Array, count: int) -> list[float]
         power = y
         for c in range(count):
             top = float(xp.max(xp.matmul(power, weight)))
-            # NaN, of an infinity times zero, would be lost among the maxima
+            # max() would drop NaN, which comes from infinity times zero
             most[c] = max(most[c], math.inf if math.isnan(top) else top)
             power = power * y
     return [float(top) ** (1 / (c + 1)) for c, top in enumerate(most)]
 
 
 def _maps(largest: Array, scale: float) -> tuple[Array, ...]:
-    """Factors that balance the sides; a coordinate that is 0 on a side is left out.
+    """Factors that balance the sides; zero for a coordinate that is 0 on a side.
 
-    Powers of two, so that nothing is rounded, and for the first side what is left of
+    They are powers of two, which do not round; that of the first side is multiplied by
     the scale.
     """
     whole = np.all(largest > 0, axis=0) & (scale != 0)
@@ -227,5 +230,5 @@ def _maps(largest: Array, scale: float) -> tuple[Array, ...]:
         np.vstack([scale * whole, *[whole * 1.0] * len(powers)]),
         np.vstack([-powers.sum(axis=0), *powers]),
     )
-    # a factor that is lost would take its coordinate along
+    # a factor that underflows to zero would drop its coordinate
     return tuple(np.where(whole & (maps == 0), np.inf, maps))

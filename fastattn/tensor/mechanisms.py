@@ -1,4 +1,4 @@
-"""Exact methods for tuples in windows, and for scores that are sums over pairs."""
+"""Exact methods for tuples in windows, and for logits that are sums over pairs."""
 
 import itertools
 import math
@@ -22,14 +22,14 @@ from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.validation import check_integer
 
-# what underflowed does not count in sums that are so many times as large as it
+# underflow is negligible in sums larger than the smallest normal number by this factor
 _MARGIN = 2.0**30
-# share of rows that may be computed pair by pair before all are in float64
+# largest share of rows recomputed pair by pair; with more the head is done in float64
 _LOST = 0.02
 
 
 class TensorMethod:
-    """What answers heads of tensor attention only."""
+    """A method for heads of tensor attention only."""
 
     __slots__ = ()
 
@@ -42,23 +42,23 @@ class TensorMethod:
                 f"{self}: expected tuples of keys and of values (tensor attention)"
             )
         if head.sizes[1] == 0:
-            plan = Plan(self, 0.0, 0.0, "no tuple to see")
+            plan = Plan(self, 0.0, 0.0, "no tuple to attend to")
             return solve_exact(head, tol, guarantee, rng, plan)
         return self.answer(head, tol, guarantee)
 
     def candidates(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
-        """Heads of pairwise attention are refused, as ``solve`` does."""
+        """Raise ``TypeError`` for heads of pairwise attention, as ``solve`` does."""
         self.solve(head, tol, guarantee, rng)
         return iter(())
 
     def plan(self, head: TensorHead) -> Plan:
-        """Check that the method suits the head, and say what it costs."""
+        """Check the head against the method, and predict the cost."""
         raise NotImplementedError
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
-        """Answer a head that has tuples."""
+        """Answer a head with at least one tuple."""
         raise NotImplementedError
 
 
@@ -66,8 +66,8 @@ class TensorMethod:
 class TensorWindow(TensorMethod):
     r"""Exact tensor attention over causal windows of each factor.
 
-    Query ``i`` sees keys ``i - w < j <= i`` of a factor whose window is ``w``: 2-
-    simplicial attention with two factors. It costs ``n`` times the product of the
+    Query ``i`` attends to keys ``i - w < j <= i`` of a factor with window ``w``. With
+    two factors this is 2-simplicial attention. It costs ``n`` times the product of the
     windows.
 
     Parameters
@@ -79,8 +79,8 @@ class TensorWindow(TensorMethod):
     -----
     The published kernel scales by ``d ** -0.5`` and adds ``1 / d`` to the second keys
     and 1 to the second values, so that it contains ordinary attention: pass
-    ``scale=d**-0.5``, ``keys=(k1, k2 + 1 / d)`` and ``values=(v1, v2 + 1)``. Keys that
-    are masked keep their place in the window.
+    ``scale=d**-0.5``, ``keys=(k1, k2 + 1 / d)`` and ``values=(v1, v2 + 1)``. Masked
+    keys count as positions of the window.
 
     Examples
     --------
@@ -119,7 +119,7 @@ class TensorWindow(TensorMethod):
         n, _, d, p = head.sizes
         tuples = math.prod(self.sizes)
         work = exact_work(n, tuples, d, p, logits=n * tuples)
-        return Plan(self, 0.0, seconds(work), "asked for")
+        return Plan(self, 0.0, seconds(work), "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute the windows of a head."""
@@ -149,7 +149,7 @@ class TensorWindow(TensorMethod):
 
 
 def _window_bounds(head: TensorHead, s: int, size: int) -> tuple[Array, Array]:
-    """First key of each row's window, and the one after its last."""
+    """Start and stop of the window of each row, as indices of keys."""
     n, m = head.sizes[0], head.lengths[s]
     places = np.arange(m) if head.places is None else to_host(head.places[s])
     number = np.arange(n)
@@ -163,17 +163,18 @@ def _window_bounds(head: TensorHead, s: int, size: int) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True)
 class StrassenAttention(TensorMethod):
-    r"""Exact attention over pairs of keys by products of matrices.
+    r"""Exact attention over pairs of keys by matrix products.
 
-    The scores are :math:`s(f_i \cdot g_j + g_j \cdot h_l + h_l \cdot f_i)` in place of
+    The logits are :math:`s(f_i \cdot g_j + g_j \cdot h_l + h_l \cdot f_i)` in place of
     :math:`s\langle f_i, g_j \circ h_l\rangle`, for queries :math:`f` and two factors of
-    keys :math:`g` and :math:`h`. Sums over pairs are products of three matrices:
-    :math:`O(n^\omega)`, nothing of size n x m in memory.
+    keys :math:`g` and :math:`h`. Sums over pairs are products of three matrices, with
+    :math:`O(n^\omega)` operations, where :math:`\omega` is the exponent of matrix
+    multiplication.
 
     Notes
     -----
-    Each part of the scores is shifted by its largest. Rows whose sum of weights is so
-    small after it that what underflowed may count are computed pair by pair.
+    Each of the three terms of the logits is shifted by its maximum. Rows whose sum of
+    weights is then so small that underflow may matter are recomputed pair by pair.
 
     Examples
     --------
@@ -198,10 +199,10 @@ class StrassenAttention(TensorMethod):
                 f"StrassenAttention: expected two factors, got {len(head.keys)}"
             )
         n, tuples, _, p = head.sizes
-        return Plan(self, 0.0, seconds(float(n) * tuples * (p + 1)), "asked for")
+        return Plan(self, 0.0, seconds(float(n) * tuples * (p + 1)), "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
-        """Compute a head by products of matrices, in float64 where rows underflow."""
+        """Compute a head by matrix products, in float64 if many rows underflow."""
         plan = self.plan(head)
         whole = _contained(self, head, ((0, 1), (1, 2), (2, 0)))
         logit_bounds, xp = LogitBounds.of(whole), head.xp
@@ -231,11 +232,11 @@ class StrassenAttention(TensorMethod):
 
 @dataclass(frozen=True, slots=True)
 class PathAttention(TensorMethod):
-    r"""Exact attention over tuples with scores along a path of factors.
+    r"""Exact attention over tuples with logits along a path of factors.
 
-    The scores are :math:`s(f_i \cdot g_j + g_j \cdot h_l + \dots)`: poly-attention with
-    the polynomial :math:`x_1 x_2 + x_2 x_3 + \dots`, one softmax attention after the
-    other, :math:`O(k n^2 d)` for order k.
+    The logits are :math:`s(f_i \cdot g_j + g_j \cdot h_l + \dots)`: poly-attention with
+    the polynomial :math:`x_1 x_2 + x_2 x_3 + \dots`. It is a sequence of pairwise
+    softmax attentions, which cost :math:`O(k n^2 d)` for order :math:`k`.
 
     Examples
     --------
@@ -260,14 +261,14 @@ class PathAttention(TensorMethod):
             exact_work(n, m, head.sizes[2] + 1, head.sizes[3])
             for n, m in itertools.pairwise(lengths)
         )
-        return Plan(self, 0.0, seconds(work), "asked for")
+        return Plan(self, 0.0, seconds(work), "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute a head by one pairwise attention for each factor."""
         plan, sides = self.plan(head), range(head.order)
         whole = _contained(self, head, tuple(itertools.pairwise(sides)))
         logit_bounds, xp = LogitBounds.of(whole), head.xp
-        # log-sum-exps are one more coordinate of the logits
+        # log-sum-exps of inner attentions are one more coordinate of the logits
         logit_bound = logit_bounds.logit_bound + math.log(head.sizes[1])
         logit_bounds = replace(logit_bounds, logit_bound=logit_bound)
 
@@ -288,7 +289,7 @@ class PathAttention(TensorMethod):
 def _replaced(x: Array, rows: Array, other: Array) -> Array:
     """Return ``x`` with the numbered rows replaced by those of ``other``, in order."""
     xp = array_namespace(x)
-    # array libraries agree on take, not on writing
+    # the array API has take, but no writing in place
     source = np.arange(x.shape[0])
     source[rows] = x.shape[0] + np.arange(len(rows))
     take = xp.asarray(source, device=device_of(x))
@@ -298,12 +299,14 @@ def _replaced(x: Array, rows: Array, other: Array) -> Array:
 def _contained(
     method: TensorMethod, head: TensorHead, pairs: tuple[tuple[int, int], ...]
 ) -> TensorHead:
-    """Write scores that are sums over pairs of sides as those of tensor attention.
+    """The head of tensor attention whose logits are sums over pairs of sides.
 
-    Each pair has coordinates of its own, where all other sides are one.
+    Each pair has its own coordinates, in which all sides outside of it are one.
     """
     if head.prefix_lengths is not None:
-        raise ValueError(f"{method}: is_causal is not for scores that join two keys")
+        raise ValueError(
+            f"{method}: is_causal is not supported, since logits have terms of two keys"
+        )
     xp = head.xp
     query, *keys = (
         xp.concat([x if s in pair else xp.ones_like(x) for pair in pairs], axis=1)

@@ -1,4 +1,4 @@
-"""Which method answers a head of tensor attention, and what is certified."""
+"""The choice of a method for a head of tensor attention, and its certificate."""
 
 import math
 from collections.abc import Iterator
@@ -36,8 +36,8 @@ from sketching._lib.certificate import RefusalError
 _TIME_SHARE = 0.8
 # heads with less work than this are computed exactly: planning costs as much
 _LITTLE_WORK = 1 << 22
-_FEW = "too few tuples for planning to pay"
-# nor is exact attention that would take hours begun unasked
+_FEW = "too few tuples: planning costs more than it saves"
+# Auto() refuses exact attention with more work than this: it would take hours
 _ENDLESS = 1e14
 
 
@@ -55,13 +55,13 @@ def solve_tensor(
     RefusalError
         If the method cannot meet ``tol``.
     TypeError
-        If it is none for tensor attention.
+        If it is no method for tensor attention.
     """
     if isinstance(method, TensorMethod):
         return method.solve(head, tol, guarantee, rng)
     head = _within_range(head)
-    nothing = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
-    if isinstance(method, Exact) or nothing:
+    no_tuples = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
+    if isinstance(method, Exact) or no_tuples:
         return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact()))
     if isinstance(method, Polynomial):
         expansion = _expansion(method, head, tol, guarantee, rng)
@@ -78,12 +78,12 @@ def solve_tensor(
 
 
 def _within_range(head: TensorHead) -> TensorHead:
-    """Balance a head if products of some of its entries leave the range of float64.
+    """Balance a head if partial products of its entries may overflow float64.
 
     Raises
     ------
     RefusalError
-        If those of all may, too.
+        If complete products may overflow, too.
     """
     if head.sizes[1] == 0 or in_range(head, head.xp.float64):
         return head
@@ -100,7 +100,7 @@ def _within_range(head: TensorHead) -> TensorHead:
 def _solve_auto(
     head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
 ) -> HeadAnswer:
-    """Run the polynomial if that is cheaper and keeps its promise, else be exact.
+    """Run the polynomial if it is faster and meets ``tol``, else exact attention.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def _solve_auto(
 def _considered(
     head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
 ) -> tuple[TensorPolynomialExpansion | None, Plan]:
-    """The polynomial if it is to run, and its plan, or why there is none."""
+    """The expansion, None if it is not to run, and its plan with the reason."""
     try:
         expansion = _expansion(Polynomial(), head, tol, guarantee, rng)
     except RefusalError as error:
@@ -143,7 +143,7 @@ def _considered(
 def _endless(head: TensorHead) -> str:
     return (
         f"exact attention over {head.sizes[1]} tuples for each of {head.sizes[0]} rows "
-        "would take hours: raise tol, try guarantee='proven', or ask for Exact()"
+        "would take hours: raise tol, try guarantee='proven', or pass method=Exact()"
     )
 
 
@@ -154,13 +154,13 @@ def tensor_candidates(
     guarantee: str,
     rng: np.random.Generator,
 ) -> Iterator[Candidate]:
-    """Say what would be tried for one head; the first that is accepted would run."""
+    """Yield the candidates for one head; the first that is accepted would run."""
     if isinstance(method, TensorMethod):
         yield Candidate(method.plan(head), accepted=True)
         return
     head = _within_range(head)
-    nothing = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
-    if isinstance(method, Exact) or nothing:
+    no_tuples = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
+    if isinstance(method, Exact) or no_tuples:
         yield Candidate(exact_plan(head, Exact()), accepted=True)
         return
     if isinstance(method, Polynomial):
@@ -170,7 +170,7 @@ def tensor_candidates(
             plan = Plan(method, math.nan, math.nan, str(error))
             yield Candidate(plan, accepted=False)
         else:
-            yield Candidate(expansion.plan(head, "asked for"), accepted=True)
+            yield Candidate(expansion.plan(head, "requested"), accepted=True)
         return
     if not isinstance(method, Auto):
         raise TypeError(_no_method(method))
@@ -213,7 +213,7 @@ def _run(
     guarantee: str,
     rng: np.random.Generator,
 ) -> HeadAnswer:
-    """Answer by a recipe and certify that, whether or not it meets ``tol``."""
+    """Answer by an expansion and certify it, whether or not it meets ``tol``."""
     value, normalizer, reliable = expansion.answer(head)
     if not bool(head.xp.all(reliable)):
         bad = head.sizes[0] - int(head.xp.sum(head.xp.astype(reliable, head.xp.int64)))
@@ -246,10 +246,10 @@ def _certify(
     tol: float,
     rng: np.random.Generator,
 ) -> SampledError:
-    """Sample tuples; where their own scatter is too large, rows, if those are few."""
+    """Certify by sampled tuples or, if these miss ``tol``, by exact rows if cheap."""
     count = rows_within_budget(head)
     found = SampledError(math.inf, math.inf, "too many tuples to compute rows exactly")
-    # sampled tuples would have to be those that a row sees
+    # under a causal mask the tuples of each row would have to be sampled
     if head.prefix_lengths is None:
         found = certify_tuples(head, expansion, value, normalizer, rng)
     if found.upper <= tol or not count:

@@ -1,9 +1,10 @@
 r"""The polynomial method for tensor attention, with worst-case bounds.
 
-With :math:`p` near exp on the logits, :math:`p(\sum_l q_l k_l k'_l) = \sum_\alpha
-c_{|\alpha|} \frac{|\alpha|!}{\alpha!} q^\alpha k^\alpha k'^\alpha`: the sum over all
-tuples of keys of one monomial times ``v o v'`` is the Hadamard product of sums over the
-keys of each factor.
+With a polynomial :math:`p(x) = \sum_g c_g x^g` that approximates exp on the interval of
+the logits, :math:`p(\sum_l q_l k_l k'_l) = \sum_\alpha c_{|\alpha|}
+\frac{|\alpha|!}{\alpha!} q^\alpha k^\alpha k'^\alpha`. The sum over all tuples of keys
+of a monomial times :math:`v \circ v'` is the Hadamard product of sums over the keys of
+each factor (Alman and Song, arXiv 2310.04064).
 """
 
 import math
@@ -44,7 +45,7 @@ from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, mover, place_of
 from sketching._lib.certificate import RefusalError
 
-# the least half width of an interval of logits
+# least half width of the interval of the logits
 NARROWEST = 1e-3
 
 
@@ -55,21 +56,21 @@ class TensorPolynomialExpansion:
     Parameters
     ----------
     maps : tuple of array, shape (d,)
-        What query and keys are multiplied by.
+        Factors of the coordinates of query and keys.
     index : IndexSet
         The monomials.
     coefficients : array, shape (g + 1,)
-        Of the polynomial that stands for ``exp(logit - center)``, lowest first.
+        Of the polynomial that approximates ``exp(logit - center)``, lowest first.
     center : float
-        What the log-sum-exps need added.
+        Midpoint of the interval of the logits, which is added to the log-sum-exps.
     dtype : dtype
         Precision of the sums.
     bound : float
-        Proven bound on the largest absolute error; infinite where none is claimed.
+        Proven bound on the largest absolute error; infinite if there is none.
     low, high : float
-        Every logit lies between them, which may be further than the polynomial serves.
+        Bounds on all logits; the polynomial may be fitted to a smaller interval.
     predicted : float
-        Relative error on a sample; NaN where none was looked at.
+        Relative error on a sample; NaN without a sample.
     """
 
     maps: tuple[Array, ...]
@@ -90,7 +91,7 @@ class TensorPolynomialExpansion:
         dtype: Any,
         bound: float,
     ) -> "TensorPolynomialExpansion":
-        """Describe a polynomial on the interval and in the coordinates of an extent."""
+        """An expansion on the interval, and in the coordinates, of ``logit_bounds``."""
         interval = logit_bounds.low, logit_bounds.high
         return TensorPolynomialExpansion(
             logit_bounds.maps,
@@ -108,7 +109,7 @@ class TensorPolynomialExpansion:
         return int(self.index.degree.max())
 
     def plan(self, head: TensorHead, reason: str) -> Plan:
-        """Describe the recipe by the method that it makes concrete."""
+        """The plan of the expansion: method, predicted error and cost."""
         n, _, d, p = head.sizes
         rank = len(self.index)
         method = Polynomial(degree=self.degree, rank=rank)
@@ -118,13 +119,13 @@ class TensorPolynomialExpansion:
         if head.prefix_lengths is not None:
             # prefixes are summed without BLAS
             work *= 2 * head.order
-        # of a sample where there is one: the bound is a worst case, in another norm
+        # prefer the error on a sample: the bound is a worst case, in another norm
         error = self.bound if math.isnan(self.predicted) else self.predicted
         error = error if math.isfinite(error) else math.nan
         return Plan(method, error, seconds(work), reason)
 
     def answer(self, head: TensorHead) -> tuple[Array, Array, Array]:
-        """Values, log-sum-exps, and whether each row's sum of weights is positive."""
+        """Outputs, log-sum-exps, and a mask of rows with a positive sum of weights."""
         if head.prefix_lengths is not None:
             return self._causal_answer(head, head.prefix_lengths)
         factors = zip(head.keys, head.values, strict=True)
@@ -144,7 +145,7 @@ class TensorPolynomialExpansion:
         return moments(key, value, origin, diagonal, origin, value_center, **options)
 
     def query(self, query: Array, parts: Iterable[Array]) -> tuple[Array, Array, Array]:
-        """Answer from the factors' mean monomials times values.
+        """Answer from means over the keys of each factor of monomials times values.
 
         The log-sum-exps are those of mean weights. Means, because a product of many
         sums might overflow.
@@ -173,7 +174,7 @@ class TensorPolynomialExpansion:
     def _causal_answer(
         self, head: TensorHead, prefix_lengths: tuple[Array, ...]
     ) -> tuple[Array, Array, Array]:
-        """Answer rows that see a prefix of each factor: zeros where one is empty."""
+        """Answer rows with prefix lengths; zeros where a prefix is empty."""
         xp, cast = head.xp, head.xp.astype
         move = mover(head.query, self.dtype)
         value, total = prefix_means(
@@ -197,7 +198,7 @@ class TensorPolynomialExpansion:
 
 
 def check_basis(method: Polynomial, guarantee: str) -> None:
-    """Raise ``RefusalError`` where the method's basis is none for tensor attention."""
+    """Raise ``RefusalError`` for a basis that tensor attention does not have."""
     if method.basis == "hermite" or method.landmarks:
         raise RefusalError(
             "tensor attention has no basis fitted to queries and no landmarks: use "
@@ -217,20 +218,21 @@ def proven_expansion(
 ) -> TensorPolynomialExpansion:
     """Find the least degree and precision whose proven bound meets ``tol``.
 
-    With ``max_blocks`` it holds for other keys that reach no further, too: for as many
-    sums over ``ACCUMULATION_BLOCK`` keys of each factor, added up in float64.
+    With ``max_blocks`` the bound holds for other keys within the same bounds, too: for
+    up to ``max_blocks`` sums over ``ACCUMULATION_BLOCK`` keys of each factor, which are
+    added in float64.
 
     Raises
     ------
     RefusalError
-        With the bound of the logits and the degree and rank that would be needed.
+        If there is none; with the interval of the logits, the degree and the rank.
     """
     bound = max(logit_bounds.bound, NARROWEST)
     where = f"logits between {logit_bounds.low:.3g} and {logit_bounds.high:.3g}"
     if not bound <= LARGEST_BOUND:
         raise RefusalError(
             f"{where} are wider than +-{LARGEST_BOUND:g}: no degree up to "
-            f"{LARGEST_DEGREE} serves them; scale the inputs down, or use Exact()"
+            f"{LARGEST_DEGREE} suffices; scale the inputs down, or use Exact()"
         )
     first = least_degree(bound, tol / (1 + tol)) if degree is None else degree
     if first is None:
@@ -266,7 +268,7 @@ def bounded_expansion(
     dtype: Any,
     max_blocks: int | None = None,
 ) -> TensorPolynomialExpansion:
-    """Make the recipe of one degree and precision and bound its error."""
+    """The expansion of one degree and precision, with a proven error bound."""
     bound, d = max(logit_bounds.bound, NARROWEST), head.sizes[2]
     coefficients, delta = relative_minimax(degree, bound)
     coefficients = shifted(coefficients, logit_bounds.center)
@@ -278,10 +280,10 @@ def bounded_expansion(
     )
     terms = sum(lengths)
     if place_of(head.query) == "cpu":
-        # the fast body adds its blocks in float64
+        # the kernel adds its blocks in float64
         terms = sum(min(m, SUMMED_ROWS) + 2 for m in lengths)
     if max_blocks is not None:
-        # each is rounded once, they are added up in float64, and that is rounded
+        # each block is rounded once; their sum in float64 is rounded, too
         own = unit_roundoff(np, np.float64) / unit_roundoff(head.xp, dtype)
         terms += (2 + math.ceil(max_blocks * own)) * len(lengths)
     error = math.inf
@@ -297,7 +299,7 @@ def bounded_expansion(
 def index_set(
     logit_bounds: LogitBounds, coefficients: Array, rank: int | None
 ) -> IndexSet:
-    """All monomials, or the ``rank`` that carry most where every side is alike."""
+    """All monomials, or the ``rank`` with the largest bounds on their terms."""
     d, degree = len(logit_bounds.terms), len(coefficients) - 1
     if rank is None or rank >= rank_of(d, degree):
         return total_degree(d, degree)
@@ -306,7 +308,7 @@ def index_set(
 
 def shifted(coefficients: Array, center: float) -> Array:
     """Coefficients of ``p(x - center)`` in powers of x."""
-    # exact until the end: large terms cancel where the centre is far from 0
+    # in exact fractions: large terms cancel where the center is far from 0
     found = [Fraction(float(c)) for c in coefficients]
     for start in range(len(found) - 1):
         for i in reversed(range(start, len(found) - 1)):
@@ -314,26 +316,26 @@ def shifted(coefficients: Array, center: float) -> Array:
     try:
         return np.array([float(c) for c in found])
     except OverflowError:
-        # so far from 0 that nothing is served
+        # the center is so far from 0 that no bound is finite
         return np.full(len(found), np.inf)
 
 
 def _dropped(logit_bounds: LogitBounds, index: IndexSet, coefficients: Array) -> float:
-    """Relative error of leaving monomials out: all of them less the kept ones.
+    """Relative error of dropping monomials: the bound of all less that of the rest.
 
     The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l terms_l^alpha_l``.
     """
     size = np.abs(coefficients)
-    everything = float(np.polynomial.polynomial.polyval(logit_bounds.terms.sum(), size))
+    total = float(np.polynomial.polynomial.polyval(logit_bounds.terms.sum(), size))
     term = np.ones(len(index))
     for j in range(1, len(index)):
         term[j] = term[index.parent[j]] * logit_bounds.terms[index.coordinate[j]]
-    kept = float(np.sum(term * index.weights(size)))
-    return max(everything - kept, 0.0) * math.exp(logit_bounds.bound)
+    rest = float(np.sum(term * index.weights(size)))
+    return max(total - rest, 0.0) * math.exp(logit_bounds.bound)
 
 
 def _absolute(logit_bounds: LogitBounds, coefficients: Array) -> float:
-    """Bound the sum of absolute terms of a weight: ``sum_g |c_g| logit_bound^g``."""
+    """Bound on the sum of absolute terms of a weight: ``sum_g |c_g| logit_bound^g``."""
     size = np.abs(coefficients)
     return float(np.polynomial.polynomial.polyval(logit_bounds.logit_bound, size))
 
@@ -346,11 +348,11 @@ def _error(
     terms: int,
     dtype: Any,
 ) -> float:
-    """Bound the largest error of a row: of the weights, and of the sums.
+    """Bound on the largest error of a row, by approximation and by rounding.
 
-    Every computed term is within ``gamma`` of its absolute value, the absolute terms
-    of a weight add up to ``absolute``, and the weight is at least
-    ``(1 - delta) exp(-bound)``.
+    Each computed term has a relative error of at most ``gamma``, the absolute terms of
+    a weight add up to at most ``absolute``, and the weight is at least
+    ``(1 - delta) exp(-bound)``, with the relative error ``delta`` of the polynomial.
     """
     if logit_bounds.peak == 0:
         return 0.0
@@ -371,10 +373,10 @@ def _fits(
     degree: int,
     dtype: Any,
 ) -> bool:
-    """Whether no sum of monomials times values leaves the range of ``dtype``.
+    """Whether all sums of monomials times values are in the range of ``dtype``.
 
-    ``absolute`` bounds the sum of the absolute terms of all weights of a factor.
-    Values far below one underflow in sums with small monomials: they are not served.
+    ``absolute`` bounds the sum of the absolute terms of all weights of a factor. Values
+    far below one could underflow in products with small monomials, and are rejected.
     """
     xp = head.xp
     least = smallest_number(xp, dtype) * 1e20
@@ -382,7 +384,7 @@ def _fits(
     tops = [float(xp.max(xp.abs(value))) for value in head.values]
     if any(0 < top < least for top in (logit_bounds.half, *tops)):
         return False
-    # balanced sides reach the same, but for powers of two
+    # balanced sides have equal largest entries, up to powers of two
     side = max(1.0, float(logit_bounds.terms.max())) * 2.0 ** (head.order - 1)
     size = absolute * math.prod(max(1.0, top) for top in tops) * side**degree
     maps = np.abs(np.concatenate(logit_bounds.maps))

@@ -1,4 +1,4 @@
-"""Tensor attention: one head of it, and checked inputs taken apart into heads."""
+"""Tensor attention: one head, and checked inputs of a batch of heads."""
 
 import math
 from collections.abc import Iterator
@@ -36,9 +36,9 @@ class TensorHead:
     scale : float
         The factor of the logits.
     prefix_lengths : tuple of integer array, shape (n,), or None
-        Row ``i`` sees the first ``prefix_lengths[s][i]`` keys of factor ``s``.
+        Row ``i`` attends to the first ``prefix_lengths[s][i]`` keys of factor ``s``.
     places : tuple of integer array, shape (m,), or None
-        Where the keys of each factor stood before some were masked.
+        Positions of the keys of each factor before some were masked.
     """
 
     query: Array
@@ -81,11 +81,11 @@ class TensorHead:
 
     @property
     def has_fast_kernel(self) -> bool:
-        """Whether a body in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
+        """Whether a kernel in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
         return place_of(self.query) is not None
 
     def trimmed(self) -> "TensorHead":
-        """Return the same head without the last keys, which no row sees."""
+        """Return the head without the last keys, to which no row attends."""
         if self.prefix_lengths is None:
             return self
         seen = [int(self.xp.max(x)) for x in self.prefix_lengths]
@@ -94,7 +94,7 @@ class TensorHead:
         return replace(self, keys=keys, values=values)
 
     def with_rows(self, rows: Array) -> "TensorHead":
-        """Return the same head for the queries numbered ``rows`` only."""
+        """Return the head of the queries with indices ``rows``."""
         xp = self.xp
         rows = xp.asarray(rows, device=device_of(self.query))
         prefix_lengths = self.prefix_lengths
@@ -104,7 +104,7 @@ class TensorHead:
         return replace(self, query=query, prefix_lengths=prefix_lengths)
 
     def attend(self, dtype: Any = None) -> tuple[Array, Array]:
-        """Compute the head exactly, in ``dtype`` (default: the head's own)."""
+        """Exact outputs and log-sum-exps, in ``dtype`` (default: the head's own)."""
         xp = self.xp
         dtype = self.dtype if dtype is None else dtype
         n, tuples, _, p = self.sizes
@@ -125,7 +125,7 @@ class TensorHead:
         )
 
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
-        """Round an answer to the dtype of the query, its normalizer to the head's."""
+        """Round outputs to the dtype of the query, log-sum-exps to the head's."""
         return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
 
 
@@ -187,10 +187,10 @@ class TensorBatch:
         return map(self.head, range(self.count))
 
     def head(self, number: int) -> TensorHead:
-        """Return one head, in C order; nothing is copied but masked keys."""
+        """Return one head, in C order; only masked keys are copied."""
         place = tuple(int(i) for i in np.unravel_index(number, self.lead))
         one = zip(self.keys, self.values, self.key_mask, strict=True)
-        # each factor is masked, and made causal, as the keys of a pairwise head are
+        # masks and prefix lengths of each factor are those of a pairwise head
         factors = [
             Batch(
                 self.query, key, value, mask, self.scale, self.is_causal, self.lead
@@ -207,7 +207,7 @@ class TensorBatch:
         )
 
     def _places(self, place: tuple[int, ...]) -> tuple[Array, ...]:
-        """Numbers of the keys that the masks leave to the head at ``place``."""
+        """Indices of the keys of the head at ``place`` that are not masked."""
         xp = array_namespace(self.query)
         return tuple(
             xp.arange(key.shape[-2], device=device_of(key))
@@ -217,14 +217,14 @@ class TensorBatch:
         )
 
     def assemble(self, answers: list[HeadAnswer]) -> Approximation:
-        """Put the heads' answers back into the shape of the batch."""
+        """Stack the answers of the heads in the shape of the batch."""
         key, value = self.keys[0], self.values[0]
         whole = Batch(self.query, key, value, None, self.scale, False, self.lead)
         return whole.assemble(answers)
 
 
 def _as_tuple(name: str, given: Any) -> tuple[Any, ...]:
-    """Raise unless there is a tuple with at least one entry."""
+    """Return a tuple; raise unless it is one, with at least one entry."""
     if not isinstance(given, tuple):
         raise TypeError(
             f"{name}: expected a tuple, one entry for each factor, got "
@@ -238,7 +238,7 @@ def _as_tuple(name: str, given: Any) -> tuple[Any, ...]:
 def _checked_masks(
     masks: tuple[Any, ...], keys: tuple[Array, ...], inputs: tuple[Array, ...]
 ) -> tuple[Any, ...]:
-    """Check the masks of those factors that have one."""
+    """Check the masks of factors that have one."""
     xp = array_namespace(inputs[0])
     found: list[Any] = []
     for s, (key, mask) in enumerate(zip(keys, masks, strict=True)):
@@ -252,7 +252,7 @@ def _checked_masks(
 def _checked_arrays(
     query: Array, keys: tuple[Array, ...], values: tuple[Array, ...]
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Raise unless the arrays are finite, of one library and dtype, and fit."""
+    """Raise unless arrays are finite, of one library and dtype, and shapes match."""
     named = {"query": query}
     named |= {f"keys[{s}]": x for s, x in enumerate(keys)}
     named |= {f"values[{s}]": x for s, x in enumerate(values)}

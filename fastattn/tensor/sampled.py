@@ -1,13 +1,16 @@
-r"""What samples say about the error of a polynomial answer of tensor attention.
+r"""Sampled certificates of polynomial tensor attention.
 
-A row computed exactly costs as much as there are tuples of keys, so few rows can be.
-Where they are too dear, tuples are sampled. The answer ``o`` of a row is a mean with
-the polynomial's weights ``p``, and ``sum_t p_t (v_t - o) = 0``, so that its error is
+An exact row costs one logit for each tuple of keys. Where this is too expensive, tuples
+are sampled instead of rows. The output :math:`o` of a row is a mean of the products of
+values :math:`v_t` with the weights :math:`p_t` of the polynomial, so that :math:`\sum_t
+p_t (v_t - o) = 0`, and with exact weights :math:`w_t = e^{x_t}` of the logits
+:math:`x_t` its error is
 
-.. math:: \frac{\sum_t (w_t - p_t)(v_t - o)}{\sum_t w_t},\quad w_t = \exp(x_t):
+.. math:: \frac{\sum_t (w_t - p_t)(v_t - o)}{\sum_t w_t}.
 
-a mean over tuples of terms as small as the error of the polynomial. Few tuples estimate
-it without bias; the squared estimate is too large on average, never too small.
+The terms of the numerator are as small as the error of the polynomial, and a sample of
+tuples estimates it without bias. So the expectation of the squared estimate is at least
+the squared error.
 """
 
 import math
@@ -37,15 +40,15 @@ from fastattn.tensor.polynomial import TensorPolynomialExpansion
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, to_host
 
-# rows that are computed exactly, and the work that all of them may be
+# largest and least number of rows that are computed exactly, and the budget of all
 _ROWS, _FEWEST = 64, 16
 _ROW_WORK = 1e11
-# samples of tuples: each with rows and tuples of its own
+# independent samples of tuples; rows and tuples of each
 _GROUPS, _GROUP_ROWS, _TUPLES = 24, 8, 1024
-# what a share of this over the size of the sample has, it shows but for one time in
-# twenty (rule of three)
+# rule of three: with probability 0.95 a property of a share above 3 / n of all tuples
+# occurs in a sample of n
 _UNSEEN = 3.0
-# logits where the polynomial is compared with exp
+# number of logits at which the polynomial is compared with exp
 _GRID = 1001
 
 
@@ -59,7 +62,7 @@ def certify_tuples(
 ) -> SampledError:
     """Estimate the error of ``value`` from sampled tuples of sampled rows.
 
-    Sums and coordinates are taken to be those of the recipe up to rounding.
+    The sums over keys are assumed to be those of the expansion, up to rounding.
     """
     peak, norm = scaled_frobenius(value)
     if not (math.isfinite(peak) and peak > 0):
@@ -78,14 +81,14 @@ def certify_tuples(
     least = min(weight, float(weights.min()))
     if not least > 0:
         return SampledError(
-            math.inf, math.inf, "sampled tuples leave it open whether weights add up"
+            math.inf, math.inf, "by sampled tuples a sum of weights may not be positive"
         )
-    # rows that none was drawn of may err as the furthest do
+    # rows that were not drawn may have the error of the queries of largest norm
     furthest = float(np.max(np.sum((off / peak) ** 2, axis=1)))
     found = RatioEstimate(squares, math.inf, beside=furthest / _GROUP_ROWS)
     unseen = _unseen_tuples(head, expansion, least, groups) / peak
     eps = float(head.xp.finfo(expansion.dtype).eps)
-    # the sums' own rounding, of which nothing is seen here
+    # rounding of the sums over keys, which sampled tuples do not show
     rounding = TRUTH * eps * (1 + expansion.degree * head.order)
     rounding *= math.sqrt(n * float(absolute.mean())) / norm
     rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
@@ -97,8 +100,8 @@ def certify_tuples(
         upper,
         f"{groups} x {_GROUP_ROWS} rows, {_TUPLES} of {head.sizes[1]} tuples of keys "
         f"each, sampled after the answer: estimated error {estimate:.2e}; the bound "
-        f"adds {UNIFORM_MARGIN.errors:g} standard errors and the worst of what was too "
-        "rare to see",
+        f"adds {UNIFORM_MARGIN.errors:g} standard errors and the worst case of tuples "
+        "too rare for the sample",
     )
 
 
@@ -106,9 +109,9 @@ def certify_tuples(
 def _unseen_tuples(
     head: TensorHead, expansion: TensorPolynomialExpansion, weight: float, groups: int
 ) -> float:
-    """Bound the error of a row from tuples too rare to be among those sampled.
+    """Bound on the error of a row by tuples too rare to be in the sample.
 
-    Each may have any logit that there is. ``weight`` is a mean weight.
+    Their logits may be anywhere in the interval. ``weight`` is the least mean weight.
     """
     xp, (_, _, d, p) = head.xp, head.sizes
     polyval = np.polynomial.polynomial.polyval
@@ -119,7 +122,7 @@ def _unseen_tuples(
         )
         worst = float(np.max(np.abs(off)))
     else:
-        # monomials are left out: what is kept is no function of the logit
+        # some monomials are dropped: the weight is no function of the logit
         logit_bound = LogitBounds.of(head).logit_bound
         worst = float(np.exp(expansion.high - expansion.center))
         worst += float(polyval(logit_bound, np.abs(expansion.coefficients)))
@@ -137,13 +140,18 @@ def _errors(
     rows: Array,
     rng: np.random.Generator,
 ) -> tuple[Array, Array, float]:
-    """Errors of the given rows, by a sample of tuples, and what rounding goes with.
+    """Estimated errors of the given rows, from a sample of tuples.
 
-    The first two are ``(b, p)``: the second has the absolute values of all terms. The
-    last is the least mean weight of a row.
+    Returns
+    -------
+    errors : array, shape (b, p)
+    absolute : array, shape (b, p)
+        The same sums over the absolute values of all terms, for the rounding error.
+    weight : float
+        The least mean weight of a row.
     """
     places = [np.sort(rng.choice(m, _TUPLES)) for m in head.lengths]
-    # each factor is drawn apart: sorted for memory's sake, then shuffled
+    # factors are drawn independently: sorted to be read in order, then shuffled
     places = [rng.permutation(place) for place in places]
     query = host_rows(head.query, rows).astype(np.float64)
     keys = [
@@ -164,28 +172,28 @@ def _errors(
         for x, scales in zip((query, *keys), expansion.maps, strict=True)
     ]
     weighted = sides[0] * expansion.index.weights(expansion.coefficients)
-    joined = np.prod(sides[1:], axis=0).T
-    off = np.exp(logits) - weighted @ joined
+    products = np.prod(sides[1:], axis=0).T
+    off = np.exp(logits) - weighted @ products
     answer = host_rows(value, rows).astype(np.float64)
     sums = (off @ product - off.sum(axis=1)[:, None] * answer) / _TUPLES
-    # the mean weight: that of the polynomial, corrected
+    # the mean weight of the polynomial, corrected by the sample
     log_mean = host_rows(normalizer, rows).astype(np.float64)
     mean = np.exp(log_mean - expansion.center - math.log(head.sizes[1]))
     mean = mean + off.mean(axis=1)
-    size = np.abs(weighted) @ np.abs(joined)
+    size = np.abs(weighted) @ np.abs(products)
     absolute = size @ np.abs(product) + size.sum(axis=1)[:, None] * np.abs(answer)
     absolute /= _TUPLES
     return sums / mean[:, None], absolute / mean[:, None], float(mean.min())
 
 
 def row_work(head: TensorHead) -> float:
-    """Work of the rows that are computed exactly where that is no matter."""
+    """Work of the largest number of exact rows for a certificate."""
     n, *rest = head.sizes
     return exact_work(min(_ROWS, n), *rest)
 
 
 def rows_within_budget(head: TensorHead) -> int:
-    """How many rows may be computed exactly; 0 where too few to tell anything."""
+    """Number of exact rows within the budget; 0 if too few for an estimate."""
     n = head.sizes[0]
     most = min(_ROWS, n)
     count = min(most, int(most * _ROW_WORK / row_work(head)))
@@ -200,7 +208,7 @@ def certify_few_rows(
     tol: float,
     rng: np.random.Generator,
 ) -> SampledError:
-    """Compare ``value`` with exact attention on random rows and the furthest ones."""
+    """Compare ``value`` with exact rows: random ones, and those of largest norm."""
     n = head.sizes[0]
     rows = rng.choice(n, count, replace=False)
     rows = np.append(rows, furthest_rows(head, expansion.maps[0], _GROUP_ROWS))

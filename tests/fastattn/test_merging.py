@@ -124,7 +124,7 @@ def test_mixed_norms_are_stated_relatively():
 
 @pytest.mark.parametrize("wrong", [-3.0, 2.0, 30.0])
 def test_bound_holds_whatever_the_weights_of_approximate_parts(wrong):
-    # as where nothing is claimed of its weights
+    # as if the errors of its weights were unknown
     inputs = problem(spread=0.5)
     options = {"method": Polynomial(), "guarantee": "proven", "tol": 1e-3}
     first, second = split(*inputs, [20], **options)
@@ -146,7 +146,7 @@ def test_failures_add_up():
     truth, _ = oracles.attention(*inputs)
     error = oracles.frobenius_error(merged.value, truth)
     assert error <= merged.certificate.error
-    # the answer is good, though nothing but the distance of the parts bounds it
+    # the error is small, though its bound is the distance between the parts
     assert error < 1e-2 < merged.certificate.error
 
 
@@ -195,7 +195,7 @@ def test_a_single_row_says_nothing_of_the_weights():
         merged = merge_answers(answers)
         assert oracles.largest_error(merged.value, truth) <= merged.certificate.error
         assert merged.plan.log_error >= least
-    # where the parts say how well they are known, one row is as good as many
+    # with log_normalizer_error of the parts, one row has the same bound as many
     assert merged.certificate.error < 1e-12
 
 
@@ -231,7 +231,7 @@ BAD = {
     "values": (
         lambda parts: [parts[0], parts[1].value],
         TypeError,
-        "expected what approximate.. gives, got ndarray at 1",
+        "expected results of approximate.., got ndarray at 1",
     ),
     "no normalizer": (
         lambda parts: [parts[0], replace(parts[1], log_normalizer=None)],

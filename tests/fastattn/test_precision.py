@@ -13,7 +13,7 @@ def problem(n=300, d=8, spread=1.0, dtype=np.float32, seed=0):
 
 
 def assert_kept(inputs, **options):
-    """The realised error is within the certificate, or nothing is promised."""
+    """The realised error is within the certificate, or the head is refused."""
     options = {"rng": 0, **options}
     try:
         answer = approximate(*inputs, **options)

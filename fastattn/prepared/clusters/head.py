@@ -1,6 +1,6 @@
 """Clusters of keys prepared for one head, and a tail of recent keys.
 
-Many queries are answered by blocks, a few by a tree over the same clusters.
+Many queries are answered in blocks, a few by a tree over the same clusters.
 """
 
 from dataclasses import dataclass, replace
@@ -31,28 +31,28 @@ from sketching._lib.arrays import (
 )
 from sketching._lib.certificate import Certificate, RefusalError
 
-# recent keys are clustered, all keys anew, once they are so many and this share of all
+# all keys are clustered anew once recent keys exceed this number and this share of all
 _LEAST = 1024
 _SHARE = 0.25
-# queries of a batch that blocks pay for: of fewer, the rows that certify an answer cost
-# as much
+# smallest batch of queries for which blocks are faster: for fewer, the rows that
+# certify the answer cost as much
 _BATCH = 1024
 # queries of a block: a multiple of the root of their number
 _QUERIES = 2.83
 _FEWEST = 16
-# clusters of a group, and most groups
+# clusters of a group, and the largest number of groups
 _CLUSTERS = 16
 _GROUPS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MultipoleHead:
-    """All keys in balanced coordinates: clusters first, then those that came since.
+    """All keys in balanced coordinates: clustered keys first, then recent ones.
 
     Parameters
     ----------
     plan : Plan
-        Has the threshold.
+        With the threshold of ``Multipole``.
     scale : float
         The factor of the logits.
     transform : Transform
@@ -64,7 +64,7 @@ class MultipoleHead:
     sample : array, shape (k, d)
         Queries that ``certificate`` is about.
     rows : RowField or None
-        For batches that blocks do not pay for.
+        For batches too small for blocks.
     """
 
     plan: Plan
@@ -80,7 +80,7 @@ class MultipoleHead:
     def of(
         plan: Plan, head: Head, sample: Array, tol: float, rng: np.random.Generator
     ) -> "MultipoleHead":
-        """Start without keys, in coordinates that suit the head."""
+        """Start without keys, in the balanced coordinates of a head."""
         query, key = sample_rows(head, rng)
         transform = balance(query, key, head.scale, queries=False)
         xp, none = head.xp, np.zeros(0, dtype=np.int64)
@@ -88,7 +88,7 @@ class MultipoleHead:
         buffer = KVBuffer.none(*like)
         zero = np.zeros(1, dtype=np.int64)
         to_query = mover(head.query, head.dtype)(transform.query_map)
-        # whoever draws from rng next finds it as it was
+        # spawn: the state of rng for later draws does not change
         rows = RowField.of(head, to_query, tol, rng.spawn(1)[0])
         return MultipoleHead(
             plan, head.scale, transform, buffer, zero, none, sample, rows
@@ -109,7 +109,7 @@ class MultipoleHead:
         return self.buffer.nbytes + bytes_of(self.sample) + small
 
     def empty(self) -> "MultipoleHead":
-        """Forget the keys."""
+        """Return the structure without keys."""
         rows = None if self.rows is None else self.rows.empty()
         cuts = {"start": self.start[:1], "group": self.group[:0]}
         return replace(self, buffer=self.buffer.empty(), rows=rows, **cuts)
@@ -121,7 +121,7 @@ class MultipoleHead:
         *,
         fold: bool = False,  # noqa: ARG002
     ) -> "MultipoleHead":
-        """Add keys: recent ones stay apart until they are a share of all."""
+        """Add keys to the tail; cluster all keys once the tail is a share of them."""
         xp, dtype = array_namespace(key), self.buffer.keys.dtype
         move = mover(key, dtype)
         key = xp.astype(key, dtype) - move(self.transform.key_center)
@@ -140,7 +140,7 @@ class MultipoleHead:
             if rows is not None:
                 rows, buffer = rows.inserted(buffer, key.shape[0], metric)
             return replace(self, buffer=buffer, rows=rows)
-        # the threshold was chosen for so many clusters
+        # the threshold was chosen for this number of clusters
         count = min(self.plan.method.clusters, buffer.count // 2)
         found = _cluster(buffer, metric, count)
         buffer = KVBuffer(found.key, found.value, buffer.count)
@@ -152,7 +152,7 @@ class MultipoleHead:
     def answer(
         self, query: Array, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
-        """Answer queries by blocks or by rows; where these miss ``tol``, exactly."""
+        """Answer queries in blocks or row by row; where these miss ``tol``, exactly."""
         xp, dtype = array_namespace(query), self.buffer.keys.dtype
         move = mover(query, dtype)
         wide = xp.astype(query, dtype, copy=False)
@@ -172,7 +172,7 @@ class MultipoleHead:
     def _by_clusters(
         self, head: Head, tol: float, rng: np.random.Generator
     ) -> HeadAnswer | None:
-        """Answer by clusters, if that keeps ``tol``."""
+        """Answer in blocks; None if that misses ``tol``."""
         configured = ConfiguredMethod(self.plan, self._run, np.inf)
         try:
             found = certified(head, configured, tol, rng)
@@ -181,13 +181,13 @@ class MultipoleHead:
         return found if found.error <= tol else None
 
     def _by_rows(self, query: Array, turned: Array) -> HeadAnswer | None:
-        """Answer row by row, if the probes say that this keeps ``tol``."""
+        """Answer row by row; None if that is slower or misses ``tol``."""
         assert self.rows is not None
         found = self.rows.answer(turned, self.buffer)
         if found is None:
             return None
         value, logarithm, sampled = found
-        # the answer is rounded to the dtype of the query, that of the probes is not
+        # the answer is rounded to the dtype of the query, unlike held-out outputs
         error = sampled.upper + float(array_namespace(query).finfo(query.dtype).eps) / 2
         return HeadAnswer(
             value, logarithm, error, FAILURE, "relative-frobenius", sampled.source,
@@ -195,7 +195,7 @@ class MultipoleHead:
         )  # fmt: skip
 
     def _run(self, head: Head) -> tuple[Array, ...]:
-        """Answer turned queries: by clusters, and exactly over the tail."""
+        """Answer queries in balanced coordinates: clusters, and the tail exactly."""
         n, end = head.sizes[0], int(self.start[-1])
         clusters = _clusters_of(
             self.buffer, self.start, self.group, self.transform.scales
@@ -211,10 +211,10 @@ class MultipoleHead:
     def certificate(
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
-        """What is promised of the sample of queries, which are answered for it."""
+        """The certificate of the answers to the sample of queries."""
         sample = self.sample
         if self.rows is not None and self.rows.serves(1, self.buffer):
-            # those that are exact because they are many promise more than one does
+            # a batch may be exact because it is large; certify a single query instead
             sample = sample[:1, :]
         return self.answer(sample, tol, guarantee, rng).certificate
 
@@ -301,7 +301,7 @@ def _cluster(buffer: KVBuffer, metric: Array, count: int) -> Clusters:
 def _clusters_of(
     buffer: KVBuffer, start: Array, group: Array, metric: Array
 ) -> Clusters:
-    """The clusters of turned keys, for turned queries."""
+    """The clusters of the buffer, for queries in balanced coordinates."""
     xp, dtype = array_namespace(buffer.keys), buffer.keys.dtype
     end, d = int(start[-1]), buffer.keys.shape[1]
     device = device_of(buffer.keys)

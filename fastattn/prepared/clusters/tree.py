@@ -1,8 +1,19 @@
-"""Few rows over clustered keys: what a tree of clusters and leaves says, and its worth.
+r"""A tree of clusters and leaves, for few queries over many keys (decoding).
 
-Decoding asks one query at a time. What blocks of queries share, a weight for every key,
-does not pay for one; moments of the clusters, summed once, do. Probes, queries with
-their exact answers, say what the answers are worth.
+The weights of a block of queries in ``Multipole`` cost a pass over all keys, which is
+too much for a single query. Here moments of clusters, and of their leaves of some 16
+keys, are summed once. For a query :math:`q`, a cluster :math:`C` of :math:`|C|` keys
+with mean :math:`\mu`, mean value :math:`\bar v` and logit variance :math:`z` (of
+:math:`q \cdot k` within the cluster) is approximated as if its logits were normal,
+
+.. math:: \sum_{j \in C} e^{q \cdot k_j} v_j \approx |C|\, e^{q \cdot \mu + z / 2}\,
+    \bar v,
+
+if its estimated error is below ``threshold``; else its leaves are tried in the same
+way, and else the keys of the leaf are attended to exactly (``multipole_rows``). The
+threshold is chosen on some of the queries given to ``prepare`` and checked on others;
+held-out queries give the certificate. For treecodes see Barnes and Hut, Nature 324,
+446-449 (1986).
 """
 
 import math
@@ -29,45 +40,46 @@ from fastattn.problem.head import Head
 from fastattn.problem.partial_softmax import merge_partials
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
-# keys of a leaf, and of a cluster of recent keys
+# mean number of keys of a leaf, and of a cluster of recent keys
 _LEAF, _CLUSTER = 16, 128
-# fewer keys are read faster than a tree is asked
+# with fewer keys exact attention is faster
 FEWEST_KEYS = 8192
-# recent keys go into the tree once they are so many and this share of all
+# recent keys go into the tree once they exceed this number and this share of all
 _TAIL, _SHARE = 1024, 1 / 64
 # rows must be predicted to take at most this share of exact attention's time
 _TIME_SHARE = 0.8
-# multiply-adds of a product that one of a row takes, and rows of exact attention that
-# take as long as reading the keys
+# time of one multiply-add of a row, in those of a matrix product; and number of rows
+# whose exact attention takes as long as reading the keys
 _RATE, _READ = 8.5, 4
-# queries that a threshold is chosen on, and others that it is checked on
+# queries that the threshold is chosen on, and queries that it is checked on
 _TRIAL, _CHECK = 128, 512
-# a threshold to start with, in units of how far the values of a cluster spread; the
-# error is about this power of it
+# initial threshold, in units of the standard deviation of values within clusters; the
+# exponent of the error as a power of the threshold; tries
 _TYPICAL, _SLOPE, _TRIES = 0.005, 0.6, 4
 _SMALLEST, _LARGEST = 1e-7, 1.0
-# the share of the tolerance that the trial aims at, and how near below is near enough
+# share of the tolerance that the trial aims at, and the factor below at which it ends
 _AIM, _CLOSE = 0.7, 1.3
-# of another look where the probes missed the tolerance
+# the same share of the next try, where held-out queries missed the tolerance
 _LESS = 0.85
-# rows whose error is guessed to be so many times the largest of a trial are exact
+# rows with an estimated error above this multiple of the largest of the trial are exact
 _OUTLYING = 4.0
-# the largest of the queries that a threshold is checked on is added so many times
+# the largest error among the checked queries is added this many times
 _UNSEEN = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
-    """Keys cut into clusters, and these into leaves, with what rows ask of both.
+    """Keys in clusters, clusters in leaves, and the moments of both.
 
     Parameters
     ----------
     first, start : integer arrays, shapes (C + 1,), (B + 1,)
-        Leaves of the clusters and keys of the leaves; on the host.
+        Cluster ``c`` has the leaves ``first[c]`` to ``first[c + 1] - 1``, leaf ``b``
+        the keys ``start[b]`` to ``start[b + 1] - 1``; on the host.
     value_center : array, shape (p,)
-        Mean of the values when the tree was planted.
+        Mean of the values when the tree was made.
     clusters, leaves : array, shapes (C, 3 d + p + 3), (B, 3 d + p + 3)
-        What ``summarise`` says of them.
+        Moments of clusters and of leaves, as ``summarise`` returns them.
     """
 
     first: Array
@@ -84,7 +96,7 @@ class Tree:
         cuts: Array | None = None,
         value_center: Array | None = None,
     ) -> tuple[Array, "Tree"]:
-        """Cut keys, or the clusters ``cuts`` of them; returns their new order too."""
+        """Partition keys, or their clusters ``cuts``; returns the new order first."""
         xp, m = array_namespace(key), key.shape[0]
         order = xp.arange(m, device=device_of(key))
         if cuts is None:
@@ -119,7 +131,7 @@ class Tree:
         return sum(map(bytes_of, sums)) + int(self.first.nbytes + self.start.nbytes)
 
     def merge(self, other: "Tree") -> "Tree":
-        """Put another tree's keys behind these."""
+        """Append the clusters and leaves of another tree."""
         xp = array_namespace(self.clusters)
         return Tree(
             np.concatenate([self.first, self.first[-1] + other.first[1:]]),
@@ -129,10 +141,10 @@ class Tree:
             xp.concat([self.leaves, other.leaves]),
         )
 
-    def ask(
+    def evaluate(
         self, query: Array, buffer: KVBuffer, threshold: float
     ) -> tuple[Array, Array, Array, Array]:
-        """What ``multipole_rows`` says of the keys of the tree."""
+        """Run ``multipole_rows`` over the keys of the tree."""
         found: tuple[Array, Array, Array, Array] = multipole_rows(
             query,
             buffer.keys[: self.count, :],
@@ -148,29 +160,29 @@ class Tree:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowField:
-    """A tree over the keys, with the threshold that keeps a tolerance on probes.
+    """A tree over the keys, with a threshold that meets a tolerance.
 
-    Queries and keys are in balanced coordinates. There is no tree where it does not
-    pay, or misses the tolerance.
+    Queries and keys are in balanced coordinates. There is no tree where it is slower
+    than exact attention, or misses the tolerance.
 
     Parameters
     ----------
     held_out : HeldOutQueries
         What the certificate rests on.
     queries : array, shape (k, d)
-        What the threshold is chosen on, then what it is checked on.
+        Queries to choose the threshold, then queries to check it.
     tree : Tree or None
-        Over the first keys; the others are answered exactly.
+        Over the first keys; the rest is attended to exactly.
     threshold : float
         Of ``multipole_rows``.
     limit : float
-        Rows whose error is guessed to exceed it are computed exactly.
+        Rows with a larger estimated error are computed exactly.
     work : float
         Multiply-adds of a row.
     checked : float
-        The error that the check showed, with its margin.
+        The error of the checked queries, with its margin.
     sampled : SampledError or None
-        What is certified now: a query has no time to ask the probes.
+        The certified error, computed once for all queries.
     """
 
     held_out: HeldOutQueries
@@ -186,7 +198,7 @@ class RowField:
     def of(
         head: Head, to_query: Array, tol: float, rng: np.random.Generator
     ) -> "RowField | None":
-        """Hold out probes; None where queries are too few to choose and certify by."""
+        """Hold out queries; None if there are too few to choose and to certify."""
         if head.sizes[0] < 2 * FEWEST_QUERIES:
             return None
         split, xp, p = QuerySplit.of(head, rng), head.xp, head.sizes[3]
@@ -206,14 +218,14 @@ class RowField:
         return own if self.tree is None else own + self.tree.nbytes
 
     def empty(self) -> "RowField":
-        """Forget the keys."""
+        """Return the same without keys and without a tree."""
         held_out = replace(self.held_out.empty(), margin=MARGINS[0])
         return RowField(held_out, self.queries)
 
     def clustered(
         self, buffer: KVBuffer, cuts: Array, metric: Array
     ) -> tuple["RowField", KVBuffer]:
-        """Plant a tree over clustered keys, which stay within their clusters."""
+        """Make a tree over clustered keys, which stay within their clusters."""
         none = self.empty()
         if buffer.count < FEWEST_KEYS:
             return none, buffer
@@ -227,7 +239,7 @@ class RowField:
         tol = aim = self.held_out.tol
         for margin in MARGINS:
             found = found._tried(buffer, to_host(truth), _AIM * aim)
-            if not found.pays(1, buffer):
+            if not found.is_faster(1, buffer):
                 break
             found = found._checked(buffer, to_host(truth), margin)
             found = replace(
@@ -242,7 +254,7 @@ class RowField:
     def inserted(
         self, buffer: KVBuffer, count: int, metric: Array
     ) -> tuple["RowField", KVBuffer]:
-        """Take note of ``count`` new keys at the end, or move all recent ones in."""
+        """Add ``count`` keys at the end to the tail; move a long tail into the tree."""
         if self.tree is None:
             return self, buffer
         last = buffer.count - count
@@ -257,28 +269,28 @@ class RowField:
             _scaled(key, metric),
             value_center=self.tree.value_center,
         )
-        # not in place: who has the keys as they were must not find others
+        # not in place: earlier structures share the buffer
         before = xp.arange(end, device=device_of(key))
         buffer = _ordered(buffer, xp.concat([before, end + order]))
         grown = replace(self, tree=self.tree.merge(tree), held_out=held_out.fold())
         return grown._predict_held_out(buffer), buffer
 
-    def pays(self, n: int, buffer: KVBuffer) -> bool:
-        """Whether ``n`` rows are predicted to take less than exact attention."""
+    def is_faster(self, n: int, buffer: KVBuffer) -> bool:
+        """Whether ``n`` rows are predicted to be faster than exact attention."""
         m, p = buffer.value.shape
         exact = exact_work(n + _READ, m, buffer.keys.shape[1], p)
         return n * _RATE * self.work <= _TIME_SHARE * exact
 
     def serves(self, n: int, buffer: KVBuffer) -> bool:
-        """Whether ``n`` rows are answered, within the tolerance and in less time."""
+        """Whether ``n`` rows are answered by the tree: within ``tol`` and faster."""
         if self.tree is None or self.sampled is None:
             return False
-        return self.sampled.upper <= self.held_out.tol and self.pays(n, buffer)
+        return self.sampled.upper <= self.held_out.tol and self.is_faster(n, buffer)
 
     def answer(
         self, query: Array, buffer: KVBuffer
     ) -> tuple[Array, Array, SampledError] | None:
-        """Answer rows, and say what that is worth; None where they are not served."""
+        """Outputs, log-sum-exps and certified error; None if not ``serves``."""
         if not self.serves(query.shape[0], buffer):
             return None
         assert self.tree is not None
@@ -288,13 +300,13 @@ class RowField:
             tail = Head(query, buffer.key[end:, :], buffer.value[end:, :], 1.0)
             found = merge_partials(found, tail.attend())
         xp = array_namespace(query)
-        # logits that overflow are for a wider precision
+        # logits that overflow need a wider precision
         if not all(bool(xp.all(xp.isfinite(x))) for x in found):
             return None
         return *found, self.sampled
 
     def with_error_estimate(self) -> "RowField":
-        """Ask the probes what answers are worth; never less than the check showed."""
+        """Set the certified error by held-out queries; at least ``checked``."""
         found = self.held_out.error()
         text = f"{found.source}; {self.queries.shape[0] - _TRIAL} other queries"
         text = f"{text} showed {self.checked:.2e} when the keys were clustered"
@@ -302,11 +314,13 @@ class RowField:
         return replace(self, sampled=replace(found, upper=upper, source=text))
 
     def _summed(self, query: Array, buffer: KVBuffer) -> tuple[Array, Array]:
-        """Answers over the keys of the tree; rows in doubt are computed exactly."""
+        """Answers over the keys of the tree; rows above ``limit`` are recomputed."""
         assert self.tree is not None
         end = self.tree.count
-        value, logarithm, row_error, _ = self.tree.ask(query, buffer, self.threshold)
-        # NaN is in doubt too
+        value, logarithm, row_error, _ = self.tree.evaluate(
+            query, buffer, self.threshold
+        )
+        # NaN exceeds every limit
         rows = np.flatnonzero(~(to_host(row_error) <= self.limit))
         if len(rows):
             head = Head(query, buffer.key[:end, :], buffer.value[:end, :], 1.0)
@@ -314,7 +328,7 @@ class RowField:
         return value, logarithm
 
     def _predict_held_out(self, buffer: KVBuffer) -> "RowField":
-        """Ask the tree for its answers to the probes."""
+        """Update the outputs of the tree for the held-out queries."""
         value, logarithm = self._summed(self.held_out.query, buffer)
         every = np.ones(value.shape[0], bool)
         return replace(
@@ -328,7 +342,9 @@ class RowField:
         unit = float(np.sqrt(np.mean(to_host(self.tree.clusters)[:, -3] ** 2))) or 1.0
         size, threshold = float(np.linalg.norm(truth)), _TYPICAL
         for _ in range(_TRIES):
-            value, _, row_error, counts = self.tree.ask(query, buffer, unit * threshold)
+            value, _, row_error, counts = self.tree.evaluate(
+                query, buffer, unit * threshold
+            )
             error = float(np.linalg.norm(to_host(value) - truth)) / (size or 1.0)
             tried = threshold
             change = (aim / max(error, 1e-9)) ** (1 / _SLOPE)
@@ -343,15 +359,15 @@ class RowField:
         return replace(self, threshold=unit * tried, limit=limit, work=float(work))
 
     def _checked(self, buffer: KVBuffer, truth: Array, margin: float) -> "RowField":
-        """Check the threshold on queries that it was not chosen on.
+        """Check the threshold on queries other than those that it was chosen on.
 
-        A few rows may hold most of the error: probes alone are too few to meet them.
+        Few rows may have most of the error: held-out queries alone may miss them.
         """
         truth = truth[_TRIAL:].astype(np.float64)
         value, _ = self._summed(self.queries[_TRIAL:, :], buffer)
         squares = np.sum((to_host(value) - truth) ** 2, axis=1)
         sizes = np.sum(truth**2, axis=1)
-        # queries to come are like these: none of them is one of these
+        # the population, queries to come, is infinite: no finite-population factor
         found = RatioEstimate(squares, math.inf, sizes=sizes)
         checked = (
             math.sqrt(found.upper_ratio(Margin(margin, _UNSEEN)))

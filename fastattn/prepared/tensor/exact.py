@@ -1,4 +1,4 @@
-"""A head of tensor attention with all keys of its factors, and how factors grow."""
+"""KV buffers of the factors of tensor attention, and insertion into factors."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ class TensorExactHead:
     Parameters
     ----------
     plan : Plan
-        Says that they are kept, and why.
+        With the reason for exact attention.
     scale : float
         The factor of the logits.
     buffers : tuple of KVBuffer
@@ -47,7 +47,7 @@ class TensorExactHead:
         return sum(x.nbytes for x in self.buffers) + bytes_of(self.sample)
 
     def empty(self) -> "TensorExactHead":
-        """Forget the keys."""
+        """Return the structure without keys."""
         return replace(self, buffers=tuple(x.empty() for x in self.buffers))
 
     def insert_into(self, factor: int, key: Array, value: Array) -> "TensorExactHead":
@@ -77,7 +77,7 @@ class TensorExactHead:
     def certificate(
         self, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Certificate:
-        """What is promised of the sample of queries."""
+        """The certificate of the answers to the sample of queries."""
         return self.answer(self.sample, tol, guarantee, rng).certificate
 
     def pack(self) -> Packed:
@@ -104,7 +104,7 @@ class TensorExactHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Factor:
-    """One factor of a structure, to which keys are added as to a pairwise one."""
+    """One factor of a structure, with the ``insert`` of a pairwise structure."""
 
     head: Any
     factor: int
@@ -115,7 +115,7 @@ class _Factor:
 
 
 def insert_factors(head: Any, rows: dict[int, Rows]) -> Any:
-    """Add rows to the factors of the given numbers."""
+    """Add rows to the factors with the given indices."""
     for s, own in rows.items():
         grown: Any = own.insert_into(_Factor(head, s), fold=False)  # type: ignore[arg-type]
         head = grown.head

@@ -1,4 +1,4 @@
-"""Which structure a head of tensor attention gets when it is prepared."""
+"""The choice of the structure of a prepared head of tensor attention."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,9 +23,9 @@ from fastattn.tensor.polynomial import (
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.certificate import RefusalError
 
-# sums must be predicted to take at most this share of exact attention's time
+# a state must be predicted to take at most this share of exact attention's time
 _TIME_SHARE = 0.8
-# queries of the sample that kept keys are certified on
+# queries on which KV buffers are certified
 _SAMPLE = 16
 
 TensorStructure = TensorExactHead | TensorStateHead
@@ -38,7 +38,10 @@ def prepare_tensor_head(
     method: Method,
     rng: np.random.Generator,
 ) -> TensorStructure:
-    """Plan and fill a structure whose bound meets ``tol``; refuse, or keep the keys."""
+    """Plan and fill a structure whose bound meets ``tol``, or raise RefusalError.
+
+    ``Auto()`` falls back to KV buffers.
+    """
     structure = _planned(head, tol, guarantee, method, rng)
     for s, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
         structure = structure.insert_into(s, key, value)
@@ -54,7 +57,7 @@ def _planned(
 ) -> TensorStructure:
     """A structure without keys."""
     if isinstance(method, Exact):
-        return _exact(head, method, "asked for", rng)
+        return _exact(head, method, "requested", rng)
     if not isinstance(method, (Auto, Polynomial)):
         raise TypeError(
             f"method: {method!r} cannot be prepared for tensor attention: expected "
@@ -62,16 +65,17 @@ def _planned(
         )
     if guarantee == "sampled":
         raise RefusalError(
-            "guarantee='sampled' would need exact answers of probes, which cannot be "
-            "kept up to date: a new key of one factor meets all keys of the others, "
-            "which are gone. Use guarantee='proven', or method=Exact()"
+            "guarantee='sampled' would need exact outputs of held-out queries, which "
+            "cannot be updated: a new key of one factor makes tuples with all keys of "
+            "the other factors, which a state does not have. Use guarantee='proven', "
+            "or method=Exact()"
         )
     if head.sizes[1] == 0:
         return _exact(head, Exact(), "no tuple to plan with", rng)
     if isinstance(method, Polynomial):
-        return _state(head, tol, method, "asked for")
+        return _state(head, tol, method, "requested")
     try:
-        found = _state(head, tol, Polynomial(), "predicted to be quicker")
+        found = _state(head, tol, Polynomial(), "predicted to be faster")
     except RefusalError as error:
         return _exact(head, Exact(), str(error), rng)
     share = found.plan.predicted_seconds / _exact_seconds(head)
@@ -84,10 +88,10 @@ def _planned(
 def _state(
     head: TensorHead, tol: float, method: Polynomial, reason: str
 ) -> TensorStateHead:
-    """The least proven polynomial, with some room for larger queries."""
+    """The proven polynomial of least degree, for queries up to a tenth larger."""
     check_basis(method, "proven")
     xp = head.xp
-    # of one sign, the smaller queries stay within the interval
+    # both: where logits have one sign, smaller queries must stay in the interval, too
     head = replace(head, query=xp.concat([head.query, with_room(head.query)]))
     logit_bounds = LogitBounds.of(head)
     expansion = proven_expansion(
@@ -101,7 +105,7 @@ def _state(
 def _exact(
     head: TensorHead, method: Exact, reason: str, rng: np.random.Generator
 ) -> TensorExactHead:
-    """Keep the keys; without them yet."""
+    """Empty KV buffers."""
     plan = Plan(method, 0.0, _exact_seconds(head), reason)
     buffers = tuple(map(KVBuffer.none, head.keys, head.values))
     rows = np.sort(rng.permutation(head.sizes[0])[:_SAMPLE])
@@ -116,7 +120,7 @@ def _exact_seconds(head: TensorHead) -> float:
 def _plan_of(
     head: TensorHead, expansion: TensorPolynomialExpansion, reason: str
 ) -> Plan:
-    """Describe the recipe by the method that it makes concrete, with a query's cost."""
+    """The plan of an expansion, with the cost of one query."""
     rank: Any = len(expansion.index)
     _, _, d, p = head.sizes
     work = polynomial_work(1, 0, d, p, rank)

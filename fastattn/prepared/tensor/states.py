@@ -1,8 +1,9 @@
-"""A head of tensor attention as sums over the keys of each factor, with a proven bound.
+"""Key-value states of the factors of tensor attention, with a proven bound.
 
-The tuples that queries see are all products of one key of each factor. So keys are
-added to factors, not to tuples, and sums over the keys of a factor are all that the
-polynomial needs of it: sums over tuples are their Hadamard product.
+The tuples are all combinations of one key of each factor, and a monomial of a tuple is
+the product of the monomials of its keys. So the sum of a monomial over all tuples is
+the product of its sums over the keys of each factor, and the state is one matrix of
+such sums for each factor, to which keys of that factor can be added.
 """
 
 from dataclasses import dataclass, replace
@@ -20,21 +21,21 @@ from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import Certificate, RefusalError
 
-# norms of the same rows in blocks of another size are rounded apart by less
+# norms of the same rows, computed in blocks of different size, differ by less
 _GIVE = 1 + 1e-13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorBounds:
-    """How far rows may reach for a bound to hold.
+    """Bounds on the rows of one factor, for which the certificate is proven.
 
     Parameters
     ----------
     low, high : array, shape (c,)
         The range of each column.
     norms : array, shape (k,)
-        The weighted norms of order 1, 2, ... of a row, as in ``LogitBounds``; of
-        values, which have none, it is empty.
+        The largest weighted norms of order 1, 2, ... of a row, as in ``LogitBounds``;
+        empty for values.
     """
 
     low: Array
@@ -43,7 +44,7 @@ class FactorBounds:
 
     @staticmethod
     def of(x: Array, weights: tuple[Array, Array] | None = None, count: int = 0) -> Any:
-        """Measure rows, at least one."""
+        """The tightest bounds on rows, at least one."""
         xp = array_namespace(x)
         low, high = (
             to_host(end(x, axis=0)).astype(np.float64) for end in (xp.min, xp.max)
@@ -54,7 +55,7 @@ class FactorBounds:
     def check(
         self, name: str, x: Array, weights: tuple[Array, Array] | None = None
     ) -> None:
-        """Raise ``RefusalError`` where a row is beyond the limits."""
+        """Raise ``RefusalError`` where a row exceeds the bounds."""
         found = FactorBounds.of(x, weights, len(self.norms))
         outside = (found.low < self.low) | (found.high > self.high)
         if np.any(outside):
@@ -62,39 +63,39 @@ class FactorBounds:
             raise RefusalError(
                 f"{name}: column {column} has entries from {found.low[column]:.3g} to "
                 f"{found.high[column]:.3g}, outside {self.low[column]:.3g} to "
-                f"{self.high[column]:.3g}, which the bound was proven for: prepare "
-                "with rows that reach as far, or use method=Exact()"
+                f"{self.high[column]:.3g}, for which the bound was proven: prepare "
+                "with rows as large as these, or use method=Exact()"
             )
         if np.any(found.norms > self.norms * _GIVE):
             raise RefusalError(
-                f"{name}: a row is longer than those that the bound was proven for: "
-                "prepare with rows that reach as far, or use method=Exact()"
+                f"{name}: a row is longer than those for which the bound was proven: "
+                "prepare with rows as large as these, or use method=Exact()"
             )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorStateHead:
-    """Sums of monomials of every factor, with the limits of a proven bound.
+    """Sums of monomials over the keys of each factor, with a proven bound.
 
     Parameters
     ----------
     plan : Plan
-        What was chosen.
+        The plan.
     expansion : TensorPolynomialExpansion
         Coordinates, monomials and coefficients.
     terms : array, shape (d,)
         Bound on the absolute term of each coordinate of a logit.
     largest : array, shape (k, d)
-        The largest sizes of the coordinates of queries and keys.
+        The largest absolute coordinates of queries and keys.
     query : FactorBounds
-        Of the queries.
+        Bounds on the queries.
     keys, values : tuple of FactorBounds
-        Of each factor.
+        Bounds on keys and values of each factor.
     totals : tuple of array, shape (r, p + 1)
         Sums over the keys of each factor of monomial times ``[value, 1]``, in float64
         on the host.
-    count, accumulation_blocks : tuple of int
-        Keys of each factor, and the sums that were added up for it.
+    count, blocks : tuple of int
+        Number of keys of each factor, and of partial sums that were added for it.
     """
 
     plan: Plan
@@ -115,7 +116,7 @@ class TensorStateHead:
         head: TensorHead,
         logit_bounds: LogitBounds,
     ) -> "TensorStateHead":
-        """Start without keys, for rows that reach as far as those of the head."""
+        """Start without keys, with the bounds of the rows of a head."""
         sides = (head.query, *head.keys)
         query, *keys = (
             FactorBounds.of(x, (largest, logit_bounds.terms), head.order)
@@ -142,13 +143,13 @@ class TensorStateHead:
         return sum(int(x.nbytes) for x in self.pack()[0].values())
 
     def empty(self) -> "TensorStateHead":
-        """Forget the keys."""
+        """Return the structure without keys."""
         none = (0,) * len(self.keys)
         totals = tuple(np.zeros_like(x) for x in self.totals)
         return replace(self, totals=totals, count=none, blocks=none)
 
     def insert_into(self, factor: int, key: Array, value: Array) -> "TensorStateHead":
-        """Add keys to one factor that are within the limits."""
+        """Add keys that are within the bounds to one factor."""
         if not key.shape[0]:
             return self
         weights = self.largest[factor + 1], self.terms
@@ -172,7 +173,7 @@ class TensorStateHead:
     def _added(
         self, factor: int, total: Array, count: int, more: int
     ) -> "TensorStateHead":
-        """Replace the sums of a factor by those of so many more keys."""
+        """Replace the sums of a factor by ``total``, with ``count`` more keys."""
         summed = count_blocks(self.blocks[factor], more, "method=Exact()")
         if not np.isfinite(total).all():
             raise RefusalError("sums over keys overflow: the inputs are too extreme")
@@ -194,9 +195,9 @@ class TensorStateHead:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> HeadAnswer:
-        """Answer queries that are within the limits."""
+        """Answer queries that are within the bounds."""
         self.query.check("query", query, (self.largest[0], self.terms))
-        # of the factors, only their number and width counts here
+        # a head for its dtypes only: factors without keys
         width = self.totals[0].shape[1] - 1
         none = (query[:0, :],), (query[:0, :1],)
         head = TensorHead(query, *none, 1.0)
@@ -208,8 +209,8 @@ class TensorStateHead:
             value, logarithm, reliable = self.expansion.query(query, parts)
             if not bool(xp.all(reliable)):
                 raise RefusalError(
-                    "a sum of weights is not positive and finite although the bound "
-                    "says so: inputs are too extreme for this precision; use Exact()"
+                    "a sum of weights is not positive and finite, against the bound: "
+                    "inputs are too extreme for this precision; use Exact()"
                 )
             logarithm = logarithm + float(np.log(np.array(self.count, float)).sum())
         else:
@@ -223,7 +224,7 @@ class TensorStateHead:
         guarantee: str,  # noqa: ARG002
         rng: np.random.Generator,  # noqa: ARG002
     ) -> Certificate:
-        """The proven bound, whatever is asked for."""
+        """The proven bound."""
         return self._bound
 
     @property
@@ -233,8 +234,8 @@ class TensorStateHead:
             0.0,
             "max",
             f"minimax polynomial of degree {self.expansion.degree} on the interval of "
-            "all logits within the limits that queries and keys are held to (Alman and "
-            "Song 2023; relative error of weights)",
+            "all logits within the bounds on queries and keys (Alman and Song 2023; "
+            "relative error of weights)",
         )
 
     def pack(self) -> Packed:

@@ -173,7 +173,7 @@ def _encrypted():
 
 
 def _wide_member():
-    # the header promises more than the member holds
+    # the header claims more bytes than the member has
     file = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (2**40, 4)}
     with zipfile.ZipFile(file, "w") as archive:
@@ -201,7 +201,7 @@ BAD = {
     ),
     "two.npz": (
         _npz(q=X, k=X, v=X, Q=X, K=X, V=X),
-        "expected one of the namings .* found them all",
+        "expected arrays of one of .* found all of them",
     ),
     "pickle.npz": (
         _npz(q=X, k=X, v=np.array([{}, []], dtype=object)),

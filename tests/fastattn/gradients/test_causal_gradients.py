@@ -135,7 +135,7 @@ def test_auto_takes_a_low_rank_for_causal_heads():
     got = attention_vjp(*inputs, **options)
     truth = attention_vjp(*inputs, method=Exact(), **options)
     worst = max(oracles.frobenius_error(x, y) for x, y in zip(got, truth, strict=True))
-    # not exact, and good enough
+    # not exact, and within the tolerance
     assert 1e-5 < worst <= 9e-2
 
 
@@ -156,14 +156,14 @@ def test_a_long_first_chunk_is_exact(first):
         gradients[0][: first - 1], truth[0][: first - 1], rtol=1e-9
     )
     assert not np.allclose(gradients[0][first:], truth[0][first:], rtol=1e-3)
-    # nothing is by the basis but what rows behind the chunk make of keys before theirs
+    # low-rank: only rows after the first chunk, over the keys of earlier chunks
     assert np.all(far[0][: first - 1] == 0)
     assert np.all(far[0][first:] != 0)
     assert np.all(far[1][:first] != 0)
 
 
 class TestFirstChunks:
-    """How long the first chunk must be is told by a few rows and keys."""
+    """The length of the first chunk is chosen by a pilot run on few rows and keys."""
 
     @pytest.fixture(autouse=True)
     def _short_chunks(self, monkeypatch):

@@ -191,7 +191,7 @@ def test_derivatives_are_linear_in_that_of_the_output():
 
 
 def test_rows_of_logits_move_together():
-    # softmax does not see a constant added to a row: key and query slopes show it
+    # softmax is invariant to a constant added to a row, and so are gradients
     query, key, value, grad = problem()
     gradients = attention_vjp(query, key, value, grad)
     np.testing.assert_allclose(gradients[1].sum(axis=0), 0, atol=1e-13)

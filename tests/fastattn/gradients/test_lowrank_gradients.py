@@ -53,7 +53,7 @@ class TestQueryVjp(OpLaws):
         return arrays, op_arguments
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # features and their sums over 21 functions reach some hundreds
+        # features and their sums over 21 basis functions are up to some hundreds
         return 1e4 * (1 + len(arrays[0]) / 64) * np.finfo(arrays[0].dtype).eps
 
     def test_it_is_the_derivative_of_the_answer(self, place):
@@ -67,7 +67,7 @@ class TestQueryVjp(OpLaws):
         projection, origin, marks, _, weights = arrays[5:]
 
         def known(query):
-            """Functions, their factors, log-sum-exps and drifts."""
+            """Basis functions, their factors, log-sum-exps and deltas."""
             both = query @ projection - origin
             functions = hermite_functions(both[:, :-1], marks, options)
             sums = functions @ weights * np.exp(both[:, -1:])
@@ -206,7 +206,7 @@ def test_auto_takes_a_low_rank_where_it_pays():
     inputs = diffuse()
     got = attention_vjp(*inputs, tol=3e-2, rng=0)
     worst = max(errors(got, inputs))
-    # not exact, and good enough
+    # not exact, and within the tolerance
     assert 1e-5 < worst <= 9e-2
     again = attention_vjp(*inputs, tol=3e-2, rng=0, method=Auto())
     for one, other in zip(got, again, strict=True):

@@ -1,4 +1,4 @@
-"""Derivatives by near keys and clusters: the op, what it is near, what is refused."""
+"""Gradients by near keys and clusters: the op, its errors, and refusals."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ class TestMultipoleVjp(OpLaws):
         return [query, *described, key, value, metric, grad, limit], options
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # logits reach 30; every derivative by a key adds up all the rows
+        # logits are up to 30; the gradient of a key is a sum over all rows
         n, m = len(arrays[0]), len(arrays[4])
         return 4 * (n + m + 2048) * np.finfo(arrays[0].dtype).eps
 
@@ -279,7 +279,7 @@ def test_what_clusters_do_not_serve_is_refused():
 
 
 def test_keys_that_are_alike_may_have_other_values():
-    # no threshold makes them near, but each gets what its own value is worth
+    # no threshold makes them near, but the gradient of a key depends on its value
     query, key, value, grad = sharp(dtype=np.float64)
     key[::2] = key[3]
     inputs = query, key, value, grad
@@ -295,7 +295,7 @@ def test_an_int_makes_the_call_reproducible():
 
 
 def wide(n):
-    """A sharp head with as many columns as real ones have."""
+    """A head with peaked attention, and the width of real heads."""
     query, key, value, grad = problem(n=n, m=n, d=64, p=64, dtype=np.float32)
     query[:, 4:], key[:, 4:] = 0, 0
     # as if there were four columns

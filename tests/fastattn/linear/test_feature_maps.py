@@ -144,18 +144,18 @@ def test_derivative_of_features_is_a_finite_difference(rng, feature_map):
     features = Reader.of(feature_map, x, 1.0)
     position = np.arange(5)
     found, log = features.key(x, position)
-    slope = rng.standard_normal(found.shape)
+    grad = rng.standard_normal(found.shape)
     factor = 0.0 if log is None else log
 
     def loss(x):
         found, log = features.key(x, position)
         # relative to the factors at x itself, which the derivative takes as they are
         found = found if log is None else found * np.exp(log - factor)
-        return np.sum(slope * found)
+        return np.sum(grad * found)
 
     h = 1e-6
     want = (loss(x + h * step) - loss(x - h * step)) / 2 / h
-    got = np.sum(features.key_vjp(x, position, slope) * step)
+    got = np.sum(features.key_vjp(x, position, grad) * step)
     assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
 
 

@@ -335,7 +335,7 @@ def test_bad_options_are_named(options, error, message):
         linear_attention(*problem(), **options)
 
 
-# one of several blocks, which are looked at one by one
+# one of several blocks, which are checked one by one
 @pytest.mark.parametrize("place", [(0, 0), (4500, 3), (4999, 63)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["query", "key", "value"])

@@ -26,7 +26,7 @@ def grad_of(inputs, seed=9):
 def assert_gradients(inputs, grad, gradients, options, rtol=1e-5):
     """Compare with central differences along one random direction for each input."""
     rng, h = np.random.default_rng(11), 1e-6
-    for number, slope in enumerate(gradients):
+    for number, gradient in enumerate(gradients):
         step = rng.standard_normal(inputs[number].shape)
 
         def loss(sign, number=number, step=step):
@@ -35,8 +35,8 @@ def assert_gradients(inputs, grad, gradients, options, rtol=1e-5):
             return np.sum(grad * linear_attention(*moved, **options))
 
         want = (loss(1) - loss(-1)) / 2 / h
-        assert slope.shape == inputs[number].shape
-        assert np.sum(slope * step) == pytest.approx(want, rel=rtol, abs=1e-6)
+        assert gradient.shape == inputs[number].shape
+        assert np.sum(gradient * step) == pytest.approx(want, rel=rtol, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", KINDS_OF_ROWS, ids=str)
@@ -116,10 +116,10 @@ def test_gradients_are_those_of_torch(is_causal):
 def test_without_keys_gradients_are_zero(options):
     inputs = problem(n=5, m=6)
     options = {"feature_map": Taylor(), "key_mask": np.zeros(6, bool), **options}
-    for x, slope in zip(
+    for x, gradient in zip(
         inputs, linear_attention_vjp(*inputs, grad_of(inputs), **options), strict=True
     ):
-        np.testing.assert_array_equal(slope, np.zeros_like(x))
+        np.testing.assert_array_equal(gradient, np.zeros_like(x))
 
 
 def test_misuse_is_named():

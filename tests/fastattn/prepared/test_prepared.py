@@ -1,4 +1,4 @@
-"""Prepared structures keep their laws, and what they promise of their certificates."""
+"""Prepared structures: laws, and the failure rates of their certificates."""
 
 import tracemalloc
 
@@ -151,7 +151,7 @@ def test_certificates_keep_their_promise_with_recent_keys():
 
 
 def test_certificates_keep_their_promise_where_few_queries_hold_the_error():
-    # the hardest in a hundred queries hold nearly half of the squared error
+    # one per cent of the queries have nearly half of the squared error
     trial = promise(Polynomial(degree=3, basis="hermite"), 1000, d=4, spread=0.7)
     assert_fails_rarely(trial, failure=0.05, trials=60)
 
@@ -210,7 +210,7 @@ def test_queries_of_the_largest_variance_are_held_out(n, held_out, held):
     assert len(split.rest) == n - held
     both = np.concatenate([split.held_out, split.rest])
     assert len(np.unique(both, axis=0)) == len(both)
-    # a query that is harder than all others is never left to chance
+    # candidates of the highest logit variance are always held out
     query[:] *= np.where(np.arange(n) % 50 == 0, 5, 1)[:, None]
     split = QuerySplit.of(head, rng)
     is_outlier = np.linalg.norm(split.held_out, axis=1) > 3

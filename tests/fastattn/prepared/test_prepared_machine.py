@@ -23,7 +23,7 @@ sizes = st.one_of(st.integers(1, 5), st.integers(200, 600))
 
 
 class Prepared(RuleBasedStateMachine):
-    """A structure beside the plain keys and values that it was given."""
+    """A structure, and the plain keys and values that were inserted into it."""
 
     @initialize(
         seed=st.integers(0, 2**32 - 1), method=st.sampled_from(METHODS), size=sizes

@@ -1,4 +1,4 @@
-"""Proven bounds of prepared structures hold for every row within their extents."""
+"""Certificates of proven structures hold for all rows within their bounds."""
 
 import numpy as np
 import pytest
@@ -70,11 +70,11 @@ def test_rows_beyond_the_row_bounds_are_refused(rank):
     # there is room for somewhat larger queries only
     assert prepared.query(1.05 * query).certificate.error > 0
     for beyond in (1.2 * query, query + 1):
-        with pytest.raises(RefusalError, match=r"query: rows reach 1.* times as far"):
+        with pytest.raises(RefusalError, match=r"query: rows are 1.* times as large"):
             prepared.query(beyond)
-    with pytest.raises(RefusalError, match=r"key: rows reach 1.* times as far"):
+    with pytest.raises(RefusalError, match=r"key: rows are 1.* times as large"):
         prepared.insert(1.01 * key, value)
-    with pytest.raises(RefusalError, match="value: entries lie outside"):
+    with pytest.raises(RefusalError, match="value: entries are outside"):
         prepared.insert(key, 1.01 * value)
     assert prepared.count == 600
 

@@ -1,4 +1,4 @@
-"""Heads larger than the memory they may use: read in pieces, worth the same."""
+"""Heads larger than the memory that they may use: read in blocks, with one result."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ TINY = "20KB"
 
 @pytest.fixture
 def arrays(rng):
-    """Logits that a low rank serves, of more keys than a piece has."""
+    """Logits of low rank, with more keys than a block."""
     query, key = (
         0.5 * rng.standard_normal((n, 8)).astype(np.float32) for n in (700, 5000)
     )
@@ -134,7 +134,7 @@ def test_exact_is_exact_for_grouped_heads(tmp_path, rng, stored):
         path, "--method", "exact", "--scale", -1.5, memory="1GB"
     )
     assert [x["head"] for x in heads] == [[i, j] for i in (0, 1) for j in range(3)]
-    assert all("streamed in 3 pieces" in x["source"] for x in heads)
+    assert all("streamed in 3 blocks" in x["source"] for x in heads)
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6)
     np.testing.assert_allclose(logarithm, whole_log, rtol=0, atol=1e-5)
 
@@ -179,7 +179,7 @@ def test_sums_that_miss_over_all_keys_are_not_used(
     tmp_path, capsys, arrays, monkeypatch, method
 ):
     plan = streaming._plan
-    # what a sample can promise where it is unlike the keys
+    # as if the sample were unlike the keys, and its error smaller
     monkeypatch.setattr(streaming, "_plan", lambda head, _, *x: plan(head, 0.3, *x))
     path = save(tmp_path, as_dtype(arrays, np.float32))
     options = ["--tol", 1e-4, "--method", method]
@@ -286,7 +286,7 @@ def test_shapes_are_refused_as_in_memory(tmp_path, capsys, arrays, name, command
 REFUSED = {
     "--causal": "causal attention needs the keys of a head in memory",
     "--method multipole": "Multipole needs the keys of a head in memory",
-    "--method polynomial --guarantee proven": "proven sums need the keys",
+    "--method polynomial --guarantee proven": "a proven state needs the keys",
     "--method polynomial --tol 1e-9": "Polynomial(",
     "--method exact --tol 1e-12": "is below what float32 holds",
     "--guarantee proven --tol 1e-18": "cannot be proven: rounding in float64",

@@ -1,4 +1,4 @@
-"""Few queries over prepared clusters: the op, the tree, and what answers promise."""
+"""Few queries over prepared clusters: the op, the tree, and certificates."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -30,12 +30,12 @@ class TestSummarise(OpLaws):
         return [x.astype(dtype) for x in (*arrays, np.ones(3))], {"start": start}
 
     def slack(self, arrays, options):  # noqa: ARG002
-        # variances reach some hundreds, and what is left of them is a difference
+        # variances are up to some hundreds, and computed as differences
         return 1e5 * np.finfo(arrays[0].dtype).eps
 
 
 def clustered(m, d=8, p=5, seed=0, centres=64, spread=0.25, dtype=np.float64):
-    """Keys about centres, values that follow them, and queries that look for some."""
+    """Keys in clusters, values that depend on them, and queries near some clusters."""
     rng = np.random.default_rng(seed)
     centre, mean = rng.standard_normal((centres, d)), rng.standard_normal((centres, p))
     label = rng.integers(centres, size=m)
@@ -54,7 +54,7 @@ def planted(m=700, n=9, dtype=np.float64):
     return query, key[order], value[order], tree
 
 
-def asked(query, key, value, tree, threshold):
+def evaluated(query, key, value, tree, threshold):
     return multipole_rows(
         query,
         key,
@@ -108,7 +108,7 @@ def test_summaries_agree_with_reference(dtype):
 
 def test_other_libraries_give_the_same(xp):
     query, key, value, tree = planted()
-    want = asked(query, key, value, tree, 1e-3)
+    want = evaluated(query, key, value, tree, 1e-3)
     arrays = xp.asarrays(query, key, value, tree.clusters, tree.leaves)
     options = {"first": tree.first, "start": tree.start, "threshold": 1e-3}
     got = multipole_rows(*arrays, **options)
@@ -120,7 +120,7 @@ def test_other_libraries_give_the_same(xp):
 
 def test_no_threshold_is_exact_attention():
     query, key, value, tree = planted()
-    out, norm, error, counts = asked(query, key, value, tree, 0.0)
+    out, norm, error, counts = evaluated(query, key, value, tree, 0.0)
     truth, logarithm = oracles.attention(query, key, value, scale=1.0)
     assert_allclose(out, truth, atol=1e-12)
     assert_allclose(norm, logarithm, atol=1e-12)
@@ -135,7 +135,7 @@ def test_equal_keys_need_no_look():
     cuts = np.arange(0, 101, 20)
     order, tree = Tree.of(key, value, key, cuts)
     # means of equal keys are the keys up to rounding
-    out, norm, _, counts = asked(query, key[order], value[order], tree, 1e-6)
+    out, norm, _, counts = evaluated(query, key[order], value[order], tree, 1e-6)
     truth, logarithm = oracles.attention(query, key, value, scale=1.0)
     assert_allclose(out, truth, atol=1e-12)
     assert_allclose(norm, logarithm, atol=1e-12)
@@ -160,13 +160,13 @@ def test_a_tree_keeps_the_keys_and_their_clusters():
     )
 
 
-def test_large_queries_are_looked_at_closely():
-    # a normal law of the logits says nothing of them: every cluster is opened
+def test_large_queries_attend_to_all_keys_exactly():
+    # these logits are not normal in any cluster: all keys are attended to exactly
     query, key, value, tree = planted()
     wide = 30 * query
     lead, rest = tree.leaves[:, 8:16], tree.leaves[:, 16:24]
     assert np.min((wide @ lead.T) ** 2 + wide**2 @ rest.T) > LARGEST
-    out, _, _, counts = asked(wide, key, value, tree, 1e3)
+    out, _, _, counts = evaluated(wide, key, value, tree, 1e3)
     assert_allclose(out, oracles.attention(wide, key, value, scale=1.0)[0], atol=1e-9)
     assert_array_equal(counts[:, 1], len(key))
 
@@ -183,13 +183,13 @@ def decoding():
 def test_single_rows_are_within_the_certificate(decoding):
     prepared, query, key, value = decoding
     answer = prepared.query(query[1500:])
-    assert "probes" in answer.certificate.source
+    assert "held-out queries" in answer.certificate.source
     truth, logarithm = oracles.attention(query[1500:], key, value)
     error = oracles.frobenius_error(answer.value, truth)
     assert 0 < error <= answer.certificate.error <= TOL
     assert np.sqrt(np.mean((answer.log_normalizer - logarithm) ** 2)) <= TOL
     assert prepared.certificate.error == answer.certificate.error
-    # rows do not depend on who is asked with them, but for BLAS, which may add in
+    # rows do not depend on the other rows of a call, except that BLAS may add in
     # another order for one row
     one = prepared.query(query[1500:1501])
     assert_allclose(one.value[0], answer.value[0], rtol=1e-5, atol=1e-6)
@@ -225,7 +225,7 @@ def test_most_keys_are_far(decoding):
     prepared, query, _, _ = decoding
     head = prepared._heads[0]
     rows = (query[:300] @ head.transform.query_map).astype(np.float32)
-    *_, counts = head.rows.tree.ask(rows, head.buffer, head.rows.threshold)
+    *_, counts = head.rows.tree.evaluate(rows, head.buffer, head.rows.threshold)
     assert counts[:, 1].mean() < head.count / 4
 
 
@@ -280,20 +280,20 @@ def test_recent_keys_go_into_the_tree_and_old_structures_stay_true():
         error = relative(prepared, query[1500:1540], key[:hi], value[:hi])
         assert error <= prepared.certificate.error <= TOL
     # a structure that others grew from answers over its own keys
-    told = before.answer(query[1500:1540], TOL, "sampled", np.random.default_rng(0))
+    answer = before.answer(query[1500:1540], TOL, "sampled", np.random.default_rng(0))
     truth, _ = oracles.attention(query[1500:1540], key[:start], value[:start])
-    assert oracles.frobenius_error(told.value, truth) <= told.error
+    assert oracles.frobenius_error(answer.value, truth) <= answer.error
 
 
 def test_keys_that_break_the_certificate_are_answered_exactly():
     query, key, value = clustered(FEWEST_KEYS + 1808)
     prepared = prepared_over(key, value, query)
-    assert "probes" in prepared.query(query[-1:]).certificate.source
+    assert "held-out queries" in prepared.query(query[-1:]).certificate.source
     # they take away most of every answer: what is left is small, its error is not
     some = np.random.default_rng(1).permutation(len(key))[:1000]
     more, away = key[some], -value[some] * len(key) / 1000
     prepared.insert(more, away)
-    assert "probes" not in prepared.query(query[-1:]).certificate.source
+    assert "held-out queries" not in prepared.query(query[-1:]).certificate.source
     keys, values = np.concatenate([key, more]), np.concatenate([value, away])
     assert relative(prepared, query[1500:1540], keys, values) <= 1e-9
 
@@ -311,4 +311,4 @@ def test_where_it_does_not_pay_few_queries_are_exact(reason):
     answer = prepared.query(query[-2:])
     truth, _ = oracles.attention(query[-2:], key, value)
     assert_allclose(answer.value, truth, atol=1e-11)
-    assert "probes" not in answer.certificate.source
+    assert "held-out queries" not in answer.certificate.source

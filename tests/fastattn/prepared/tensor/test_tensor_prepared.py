@@ -130,7 +130,7 @@ class TestLaws:
         query, keys, values = inputs = problem(lead=(2,))
         prepared = made(inputs, method)
         assert prepared.count.shape == (2, 2)
-        # within what the keys and values of both heads reach
+        # within the bounds on keys and values of both heads
         first = keys[0][0] / 2, np.clip(values[0][0], 0.3, 0.7)
         prepared.insert((first[0], None), (first[1], None))
         np.testing.assert_array_equal(prepared.count, [[80, 30]] * 2)
@@ -239,7 +239,7 @@ def test_auto_keeps_keys_where_no_polynomial_serves():
 
 @pytest.mark.parametrize("method", [None, Polynomial()])
 def test_held_out_queries_are_refused_with_the_reason(method):
-    with pytest.raises(RefusalError, match="a new key of one factor meets all keys of"):
+    with pytest.raises(RefusalError, match="a new key of one factor makes tuples"):
         made(problem(), method, guarantee="sampled")
 
 
