@@ -160,6 +160,6 @@ def _fold(left: Array, rest: list[Array]) -> tuple[int, int]:
 
 
 def _pack(bits: Array) -> Array:
-    """Eight bits to a byte, and as many bytes as fill words of 64 bits."""
+    """Pack entries to bits, and bits to whole words of 64."""
     packed = np.packbits(bits, axis=1)
     return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))

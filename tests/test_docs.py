@@ -1,7 +1,9 @@
 """The pages: every exported name is in the reference, and their code runs."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,28 @@ def test_pages_use_the_terms_of_the_glossary():
     ]
     assert not found
     assert RETIRED.search("products of eight bits")
+
+
+def prose_of(path):
+    """Comments and docstrings of a module, line by line."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)
+    for token in tokens:
+        is_text = token.type == tokenize.STRING and token.string.endswith('"""')
+        if token.type == tokenize.COMMENT or is_text:
+            yield from enumerate(token.string.splitlines(), token.start[0])
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda x: x.__name__)
+def test_modules_use_the_terms_of_the_glossary(package):
+    modules = sorted(Path(package.__file__).parent.rglob("*.py"))
+    assert len(modules) > 10
+    found = [
+        f"{path.relative_to(ROOT)}, line {number}: {word[0]}"
+        for path in modules
+        for number, line in prose_of(path)
+        for word in RETIRED.finditer(line)
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_every_tutorial_begins_with_a_title():

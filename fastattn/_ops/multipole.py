@@ -36,7 +36,7 @@ def describe(query: Array, *, cuts: Any, rows: int) -> tuple[Array, Array, Array
     spread. The answers are ``(R, d)``, ``(R, d)`` and ``(R, rows, d)``.
     """
     xp = array_namespace(query)
-    means, squares, probes = [], [], []
+    means, squares, chosen = [], [], []
     for lo, hi in pairwise(cuts):
         mean = xp.mean(query[lo:hi, :], axis=0)
         step = query[lo:hi, :] - mean
@@ -44,8 +44,8 @@ def describe(query: Array, *, cuts: Any, rows: int) -> tuple[Array, Array, Array
         some = xp.asarray(some, device=device_of(query))
         means.append(mean)
         squares.append(xp.mean(step**2, axis=0))
-        probes.append(xp.take(step, some, axis=0))
-    return xp.stack(means), xp.stack(squares), xp.stack(probes)
+        chosen.append(xp.take(step, some, axis=0))
+    return xp.stack(means), xp.stack(squares), xp.stack(chosen)
 
 
 @op("cpu", "gpu")
@@ -53,7 +53,7 @@ def multipole(
     query: Array,
     mean: Array,
     square: Array,
-    probe: Array,
+    sampled: Array,
     key: Array,
     value: Array,
     metric: Array,
@@ -68,7 +68,7 @@ def multipole(
 
     Block ``r`` of the queries, ``(n, d)``, is ``cuts[r]`` to ``cuts[r + 1]``, cluster
     ``c`` of the keys, ``(m, d)``, and values, ``(m, p)``, is ``start[c]`` to ``start[c
-    + 1]`` and belongs to ``group[c]``. ``mean``, ``square`` and ``probe`` are the
+    + 1]`` and belongs to ``group[c]``. ``mean``, ``square`` and ``sampled`` are the
     results of ``describe`` for the whole block; ``query`` may hold some of its rows.
     ``metric``, ``(d,)``, is the mean square of the keys, and defines the distance of a
     row from the mean. Returns the means, ``(n, p)``, the logarithms, ``(n,)``, an
@@ -78,13 +78,13 @@ def multipole(
     factors of products with near keys: values and weights to bfloat16, queries and keys
     to that or to integers, but for the logits of the mean of a block.
     """
-    xp = array_namespace(query, mean, square, probe, key, value, metric)
+    xp = array_namespace(query, mean, square, sampled, key, value, metric)
     keys = _Keys(key, value, start, group)
     outs, norms, errors, counts = [], [], [], []
     for r, (lo, hi) in enumerate(pairwise(cuts)):
         step = query[lo:hi, :] - mean[r, :]
         field = _Field(
-            keys, mean[r, :], square[r, :], probe[r, :, :], metric, threshold
+            keys, mean[r, :], square[r, :], sampled[r, :, :], metric, threshold
         )
         out, norm, error = field.answer(query[lo:hi, :], step)
         outs.append(out)
@@ -122,7 +122,7 @@ class _Field:
         keys: _Keys,
         mean: Array,
         square: Array,
-        probe: Array,
+        sampled: Array,
         metric: Array,
         threshold: float,
         first_order: float | None = FIRST_ORDER,
@@ -136,9 +136,9 @@ class _Field:
         self.top = xp.max(alone, axis=1)
         weight = xp.exp(tilt - keys.spread(self.top))
         growth = _growths(
-            xp.matmul(probe, xp.matrix_transpose(keys.centre)) + self.top,
+            xp.matmul(sampled, xp.matrix_transpose(keys.centre)) + self.top,
             xp.matmul(member, weight),
-            xp.matmul(probe**2, metric),
+            xp.matmul(sampled**2, metric),
         )
         square = xp.matmul(keys.local**2, square)
         square = xp.where(square < LARGEST, square, xp.full_like(square, LARGEST))

@@ -24,7 +24,7 @@ def multipole_vjp(
     query: Array,
     mean: Array,
     square: Array,
-    probe: Array,
+    sampled: Array,
     key: Array,
     value: Array,
     metric: Array,
@@ -46,13 +46,13 @@ def multipole_vjp(
     log-sum-exp of its logits, infinite where it added nothing, and ``delta``, the
     product of its output and ``grad``, ``(n,)`` each.
     """
-    xp = array_namespace(query, mean, square, probe, key, value, metric, grad, limit)
+    xp = array_namespace(query, mean, square, sampled, key, value, metric, grad, limit)
     keys = _Keys(key, value, start, group)
     by_row = []
     by_key: list[Array] | None = None
     first_order = None if all_first_order else FIRST_ORDER
     for r, (lo, hi) in enumerate(pairwise(cuts)):
-        described = mean[r, :], square[r, :], probe[r, :, :]
+        described = mean[r, :], square[r, :], sampled[r, :, :]
         field = _Field(keys, *described, metric, threshold, first_order)
         rows = query[lo:hi, :], grad[lo:hi, :], limit[lo:hi]
         found, sums = _Block(field, mean[r, :], *rows).slopes()

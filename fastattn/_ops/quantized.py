@@ -13,7 +13,7 @@ _SPLIT = 2.0**16 + 1
 # the largest integer of quantized queries and keys
 STEPS = 127
 # keys, evenly spread, whose largest logit a row's weights are relative to
-PROBES = 64
+SAMPLED_KEYS = 64
 
 
 @op("cpu")
@@ -45,20 +45,20 @@ def attend_quantized(
     key_mean, value_mean = (xp.mean(x, axis=0) for x in (key, value))
     key = key - key_mean
     tilt = xp.matmul(key, own)
-    step = max(1, m // PROBES)
-    probes = xp.matrix_transpose(key[::step, :])
+    step = max(1, m // SAMPLED_KEYS)
+    sampled = xp.matrix_transpose(key[::step, :])
     left, right = factors(query - own, key, integers=integers)
     low, high = (end(value, axis=0) for end in (xp.min, xp.max))
     value, number = rounded(value - value_mean), xp.arange(m, device=device_of(key))
     values, normalizers = [], []
     for start in range(0, query.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
-        probed = xp.matmul(query[rows, :], probes)
+        largest = xp.matmul(query[rows, :], sampled)
         if prefix_lengths is not None:
             # row by row; the first key stands in where none is seen
             unseen = xp.logical_and(number > 0, number >= prefix_lengths[rows, None])
-            probed = _or(~unseen[:, ::step], probed, -math.inf)
-        shift = xp.max(probed, axis=1, keepdims=True)
+            largest = _or(~unseen[:, ::step], largest, -math.inf)
+        shift = xp.max(largest, axis=1, keepdims=True)
         logits = xp.matmul(left[rows, :], xp.matrix_transpose(right))
         weights = rounded(xp.exp(logits + tilt - shift))
         empty: Any = xp.zeros_like(shift) > 0

@@ -318,7 +318,7 @@ class _ClusterVjp:
             blocks.query,
             blocks.mean,
             blocks.square,
-            blocks.probe,
+            blocks.sampled,
             clusters.key,
             clusters.value,
             clusters.metric,

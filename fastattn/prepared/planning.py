@@ -13,7 +13,7 @@ from fastattn.methods.lowrank.rank_search import RankEstimate, search_ranks
 from fastattn.methods.lowrank.whitening import PlanningSample
 from fastattn.methods.multipole.method import Multipole
 from fastattn.methods.polynomial.method import Polynomial
-from fastattn.methods.polynomial.recipe import PolynomialExpansion
+from fastattn.methods.polynomial.polynomial_expansion import PolynomialExpansion
 from fastattn.planning.auto import Auto
 from fastattn.prepared.clusters.head import MultipoleHead
 from fastattn.prepared.heads import ExactHead, StateHead, refused_share

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastattn.certificates.accumulation import accumulation_blocks, count_blocks
 from fastattn.certificates.rounding import largest_entries, largest_norm
-from fastattn.methods.polynomial.recipe import PolynomialExpansion
+from fastattn.methods.polynomial.polynomial_expansion import PolynomialExpansion
 from fastattn.prepared.states import MonomialState, Packed, pack_state
 from fastattn.problem.head import Head
 from fastattn.problem.plan import HeadAnswer, Plan

@@ -15,7 +15,7 @@ from fastattn.methods.lowrank.structure import LowRank
 from fastattn.methods.lowrank.whitening import Whitening
 from fastattn.methods.polynomial.expansions import IndexSet
 from fastattn.methods.polynomial.moments import Moments
-from fastattn.methods.polynomial.recipe import PolynomialExpansion
+from fastattn.methods.polynomial.polynomial_expansion import PolynomialExpansion
 from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import RefusalError

@@ -15,7 +15,11 @@ from fastattn.methods.polynomial.expansions import (
     rank_of,
 )
 from fastattn.methods.polynomial.method import Polynomial
-from fastattn.methods.polynomial.recipe import LARGEST_RANK, check_rank, coefficients_of
+from fastattn.methods.polynomial.polynomial_expansion import (
+    LARGEST_RANK,
+    check_rank,
+    coefficients_of,
+)
 from fastattn.tensor.logit_bounds import LogitBounds, furthest_rows
 from fastattn.tensor.polynomial import (
     NARROWEST,

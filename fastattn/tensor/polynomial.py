@@ -37,7 +37,7 @@ from fastattn.methods.polynomial.expansions import (
     total_degree,
 )
 from fastattn.methods.polynomial.method import Polynomial
-from fastattn.methods.polynomial.recipe import check_rank
+from fastattn.methods.polynomial.polynomial_expansion import check_rank
 from fastattn.problem.plan import Plan
 from fastattn.tensor.exact import stored
 from fastattn.tensor.logit_bounds import LogitBounds

@@ -184,12 +184,12 @@ class ProjectionBounds:
         while start < q:
             part = np.arange(start, min(start + step, q))
             row, at, counts = self._search(queries[start : start + step], k)
-            is_settled = counts >= 0
-            done = part[is_settled]
-            values[done], chosen = smallest_k(row[is_settled], k)
-            settled = np.flatnonzero(is_settled)
-            slots[done] = at[settled[:, None], chosen]
-            n_exact_distances[done], is_open[done] = counts[is_settled], False
+            is_decided = counts >= 0
+            done = part[is_decided]
+            values[done], chosen = smallest_k(row[is_decided], k)
+            decided = np.flatnonzero(is_decided)
+            slots[done] = at[decided[:, None], chosen]
+            n_exact_distances[done], is_open[done] = counts[is_decided], False
             start += step
             if np.count_nonzero(is_open[part]) > _FUTILE * len(part):
                 break

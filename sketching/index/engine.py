@@ -130,7 +130,7 @@ class IndexEngine:
             return state.moved(slots, x)
 
         self._rewrite(change)
-        self._put(lambda state: state.settled())
+        self._put(lambda state: state.well_centred())
 
     def update(self, left: Array, right: Array) -> None:
         """Change the metric; the points follow when an answer needs it."""

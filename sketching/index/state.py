@@ -220,7 +220,7 @@ class State:
             writes += self.sketch.table.written(slots, **codes)
         return replace(self, points=points), writes
 
-    def settled(self) -> "State":
+    def well_centred(self) -> "State":
         """With another centre, if too many rows do not determine their points."""
         if self.points is None or not self.points.size:
             return self

@@ -30,13 +30,13 @@ _NEAR = 512
 def describe(query, *, cuts, rows):
     blocks, d = len(cuts) - 1, query.shape[1]
     mean, square = (np.empty((blocks, d), query.dtype) for _ in range(2))
-    probe = np.empty((blocks, rows, d), query.dtype)
-    _describe(np.ascontiguousarray(query), cuts, mean, square, probe)
-    return mean, square, probe
+    sampled = np.empty((blocks, rows, d), query.dtype)
+    _describe(np.ascontiguousarray(query), cuts, mean, square, sampled)
+    return mean, square, sampled
 
 
 def multipole(
-    query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
+    query, mean, square, sampled, key, value, metric, *, cuts, start, group, threshold,
     low_precision="",
 ):  # fmt: skip
     blocks, m, dtype = len(cuts) - 1, len(key), query.dtype
@@ -53,7 +53,7 @@ def multipole(
     @np.errstate(all="ignore")
     def work(first):
         some = range(first, min(first + shared, blocks))
-        field = _Field(keys, mean[some], square[some], probe[some], limits, rates)
+        field = _Field(keys, mean[some], square[some], sampled[some], limits, rates)
         for r in some:
             rows = slice(cuts[r], cuts[r + 1])
             counts[r] = field.answer(
@@ -89,7 +89,7 @@ class _Keys:
 class _Field:
     """Weights and moments of the keys for a few blocks of queries."""
 
-    def __init__(self, keys, mean, square, probe, limits, rates):
+    def __init__(self, keys, mean, square, sampled, limits, rates):
         self.keys, self.mean, self.limits = keys, mean, limits
         (m, d), r, dtype = keys.key.shape, len(mean), keys.key.dtype
         p, c = keys.value.shape[1], len(keys.group)
@@ -109,8 +109,8 @@ class _Field:
             mass, top = self.total[i], self.top[i]
             tilt(self.weight[i], keys.start, mass, top)
             bend(remainder[i], *rates)
-            distance = (probe[i] * probe[i]) @ keys.metric
-            growths(probe[i] @ keys.centre.T, top, mass, distance, growth)
+            distance = (sampled[i] * sampled[i]) @ keys.metric
+            growths(sampled[i] @ keys.centre.T, top, mass, distance, growth)
             self.count[i] = classify(
                 self.weight[i], remainder[i], growth, keys.start, *limits,
                 self.near[i], self.first_order[i], self.spans[i], mass, self.error[i],
@@ -211,8 +211,8 @@ class _Field:
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _describe(query, cuts, mean, square, probe):
-    d, rows = query.shape[1], probe.shape[1]
+def _describe(query, cuts, mean, square, sampled):
+    d, rows = query.shape[1], sampled.shape[1]
     mean[:] = 0
     square[:] = 0
     for r in range(cuts.size - 1):
@@ -230,7 +230,7 @@ def _describe(query, cuts, mean, square, probe):
             square[r, l] *= share
         for i in range(rows):
             for l in range(d):
-                probe[r, i, l] = query[lo + i * (hi - lo) // rows, l] - mean[r, l]
+                sampled[r, i, l] = query[lo + i * (hi - lo) // rows, l] - mean[r, l]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)

@@ -31,7 +31,7 @@ _FEWEST_TASKS = 4
 
 
 def multipole_vjp(
-    query, mean, square, probe, key, value, metric, grad, limit, *,
+    query, mean, square, sampled, key, value, metric, grad, limit, *,
     cuts, start, group, threshold, all_first_order=False,
 ):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
@@ -55,7 +55,7 @@ def multipole_vjp(
         memory = np.empty(0, dtype)
         for first in range(task * span, min((task + 1) * span, blocks), shared):
             some = range(first, min(first + shared, blocks))
-            field = _Field(keys, mean[some], square[some], probe[some], limits, rates)
+            field = _Field(keys, mean[some], square[some], sampled[some], limits, rates)
             # one for all blocks: fresh memory costs as much as a product
             size = int((np.diff(cuts[first : some.stop + 1]) * field.count).max())
             if len(memory) < 2 * size:

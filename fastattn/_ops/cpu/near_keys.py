@@ -13,7 +13,7 @@ from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 # near keys whose largest logit a row's weights are relative to
-_PROBES = 32
+_SAMPLED_KEYS = 32
 _LOG2 = np.float32(LOG2)
 
 
@@ -25,7 +25,7 @@ def add_near(near, query, mean, key, packed, value, peak, total, out):
     """
     if not len(near):
         return True
-    some = near[:: max(1, len(near) // _PROBES)]
+    some = near[:: max(1, len(near) // _SAMPLED_KEYS)]
     shift = np.maximum(peak, np.max(query @ key[some].T, axis=1)) * _LOG2
     step = (query - mean) * _LOG2
     relative = shift - step @ packed.mean

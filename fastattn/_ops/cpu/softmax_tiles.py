@@ -16,7 +16,7 @@ from fastattn._ops.cpu.tiles import (
     weigh_float_tile,
 )
 from fastattn._ops.extreme import may_overflow
-from fastattn._ops.quantized import PROBES
+from fastattn._ops.quantized import SAMPLED_KEYS
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE, maximum
 
@@ -53,7 +53,7 @@ def attend_tiles(query, key, value, scale, prefix_lengths, out, normalizer):
 
 def largest_seen(query, key, prefix_lengths):
     """The largest logit of every row with some evenly spread keys that it sees."""
-    step = max(1, len(key) // PROBES)
+    step = max(1, len(key) // SAMPLED_KEYS)
     logits = query @ key[::step].T
     if prefix_lengths is not None:
         number = np.arange(0, len(key), step)

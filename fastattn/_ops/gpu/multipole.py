@@ -28,17 +28,17 @@ _SHARED = 8
 def describe(query, *, cuts, rows):
     blocks, d = len(cuts) - 1, query.shape[1]
     mean, square = (cp.empty((blocks, d), dtype=query.dtype) for _ in range(2))
-    probe = cp.empty((blocks, rows, d), dtype=query.dtype)
+    sampled = cp.empty((blocks, rows, d), dtype=query.dtype)
     kernel("multipole.cu", "describe", query.dtype)(
         (blocks,),
         (THREADS,),
-        (cp.ascontiguousarray(query), _move(cuts), mean, square, probe, d, rows),
+        (cp.ascontiguousarray(query), _move(cuts), mean, square, sampled, d, rows),
     )
-    return mean, square, probe
+    return mean, square, sampled
 
 
 def multipole(
-    query, mean, square, probe, key, value, metric, *, cuts, start, group, threshold,
+    query, mean, square, sampled, key, value, metric, *, cuts, start, group, threshold,
     low_precision="",  # noqa: ARG001
 ):  # fmt: skip
     keys = _Keys(key, value, metric, start, group)
@@ -49,7 +49,7 @@ def multipole(
     counts = []
     for lo in range(0, len(mean), keys.shared):
         some = slice(lo, min(lo + keys.shared, len(mean)))
-        field = _Field(keys, mean[some], square[some], probe[some], threshold)
+        field = _Field(keys, mean[some], square[some], sampled[some], threshold)
         own = np.asarray(cuts)[some.start : some.stop + 1]
         rows = slice(int(own[0]), int(own[-1]))
         out[rows], norm[rows], error[rows] = field.answer(query[rows], own - own[0])
@@ -86,7 +86,7 @@ class _Keys:
 class _Field:
     """Weights and moments of the keys for some blocks of queries."""
 
-    def __init__(self, keys, mean, square, probe, threshold):
+    def __init__(self, keys, mean, square, sampled, threshold):
         self.keys, self.mean, self.dtype = keys, mean, mean.dtype
         tiny = np.finfo(self.dtype).tiny
         length = cp.matmul(square, keys.metric) + tiny
@@ -96,9 +96,9 @@ class _Field:
         mass, self.top = (self._clusters() for _ in range(2))
         self._over_clusters("tilt", self.weight, keys.start, mass, self.top)
         growth = _growths(
-            cp.matmul(probe, keys.centre.T) + self.top[:, None, :],
+            cp.matmul(sampled, keys.centre.T) + self.top[:, None, :],
             mass,
-            cp.matmul(probe**2, keys.metric) + tiny,
+            cp.matmul(sampled**2, keys.metric) + tiny,
         )
         self.kind = cp.empty(self.weight.shape, dtype=cp.int8)
         self.total, self.own, self.error = (self._clusters() for _ in range(3))

@@ -44,7 +44,7 @@ class Blocks:
         Block ``r`` has the rows from ``cuts[r]`` up to ``cuts[r + 1]``.
     cuts : integer array, shape (R + 1,)
         Block boundaries, on the host.
-    mean, square, probe : array, shapes (R, d), (R, d), (R, s, d)
+    mean, square, sampled : array, shapes (R, d), (R, d), (R, s, d)
         Mean, mean squares of the coordinates about the mean, and ``s`` sample rows of
         each block, as ``describe`` returns them.
     order : integer array, shape (n,)
@@ -55,7 +55,7 @@ class Blocks:
     cuts: Array
     mean: Array
     square: Array
-    probe: Array
+    sampled: Array
     order: Array
 
     def subsample(
@@ -74,11 +74,11 @@ class Blocks:
         by_row, by_block = (
             xp.asarray(x, device=device_of(self.query)) for x in (rows, some)
         )
-        mean, square, probe = (
-            xp.take(x, by_block, axis=0) for x in (self.mean, self.square, self.probe)
+        mean, square, sampled = (
+            xp.take(x, by_block, axis=0) for x in (self.mean, self.square, self.sampled)
         )
         query, order = (xp.take(x, by_row, axis=0) for x in (self.query, self.order))
-        return Blocks(query, np.cumsum([0, *sizes]), mean, square, probe, order)
+        return Blocks(query, np.cumsum([0, *sizes]), mean, square, sampled, order)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,8 +179,8 @@ class Clusters:
         for _ in range(_ROUNDS):
             order, cuts = regroup(scaled, order, start=cuts)
         query = xp.take(query, order, axis=0)
-        mean, square, probe = describe(query, cuts=cuts, rows=_SAMPLED_ROWS)
-        return Blocks(query, cuts, mean, square, probe, order)
+        mean, square, sampled = describe(query, cuts=cuts, rows=_SAMPLED_ROWS)
+        return Blocks(query, cuts, mean, square, sampled, order)
 
     def cluster_logit_variance(self, blocks: Blocks) -> float:
         """Mean square of ``(q - block mean) . (k - cluster mean)`` over all pairs.
@@ -202,7 +202,7 @@ class Clusters:
             blocks.query,
             blocks.mean,
             blocks.square,
-            blocks.probe,
+            blocks.sampled,
             self.key,
             self.value,
             self.metric,

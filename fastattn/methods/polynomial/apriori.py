@@ -12,8 +12,8 @@ import numpy as np
 
 from fastattn.certificates.ratio_estimate import FailureBudget, promises
 from fastattn.certificates.sampled import ROWS
+from fastattn.methods.polynomial.polynomial_expansion import PolynomialExpansion
 from fastattn.methods.polynomial.proven import proven_expansion
-from fastattn.methods.polynomial.recipe import PolynomialExpansion
 from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError

@@ -22,12 +22,12 @@ from fastattn.methods.polynomial.expansions import (
     taylor,
     total_degree,
 )
-from fastattn.methods.polynomial.proven import proven_expansion
-from fastattn.methods.polynomial.recipe import (
+from fastattn.methods.polynomial.polynomial_expansion import (
     PolynomialExpansion,
     check_rank,
     coefficients_of,
 )
+from fastattn.methods.polynomial.proven import proven_expansion
 from fastattn.problem.head import Head
 from fastattn.problem.plan import (
     Candidate,

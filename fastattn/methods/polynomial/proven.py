@@ -43,7 +43,10 @@ from fastattn.methods.polynomial.expansions import (
     relative_minimax,
     total_degree,
 )
-from fastattn.methods.polynomial.recipe import PolynomialExpansion, check_rank
+from fastattn.methods.polynomial.polynomial_expansion import (
+    PolynomialExpansion,
+    check_rank,
+)
 from fastattn.problem.causal_chunks import largest_chunk
 from fastattn.problem.head import Head
 from fastattn.problem.rows import sample_rows

@@ -19,7 +19,7 @@ from tests.fastattn.prepared.clusters import test_multipole_rows
 
 FOLDER = Path(fastattn.__file__).parent / "_ops/gpu"
 SOURCES = sorted(FOLDER.glob("*.cu"))
-BODIES = sorted(FOLDER.glob("*.py"))
+KERNELS = sorted(FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("real", ["float", "double"])
@@ -60,7 +60,7 @@ def test_emulation_tells_a_missing_barrier(tmp_path, falling):
     assert got[1] != got[0]
 
 
-@pytest.mark.parametrize("path", BODIES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_cupy_has_what_kernels_ask_of_it(path):
     # NumPy stands in for it below, and has more
     cupy = pytest.importorskip("cupy", reason="cupy is not installed")

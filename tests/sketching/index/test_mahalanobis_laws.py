@@ -107,8 +107,8 @@ class Verbs(RuleBasedStateMachine):
         truth = distances(self.factor, q, x)
         # rounding of the points at the centre, and of the factor by its updates
         eps, scale = np.finfo(self.dtype).eps, np.linalg.norm(self.index.metric.factor)
-        drift = 1e-11 * (1 + scale)
-        slack = 16 * eps * scale * np.abs(x).max() * np.sqrt(D) + drift
+        rounding = 1e-11 * (1 + scale)
+        slack = 16 * eps * scale * np.abs(x).max() * np.sqrt(D) + rounding
         off = np.abs(answer.value - truth)
         assert (off <= float(answer.certificate.error) * truth + slack).all()
         self.compare_neighbours(q, truth, slack)
