@@ -8,10 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fastattn import Auto, Exact, Polynomial, load, prepare
+from fastattn import Auto, Exact, Polynomial, RefusalError, load, prepare
 from tests import oracles
 
 D, P, TOL = 4, 2, 0.2
+# fewer keys may be too unlike the 300 that a low rank was chosen for
+FEW = 100
 METHODS = (
     Auto(),
     Exact(),
@@ -29,7 +31,7 @@ class Prepared(RuleBasedStateMachine):
         seed=st.integers(0, 2**32 - 1), method=st.sampled_from(METHODS), size=sizes
     )
     def prepare(self, seed, method, size):
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.method = np.random.default_rng(seed), method
         self.query = self.draw(400, D)
         key, value = self.draw(300, D), self.draw(300, P)
         self.prepared = prepare(
@@ -74,7 +76,12 @@ class Prepared(RuleBasedStateMachine):
             path = Path(folder) / "keys.npz"
             self.prepared.save(path)
             again = load(path)
-        one, other = (x.query(self.query) for x in (self.prepared, again))
+        try:
+            one = self.prepared.query(self.query)
+        except RefusalError:
+            self.prepared = again
+            return
+        other = again.query(self.query)
         np.testing.assert_array_equal(one.value, other.value)
         np.testing.assert_array_equal(one.log_normalizer, other.log_normalizer)
         assert one.certificate == other.certificate
@@ -90,7 +97,13 @@ class Prepared(RuleBasedStateMachine):
 
     def check(self, query):
         assert self.prepared.count == len(self.key)
-        answer = self.prepared.query(query)
+        try:
+            answer = self.prepared.query(query)
+        except RefusalError as error:
+            is_few = 0 < len(self.key) < FEW and self.method == Auto()
+            if is_few and "its keys have changed too much" in str(error):
+                return
+            raise
         if not len(self.key):
             np.testing.assert_array_equal(answer.value, 0)
             np.testing.assert_array_equal(answer.log_normalizer, -np.inf)
