@@ -33,7 +33,7 @@ demo: $(VENV)/.base  ## run the main job on the packaged real heads
 	$(BIN)/fastattn demo $(ARGS)
 
 test: $(VENV)/.test  ## laws, oracles, attacks, doctests
-	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow' $(ARGS)
 	$(BIN)/python -m pytest --doctest-modules --ignore=fastattn/data --ignore-glob='*/_ops/gpu/*' sketching fastattn lowerbounds
 
 test-all: test  ## the same, then the slow tests: thousands of attacks
