@@ -78,7 +78,7 @@ def solve_exact(
         head, dtype
     ):
         dtype = head.xp.float64
-    return _solve_sampled(head, tol, rng, plan, dtype, bounds[dtype])
+    return _solve_sampled(head, tol, rng, plan, dtype, bounds)
 
 
 def _no_tuples(head: TensorHead, guarantee: str, plan: Plan) -> HeadAnswer:
@@ -94,17 +94,22 @@ def _solve_sampled(
     rng: np.random.Generator,
     plan: Plan,
     dtype: Any,
-    bound: float,
+    bounds: dict[Any, float],
 ) -> HeadAnswer:
-    """Certify by the bound on the rounding error, or by sampled rows in float64."""
+    """Certify by the bound on the rounding error, or by sampled rows in float64.
+
+    ``bounds`` are those of the head's dtype and of float64.
+    """
     value, normalizer = head.finish(*head.attend(dtype))
-    error = relative_bound(head, bound, value)
+    error = relative_bound(head, bounds[dtype], value)
     failure = 0.0
     source = f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
     if not error <= tol:
         # a tensor head has all attributes that certify_rows uses
         sampled = certify_rows(cast(Head, head), value, tol, rng)
-        error, failure = sampled.upper, FAILURE
+        # the float64 rows themselves have a rounding error
+        own = relative_bound(head, bounds[head.xp.float64], value)
+        error, failure = sampled.upper + own, FAILURE
         source = f"exact tensor attention; {sampled.source}"
     if not error <= tol:
         raise RefusalError(

@@ -186,3 +186,12 @@ def test_weights_that_may_not_add_up_certify_nothing():
     wrong = replace(expansion, coefficients=1.5 * expansion.coefficients)
     found = certify_tuples(head, wrong, value, normalizer - 2.0, rng)
     assert found.upper == np.inf
+
+
+def test_sampled_rows_that_underflow_are_no_truth():
+    # products of values below the least float64: exact rows are zero as well
+    rng = np.random.default_rng(0)
+    query, *keys = rng.standard_normal((3, 5, 4))
+    values = 1e-188 * rng.random((5, 2)), 1e-161 * rng.random((5, 2))
+    with pytest.raises(RefusalError, match="the answer underflows"):
+        approximate(query, tuple(keys), values, tol=0.1, method=Exact(), rng=0)
