@@ -31,8 +31,12 @@ def attend(query, key, value, *, scale, prefix_lengths, rows=None):
         rows = min(ROWS, max(256, -(-heads * n // 4)))
     keys = min(LONGEST, max(KEYS, LOGITS // min(rows, n)))
     per_head = -(-n // rows)
-    # with few rows every logit is checked: that takes less time than to read the keys
-    largest = [_largest(x) if n >= ROWS else math.inf for x in key]
+    # with few rows every logit is checked: that takes less time than to read the keys;
+    # tiles have a check of their own
+    largest = [
+        math.inf if n < ROWS or serves(*head) else _largest(head[1])
+        for head in zip(query, key, value, strict=True)
+    ]
 
     def work(task):
         head, block = divmod(task, per_head)
