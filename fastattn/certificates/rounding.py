@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.problem.head import Head, row_squares
+from fastattn.problem.head import Head
+from fastattn.problem.row_lengths import row_lengths
 from sketching._lib.arrays import (
     Array,
     array_namespace,
@@ -83,11 +84,11 @@ def frobenius(x: Array) -> float:
 def largest_row(x: Array, squares: Array | None = None) -> float:
     """Bound the largest norm of a row; in float64 only where squares leave the range.
 
-    ``squares`` are the results of ``row_squares``, if known.
+    ``squares`` are the results of ``row_lengths``, if known.
     """
     xp, d = array_namespace(x), x.shape[1]
     info = xp.finfo(compute_dtype(xp, x.dtype))
-    squares = row_squares(x) if squares is None else squares
+    squares = row_lengths(x) if squares is None else squares
     square = float(squares.max(initial=0.0))
     # squares that underflow are below the rounding error of a sum that is large enough
     if not float(info.smallest_normal) / float(info.eps) ** 2 < square < math.inf:
@@ -98,11 +99,11 @@ def largest_row(x: Array, squares: Array | None = None) -> float:
 def row_norms(x: Array, squares: Array | None = None) -> Array:
     """Bound the norm of each row, on the host; infinite where squares overflow.
 
-    ``squares`` are the results of ``row_squares``, if known.
+    ``squares`` are the results of ``row_lengths``, if known.
     """
     xp, d = array_namespace(x), x.shape[1]
     info = xp.finfo(compute_dtype(xp, x.dtype))
-    squares = row_squares(x) if squares is None else squares
+    squares = row_lengths(x) if squares is None else squares
     # squares that underflow are each less than the least normal number
     lost = math.sqrt(d * float(info.smallest_normal))
     return np.sqrt(squares) * (1 + (d + 2) * float(info.eps)) + lost

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._ops.rows import squared_lengths
 from fastattn._ops.softmax import attend
+from fastattn.problem.row_lengths import row_lengths
 from sketching._lib.arrays import (
     Array,
     array_namespace,
@@ -16,9 +16,6 @@ from sketching._lib.arrays import (
     to_host,
 )
 from sketching._lib.lazy import lazy
-
-# rows whose squared norms are computed at once
-_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +75,12 @@ class Head:
     @lazy
     def query_squares(self) -> Array:
         """Squared norms of the queries, in the dtype of computation, on the host."""
-        return row_squares(self.query)
+        return row_lengths(self.query)
 
     @lazy
     def key_squares(self) -> Array:
         """Squared norms of the keys, in the dtype of computation, on the host."""
-        return row_squares(self.key)
+        return row_lengths(self.key)
 
     @property
     def has_fast_kernel(self) -> bool:
@@ -147,22 +144,6 @@ class Head:
     def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
         """Round an output to the dtype of the query, log-sum-exps to the head's."""
         return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
-
-
-def row_squares(x: Array) -> Array:
-    """Squared norms of all rows, in the dtype of computation, on the host.
-
-    Infinite where squares overflow; squares that underflow count as zero.
-    """
-    xp, (n, d) = array_namespace(x), x.shape
-    dtype, found = compute_dtype(xp, x.dtype), np.empty(n)
-    zeros, ones = (f(d, dtype=dtype, device=device_of(x)) for f in (xp.zeros, xp.ones))
-    with np.errstate(over="ignore", under="ignore"):
-        for start in range(0, n, _BLOCK):
-            rows = slice(start, min(start + _BLOCK, n))
-            block = xp.astype(x[rows, :], dtype, copy=False)
-            found[rows] = to_host(squared_lengths(block, zeros, ones))
-    return found
 
 
 def rounded_answer(

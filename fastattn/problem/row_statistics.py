@@ -9,15 +9,13 @@ each key's share of a row, and which sums of weights are impossibly small.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from fastattn._ops.rows import squared_lengths
 from fastattn.problem.head import Head, host_rows
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from fastattn.problem.row_lengths import row_lengths
+from sketching._lib.arrays import Array, device_of, to_host
 
 # sample sizes for the statistics of keys and of queries; rows in a block
 _KEYS, _QUERIES = 2048, 512
@@ -132,7 +130,7 @@ def logit_spread(head: Head, rng: np.random.Generator) -> Array:
 
 
 def _logit_spread(head: Head, metric: _KeyMetric) -> Array:
-    (spread,) = _lengths(head.query, _first_mean(head), [metric.root], head.dtype)
+    spread = row_lengths(head.query, _first_mean(head), metric.root, head.dtype)
     # a row whose variance overflows is an outlier
     return _no_nan(spread)
 
@@ -142,32 +140,6 @@ def _first_mean(head: Head) -> Array:
     few = head.query[: min(head.sizes[0], _BLOCK), :]
     with np.errstate(over="ignore", invalid="ignore"):
         return to_host(head.xp.mean(head.xp.astype(few, head.dtype), axis=0))
-
-
-def _lengths(
-    x: Array, center: Array, turns: Sequence[Array | None], dtype: Any
-) -> list[Array]:
-    """Squared norms of the rows of ``(x - center) @ turn``, on the host.
-
-    A one-dimensional turn scales the columns; None stands for the identity.
-    """
-    xp, (n, d) = array_namespace(x), x.shape
-    move = {"dtype": dtype, "device": device_of(x)}
-    zeros, ones, found = xp.zeros(d, **move), xp.ones(d, **move), []
-    # rows that overflow become outliers
-    with np.errstate(over="ignore", invalid="ignore"):
-        shift = xp.asarray(center, **move)
-        for turn in turns:
-            matrix = ones if turn is None else xp.asarray(turn, **move)
-            found.append(np.empty(n))
-            for start in range(0, n, _BLOCK):
-                rows = slice(start, min(start + _BLOCK, n))
-                block, args = xp.astype(x[rows, :], dtype, copy=False), (shift, matrix)
-                if matrix.ndim > 1:
-                    few = matrix.shape[1]
-                    block, args = (block - shift) @ matrix, (zeros[:few], ones[:few])
-                found[-1][rows] = to_host(squared_lengths(block, *args))
-    return found
 
 
 def logit_variance(head: Head, rng: np.random.Generator) -> float:
@@ -209,11 +181,16 @@ class RowStatistics:
 def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
     """Compute the statistics, at ``d * d`` multiply-adds per row and key."""
     metric = _KeyMetric.of(head, rng)
-    spread, unusual = _lengths(
-        head.query, _first_mean(head), [metric.root, _column_scales(head)], head.dtype
+    mean_query = _first_mean(head)
+    spread, unusual = (
+        row_lengths(head.query, mean_query, turn, head.dtype)
+        for turn in (metric.root, _column_scales(head))
     )
     spread = _no_nan(spread)
-    long = _lengths(head.key, metric.center, [None, metric.whiten], head.dtype)
+    long = [
+        row_lengths(head.key, metric.center, turn, head.dtype)
+        for turn in (None, metric.whiten)
+    ]
     distance, mean, deviation = _value_sizes(head)
     rows = np.union1d(*(_largest(x, _UNUSUAL) for x in (spread, unusual)))
     far = [_largest(x, _EXTREME) for x in (distance, *long)]
@@ -244,7 +221,7 @@ def _value_sizes(head: Head) -> tuple[Array, Array, float]:
     xp = head.xp
     with np.errstate(over="ignore", invalid="ignore"):
         mean = to_host(xp.mean(xp.astype(head.value, head.dtype, copy=False), axis=0))
-        (squares,) = _lengths(head.value, mean, [None], head.dtype)
+        squares = row_lengths(head.value, mean, dtype=head.dtype)
         distance = np.sqrt(_no_nan(squares))
         deviation = float(np.sqrt(np.mean(squares)))
     return distance, mean.astype(np.float64), deviation
@@ -324,7 +301,7 @@ class SeenKeys:
         own = to_host(normalizer).astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
             share, farthest = np.exp(share - own), np.exp(farthest - own)
-            distance = np.sqrt(_lengths(value, found.mean, [None], head.dtype)[0])
+            distance = np.sqrt(row_lengths(value, found.mean, dtype=head.dtype))
         return SeenKeys(*(_no_nan(x) for x in (share, farthest, distance)))
 
 
