@@ -22,7 +22,13 @@ from fastattn.certificates.sampled import certify_rows, scaled_frobenius
 from fastattn.costs.work import exact_work, seconds
 from fastattn.problem.head import Head
 from fastattn.problem.plan import HeadAnswer, Plan
-from fastattn.tensor.logit_bounds import LogitBounds, in_range, size_of
+from fastattn.tensor.logit_bounds import (
+    LogitBounds,
+    in_range,
+    lost_of_products,
+    lost_products,
+    size_of,
+)
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
@@ -55,9 +61,8 @@ def solve_exact(
     if head.sizes[1] == 0:
         return _no_tuples(head, guarantee, plan)
     logit_bounds = LogitBounds.of(head)
-    bounds = {}
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-        bound = bounds[dtype] = rounding(head, logit_bounds, dtype)
+        bound = rounding(head, logit_bounds, dtype)
         if guarantee == "proven":
             bound = stored(head, logit_bounds.peak, bound)
             if bound <= tol * logit_bounds.half or _is_constant(logit_bounds, bound):
@@ -78,7 +83,7 @@ def solve_exact(
         head, dtype
     ):
         dtype = head.xp.float64
-    return _solve_sampled(head, tol, rng, plan, dtype, bounds)
+    return _solve_sampled(head, tol, rng, plan, dtype, logit_bounds)
 
 
 def _no_tuples(head: TensorHead, guarantee: str, plan: Plan) -> HeadAnswer:
@@ -94,21 +99,19 @@ def _solve_sampled(
     rng: np.random.Generator,
     plan: Plan,
     dtype: Any,
-    bounds: dict[Any, float],
+    logit_bounds: LogitBounds,
 ) -> HeadAnswer:
-    """Certify by the bound on the rounding error, or by sampled rows in float64.
-
-    ``bounds`` are those of the head's dtype and of float64.
-    """
+    """Certify by the bound on the rounding error, or by sampled rows in float64."""
     value, normalizer = head.finish(*head.attend(dtype))
-    error = relative_bound(head, bounds[dtype], value)
+    error = relative_bound(head, rounding(head, logit_bounds, dtype), value)
     failure = 0.0
     source = f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
     if not error <= tol:
         # a tensor head has all attributes that certify_rows uses
         sampled = certify_rows(cast(Head, head), value, tol, rng)
-        # the float64 rows themselves have a rounding error
-        own = relative_bound(head, bounds[head.xp.float64], value)
+        # the float64 rows have the rounding error of their weights, and may underflow
+        own = 2 * weights_error(head, logit_bounds, head.xp.float64)
+        own += lost_products(head, dtype, scaled_frobenius(value))
         error, failure = sampled.upper + own, FAILURE
         source = f"exact tensor attention; {sampled.source}"
     if not error <= tol:
@@ -205,39 +208,55 @@ def rounding(
 ) -> float:
     r"""Bound ``max |computed - exact|`` of nested attention in ``dtype``.
 
-    As in pairwise attention, a logit has an error of :math:`\gamma_{d+k+2} + 4u` times
-    the sum of its absolute terms, and a weight that of the exponentials of all blocks,
-    where :math:`k` is the order and :math:`u` the unit roundoff. At each of the
-    :math:`k - 2` levels of nesting a row contributes the errors of its weights and of
-    its log-sum-exp, which is rounded once more when it is stored. Products and sums of
-    values add errors relative to the largest product. ``terms`` is the number of terms
-    of the sums in ``dtype``; by default that of the blocks of the longest factor.
+    The weights of a row have the relative error :func:`weights_error`. Products and
+    sums of values add errors relative to the largest product. ``terms`` is the number
+    of terms of the sums in ``dtype``; by default that of the blocks of the longest
+    factor.
     """
-    u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
-    levels, d = head.order - 2, head.sizes[2]
-    lengths = sorted(head.lengths)
-    least, longest = _KEYS_A_BLOCK
-    blocks = -(-lengths[-1] // least) if head.has_fast_kernel else 1
-    if terms is None:
-        terms = lengths[-1]
-        if head.has_fast_kernel:
-            terms = min(terms, longest) + 2 * blocks
     if not in_range(head, dtype):
         return math.inf
     if logit_bounds.peak == 0:
         return 0.0
-    tuples, size = head.sizes[1], size_of((head.query, *head.keys), head.scale)
-    inner = (gamma(d + head.order + 2, u) + 4 * u) * logit_bounds.logit_bound
-    # a partial product that underflows may be multiplied by large factors later
-    inner += EXP * (blocks + 1) * u + d * tiny * size
-    sums = gamma(terms + 2, u) + 2 * u
-    logarithm = 4 * u * (logit_bounds.logit_bound + math.log(tuples) + 1)
-    exponent = (2 * levels + 1) * inner + levels * (sums + logarithm + EXP * u)
-    weights = math.expm1(exponent) if exponent < 1 else math.inf
-    sums = (2 * sums + 4 * u) * (levels + 1)
+    tuples, levels = head.sizes[1], head.order - 2
+    sums, _ = _sums_error(head, dtype, terms)
+    sums = (2 * sums + 4 * unit_roundoff(head.xp, dtype)) * (levels + 1)
     cut = cut_weights(head.xp, dtype, tuples)
+    weights = weights_error(head, logit_bounds, dtype, terms)
     return (
         mean_deviation(weights + cut, logit_bounds.half)
         + (sums + cut) * logit_bounds.peak
-        + 2 * tuples * tiny * size_of(head.values)
+        + lost_of_products(head, dtype)
     )
+
+
+def weights_error(
+    head: TensorHead, logit_bounds: LogitBounds, dtype: Any, terms: int | None = None
+) -> float:
+    r"""Bound the relative error of the weights of nested attention in ``dtype``.
+
+    As in pairwise attention, a logit has an error of :math:`\gamma_{d+k+2} + 4u` times
+    the sum of its absolute terms, and a weight that of the exponentials of all blocks,
+    where :math:`k` is the order and :math:`u` the unit roundoff. At each of the
+    :math:`k - 2` levels of nesting a row contributes the errors of its weights and of
+    its log-sum-exp, which is rounded once more when it is stored.
+    """
+    u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
+    levels, d = head.order - 2, head.sizes[2]
+    sums, blocks = _sums_error(head, dtype, terms)
+    size = size_of((head.query, *head.keys), head.scale)
+    inner = (gamma(d + head.order + 2, u) + 4 * u) * logit_bounds.logit_bound
+    # a partial product that underflows may be multiplied by large factors later
+    inner += EXP * (blocks + 1) * u + d * tiny * size
+    logarithm = 4 * u * (logit_bounds.logit_bound + math.log(head.sizes[1]) + 1)
+    exponent = (2 * levels + 1) * inner + levels * (sums + logarithm + EXP * u)
+    return math.expm1(exponent) if exponent < 1 else math.inf
+
+
+def _sums_error(head: TensorHead, dtype: Any, terms: int | None) -> tuple[float, int]:
+    """Relative error of sums of ``terms`` terms, and the number of blocks of keys."""
+    u, most = unit_roundoff(head.xp, dtype), max(head.lengths)
+    least, longest = _KEYS_A_BLOCK
+    blocks = -(-most // least) if head.has_fast_kernel else 1
+    if terms is None:
+        terms = min(most, longest) + 2 * blocks if head.has_fast_kernel else most
+    return gamma(terms + 2, u) + 2 * u, blocks

@@ -149,6 +149,31 @@ def in_range(head: TensorHead, dtype: Any) -> bool:
     return fits and lost <= _NEGLIGIBLE * peak
 
 
+def lost_of_products(head: TensorHead, dtype: Any) -> float:
+    """Bound the error of an output entry by underflow of partial products of values.
+
+    A partial product that underflows in ``dtype`` may be multiplied by large factors
+    later.
+    """
+    tiny = smallest_number(head.xp, dtype)
+    return 2 * head.sizes[1] * tiny * size_of(head.values)
+
+
+def lost_products(head: TensorHead, dtype: Any, size: tuple[float, float]) -> float:
+    """Bound the error by underflow of products of values, relative to the output.
+
+    ``size`` is ``scaled_frobenius`` of the output.
+    """
+    peak, norm = size
+    if _product_ranges(head.values)[1].min(axis=0).max() == 0:
+        # all products are zero
+        return 0.0
+    if not (math.isfinite(peak) and peak > 0):
+        return math.inf
+    n, _, _, p = head.sizes
+    return lost_of_products(head, dtype) / peak * math.sqrt(n * p) / norm
+
+
 def size_of(arrays: tuple[Array, ...], scale: float = 0.0) -> float:
     """Bound on products of an entry of each array, or of some of them, and a scale."""
     xp = array_namespace(*arrays)

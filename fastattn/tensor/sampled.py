@@ -35,7 +35,7 @@ from fastattn.certificates.sampled import (
 from fastattn.costs.work import exact_work
 from fastattn.methods.polynomial.expansions import rank_of
 from fastattn.problem.head import host_rows
-from fastattn.tensor.logit_bounds import LogitBounds, furthest_rows
+from fastattn.tensor.logit_bounds import LogitBounds, furthest_rows, lost_products
 from fastattn.tensor.polynomial import TensorPolynomialExpansion
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, to_host
@@ -94,7 +94,8 @@ def certify_tuples(
     rounding += float(head.xp.finfo(head.query.dtype).eps) / 2
     estimate = relative(math.sqrt(n * found.mean), norm)
     upper = math.sqrt(n * found.upper(UNIFORM_MARGIN)) + math.sqrt(n) * unseen
-    upper = relative(upper, norm) + rounding
+    lost = lost_products(head, expansion.dtype, (peak, norm))
+    upper = relative(upper, norm) + rounding + lost
     return SampledError(
         estimate,
         upper,
@@ -230,5 +231,6 @@ def certify_few_rows(
     lost = lost_norm(
         head.xp, dtype, head.query.dtype, head.sizes, head.largest_value, peak
     )
+    lost += lost_products(head, expansion.dtype, (peak, norm)) * norm
     what = f"rows of {head.sizes[1]} tuples"
     return statement(found, UNIFORM_MARGIN, FAILURE, norm, rounding, lost, rows=what)
