@@ -160,9 +160,9 @@ def lost_of_products(head: TensorHead, dtype: Any) -> float:
 
 
 def lost_products(head: TensorHead, dtype: Any, size: tuple[float, float]) -> float:
-    """Bound the error by underflow of products of values, relative to the output.
+    """Bound the error by underflow of products and outputs, relative to the output.
 
-    ``size`` is ``scaled_frobenius`` of the output.
+    Outputs underflow in the dtype of the query; ``size`` is ``scaled_frobenius`` of the output.
     """
     peak, norm = size
     if _product_ranges(head.values)[1].min(axis=0).max() == 0:
@@ -171,7 +171,9 @@ def lost_products(head: TensorHead, dtype: Any, size: tuple[float, float]) -> fl
     if not (math.isfinite(peak) and peak > 0):
         return math.inf
     n, _, _, p = head.sizes
-    return lost_of_products(head, dtype) / peak * math.sqrt(n * p) / norm
+    entry = lost_of_products(head, dtype)
+    entry += smallest_number(head.xp, head.query.dtype) / 2
+    return entry / peak * math.sqrt(n * p) / norm
 
 
 def size_of(arrays: tuple[Array, ...], scale: float = 0.0) -> float:

@@ -19,7 +19,7 @@ from fastattn.methods.polynomial.expansions import relative_minimax
 from fastattn.tensor.degree_search import sampled_expansion
 from fastattn.tensor.polynomial import shifted
 from fastattn.tensor.problem import TensorHead
-from fastattn.tensor.sampled import certify_tuples
+from fastattn.tensor.sampled import certify_few_rows, certify_tuples
 from tests import oracles
 from tests.chance import assert_fails_rarely
 from tests.laws import DTYPES
@@ -195,3 +195,22 @@ def test_sampled_rows_that_underflow_are_no_truth():
     values = 1e-188 * rng.random((5, 2)), 1e-161 * rng.random((5, 2))
     with pytest.raises(RefusalError, match="the answer underflows"):
         approximate(query, tuple(keys), values, tol=0.1, method=Exact(), rng=0)
+
+
+@pytest.mark.parametrize("certify", ["tuples", "rows"])
+def test_outputs_that_underflow_are_certified_as_rounded(certify):
+    # sampled tuples and rows are in float64, where these outputs do not underflow
+    query, keys, _ = problem((7, 6), n=20, dtype=np.float32)
+    values = (1e-22 * np.random.default_rng(1).uniform(1, 2, (2, 7, 2))).astype("f4")
+    values = values[0], values[1][:6]
+    head = TensorHead(query, keys, values, 1.0)
+    rng = np.random.default_rng(0)
+    expansion = sampled_expansion(head, Polynomial(degree=3), 1e-2, rng)
+    value, normalizer = head.finish(*head.attend(np.float64))
+    if certify == "tuples":
+        found = certify_tuples(head, expansion, value, normalizer, rng)
+    else:
+        found = certify_few_rows(head, expansion, value, 16, 1e-2, rng)
+    exact = oracles.tensor_attention(query, keys, values, scale=1.0)[0]
+    error = np.linalg.norm(value - exact) / np.linalg.norm(exact)
+    assert 0.01 < error <= found.upper
