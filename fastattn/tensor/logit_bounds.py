@@ -162,7 +162,8 @@ def lost_of_products(head: TensorHead, dtype: Any) -> float:
 def lost_products(head: TensorHead, dtype: Any, size: tuple[float, float]) -> float:
     """Bound the error by underflow of products and outputs, relative to the output.
 
-    Outputs underflow in the dtype of the query; ``size`` is ``scaled_frobenius`` of the output.
+    Outputs underflow in the dtype of the query; ``size`` is their
+    ``scaled_frobenius``.
     """
     peak, norm = size
     if _product_ranges(head.values)[1].min(axis=0).max() == 0:
