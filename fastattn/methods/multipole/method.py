@@ -203,7 +203,9 @@ def configured_multipole(
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
 
     def configured(
-        found: Choice, retighten: Callable[[float], ConfiguredMethod] | None
+        clusters: Clusters,
+        found: Choice,
+        retighten: Callable[[float], ConfiguredMethod] | None,
     ) -> ConfiguredMethod:
         made = Multipole(len(clusters.group), found.threshold)
         plan = Plan(made, found.error, seconds(cost(found.counts)), reason)
@@ -214,14 +216,24 @@ def configured_multipole(
         return ConfiguredMethod(plan, run, math.inf, retighten)
 
     if method.threshold is not None:
-        return configured(Choice(method.threshold, math.nan, Counts(0, 0, count)), None)
-    trial = Trial.of(clusters, blocks, rng)
+        given = Choice(method.threshold, math.nan, Counts(0, 0, count))
+        return configured(clusters, given, None)
 
-    def search(wanted: float) -> ConfiguredMethod:
-        found = choose(trial, wanted, cost, limit)
-        return configured(found, lambda factor: search(factor * wanted))
+    def search(trial: Trial, wanted: float) -> ConfiguredMethod:
+        try:
+            found = choose(trial, wanted, cost, limit)
+        except RefusalError:
+            # values that cancel may need near keys in full precision; a budget is one
+            # of a method that is not asked for by name, and others are tried then
+            if not trial.clusters.low_precision or math.isfinite(limit):
+                raise
+            clusters = replace(trial.clusters, low_precision="")
+            return search(replace(trial, clusters=clusters), wanted)
+        return configured(
+            trial.clusters, found, lambda factor: search(trial, factor * wanted)
+        )
 
-    return search(wanted)
+    return search(Trial.of(clusters, blocks, rng), wanted)
 
 
 def _by_halves(

@@ -250,9 +250,9 @@ def test_eight_bits_come_before_exact_attention_where_others_miss(monkeypatch):
     query, key, value = (0.3 * rng.standard_normal((3, 6000, 8))).astype(np.float32)
     seen, real = [], auto.answer_of
 
-    def missing(head, configured, tol, rng):
+    def missing(head, configured, tol, rng, shared):
         seen.append(type(configured.plan.method).__name__)
-        answer = real(head, configured, tol, rng)
+        answer = real(head, configured, tol, rng, shared)
         if isinstance(configured.plan.method, Quantized):
             return answer
         return replace(answer, error=2 * tol)
@@ -271,11 +271,11 @@ def test_eight_bits_that_miss_are_not_tried_again(fault, monkeypatch):
     query, key, value = (x[0] for x in load_sample("minilm-sharp"))
     seen, real = [], auto.answer_of
 
-    def missing(head, configured, tol, rng):
+    def missing(head, configured, tol, rng, shared):
         seen.append(configured.plan.method)
         if fault == "fails":
             raise RefusalError("fails in all rows")
-        return replace(real(head, configured, tol, rng), error=2 * tol)
+        return replace(real(head, configured, tol, rng, shared), error=2 * tol)
 
     monkeypatch.setattr(auto, "answer_of", missing)
     answer = approximate(query, key, value, tol=0.02, rng=0)
