@@ -9,7 +9,7 @@ ARGS ?=
 # a folder that root cannot write to either
 NOWHERE := /proc/nowhere
 
-.PHONY: demo test test-all check bench coverage gpu docs clean
+.PHONY: demo test test-all processors check bench coverage gpu docs clean
 .PHONY: environments least readonly homeless interpreted
 
 $(VENV)/.base: pyproject.toml
@@ -19,6 +19,10 @@ $(VENV)/.base: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/.all: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]' '$(or $(TORCH),torch)'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.test
@@ -36,10 +40,16 @@ test: $(VENV)/.test  ## laws, oracles, attacks, doctests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow' $(ARGS)
 	$(BIN)/python -m pytest --doctest-modules --ignore=fastattn/data --ignore-glob='*/_ops/gpu/*' sketching fastattn lowerbounds
 
-test-all: test  ## the same, then the slow tests: thousands of attacks
+test-all: $(VENV)/.all test processors  ## the same with every library, then the slow tests; TORCH='torch==2.13.0' picks a build
 	$(BIN)/python -m pytest --numprocesses 2 -m slow $(ARGS)
 
-check: $(VENV)/.test $(VENV)/.docs  ## everything that CI runs
+# without AVX-512, then without vector instructions that a processor might lack
+processors: $(VENV)/.test  ## the kernels' tests, compiled as for other processors
+	for name in znver3 generic; do \
+	    NUMBA_CPU_NAME=$$name $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'kernel and not slow' --quiet $(ARGS) || exit 1; \
+	done
+
+check: $(VENV)/.all $(VENV)/.docs  ## everything that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -31,6 +31,16 @@ os.environ["FASTATTN_CACHE"] = _CACHE.name
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_itemcollected(item):
+    """Mark the tests of kernels, which run as on other processors, too."""
+    # assertions of the suites are rewritten, and hypothesis is set up, before
+    from tests.laws import OpLaws
+
+    is_op = item.cls is not None and issubclass(item.cls, OpLaws)
+    if is_op or "_ops" in item.path.parts:
+        item.add_marker(pytest.mark.kernel)
+
+
 def pytest_collection_modifyitems(config, items):
     """Skip the tests of a GPU as one where there is no CuPy."""
     if importlib.util.find_spec("cupy") is not None:
