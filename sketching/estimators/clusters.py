@@ -145,14 +145,14 @@ class _Clusters(
         centers[is_empty] = X[0]
         self.cluster_centers_ = centers.astype(X.dtype)
         # from the stored centres, so that these labels are those of predict
-        self.labels_ = self.predict(X)
+        self.labels_ = self._labels(X)
         self.n_distinct_ = len(np.unique(self.labels_))
         self.inertia_ = found.inertia
         self.n_iter_ = found.n_iter
 
     def predict(self, X: Array) -> Array:
         """Return the number of the nearest centre of each row."""
-        return self._assigned(self._checked(X))[2].astype(np.int32)
+        return self._labels(self._checked(X))
 
     def transform(self, X: Array) -> Array:
         """Return the distances of each row to all centres."""
@@ -175,6 +175,10 @@ class _Clusters(
         """Check rows of a fitted estimator."""
         check_is_fitted(self)
         return validate_data(self, X, dtype=_DTYPES, reset=False)
+
+    def _labels(self, X: Array) -> Array:
+        """Numbers of the nearest centres of checked rows."""
+        return self._assigned(X)[2].astype(np.int32)
 
     def _assigned(self, X: Array) -> tuple[Array, Array, Array]:
         """Whiten rows and find their centres."""
