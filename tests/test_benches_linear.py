@@ -64,6 +64,7 @@ def test_softmax_attention_has_the_risk_of_bayes():
     np.testing.assert_allclose(bayes(Task(strength=50.0), tokens), target)
 
 
+@pytest.mark.slow
 def test_what_is_learned_of_one_token_is_near_bayes_for_softmax_only():
     task = Task(length=6, strength=4.0, d=4)
     seen = task.draw(200, np.random.default_rng(2))

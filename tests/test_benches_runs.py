@@ -272,6 +272,7 @@ def test_an_attack_is_told_the_truth_by_exact_answers():
         assert told == pytest.approx([1.0] * 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["growth", "map", "sketch-error", "attack"])
 def test_curves_are_drawn(name, tmp_path):
     times = spread("time over a product", Ratio(1.0, 0.9, 1.2))

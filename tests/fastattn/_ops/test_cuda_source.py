@@ -22,6 +22,7 @@ SOURCES = sorted(FOLDER.glob("*.cu"))
 KERNELS = sorted(FOLDER.glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", ["float", "double"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_nvcc_compiles_without_a_warning(source, real):
@@ -125,6 +126,7 @@ class EmulatedLaws:
     "device", [False, True], ids=["rising", "falling"], indirect=True, scope="class"
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.slow
 class TestWideEmulated(WideLaws):
     pass
 

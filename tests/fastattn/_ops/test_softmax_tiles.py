@@ -10,6 +10,7 @@ from fastattn._ops.cpu.tiles import has_tiles
 from fastattn._ops.softmax import attend
 from tests import oracles
 from tests.laws import MethodLaws, OpLaws, roundoff
+from tests.pairwise import pairwise
 
 needs_tiles = pytest.mark.skipif(
     not has_tiles(), reason="the processor has no AVX-512 F and DQ"
@@ -58,9 +59,12 @@ class TestExactInTiles(MethodLaws):
         assert abs(answer.value - 0.7).max() <= answer.certificate.error
 
 
-@pytest.mark.parametrize("m", [KEYS, KEYS + 1, 10 * KEYS + 7])
-@pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pairwise(
+    ("m", "spread", "is_causal"),
+    [KEYS, KEYS + 1, 10 * KEYS + 7],
+    [0.1, 2.0, 8.0],
+    [False, True],
+)
 def test_rounding_is_within_the_proven_bound(m, spread, is_causal):
     rng = np.random.default_rng(m)
     query, key = (spread * rng.standard_normal((m, 16)) for _ in range(2))

@@ -104,7 +104,7 @@ def with_errors(tail):
 
 
 @pytest.mark.parametrize("guess", GUESSES)
-@pytest.mark.parametrize("tail", [0.5, 1.0])
+@pytest.mark.parametrize("tail", [pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_certificate_holds_whatever_the_error_profile(guess, tail):
     head, value, squares, error = with_errors(tail)
     error_profile = GUESSES[guess](squares, np.random.default_rng(4))
@@ -144,7 +144,7 @@ def test_a_right_error_profile_makes_the_margin_small():
 
 
 @pytest.mark.parametrize("method", [Polynomial(degree=2), None])
-@pytest.mark.parametrize("factor", [5.0, 20.0])
+@pytest.mark.parametrize("factor", [pytest.param(5.0, marks=pytest.mark.slow), 20.0])
 def test_sampled_certificate_survives_one_huge_query(factor, method):
     def trial(rng):
         query, key, value = 0.4 * rng.standard_normal((3, 1100, 8))

@@ -143,6 +143,7 @@ def test_explain_runs_what_it_explains(capsys, source):
     assert "measured" in run(capsys, "explain", source, "--run").splitlines()[0]
 
 
+@pytest.mark.slow
 def test_calibrate_puts_rates_in_force(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
     rates.speed.cache_clear()
@@ -177,7 +178,9 @@ def test_info_knows_this_machine(capsys):
     assert fastattn.__version__ in run(capsys, "info")
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--json"], marks=pytest.mark.slow)]
+)
 def test_demo_draws_a_picture(tmp_path, capsys, options):
     picture = tmp_path / "demo.png"
     text = run(

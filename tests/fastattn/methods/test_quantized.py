@@ -25,6 +25,7 @@ from tests import oracles
 from tests.chance import assert_fails_rarely
 from tests.fastattn.methods.multipole.test_near_keys import ROUNDING, slack
 from tests.laws import OpLaws
+from tests.pairwise import pairwise
 
 needs_eight_bits = pytest.mark.skipif(
     not multiplies_bytes(), reason="the processor has no AVX-512 BF16 and VNNI"
@@ -116,9 +117,12 @@ def test_weights_out_of_range_are_no_number(integers):
 
 
 @needs_eight_bits
-@pytest.mark.parametrize("logits", [None, "int8", "bfloat16"])
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pairwise(
+    ("logits", "is_causal", "dtype"),
+    [None, "int8", "bfloat16"],
+    [False, True],
+    [np.float32, np.float16],
+)
 def test_real_heads_keep_their_certificates(logits, is_causal, dtype):
     for name in fastattn.sample_names():
         query, key, value = (x[:2].astype(dtype) for x in load_sample(name))

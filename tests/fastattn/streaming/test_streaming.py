@@ -351,6 +351,7 @@ print(int(status.partition("VmHWM:")[2].split()[0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     rng, peaks = np.random.default_rng(0), []

@@ -152,6 +152,7 @@ def heavy(rng, kind):
     return query, tuple(keys), values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method"),
     [

@@ -20,6 +20,7 @@ from fastattn.tensor.sampled import certify_few_rows, certify_tuples
 from tests import oracles
 from tests.chance import assert_fails_rarely
 from tests.laws import DTYPES
+from tests.pairwise import pairwise
 
 
 def problem(lengths=(40, 30), n=50, d=4, p=3, seed=0, dtype=np.float64, size=1.0):
@@ -187,9 +188,12 @@ def test_auto_is_exact_where_no_polynomial_serves(guarantee):
     assert error_of(answer, inputs) <= answer.certificate.error
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("lengths", [(70,), (70, 70), (20, 90), (70, 33, 70)])
+@pairwise(
+    ("lengths", "masked", "dtype"),
+    [(70,), (70, 70), (20, 90), (70, 33, 70)],
+    [False, True],
+    DTYPES,
+)
 def test_causal_rows_see_products_of_prefixes(lengths, masked, dtype, xp):
     query, keys, values = inputs = problem(lengths, n=70, dtype=dtype)
     rng = np.random.default_rng(3)

@@ -66,7 +66,10 @@ def text(x):
 
 
 @pytest.mark.parametrize("content", [BOMB, LONG_HEADER], ids=["array", "header"])
-@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize(
+    "kind",
+    [zipfile.ZIP_DEFLATED, pytest.param(zipfile.ZIP_BZIP2, marks=pytest.mark.slow)],
+)
 def test_bombs_are_refused_before_they_unpack(tmp_path, content, kind):
     index = {"header.npy": text(INDEX), "factor.npy": content}
     path = archive(tmp_path / "index.npz", index, kind)

@@ -45,6 +45,7 @@ def want():
     return run(CALLS)
 
 
+@pytest.mark.slow
 def test_without_a_folder_for_code_everything_is_compiled(want):
     assert run(NOWHERE + CALLS) == want
 
@@ -68,6 +69,7 @@ def flipped(data):
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
+@pytest.mark.slow
 def test_damaged_code_is_compiled_anew(tmp_path, want):
     assert run(CALLS, NUMBA_CACHE_DIR=str(tmp_path)) == want
     # one kind of damage a function, to its list of code or to the code

@@ -118,8 +118,15 @@ thread.join()
 }
 
 
+# sixty forks, and compiling all again, take long
+LONG = "a thread computes", "the first call compiles"
+
+
 @pytest.mark.parametrize("threads", ["1", "2"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] if x in LONG else []) for x in CASES],
+)
 def test_a_child_computes_whatever_other_threads_did(name, threads, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     environment |= {"OPENBLAS_NUM_THREADS": threads}

@@ -100,8 +100,14 @@ for wait in (0.05, 0.21, 0.4):
 """
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "threads"),
+    [
+        ("attention", "2"),
+        *(pytest.param(x, "1", marks=pytest.mark.slow) for x in CALLS),
+        *(pytest.param(x, "2", marks=pytest.mark.slow) for x in list(CALLS)[1:]),
+    ],
+)
 def test_an_interrupt_leaves_no_threads_and_no_limits(name, threads):
     found = run(SCRIPT.format(setup=CALLS[name]), threads)
     assert found.returncode == 0, found.stderr

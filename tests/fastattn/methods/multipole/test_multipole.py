@@ -164,6 +164,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("method", [Multipole(11), Multipole(11, 1e-2)])
 def test_no_answer_is_wrong_in_silence(kind, method):

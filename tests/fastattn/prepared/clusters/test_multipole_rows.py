@@ -195,6 +195,7 @@ def test_single_rows_are_within_the_certificate(decoding):
     assert_allclose(one.value[0], answer.value[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_certificate_fails_rarely():
     query, key, value = clustered(FEWEST_KEYS, dtype=np.float32)
     truth, _ = oracles.attention(query, key, value)

@@ -171,6 +171,7 @@ def test_sums_do_not_grow_with_the_keys():
     assert len(set(sizes)) == 1
 
 
+@pytest.mark.slow
 def test_many_pieces_stay_within_the_bound():
     inputs = problem((5000, 9000), n=5, d=2, dtype=np.float32)
     assert_true(made(inputs, Polynomial()).query(inputs[0]), inputs)
