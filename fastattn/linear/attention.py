@@ -1,6 +1,7 @@
 """Linear attention: weights are products of features; time is linear in the length."""
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from fastattn.problem.batch import Batch, own_place, pick
 from fastattn.problem.derivatives import assembled, check_grad, unmasked
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.certificate import RefusalError
-from sketching._lib.threads import run_blocks
+from sketching._lib.threads import parallel_map
 from sketching._lib.validation import check_flag, not_finite
 
 # least number of rows of a head whose inputs are checked block by block
@@ -267,28 +268,21 @@ def _decays(batch: Batch, decay: Any) -> list[float | None]:
 
 def _answers(batch: Batch, parts: list[LinearHead]) -> list[Array]:
     """Outputs of the heads, in parallel on the CPU; shared keys are summed once."""
-    answers: list[Any] = [None] * batch.count
     groups: dict[Any, list[int]] = {}
     for number, place in enumerate(np.ndindex(*batch.lead)):
         shared = [own_place(batch.key, place), own_place(batch.value, place)]
         if batch.key_mask is not None:
             shared.append(own_place(batch.key_mask, place, 1))
         groups.setdefault(tuple(shared), []).append(number)
-    members = list(groups.values())
 
-    def work(group: int) -> None:
-        first = parts[members[group][0]]
+    def work(members: list[int]) -> list[tuple[int, Array]]:
+        first = parts[members[0]]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             state = None if first.is_sequential else first.state()
-            for number in members[group]:
-                answers[number] = _checked(parts[number], parts[number].answer(state))
+            return [(i, _checked(parts[i], parts[i].answer(state))) for i in members]
 
-    if place_of(batch.query) == "cpu":
-        run_blocks(work, range(len(members)))
-    else:
-        for group in range(len(members)):
-            work(group)
-    return answers
+    found = dict(chain(*parallel_map(work, list(groups.values()), batch.query)))
+    return [found[number] for number in range(batch.count)]
 
 
 def _checked(part: LinearHead, answer: Answer) -> Array:
