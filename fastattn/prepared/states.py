@@ -135,7 +135,7 @@ class LowRankState:
             {_ATTRIBUTES.get(name, name): arrays[prefix + name] for name in names}
             for prefix, names in zip(("", "frame_", "hermite_"), _LOWRANK, strict=True)
         )
-        basis = Basis(
+        basis = Basis.factorised(
             Whitening(
                 **whitening, **{name: float(values[name]) for name in _WHITENING}
             ),

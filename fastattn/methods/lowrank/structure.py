@@ -119,7 +119,7 @@ class LowRank:
         if pivots is not None:
             y, log_weight = whitening.coordinates(sample.key)
             marks = one_lloyd_step(y, relative_weights(log_weight), pivots)
-        basis = Basis(whitening, hermite, marks)
+        basis = Basis.factorised(whitening, hermite, marks)
         d, p = sample.key.shape[1], sample.value.shape[1]
         empty = np.zeros((len(hermite) + len(marks), p + 1))
         return LowRank(
