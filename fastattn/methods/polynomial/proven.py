@@ -9,9 +9,10 @@ balancing), plus bounds on dropped monomials and on rounding (Alman and Song, ar
 
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -48,12 +49,14 @@ from fastattn.methods.polynomial.polynomial_expansion import (
     check_rank,
 )
 from fastattn.problem.causal_chunks import largest_chunk
-from fastattn.problem.head import Head
+from fastattn.problem.head import AttentionHead, Head
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import Transform, balance, center, identity
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import RefusalError
 
+# least half width of the interval of the logits
+NARROWEST = 1e-3
 # largest log of a key's weight: the weight and its reciprocal stay in float32's range
 _LARGEST_TILT = 60.0
 # fewest keys that exact attention sums before it rescales the running sums
@@ -108,37 +111,92 @@ def proven_expansion(
     """
     logit_bounds = _tightest_bounds(head, rng)
     value_bounds = value_range(head)
-    bound = max(logit_bounds.bound, 1e-3)
+
+    def make(degree: int, dtype: Any) -> PolynomialExpansion:
+        return _expansion(
+            head,
+            logit_bounds,
+            value_bounds,
+            degree,
+            dtype,
+            rank=rank,
+            max_blocks=max_blocks,
+        )
+
+    bound = max(logit_bounds.bound, NARROWEST)
+    where = f"centred logits up to {bound:.3g}"
+    limits = bound, value_bounds.half
+    return least_proven(make, head, tol, limits, where, degree=degree, rank=rank)
+
+
+class _Bounded(Protocol):
+    """An expansion with a bound on its error."""
+
+    @property
+    def bound(self) -> float: ...
+
+
+_Bound = TypeVar("_Bound", bound=_Bounded)
+
+
+def least_proven(
+    make: Callable[[int, Any], _Bound],
+    head: AttentionHead,
+    tol: float,
+    limits: tuple[float, float],
+    where: str,
+    *,
+    degree: int | None,
+    rank: int | None,
+) -> _Bound:
+    """Find the least degree and precision whose proven bound meets ``tol``.
+
+    Parameters
+    ----------
+    make : callable
+        The expansion of a degree in a dtype, with its bound.
+    head : AttentionHead
+        The head; only its sizes and dtypes are used.
+    tol : float
+        Tolerance, in units of half the range of the values.
+    limits : pair of float
+        Half the width of the interval of the logits, and half the range of the values.
+    where : str
+        Names the interval in refusals.
+    degree, rank : int, optional
+        Degree and number of monomials, if given.
+
+    Raises
+    ------
+    RefusalError
+        If there is none; with the interval, the degree and the rank.
+    """
+    bound, half = limits
     if not bound <= LARGEST_BOUND:
         raise RefusalError(
-            f"logits are bounded by {bound:.3g} after centring, more than "
-            f"{LARGEST_BOUND:g}: no degree up to {LARGEST_DEGREE} suffices; "
-            "scale query or key down, or use Exact()"
+            f"{where} are wider than +-{LARGEST_BOUND:g}: no degree up to "
+            f"{LARGEST_DEGREE} suffices; scale the inputs down, or use Exact()"
         )
-    wanted = tol / (1 + tol)
-    first = least_degree(bound, wanted) if degree is None else degree
+    first = least_degree(bound, tol / (1 + tol)) if degree is None else degree
     if first is None:
         raise RefusalError(
-            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for logits up to "
-            f"{bound:.3g}: raise tol, scale query or key down, or use Exact()"
+            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for {where}: raise "
+            "tol, scale the inputs down, or use Exact()"
         )
     last = min(first + 2, LARGEST_DEGREE) if degree is None else degree
-    best = math.inf
+    best, d = math.inf, head.sizes[2]
     for g in range(first, last + 1):
-        check_rank(head.sizes[2], g, rank)
+        check_rank(d, g, rank)
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            expansion = _expansion(
-                head, logit_bounds, value_bounds, g, rank, dtype, max_blocks
-            )
-            constant = value_bounds.half == 0 and math.isfinite(expansion.bound)
-            if expansion.bound <= tol * value_bounds.half or constant:
+            expansion = make(g, dtype)
+            constant = half == 0 and math.isfinite(expansion.bound)
+            if expansion.bound <= tol * half or constant:
                 return expansion
             best = min(best, expansion.bound)
     raise RefusalError(
-        f"tol={tol:g} cannot be proven: logits up to {bound:.3g}, degree {last}, rank "
-        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where "
-        f"the half range of the values is {value_bounds.half:.1e}; raise tol, degree "
-        "or rank, or use Exact()"
+        f"tol={tol:g} cannot be proven: {where}, degree {last}, rank "
+        f"{rank or rank_of(d, last)} are proven to {best:.1e} where the half range of "
+        f"the values is {half:.1e}; raise tol, degree or rank, or use Exact()"
     )
 
 
@@ -187,12 +245,13 @@ def _expansion(
     logit_bounds: _LogitBounds,
     value_bounds: ValueRange,
     degree: int,
-    rank: int | None,
     dtype: Any,
+    *,
+    rank: int | None,
     max_blocks: int | None,
 ) -> PolynomialExpansion:
     """Build the expansion of one degree and precision, and bound its error."""
-    bound = max(logit_bounds.bound, 1e-3)
+    bound = max(logit_bounds.bound, NARROWEST)
     coefficients, delta = relative_minimax(degree, bound)
     d = logit_bounds.transform.query_map.shape[1]
     if rank is None or rank >= rank_of(d, degree):
@@ -307,12 +366,7 @@ def _dropped(
     t = logit_bounds.transform
     entries = largest_entries(head.query, t.query_center, t.query_map)
     entries = entries * largest_entries(head.key, t.key_center, t.key_map)
-    size = np.abs(coefficients)
-    everything = float(np.polynomial.polynomial.polyval(entries.sum(), size))
-    term = np.ones(len(index))
-    for j in range(1, len(index)):
-        term[j] = term[index.parent[j]] * entries[index.coordinate[j]]
-    kept = float(np.sum(term * index.weights(size)))
+    everything, kept = index.sizes(entries, coefficients)
     # rounding of the difference of two almost equal sums
     slack = 8 * len(index) * unit_roundoff(np, np.float64) * everything
     return (max(everything - kept, 0.0) + slack) * math.exp(logit_bounds.bound)
