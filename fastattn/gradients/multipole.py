@@ -308,9 +308,7 @@ class _ClusterVjp:
         move = mover(clusters.key, clusters.key.dtype)
         query, key, value, normalizer, delta = multipole_vjp(
             blocks.query,
-            blocks.mean,
-            blocks.square,
-            blocks.sampled,
+            blocks.statistics,
             clusters.key,
             clusters.value,
             clusters.metric,
