@@ -20,7 +20,7 @@ from fastattn.methods.polynomial.polynomial_expansion import (
     check_rank,
     coefficients_of,
 )
-from fastattn.methods.polynomial.proven import NARROWEST
+from fastattn.methods.polynomial.proven_degree import NARROWEST
 from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.polynomial import (
     TensorPolynomialExpansion,
