@@ -1,20 +1,16 @@
 """The keys and values of one head, inserted into a structure in blocks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.batch import pick
 from fastattn.problem.head import Head
-from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
-from sketching._lib.threads import run_blocks
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # rows that are inserted at once; copies of them are freed before the next block
 _ROWS = 1 << 18
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,16 +73,3 @@ def _taken(key: Array, value: Array, rows: Array) -> tuple[Array, Array]:
     xp = array_namespace(key)
     numbers = xp.asarray(rows, device=device_of(key))
     return xp.take(key, numbers, axis=0), xp.take(value, numbers, axis=0)
-
-
-def side_by_side(like: Array, count: int, work: Callable[[int], _T]) -> list[_T]:
-    """Call ``work`` for every head, in parallel on the CPU."""
-    if place_of(like) != "cpu":
-        return [work(i) for i in range(count)]
-    found: list[Any] = [None] * count
-
-    def one(i: int) -> None:
-        found[i] = work(i)
-
-    run_blocks(one, range(count))
-    return found

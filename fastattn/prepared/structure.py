@@ -9,7 +9,7 @@ from fastattn.files.formats import PathLike
 from fastattn.prepared.files import write_prepared
 from fastattn.prepared.heads import same_plan
 from fastattn.prepared.protocol import PreparedHead
-from fastattn.prepared.rows import Rows, side_by_side
+from fastattn.prepared.rows import Rows
 from fastattn.prepared.tensor.exact import insert_factors
 from fastattn.problem.batch import (
     Batch,
@@ -22,6 +22,7 @@ from fastattn.problem.batch import (
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.cell import Cell
 from sketching._lib.certificate import Approximation, Certificate
+from sketching._lib.threads import parallel_map
 from sketching._lib.validation import check_float_array
 
 _T = TypeVar("_T")
@@ -328,7 +329,7 @@ class Prepared:
         return array.reshape(self._lead)
 
     def _each(self, work: Callable[[int], _T]) -> list[_T]:
-        return side_by_side(self._like, len(self._heads), work)
+        return parallel_map(work, range(len(self._heads)), self._like)
 
     def _checked(self, name: str, x: Array, width: int) -> Array:
         """Check an array against the structure, also for NaN, a block at a time."""

@@ -45,6 +45,7 @@ class Batch:
         scale: float | None,
         is_causal: bool,
         key_mask: Array | None,
+        *,
         finite: bool = True,
     ) -> "Batch":
         """Check the inputs; with ``finite=False`` the caller checks for NaN."""
