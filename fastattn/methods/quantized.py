@@ -15,7 +15,7 @@ from fastattn._ops.quantized import (
 from fastattn.certificates.certify import certified
 from fastattn.certificates.log_errors import log_errors
 from fastattn.certificates.rounding import gamma, largest_row, row_norms, unit_roundoff
-from fastattn.costs.work import quantized_work, seconds
+from fastattn.costs.work import quantized_work
 from fastattn.problem.head import Head, host_rows
 from fastattn.problem.plan import (
     Configurable,
@@ -195,7 +195,7 @@ def _configured(
 ) -> ConfiguredMethod:
     logits = method.logits or _LOGITS[-1]
     work = quantized_work(*head.sizes, integers=logits == "int8", logits=head.logits)
-    plan = Plan(method, error, seconds(work), reason)
+    plan = Plan(method, error, work, reason)
     return ConfiguredMethod(
         plan,
         partial(_run, logits=logits),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.certificates.sampled import SharedSampling
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.lowrank.causal_cost import causal_tolerance_factor, lowrank_cost
 from fastattn.methods.lowrank.rank_search import search_ranks
@@ -210,7 +210,7 @@ def _proven(
         yield _refused(Polynomial(), str(error))
         return
     configured = configured_polynomial(head, expansion, "minimax", "proven")
-    ratio = configured.plan.predicted_seconds / Exact().plan(head).predicted_seconds
+    ratio = configured.plan.work / Exact().plan(head).work
     if ratio <= _TIME_SHARE:
         yield configured, Candidate(configured.plan, accepted=True)
         return
@@ -226,14 +226,13 @@ def _sampled(
 ) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
     """Methods that are predicted to meet the tolerance, the cheapest first."""
     exact = exact_work(*head.sizes, logits=head.logits)
-    unit = Exact().plan(head).predicted_seconds / exact
     least, shares, is_high_variance = exact, (_TIME_SHARE, _TIME_SHARE), True
     # its own random stream: other draws must not depend on it
     variance = logit_variance(head, rng.spawn(1)[0])
     is_low_variance = variance <= _LOW_VARIANCE
     reason = f"the logit variance is {variance:.1f}"
     if _first(rounded) is not None:
-        (least,), shares = _works(rounded, unit), _ROUNDED_TIME_SHARES
+        (least,), shares = _works(rounded), _ROUNDED_TIME_SHARES
         reason += (
             f"; 8-bit matmuls suffice, and at {head.logits} logits a search costs more "
             "than it saves"
@@ -246,7 +245,7 @@ def _sampled(
         tried = list(_lowrank(head, wanted, rng, shares[0] * least))
     else:
         tried = [_refused(Polynomial(basis="hermite"), reason)]
-    works = _works(tried, unit)
+    works = _works(tried)
     if not is_high_variance:
         tried.append(_refused(Multipole(), reason))
     elif (
@@ -267,10 +266,10 @@ def _refused(method: Any, reason: str) -> tuple[None, Candidate]:
 
 
 def _works(
-    tried: list[tuple[ConfiguredMethod | None, Candidate]], unit: float
+    tried: list[tuple[ConfiguredMethod | None, Candidate]],
 ) -> list[float]:
-    """Work of the accepted methods, where a multiply-add takes ``unit`` seconds."""
-    return [c.plan.predicted_seconds / unit for _, c in tried if c.accepted]
+    """Work of the accepted methods."""
+    return [c.plan.work for _, c in tried if c.accepted]
 
 
 def _clusters_may_pay(
@@ -322,7 +321,7 @@ def _lowrank(
             method = Polynomial(
                 rank=found.rank, landmarks=found.landmarks, basis="hermite"
             )
-            plan = Plan(method, math.nan, seconds(found.cost), found.reason)
+            plan = Plan(method, math.nan, found.cost, found.reason)
             yield None, Candidate(plan, accepted=False)
             continue
         reason = found.reason or "predicted to meet the tolerance"

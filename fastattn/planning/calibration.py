@@ -16,7 +16,6 @@ from fastattn._ops.quantized import attend_quantized, multiplies_quantized
 from fastattn.costs.rates import (
     Rates,
     product_operands,
-    seconds_a_product,
     time_product,
     timed,
     using,
@@ -145,7 +144,7 @@ def _multipole(head: Head, error: float, method: Multipole) -> Task:
         )
 
     def work() -> float:
-        return float(configured().plan.predicted_seconds / seconds_a_product())
+        return float(configured().plan.work)
 
     return Task(lambda: configured().run(head), work)
 

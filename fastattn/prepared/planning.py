@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
-from fastattn.costs.work import exact_work, lowrank_work, polynomial_work, seconds
+from fastattn.costs.work import exact_work, lowrank_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.lowrank.rank_search import RankEstimate, search_ranks
 from fastattn.methods.lowrank.whitening import PlanningSample
@@ -111,7 +111,7 @@ def _exact(
     """An empty KV buffer."""
     head = request.head
     _, _, d, p = head.sizes
-    plan = Plan(method, 0.0, seconds(exact_work(1, request.count, d, p)), reason)
+    plan = Plan(method, 0.0, exact_work(1, request.count, d, p), reason)
     buffer = KVBuffer.none(head.key, head.value)
     return ExactHead(plan, head.scale, buffer, _sample(head, rng))
 
@@ -170,7 +170,7 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
     if request.guarantee == "proven":
         try:
             empty = _proven(request, Polynomial(), rng)
-            share = empty.plan.predicted_seconds / _exact_seconds(request)
+            share = empty.plan.work / _exact_work(request)
             if share <= _TIME_SHARE:
                 return request.fill(empty)
             reason = f"{empty.plan.method} takes {share:.1f} times as long"
@@ -248,9 +248,9 @@ def _filled(
     return found
 
 
-def _exact_seconds(request: Request) -> float:
+def _exact_work(request: Request) -> float:
     _, _, d, p = request.head.sizes
-    return seconds(exact_work(1, request.count, d, p))
+    return exact_work(1, request.count, d, p)
 
 
 def _plan_of(
@@ -264,7 +264,7 @@ def _plan_of(
     if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
     error = math.nan if math.isinf(expansion.bound) else expansion.bound
-    return Plan(method, error, seconds(work), reason)
+    return Plan(method, error, work, reason)
 
 
 def _lowrank_plan(
@@ -274,4 +274,4 @@ def _lowrank_plan(
     _, _, d, p = head.sizes
     method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
     work = lowrank_work(1, 0, d, p, rank, landmarks)
-    return Plan(method, error, seconds(work), reason)
+    return Plan(method, error, work, reason)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn.certificates.ratio_estimate import FAILURE
-from fastattn.costs.work import exact_work, lowrank_work, polynomial_work, seconds
+from fastattn.costs.work import exact_work, lowrank_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
@@ -103,7 +103,7 @@ def explain_streamed(
                 reason = planned
     if isinstance(method, (Exact, Auto)):
         exact = method if isinstance(method, Exact) else Exact()
-        plan = Plan(exact, 0.0, seconds(exact_work(*head.sizes)), reason)
+        plan = Plan(exact, 0.0, exact_work(*head.sizes), reason)
         considered.append(Candidate(plan, accepted=True))
     return Explanation((), (tuple(considered),))
 
@@ -136,7 +136,7 @@ def _plan(
     if isinstance(method, Auto) and share > _TIME_SHARE:
         return f"{found.plan.method} would take {share:.1f} times as long"
     reason = f"planned on a sample of {len(sample.key)} keys: {found.plan.reason}"
-    plan = replace(found.plan, predicted_seconds=seconds(work), reason=reason)
+    plan = replace(found.plan, work=work, reason=reason)
     return replace(found.empty(), plan=plan)
 
 

@@ -27,7 +27,7 @@ from fastattn.certificates.rounding import (
     unit_roundoff,
 )
 from fastattn.certificates.sampled import TRUTH, lost_norm, scaled_frobenius, statement
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact, sums_error, weights_error
 from fastattn.problem.head import Head
 from fastattn.problem.partial_softmax import empty_partial, merge_partials
@@ -140,7 +140,7 @@ def solve_exactly(
         step(share / (blocks + 1))
 
     bounds = measure(head, step_of_all)
-    plan = Plan(method, 0.0, seconds(exact_work(*head.sizes)), reason)
+    plan = Plan(method, 0.0, exact_work(*head.sizes), reason)
     dtype, error = compute_dtype(np, head.query.dtype), math.nan
     if guarantee == "proven":
         dtype, error = _proven(head, bounds, tol)

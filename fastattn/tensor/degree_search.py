@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from fastattn.certificates.sampled import FLOAT64_BELOW, scaled_frobenius
-from fastattn.costs.work import seconds
 from fastattn.methods.polynomial.expansions import (
     LARGEST_BOUND,
     LARGEST_DEGREE,
@@ -74,7 +73,7 @@ def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion
             return None
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
             expansion = bounded_expansion(head, degree, None, dtype)
-            if expansion.plan(head, "").predicted_seconds > seconds(row_work(head)):
+            if expansion.plan(head, "").work > row_work(head):
                 return None
             if expansion.bound <= wanted:
                 return expansion

@@ -13,7 +13,7 @@ from fastattn._ops.tensor_mechanisms import (
     attend_strassen,
     attend_windows,
 )
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.work import exact_work
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.exact import rounding, solve_bounded, solve_exact
@@ -118,7 +118,7 @@ class TensorWindow(TensorMethod):
         n, _, d, p = head.sizes
         tuples = math.prod(self.sizes)
         work = exact_work(n, tuples, d, p, logits=n * tuples)
-        return Plan(self, 0.0, seconds(work), "requested")
+        return Plan(self, 0.0, work, "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute the windows of a head."""
@@ -198,7 +198,7 @@ class StrassenAttention(TensorMethod):
                 f"StrassenAttention: expected two factors, got {len(head.keys)}"
             )
         n, tuples, _, p = head.sizes
-        return Plan(self, 0.0, seconds(float(n) * tuples * (p + 1)), "requested")
+        return Plan(self, 0.0, float(n) * tuples * (p + 1), "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute a head by matrix products, in float64 if many rows underflow."""
@@ -259,7 +259,7 @@ class PathAttention(TensorMethod):
             exact_work(n, m, head.sizes[2] + 1, head.sizes[3])
             for n, m in itertools.pairwise(lengths)
         )
-        return Plan(self, 0.0, seconds(work), "requested")
+        return Plan(self, 0.0, work, "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute a head by one pairwise attention for each factor."""

@@ -133,7 +133,7 @@ def _considered(
     except RefusalError as error:
         return None, Plan(Polynomial(), math.nan, math.nan, str(error))
     plan = expansion.plan(head, "predicted to meet the tolerance")
-    share = plan.predicted_seconds / exact_plan(head, Exact()).predicted_seconds
+    share = plan.work / exact_plan(head, Exact()).work
     if share <= _TIME_SHARE:
         return expansion, plan
     reason = f"{plan.method} is predicted to take {share:.1f} times as long"

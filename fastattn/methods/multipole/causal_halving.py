@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.work import exact_work
 from fastattn.problem.causal_chunks import (
     Answer,
     concat_rows,
@@ -86,7 +86,7 @@ def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod
             if levels:
                 break
             raise
-        share = configured.plan.predicted_seconds / seconds(exact)
+        share = configured.plan.work / exact
         if levels and share > _TIME_SHARE:
             break
         area = sum(x.logits for x in found)
@@ -103,7 +103,7 @@ def _configured(
     levels: list[ConfiguredMethod], make: Maker, work: float
 ) -> ConfiguredMethod:
     """Combine the levels; the plan names the parameters of the largest rectangle."""
-    plan = replace(levels[0].plan, predicted_seconds=seconds(work))
+    plan = replace(levels[0].plan, work=work)
 
     def retighten(factor: float) -> ConfiguredMethod:
         changed = [x.retighten(factor) for x in levels if x.retighten is not None]

@@ -9,7 +9,7 @@ import numpy as np
 from fastattn._ops.quantized import multiplies_quantized
 from fastattn.certificates.certify import certified
 from fastattn.certificates.sampled import ROWS, SharedSampling
-from fastattn.costs.work import multipole_work, seconds
+from fastattn.costs.work import multipole_work
 from fastattn.methods.multipole.causal_halving import configured_halves
 from fastattn.methods.multipole.clusters import Blocks, Clusters, sampled_logit_variance
 from fastattn.methods.multipole.threshold_search import Choice, Counts, Trial, choose
@@ -201,7 +201,7 @@ def configured_multipole(
         retighten: Callable[[float], ConfiguredMethod] | None,
     ) -> ConfiguredMethod:
         made = Multipole(len(clusters.group), found.threshold)
-        plan = Plan(made, found.error, seconds(cost(found.counts)), reason)
+        plan = Plan(made, found.error, cost(found.counts), reason)
 
         def run(head: Head) -> tuple[Array, ...]:
             return clusters.query(head.query, found.threshold, blocks)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
-from fastattn.costs.work import exact_work, polynomial_work, seconds
+from fastattn.costs.work import exact_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
@@ -77,7 +77,7 @@ def _planned(
         found = _state(head, tol, Polynomial(), "predicted to be faster")
     except RefusalError as error:
         return _exact(head, Exact(), str(error), rng)
-    share = found.plan.predicted_seconds / _exact_seconds(head)
+    share = found.plan.work / _exact_work(head)
     if share <= _TIME_SHARE:
         return found
     reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
@@ -100,15 +100,15 @@ def _exact(
     head: TensorHead, method: Exact, reason: str, rng: np.random.Generator
 ) -> TensorExactHead:
     """Empty KV buffers."""
-    plan = Plan(method, 0.0, _exact_seconds(head), reason)
+    plan = Plan(method, 0.0, _exact_work(head), reason)
     buffers = tuple(map(KVBuffer.none, head.keys, head.values))
     rows = np.sort(rng.permutation(head.sizes[0])[:_SAMPLE])
     return TensorExactHead(plan, head.scale, buffers, head.with_rows(rows).query)
 
 
-def _exact_seconds(head: TensorHead) -> float:
+def _exact_work(head: TensorHead) -> float:
     _, *rest = head.sizes
-    return seconds(exact_work(1, *rest))
+    return exact_work(1, *rest)
 
 
 def _plan_of(
@@ -121,4 +121,4 @@ def _plan_of(
     if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
     method = Polynomial(degree=expansion.degree, rank=rank)
-    return Plan(method, expansion.bound, seconds(work), reason)
+    return Plan(method, expansion.bound, work, reason)

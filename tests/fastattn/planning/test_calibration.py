@@ -61,6 +61,24 @@ def test_rates_that_are_kept_are_in_force_here_and_in_the_next_process():
     assert done.stdout.split() == f"False {speed()}".split()
 
 
+def test_only_explanations_measure_the_speed_of_this_machine(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_rates, "_measured_product", lambda: asked.append(1) or 1e-11)
+    x = np.random.default_rng(0).standard_normal((3, 1500, 8)).astype(np.float32) / 4
+    for n in (64, 1500):
+        fastattn.attention(*x[:, :n])
+        for method in (None, fastattn.Polynomial(landmarks=8), fastattn.Multipole()):
+            answer = fastattn.approximate(*x[:, :n], tol=0.3, method=method, rng=0)
+        fastattn.attention_vjp(*x[:, :n], x[2, :n], tol=0.3, rng=0)
+    fastattn.prepare(*x[1:], queries=x[0], tol=0.3, rng=0).query(x[0])
+    fastattn.approximate(x[0, :9], (x[1, :9],) * 2, (x[2, :9],) * 2, tol=0.3, rng=0)
+    explanation = fastattn.explain(*x, tol=0.3, rng=0)
+    assert not asked
+    assert answer.plan.predicted_seconds > 0
+    assert "s  " in str(explanation)
+    assert len(asked) > 1
+
+
 def test_rates_may_be_put_in_force_for_a_while():
     with using(OTHER):
         assert rates() == OTHER
