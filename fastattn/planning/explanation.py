@@ -8,16 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.problem.head import Head, host_rows
 from fastattn.problem.plan import Candidate, HeadAnswer, Method
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import single_threaded_blas
-
-# logits that are computed exactly to measure the error of a run
-_LOGITS = 1 << 26
-# candidates with a longer predicted time (in seconds) do not run
-_LONGEST = 300.0
 
 Solve = Callable[[Any, Any, float, str, np.random.Generator], HeadAnswer]
 
@@ -120,7 +116,7 @@ def run_candidates(
     """
     n, m, _, _ = head.sizes
     streams = rng.spawn(len(candidates) + 1)
-    count = min(n, _LOGITS // max(m, 1)) if compare else 0
+    count = min(n, POLICY.auto.explained_logits // max(m, 1)) if compare else 0
     rows = np.sort(streams.pop().choice(n, count, replace=False))
     truth = None
     if count:
@@ -131,7 +127,7 @@ def run_candidates(
         return tuple(
             # NaN: without a predicted time, some parameters were not chosen
             None
-            if not plan.predicted_seconds <= _LONGEST
+            if not plan.predicted_seconds <= POLICY.auto.longest_run
             else _run(head, plan.method, tol, guarantee, stream, **options)
             for plan, stream in zip(plans, streams, strict=True)
         )

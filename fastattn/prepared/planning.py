@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work, lowrank_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.lowrank.rank_search import RankEstimate, search_ranks
@@ -18,8 +19,6 @@ from fastattn.planning.auto import Auto
 from fastattn.prepared.clusters.head import MultipoleHead
 from fastattn.prepared.heads import ExactHead, StateHead, refused_share
 from fastattn.prepared.held_out import (
-    FEWEST_QUERIES,
-    HELD_OUT,
     MARGIN,
     MARGINS,
     HeldOutQueries,
@@ -33,15 +32,6 @@ from fastattn.problem.head import Head
 from fastattn.problem.plan import Method, Plan
 from sketching._lib.arrays import Array, device_of
 from sketching._lib.certificate import RefusalError
-
-# a structure must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# number of queries in the rank search, so that the cost of a query dominates
-_QUERIES = 1 << 14
-# largest share of held-out queries that a given method may refuse
-_REFUSED = 0.1
-# share of the tolerance that the next try aims at where one missed it
-_LESS = 0.85
 
 Fill = Callable[[PreparedHead], PreparedHead]
 
@@ -102,7 +92,9 @@ def prepare_head(
 
 def _sample(head: Head, rng: np.random.Generator) -> Array:
     """Queries for the ``certificate`` of a structure that has its keys."""
-    return head.with_rows(np.sort(rng.permutation(head.sizes[0])[:HELD_OUT])).query
+    return head.with_rows(
+        np.sort(rng.permutation(head.sizes[0])[: POLICY.prepared.held_out])
+    ).query
 
 
 def _exact(
@@ -131,12 +123,13 @@ def _polynomial(
     request: Request, method: Polynomial, rng: np.random.Generator
 ) -> StateHead:
     """The state of the given method; raise RefusalError if it misses the tolerance."""
+    policy = POLICY.prepared
     split = QuerySplit.of(request.head, rng)
     head = replace(request.head, query=split.rest)
-    if request.head.sizes[0] < FEWEST_QUERIES:
+    if request.head.sizes[0] < policy.fewest_queries:
         raise RefusalError(
             f"queries: {request.head.sizes[0]} are too few to plan with and to certify "
-            f"by: give {FEWEST_QUERIES} or more, or use Exact()"
+            f"by: give {policy.fewest_queries} or more, or use Exact()"
         )
     state: KeyValueState
     if method.fits_a_basis:
@@ -149,7 +142,7 @@ def _polynomial(
         plan = _plan_of(head, expansion, method.basis, "requested")
     found = _filled(request, plan, state, split, MARGIN)
     error, refused = found.held_out.error(), refused_share(found)
-    if refused > _REFUSED:
+    if refused > policy.refused:
         raise RefusalError(
             f"{plan.method} refuses {refused:.0%} of the held-out queries, whose "
             "logits are too large for it: use Exact() or Auto()"
@@ -171,7 +164,7 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
         try:
             empty = _proven(request, Polynomial(), rng)
             share = empty.plan.work / _exact_work(request)
-            if share <= _TIME_SHARE:
+            if share <= POLICY.time_share:
                 return request.fill(empty)
             reason = f"{empty.plan.method} takes {share:.1f} times as long"
         except RefusalError as error:
@@ -180,7 +173,7 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
     split = QuerySplit.of(request.head, rng)
     head, aim = replace(request.head, query=split.rest), request.tol
     for margin in MARGINS:
-        if request.head.sizes[0] < FEWEST_QUERIES:
+        if request.head.sizes[0] < POLICY.prepared.fewest_queries:
             reason = f"{request.head.sizes[0]} queries are too few to plan with"
             break
         found = _rank_estimate(request, head, aim, rng)
@@ -200,7 +193,7 @@ def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
         again = replace(filled.held_out, margin=MARGINS[-1]).error().upper
         if refused or not math.isfinite(again):
             break
-        aim *= _LESS * request.tol / again
+        aim *= POLICY.prepared.retarget * request.tol / again
     return request.fill(_exact(request, Exact(), reason, rng))
 
 
@@ -209,7 +202,7 @@ def _rank_estimate(
 ) -> RankEstimate:
     """The cheapest low rank, or the best one with the reason why it is refused."""
     _, _, d, p = head.sizes
-    xp, rows = head.xp, np.arange(_QUERIES) % head.sizes[0]
+    xp, rows = head.xp, np.arange(POLICY.prepared.queries) % head.sizes[0]
     # the rank is chosen for the cost of a query, however few queries are given
     many = xp.take(head.query, xp.asarray(rows, device=device_of(head.query)), axis=0)
     try:
@@ -219,7 +212,7 @@ def _rank_estimate(
             aim,
             rng,
             lambda rank, landmarks: lowrank_work(1, 0, d, p, rank, landmarks),
-            _TIME_SHARE * exact_work(1, request.count, d, p),
+            POLICY.time_share * exact_work(1, request.count, d, p),
         )
     except RefusalError as error:
         return RankEstimate(1, 0, math.inf, math.inf, str(error), None)

@@ -13,6 +13,7 @@ from fastattn._ops.tensor_mechanisms import (
     attend_strassen,
     attend_windows,
 )
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
@@ -23,8 +24,6 @@ from sketching._lib.validation import check_integer
 
 # underflow is negligible in sums larger than the smallest normal number by this factor
 _MARGIN = 2.0**30
-# largest share of rows recomputed pair by pair; with more the head is done in float64
-_LOST = 0.02
 
 
 class TensorMethod:
@@ -213,7 +212,7 @@ class StrassenAttention(TensorMethod):
             )
             least = tuples * float(xp.finfo(dtype).smallest_normal) * _MARGIN
             rows = np.flatnonzero(to_host(total) <= least)
-            if len(rows) > _LOST * n and dtype != xp.float64:
+            if len(rows) > POLICY.tensor.most_recomputed * n and dtype != xp.float64:
                 return compute(xp.float64)
             if len(rows) == 0:
                 return value, logarithm

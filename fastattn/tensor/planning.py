@@ -9,6 +9,7 @@ import numpy as np
 
 from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.certificates.sampled import SampledError
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
@@ -32,13 +33,7 @@ from fastattn.tensor.sampled import (
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# a polynomial must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# heads with less work than this are computed exactly: planning costs as much
-_LITTLE_WORK = 1 << 22
 _FEW = "too few tuples: planning costs more than it saves"
-# Auto() refuses exact attention with more work than this: it would take hours
-_ENDLESS = 1e14
 
 
 def solve_tensor(
@@ -107,7 +102,7 @@ def _solve_auto(
     RefusalError
         If exact attention would take hours.
     """
-    if exact_work(*head.sizes) < _LITTLE_WORK:
+    if exact_work(*head.sizes) < POLICY.tensor.little_work:
         return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), _FEW))
     expansion, plan = _considered(head, tol, guarantee, rng)
     reason = plan.reason
@@ -119,7 +114,7 @@ def _solve_auto(
             reason = f"{plan.method} certified {answer.error:.2e}"
         except RefusalError as error:
             reason = str(error)
-    if exact_work(*head.sizes) > _ENDLESS:
+    if exact_work(*head.sizes) > POLICY.tensor.endless:
         raise RefusalError(f"{reason}; {_endless(head)}")
     return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), reason))
 
@@ -134,7 +129,7 @@ def _considered(
         return None, Plan(Polynomial(), math.nan, math.nan, str(error))
     plan = expansion.plan(head, "predicted to meet the tolerance")
     share = plan.work / exact_plan(head, Exact()).work
-    if share <= _TIME_SHARE:
+    if share <= POLICY.time_share:
         return expansion, plan
     reason = f"{plan.method} is predicted to take {share:.1f} times as long"
     return None, replace(plan, reason=reason)
@@ -174,12 +169,12 @@ def tensor_candidates(
         return
     if not isinstance(method, Auto):
         raise TypeError(_no_method(method))
-    if exact_work(*head.sizes) < _LITTLE_WORK:
+    if exact_work(*head.sizes) < POLICY.tensor.little_work:
         yield Candidate(exact_plan(head, Exact(), _FEW), accepted=True)
         return
     found, plan = _considered(head, tol, guarantee, rng)
     yield Candidate(plan, accepted=found is not None)
-    endless = exact_work(*head.sizes) > _ENDLESS
+    endless = exact_work(*head.sizes) > POLICY.tensor.endless
     reason = _endless(head) if endless else "nothing cheaper meets the tolerance"
     yield Candidate(exact_plan(head, Exact(), reason), accepted=not endless)
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
 from fastattn.problem.causal_chunks import (
     Answer,
@@ -23,11 +24,6 @@ from fastattn.problem.head import Head
 from fastattn.problem.plan import ConfiguredMethod
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
-
-# a rectangle must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# the most halvings: the triangles that remain are small next to the rectangles
-_DEEPEST = 8
 
 # maps a rectangle, a budget and the method configured for another rectangle of the
 # size, if there is one, to a configured method
@@ -72,14 +68,14 @@ def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod
     prefix_lengths = to_host(head.prefix_lengths)
     levels: list[ConfiguredMethod] = []
     work = exact_work(*head.sizes, logits=head.logits)
-    while len(levels) < _DEEPEST:
+    while len(levels) < POLICY.multipole.deepest:
         found = list(_rectangles(prefix_lengths, len(levels)))
         largest = max(found, key=lambda x: x.logits)
         if not largest.logits:
             break
         exact = exact_work(*head.sizes, logits=largest.logits)
         # a method that the user requested runs at the first level whatever the cost
-        most = _TIME_SHARE * exact if levels or math.isfinite(limit) else math.inf
+        most = POLICY.time_share * exact if levels or math.isfinite(limit) else math.inf
         try:
             configured = make(largest.of(head), most, None)
         except RefusalError:
@@ -87,7 +83,7 @@ def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod
                 break
             raise
         share = configured.plan.work / exact
-        if levels and share > _TIME_SHARE:
+        if levels and share > POLICY.time_share:
             break
         area = sum(x.logits for x in found)
         work -= (1 - share) * exact_work(*head.sizes, logits=area)

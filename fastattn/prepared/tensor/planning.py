@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
@@ -21,11 +22,6 @@ from fastattn.tensor.polynomial import (
 )
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.certificate import RefusalError
-
-# a state must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# queries on which KV buffers are certified
-_SAMPLE = 16
 
 TensorStructure = TensorExactHead | TensorStateHead
 
@@ -78,7 +74,7 @@ def _planned(
     except RefusalError as error:
         return _exact(head, Exact(), str(error), rng)
     share = found.plan.work / _exact_work(head)
-    if share <= _TIME_SHARE:
+    if share <= POLICY.time_share:
         return found
     reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
     return _exact(head, Exact(), reason, rng)
@@ -102,7 +98,7 @@ def _exact(
     """Empty KV buffers."""
     plan = Plan(method, 0.0, _exact_work(head), reason)
     buffers = tuple(map(KVBuffer.none, head.keys, head.values))
-    rows = np.sort(rng.permutation(head.sizes[0])[:_SAMPLE])
+    rows = np.sort(rng.permutation(head.sizes[0])[: POLICY.tensor.held])
     return TensorExactHead(plan, head.scale, buffers, head.with_rows(rows).query)
 
 

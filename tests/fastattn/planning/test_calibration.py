@@ -11,6 +11,7 @@ import pytest
 import fastattn
 from fastattn._ops.quantized import multiplies_quantized
 from fastattn.costs import rates as _rates
+from fastattn.costs.policy import POLICY
 from fastattn.costs.rates import Rates, cache_path, keep, rates, speed, using
 from fastattn.costs.work import exact_work, lowrank_work, multipole_work
 from fastattn.planning import calibration
@@ -185,7 +186,7 @@ def test_the_fit_stays_within_reach_of_the_built_in_rates():
 
 @pytest.mark.slow
 def test_every_rate_shows_in_a_piece_and_comes_out_finite(monkeypatch):
-    monkeypatch.setattr(calibration, "_ROUNDS", 1)
+    monkeypatch.setitem(vars(POLICY.calibration), "rounds", 1)
     found, product = calibrate()
     assert 1e-13 < product < 1e-7
     assert all(x > 0 for x in dataclasses.astuple(found))
