@@ -15,6 +15,7 @@ import numpy as np
 from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.multipole_gradient import multipole_vjp
 from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
 from fastattn.gradients.backward import SLACK, Backward, exact_vjp_work
 from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_error
 from fastattn.methods.multipole.method import Cost, Multipole, arrange, clusters_for
@@ -110,7 +111,7 @@ def _factor(wanted: float, error: float) -> float:
     """
     least = wanted * POLICY.gradients.furthest**-POLICY.threshold.slope
     change = min(max(error, least), wanted**2 / least)
-    return float((wanted / change) ** (1 / POLICY.threshold.slope))
+    return PowerLaw(1.0, change, POLICY.threshold.slope).solve(wanted)
 
 
 def _next(tried: list[tuple[float, float]], aim: float) -> float:
@@ -125,8 +126,7 @@ def _next(tried: list[tuple[float, float]], aim: float) -> float:
         if (error > aim) != (old > aim):
             # an error may be zero
             error = max(error, aim / policy.furthest)
-            slope = math.log(old / error) / math.log(before / threshold)
-            return float(threshold * (aim / error) ** (1 / slope))
+            return PowerLaw.fit((before, old), (threshold, error)).solve(aim)
     # without near keys the error hardly falls: take larger steps each time
     return threshold * _factor(aim, error) ** (
         number if error > policy.cluster_close * aim else 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
 from fastattn.methods.lowrank.basis import Basis, Hermite
 from fastattn.methods.lowrank.landmarks import PivotedCholesky
 from fastattn.methods.lowrank.pilots import Pilots
@@ -167,8 +168,8 @@ class _RankSearch:
         if size > most and error <= policy.hopeless * self.tol:
             return self._end(empty, error, "landmarks exceed the budget")
         hopeful = error <= policy.hopeless * self.tol
-        share = min(self.pilots.aim / max(error, _TINY), 1.0)
-        left = pivots.residual_trace_ratio * share ** (1 / policy.bend)
+        law = PowerLaw(pivots.residual_trace_ratio, max(error, _TINY), policy.bend)
+        left = law.solve(min(self.pilots.aim, law.y))
         grown = hopeful and _add_pivots(pivots, left, most)
         while grown and error <= policy.hopeless * self.tol:
             before, size = (size, error), len(pivots)
@@ -193,15 +194,12 @@ class _RankSearch:
         policy = POLICY.low_rank
         if not (now[0] > before[0] and _TINY < now[1] < before[1]):
             return False
-        slope = (
-            policy.faster * math.log(before[1] / now[1]) / math.log(now[0] / before[0])
-        )
-        slope = max(slope, policy.flattest)
+        law = PowerLaw.fit(before, now, steeper=policy.faster, most=-policy.flattest)
         for wanted in (self.pilots.aim, self.pilots.last):
             # a target that is met already needs no more pivots
             if now[1] <= wanted:
                 return False
-            size = now[0] * (now[1] / wanted) ** (1 / slope)
+            size = law.solve(wanted)
             if size <= most:
                 return self.pivots.add_until(math.ceil(size))
         return False
@@ -273,9 +271,8 @@ class _RankSearch:
         failed = False
         for _ in range(policy.trials if count > low[0] else 0):
             aim = policy.tight * self.pilots.aim
-            slope = math.log(low[1] / error) / math.log(count / low[0])
-            slope = max(slope, policy.flattest)
-            size = math.ceil(count * min(error / max(aim, _TINY), 1.0) ** (1 / slope))
+            law = PowerLaw.fit(low, (count, error), most=-policy.flattest)
+            size = math.ceil(law.solve(max(aim, error)))
             if failed:
                 # the error may fall in steps: bisect where secant steps are too short
                 size = max(size, (low[0] + count) // 2)
@@ -366,12 +363,10 @@ def _is_attainable(
     steeper: float,
 ) -> bool:
     """Whether extrapolating the log-log slope since ``before`` meets the target."""
-    size, left = before
-    if pivots.residual_trace_ratio <= target or len(pivots) <= size:
+    now = len(pivots), pivots.residual_trace_ratio
+    if now[1] <= target or now[0] <= before[0]:
         return True
-    slope = math.log(left / pivots.residual_trace_ratio) / math.log(len(pivots) / size)
-    attainable = math.log(most / len(pivots)) * steeper * slope
-    return math.log(pivots.residual_trace_ratio / target) <= attainable
+    return PowerLaw.fit(before, now, steeper=steeper).value(most) <= target
 
 
 def _too_many(most: int, what: str) -> str:

@@ -14,6 +14,7 @@ from fastattn._ops.softmax import attend
 from fastattn.certificates.ratio_estimate import FIRST, importance_probabilities
 from fastattn.certificates.sampled import sampled_rows
 from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
 from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_error
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
@@ -126,20 +127,22 @@ def choose(
     # zero after a certificate that was infinite
     if not aim > 0:
         raise RefusalError(f"no threshold gives an error of {wanted:.1e}: use Exact()")
-    slope, (typical, error) = policy.slope, policy.typical
+    typical, error = policy.typical
     typical *= (policy.keys / trial.clusters.key.shape[0]) ** policy.thinner
-    threshold = min(typical * (aim / error) ** (1 / slope), policy.largest)
-    best, last = None, None
-    for _ in range(policy.tries):
+    law = PowerLaw(typical, error, policy.slope)
+    threshold, best = min(law.solve(aim), policy.largest), None
+    for number in range(policy.tries):
         error, counts = trial.run(threshold)
         if not math.isfinite(error):
             raise RefusalError("sums over clusters are not finite: use Exact()")
         here = Choice(threshold, error, counts)
-        if last is not None and last.error > _NOTHING < error:
-            change = math.log(threshold / last.threshold)
-            slope = math.log(error / last.error) / change if change else slope
-            slope = min(max(slope, policy.slopes[0]), policy.slopes[1])
-        there = _scaled(here, aim, slope)
+        now = threshold, max(error, _NOTHING)
+        if number and law.y > _NOTHING < error and law.x != threshold:
+            least, most = policy.slopes
+            law = PowerLaw.fit((law.x, law.y), now, least=least, most=most)
+        else:
+            law = PowerLaw(*now, law.exponent)
+        there = _scaled(here, aim, law)
         work = cost(there.counts)
         if work > limit * policy.hope:
             raise RefusalError(_too_much(there, work, limit))
@@ -151,7 +154,7 @@ def choose(
             best = here
         if there.threshold < policy.smallest:
             break
-        threshold, last = there.threshold, here
+        threshold = there.threshold
     if best is None:
         raise RefusalError(
             f"no threshold gives an error of {wanted:.1e}: {here.threshold:.1e} gives "
@@ -162,13 +165,12 @@ def choose(
     return best
 
 
-def _scaled(choice: Choice, aim: float, slope: float) -> Choice:
+def _scaled(choice: Choice, aim: float, law: PowerLaw) -> Choice:
     """Extrapolate to the threshold at which the error is ``aim``."""
-    factor = (aim / max(choice.error, _NOTHING)) ** (1 / slope)
-    threshold = min(choice.threshold * factor, POLICY.threshold.largest)
+    threshold = min(law.solve(aim), POLICY.threshold.largest)
     factor = threshold / choice.threshold
     near = choice.counts.near * factor**-POLICY.threshold.crowd
-    error = choice.error * factor**slope
+    error = choice.error * factor**law.exponent
     return Choice(threshold, error, replace(choice.counts, near=near))
 
 

@@ -28,6 +28,7 @@ from fastattn.certificates.certify import recompute_rows
 from fastattn.certificates.ratio_estimate import Margin, RatioEstimate
 from fastattn.certificates.sampled import SampledError
 from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
 from fastattn.costs.rates import rates
 from fastattn.costs.work import exact_work
 from fastattn.prepared.held_out import (
@@ -333,8 +334,8 @@ class RowField:
             )
             error = float(np.linalg.norm(to_host(value) - truth)) / (size or 1.0)
             tried = threshold
-            change = (aim / max(error, 1e-9)) ** (1 / policy.slope)
-            threshold = min(max(threshold * change, policy.smallest), policy.largest)
+            law = PowerLaw(tried, max(error, 1e-9), policy.slope)
+            threshold = min(max(law.solve(aim), policy.smallest), policy.largest)
             if aim / policy.close <= error <= aim or threshold == tried:
                 break
         leaves, near = counts.mean(axis=0)
