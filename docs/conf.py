@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fastattn
-from fastattn.planning import auto
+from fastattn.costs.policy import POLICY
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
@@ -39,10 +39,10 @@ myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 # rows from which heads are planned at all, with a causal mask, and with clusters, and
 # from which int8/bfloat16 matmul is tried
 myst_substitutions = {
-    "planned": math.isqrt(auto._FEW_LOGITS),
-    "planned_causal": math.isqrt(2 * auto._FEW_LOGITS),
-    "clustered": math.isqrt(auto._LARGE),
-    "rounded": math.isqrt(auto._FEWEST_LOGITS),
+    "planned": math.isqrt(POLICY.auto.few_logits),
+    "planned_causal": math.isqrt(2 * POLICY.auto.few_logits),
+    "clustered": math.isqrt(POLICY.multipole.few_logits),
+    "rounded": math.isqrt(POLICY.auto.fewest_logits),
 }
 myst_heading_anchors = 2
 # options and quotes in tables stay as they are typed

@@ -1,16 +1,15 @@
 """Auto: the choice of a method for each head."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fastattn.certificates.sampled import SharedSampling
 from fastattn.costs.policy import POLICY
-from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.lowrank.causal_cost import causal_tolerance_factor, lowrank_cost
 from fastattn.methods.lowrank.rank_search import search_ranks
@@ -24,10 +23,20 @@ from fastattn.methods.polynomial.method import (
 )
 from fastattn.methods.polynomial.proven import proven_expansion
 from fastattn.methods.quantized import Quantized, configured_quantized, why_not
+from fastattn.planning.gates import (
+    CLUSTER_GATES,
+    LOW_RANK_GATES,
+    Facts,
+    enough_logits,
+    refusal,
+)
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, ConfiguredMethod, HeadAnswer, Plan
 from fastattn.problem.row_statistics import logit_variance
 from sketching._lib.certificate import RefusalError
+
+_PREDICTED = "predicted to meet the tolerance"
+_NOTHING_CHEAPER = "nothing cheaper meets the tolerance"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,120 +71,188 @@ class Auto:
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> Iterator[Candidate]:
         """Yield the methods that are considered; the first accepted one would run."""
-        reason = _why_exact(head, guarantee)
-        if reason is None:
-            rounded = _rounded(head, tol, guarantee, rng)
-            considered = _considered(head, tol, 1.0, guarantee, rng, rounded)
-            yield from (candidate for _, candidate in considered)
-        plan = Exact().plan(head, reason or "nothing cheaper meets the tolerance")
+        reason = enough_logits(head, rounded=_can_round(head, guarantee))
+        if not reason:
+            search = _Search.of(head, tol, guarantee, rng)
+            yield from (candidate for _, candidate in search.considered(1.0))
+        plan = Exact().plan(head, reason or _NOTHING_CHEAPER)
         yield Candidate(plan, accepted=True)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Run accepted candidates until a certificate meets the tolerance."""
-        reason = _why_exact(head, guarantee)
-        if reason is not None:
+        reason = enough_logits(head, rounded=_can_round(head, guarantee))
+        if reason:
             return Exact().solve(head, tol, guarantee, rng, reason)
-        reason, aim = "nothing cheaper meets the tolerance", 1.0
+        runs = _Runs(_Search.of(head, tol, guarantee, rng))
         # all runs share one failure probability
-        configured, more, shared = None, 1.0, SharedSampling()
-        rounded = _rounded(head, tol, guarantee, rng)
-        for number in range(POLICY.auto.tries_again):
+        shared = SharedSampling()
+        for configured in runs:
             try:
-                if configured is not None and configured.retighten:
-                    configured = configured.retighten(more)
-                elif number == POLICY.auto.tries:
-                    break
-                else:
-                    configured = _first(
-                        _considered(head, tol, aim, guarantee, rng, rounded)
-                    )
-                if configured is None:
-                    break
                 answer = answer_of(head, configured, tol, rng, shared)
             except RefusalError as error:
-                reason = str(error)
-                rounded = [] if configured and configured.rounding else rounded
-                break
+                runs.refused(str(error))
+                continue
             if guarantee == "proven" or answer.error <= tol:
                 return answer
-            reason = (
-                f"{configured.plan.method} certified {answer.error:.2e} where "
-                f"{configured.plan.predicted_error:.2e} was predicted"
+            runs.missed(configured, answer.error)
+        return Exact().solve(head, tol, guarantee, rng, runs.reason)
+
+
+# a method that may run, None if there is nothing to run, and what explain says of it
+_Considered = tuple[ConfiguredMethod | None, Candidate]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Search:
+    """The search for methods of one head; ``rounded`` holds int8/bfloat16 matmuls."""
+
+    head: Head
+    tol: float
+    guarantee: str
+    rng: np.random.Generator
+    rounded: list[_Considered]
+
+    @staticmethod
+    def of(
+        head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> "_Search":
+        """Try int8/bfloat16 matmuls first: they need almost no planning."""
+        rounded = []
+        if _can_round(head, guarantee):
+            # its own random stream: other choices must not depend on the processor
+            make = partial(configured_quantized, head, tol, rng.spawn(1)[0], _PREDICTED)
+            rounded = [_accepted_or_refused(Quantized(), make)]
+        return _Search(head, tol, guarantee, rng, rounded)
+
+    def considered(self, aim: float) -> Iterator[_Considered]:
+        """Methods for ``aim`` times the tolerance, accepted and cheap ones first."""
+        if self.guarantee == "proven":
+            # a proven bound has no sampling margin: the full tolerance
+            return _proven(self.head, self.tol, self.rng)
+        if self.head.logits < POLICY.auto.few_logits:
+            return iter(self.rounded)
+        return self._sampled(aim * self.tol)
+
+    def _sampled(self, wanted: float) -> Iterator[_Considered]:
+        head, rng, policy = self.head, self.rng, POLICY
+        (rounded,) = _works(self.rounded) or (None,)
+        # its own random stream: other draws must not depend on it
+        facts = Facts(head, logit_variance(head, rng.spawn(1)[0]), rounded)
+        shares = policy.time_share, policy.time_share
+        least = facts.exact
+        if rounded is not None:
+            least, shares = rounded, policy.auto.rounded_time_shares
+        reason = refusal(LOW_RANK_GATES, facts)
+        if reason:
+            tried = [_refused(Polynomial(basis="hermite"), reason)]
+        else:
+            tried = list(_lowrank(head, wanted, rng, shares[0] * least))
+        facts = replace(facts, low_ranks=_works(tried))
+        reason = refusal(CLUSTER_GATES, facts)
+        if reason:
+            tried.append(_refused(Multipole(), reason))
+        else:
+            budgets = [policy.time_share * work for work in facts.low_ranks]
+            limit = min([shares[1] * least, *budgets])
+            make = partial(
+                configured_multipole, head, wanted, rng, limit=limit, reason=_PREDICTED
             )
-            if configured.rounding:
-                # the rounding would be the same
-                rounded = []
+            found = _accepted_or_refused(Multipole(), make)
+            tried.insert(0 if found[1].accepted else len(tried), found)
+        yield from (x for x in tried if x[1].accepted)
+        yield from self.rounded
+        yield from (x for x in tried if not x[1].accepted)
+
+
+@dataclass(slots=True, eq=False)
+class _Runs:
+    """Methods that run one after another, each after the one before has failed.
+
+    ``reason`` says how the last one failed, and ``factor`` by how much its target error
+    must shrink; None where a smaller target does not help.
+    """
+
+    search: _Search
+    reason: str = _NOTHING_CHEAPER
+    factor: float | None = None
+
+    def __iter__(self) -> Iterator[ConfiguredMethod]:
+        """The best method of a search, again with smaller errors, then rounded ones."""
+        policy, configured, aim = POLICY.auto, None, 1.0
+        for number in range(policy.tries_again):
+            configured = self._next(configured, aim, number < policy.tries)
+            if configured is None:
                 break
-            # scale the target by how far the certificate missed the tolerance
-            more = 0.9 * tol / answer.error
-            aim *= more
-        last = _first(rounded)
-        if last is not None:
-            last = replace(last, plan=replace(last.plan, reason=reason))
-            with suppress(RefusalError):
-                answer = answer_of(head, last, tol, rng, shared)
-                if answer.error <= tol:
-                    return answer
-        return Exact().solve(head, tol, guarantee, rng, reason)
+            self.factor = None
+            yield configured
+            if self.factor is None:
+                break
+            aim *= self.factor
+        last = _first(self.search.rounded)
+        # its rounding would be the same a second time
+        if last is not None and not (configured and configured.rounding):
+            yield replace(last, plan=replace(last.plan, reason=self.reason))
+
+    def refused(self, reason: str) -> None:
+        """Note that a run was refused."""
+        self.reason = reason
+
+    def missed(self, configured: ConfiguredMethod, error: float) -> None:
+        """Note that a certificate missed the tolerance."""
+        self.reason = (
+            f"{configured.plan.method} certified {error:.2e} where "
+            f"{configured.plan.predicted_error:.2e} was predicted"
+        )
+        if not configured.rounding:
+            self.factor = POLICY.retarget * self.search.tol / error
+
+    def _next(
+        self, before: ConfiguredMethod | None, aim: float, again: bool
+    ) -> ConfiguredMethod | None:
+        """The method before with a smaller error, else that of a new search."""
+        try:
+            if before is not None and before.retighten and self.factor is not None:
+                return before.retighten(self.factor)
+            return _first(self.search.considered(aim)) if again else None
+        except RefusalError as error:
+            self.refused(str(error))
+            return None
 
 
-def _first(
-    considered: Iterable[tuple[ConfiguredMethod | None, Candidate]],
-) -> ConfiguredMethod | None:
+def _first(considered: Iterable[_Considered]) -> ConfiguredMethod | None:
     """The first configured method that is accepted."""
     return next((x for x, c in considered if x and c.accepted), None)
 
 
-def _why_exact(head: Head, guarantee: str) -> str | None:
-    """Return why a head is computed exactly without planning; None if it is not."""
-    least = POLICY.auto.few_logits
-    if guarantee == "sampled" and not why_not(head):
-        least = POLICY.auto.fewest_logits
-    if head.logits >= least:
-        return None
-    n, m, _, _ = head.sizes
-    logits = f"{n} x {m}" if head.prefix_lengths is None else head.logits
-    return f"{logits} logits are too few: planning costs more than it saves"
+def _works(considered: Iterable[_Considered]) -> tuple[float, ...]:
+    """Work of the accepted methods."""
+    return tuple(c.plan.work for _, c in considered if c.accepted)
 
 
-def _considered(
-    head: Head,
-    tol: float,
-    aim: float,
-    guarantee: str,
-    rng: np.random.Generator,
-    rounded: list[tuple[ConfiguredMethod | None, Candidate]],
-) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
-    """Yield configured methods, None if there is nothing to run, and candidates."""
-    if guarantee == "proven":
-        # a proven bound has no sampling margin: the full tolerance
-        return _proven(head, tol, rng)
-    if head.logits < POLICY.auto.few_logits:
-        return iter(rounded)
-    return _sampled(head, aim * tol, rng, rounded)
+def _can_round(head: Head, guarantee: str) -> bool:
+    """Whether int8/bfloat16 matmuls may serve a head, on this processor."""
+    return guarantee == "sampled" and not why_not(head)
 
 
-def _rounded(
-    head: Head, tol: float, guarantee: str, rng: np.random.Generator
-) -> list[tuple[ConfiguredMethod | None, Candidate]]:
-    """int8/bfloat16 matmuls, if the head and the processor support them."""
-    if guarantee == "proven" or why_not(head):
-        return []
+def _refused(method: Any, reason: str) -> _Considered:
+    """A method that does not run, with the reason."""
+    return None, Candidate(Plan(method, math.nan, math.nan, reason), accepted=False)
+
+
+def _accepted_or_refused(
+    method: Any, make: Callable[[], ConfiguredMethod]
+) -> _Considered:
+    """What ``make`` configures, or the reason of its refusal."""
     try:
-        # its own random stream: other choices must not depend on the processor
-        configured = configured_quantized(
-            head, tol, rng.spawn(1)[0], "predicted to meet the tolerance"
-        )
+        configured = make()
     except RefusalError as error:
-        return [_refused(Quantized(), str(error))]
-    return [(configured, Candidate(configured.plan, accepted=True))]
+        return _refused(method, str(error))
+    return configured, Candidate(configured.plan, accepted=True)
 
 
-def _proven(
-    head: Head, tol: float, rng: np.random.Generator
-) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
+def _proven(head: Head, tol: float, rng: np.random.Generator) -> Iterator[_Considered]:
     """The polynomial of least degree proven to meet the tolerance, if it is faster."""
     try:
         expansion = proven_expansion(head, tol, rng)
@@ -191,93 +268,9 @@ def _proven(
     yield None, Candidate(replace(configured.plan, reason=reason), accepted=False)
 
 
-def _sampled(
-    head: Head,
-    wanted: float,
-    rng: np.random.Generator,
-    rounded: list[tuple[ConfiguredMethod | None, Candidate]],
-) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
-    """Methods that are predicted to meet the tolerance, the cheapest first."""
-    policy = POLICY.auto
-    exact = exact_work(*head.sizes, logits=head.logits)
-    least, shares, is_high_variance = (
-        exact,
-        (POLICY.time_share, POLICY.time_share),
-        True,
-    )
-    # its own random stream: other draws must not depend on it
-    variance = logit_variance(head, rng.spawn(1)[0])
-    is_low_variance = variance <= policy.low_variance
-    reason = f"the logit variance is {variance:.1f}"
-    if _first(rounded) is not None:
-        (least,), shares = _works(rounded), policy.rounded_time_shares
-        reason += (
-            f"; 8-bit matmuls suffice, and at {head.logits} logits a search costs more "
-            "than it saves"
-        )
-        is_low_variance = (
-            is_low_variance and variance * policy.low_variance_logits <= head.logits
-        )
-        is_high_variance = variance * head.logits >= policy.high_variance_logits
-    if is_low_variance:
-        tried = list(_lowrank(head, wanted, rng, shares[0] * least))
-    else:
-        tried = [_refused(Polynomial(basis="hermite"), reason)]
-    works = _works(tried)
-    if not is_high_variance:
-        tried.append(_refused(Multipole(), reason))
-    elif (
-        _clusters_may_pay(head, tried)
-        and min(works, default=exact) > POLICY.multipole.quick_share * exact
-    ):
-        limit = min([shares[1] * least, *(POLICY.time_share * work for work in works)])
-        found = _multipole(head, wanted, rng, limit)
-        tried.insert(0 if found[1].accepted else len(tried), found)
-    yield from (x for x in tried if x[1].accepted)
-    yield from rounded
-    yield from (x for x in tried if not x[1].accepted)
-
-
-def _refused(method: Any, reason: str) -> tuple[None, Candidate]:
-    """A method that is not tried, with the reason."""
-    return None, Candidate(Plan(method, math.nan, math.nan, reason), accepted=False)
-
-
-def _works(
-    tried: list[tuple[ConfiguredMethod | None, Candidate]],
-) -> list[float]:
-    """Work of the accepted methods."""
-    return [c.plan.work for _, c in tried if c.accepted]
-
-
-def _clusters_may_pay(
-    head: Head,
-    tried: list[tuple[ConfiguredMethod | None, Candidate]],
-) -> bool:
-    """Whether clusters are likely enough to be faster to risk an expensive refusal."""
-    if head.logits >= POLICY.auto.always_clusters:
-        return True
-    # the rectangles of a causal head are smaller still
-    if head.logits < POLICY.multipole.few_logits or head.prefix_lengths is not None:
-        return False
-    return not any(candidate.accepted for _, candidate in tried)
-
-
-def _multipole(
-    head: Head, wanted: float, rng: np.random.Generator, limit: float
-) -> tuple[ConfiguredMethod | None, Candidate]:
-    """The multipole method, if its predicted work is within the budget ``limit``."""
-    reason = "predicted to meet the tolerance"
-    try:
-        configured = configured_multipole(head, wanted, rng, limit=limit, reason=reason)
-    except RefusalError as error:
-        return _refused(Multipole(), str(error))
-    return configured, Candidate(configured.plan, accepted=True)
-
-
 def _lowrank(
     head: Head, wanted: float, rng: np.random.Generator, limit: float
-) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
+) -> Iterator[_Considered]:
     """Low ranks, as ``search_ranks`` orders them."""
     # pilot runs use all keys; rows over prefixes may have another error
     factor = 1.0 if head.prefix_lengths is None else causal_tolerance_factor(head, rng)
@@ -302,7 +295,7 @@ def _lowrank(
             plan = Plan(method, math.nan, found.cost, found.reason)
             yield None, Candidate(plan, accepted=False)
             continue
-        reason = found.reason or "predicted to meet the tolerance"
+        reason = found.reason or _PREDICTED
         empty = found.empty
         if not found.landmarks:
             # the projection onto landmarks would amplify the rounding
