@@ -369,6 +369,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert peaks[1] - peaks[0] < 25e6
 
 
+@pytest.mark.slow
 def test_certificates_rarely_fail(tmp_path, arrays):
     arrays = as_dtype(arrays, np.float32)
     stored = tuple(arrays.values())
