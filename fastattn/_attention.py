@@ -13,10 +13,10 @@ from fastattn.planning.options import check_options
 from fastattn.problem.batch import Batch
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Method
-from sketching._lib.arrays import Array, place_of
+from sketching._lib.arrays import Array
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource
-from sketching._lib.threads import run_blocks
+from sketching._lib.threads import parallel_map
 
 _T = TypeVar("_T")
 
@@ -242,23 +242,12 @@ def _each_head(
     streams: list[np.random.Generator],
     work: Callable[[Any, np.random.Generator], _T],
 ) -> list[_T]:
-    """Call ``work`` for every head with its own random stream, in parallel on the CPU.
+    """Call ``work`` for every head with its own random stream, in parallel."""
 
-    BLAS has one thread, even for one head: results may differ in the last digit with
-    the number of threads.
-    """
-    if place_of(problem.query) != "cpu":
-        return [
-            work(problem.head(number).trimmed(), rng)
-            for number, rng in enumerate(streams)
-        ]
-    found: list[Any] = [None] * problem.count
+    def one(number: int) -> _T:
+        return work(problem.head(number).trimmed(), streams[number])
 
-    def one(number: int) -> None:
-        found[number] = work(problem.head(number).trimmed(), streams[number])
-
-    run_blocks(one, range(problem.count))
-    return found
+    return parallel_map(one, range(problem.count), problem.query)
 
 
 @dataclass(frozen=True)

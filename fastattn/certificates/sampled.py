@@ -29,7 +29,7 @@ from fastattn.certificates.ratio_estimate import (
     relative,
 )
 from fastattn.certificates.rounding import cut_weights, smallest_number
-from fastattn.problem.head import Head, host_rows
+from fastattn.problem.head import AttentionHead, Head, host_rows
 from fastattn.problem.row_statistics import RowStatistics, row_statistics
 from sketching._lib.arrays import Array, array_namespace, compute_dtype, to_host
 
@@ -99,7 +99,7 @@ def second_rows(n: int) -> int:
 
 
 def certify_rows(
-    head: Head,
+    head: AttentionHead,
     value: Array,
     tol: float,
     rng: np.random.Generator,
@@ -116,7 +116,7 @@ def certify_rows(
 
     Parameters
     ----------
-    head, value : Head, array of shape (n, p)
+    head, value : AttentionHead, array of shape (n, p)
         The inputs and the output.
     tol : float
         Tolerance: decides on the second sampling round and on the precision of the
@@ -185,7 +185,7 @@ def certify_rows(
 class _Sample:
     """An output, and what comparing its rows with exact ones needs."""
 
-    head: Head
+    head: AttentionHead
     value: Array
     dtype: Any
     others: Array
@@ -198,7 +198,7 @@ class _Sample:
 
     @staticmethod
     def of(
-        head: Head,
+        head: AttentionHead,
         value: Array,
         tol: float,
         exact_rows: Array | None,
@@ -243,8 +243,15 @@ class _Sample:
         A finite ``limit`` of the terms gives the empirical Bernstein bound.
         """
         rounding = TRUTH * self.rounding * (1 + self.exponent) + self.own
-        margin = Margin.of(failure)
-        return statement(found, margin, failure, self.norm, rounding, self.lost, limit)
+        return statement(
+            found,
+            Margin.of(failure),
+            failure,
+            self.norm,
+            rounding=rounding,
+            lost=self.lost,
+            limit=limit,
+        )
 
 
 def statement(
@@ -252,6 +259,7 @@ def statement(
     margin: Margin,
     failure: float,
     norm: float,
+    *,
     rounding: float,
     lost: float,
     limit: float = math.inf,

@@ -19,12 +19,13 @@ from fastattn.gradients.backward import Backward
 from fastattn.gradients.lowrank_passes import key_pass, query_pass
 from fastattn.methods.lowrank.prefixes import LowRankPrefix, lowrank_prefixes
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.problem.causal_chunks import chunks_of, parallel_map, part_of
+from fastattn.problem.causal_chunks import chunks_of, part_of
 from fastattn.problem.derivatives import Gradients
-from fastattn.problem.head import Head
+from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.partial_softmax import merge_partials
-from fastattn.problem.rows import gather_rows, scatter_rows
+from fastattn.problem.rows import scatter_rows
 from sketching._lib.arrays import Array, device_of, to_host
+from sketching._lib.threads import parallel_map
 
 
 def causal_vjp(
@@ -112,7 +113,7 @@ class _Causal:
 
     def by_rows(self) -> list[tuple[Array, ...]]:
         """Gradients, log-sum-exps, deltas and sums over the rows of each chunk."""
-        return parallel_map(self.head, self._rows, range(len(self.chunks)))
+        return parallel_map(self._rows, range(len(self.chunks)), self.head.query)
 
     def by_keys(self, behind: list[Array]) -> list[tuple[Array, Array]]:
         """Gradients of keys and values of each chunk from the rows of later chunks."""
@@ -122,7 +123,7 @@ class _Causal:
             key, value = self.head.key[keys, :], self.head.value[keys, :]
             return key_pass(key, value, prefix.far, prefix.structure, behind[k])
 
-        return parallel_map(self.head, work, range(len(behind)))
+        return parallel_map(work, range(len(behind)), self.head.query)
 
     def with_far_keys(self, gradients: Gradients, state: Backward) -> Gradients:
         """Add the exact gradients over far keys of earlier chunks."""

@@ -9,7 +9,6 @@ few rows measure the error of the gradients, and the threshold is scaled by it.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -20,9 +19,8 @@ from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_er
 from fastattn.methods.multipole.method import Cost, Multipole, arrange, clusters_for
 from fastattn.methods.multipole.threshold_search import Trial, choose
 from fastattn.problem.derivatives import Gradients
-from fastattn.problem.head import Head
+from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.row_statistics import high_variance_rows
-from fastattn.problem.rows import gather_rows
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host
 from sketching._lib.certificate import RefusalError
 
@@ -180,8 +178,6 @@ class _ClusterVjp:
         A few rows of a few blocks, for pilot runs.
     outlier_rows : integer array
         Rows of high logit variance, which are computed exactly.
-    known : list
-        A cache: the mask of the reliable rows of the sample, and their exact gradients.
     all_first_order : bool
         Whether first moments of all far keys are summed.
     """
@@ -192,7 +188,6 @@ class _ClusterVjp:
     blocks: Blocks
     sample: Blocks
     outlier_rows: Array
-    known: list[Any]
     all_first_order: bool
 
     @staticmethod
@@ -213,7 +208,7 @@ class _ClusterVjp:
         sample = blocks.subsample(some, few, rng)
         outlier_rows = high_variance_rows(head, rng)
         return _ClusterVjp(
-            head, grad, clusters, blocks, sample, outlier_rows, [], all_first_order
+            head, grad, clusters, blocks, sample, outlier_rows, all_first_order
         )
 
     def threshold(
@@ -222,24 +217,32 @@ class _ClusterVjp:
         """Choose the threshold: that of the forward pass, scaled by pilot runs."""
         found = choose(Trial.of(self.clusters, self.blocks, rng), tol, cost, limit)
         aim, threshold = _AIM * SLACK * tol, found.threshold
-        # thresholds with their errors
-        tried: list[tuple[float, float]] = []
-        last = 0.0
-        while len(tried) < _PILOTS:
-            row_limit, near = self._row_limit(threshold)
+
+        def row_limit(threshold: float) -> tuple[float, float]:
+            largest, near = self._row_limit(threshold)
             if cost(replace(found.counts, near=near)) > limit:
                 raise RefusalError(f"{near:.0f} near keys a row exceed the budget")
-            few = near <= last + _FEW * self.head.sizes[1]
-            lacking = tried[-1][1] > aim if tried else not self.all_first_order
-            if few and lacking and threshold > _SMALLEST:
-                # hardly any key has become near: the error would be the same
+            return largest, near
+
+        # thresholds with their errors
+        tried: list[tuple[float, float]] = []
+        truth: tuple[Array, Gradients] | None = None
+        near, is_missed = 0.0, not self.all_first_order
+        for _ in range(_PILOTS):
+            few = near + _FEW * self.head.sizes[1]
+            largest, near = row_limit(threshold)
+            # while hardly any key becomes near, the error would be the same
+            while is_missed and near <= few and threshold > _SMALLEST:
                 threshold /= _STEP if near else _STEP**2
-                continue
-            error, last = self._pilot(threshold, row_limit), near
+                largest, near = row_limit(threshold)
+            gradients, reliable = self._pilot(threshold, largest)
+            if truth is None or not np.array_equal(truth[0], reliable):
+                truth = reliable, self._truth(reliable)
+            error = _largest_error(gradients, truth[1])
             tried.append((threshold, error))
-            threshold = _next(tried, aim)
-            if len(tried) > 1 and (error > aim) != (tried[-2][1] > aim):
-                # interpolated between the last two
+            threshold, was_missed, is_missed = _next(tried, aim), is_missed, error > aim
+            # after a change of sides, interpolated between the last two
+            if len(tried) > 1 and is_missed != was_missed:
                 break
             if aim / _CLOSE <= error <= aim * _CLOSE:
                 break
@@ -271,25 +274,15 @@ class _ClusterVjp:
         gradients = state.with_recomputed(gradients, exact_rows)
         return gradients, state.error(gradients, exact_rows, rng)
 
-    def _pilot(self, threshold: float, row_limit: float) -> float:
-        """The largest relative error of the gradients of the pilot sample."""
-        sample = self.sample
+    def _pilot(self, threshold: float, row_limit: float) -> tuple[Gradients, Array]:
+        """Gradients of the pilot sample, and which of its rows are reliable."""
         limit = np.full(self.head.sizes[0], row_limit)
-        found, normalizer, _ = self._sums(sample, limit, threshold)
+        found, normalizer, _ = self._sums(self.sample, limit, threshold)
         # rows with infinite log-sum-exps will be computed exactly
-        reliable = np.isfinite(to_host(normalizer))
-        error = 0.0
-        for x, y in zip(found, self._truth(reliable), strict=True):
-            part, truth = (to_host(z).astype(np.float64) for z in (x, y))
-            size = float(np.linalg.norm(truth))
-            error = max(error, float(np.linalg.norm(part - truth)) / (size or 1.0))
-        return error
+        return found, np.isfinite(to_host(normalizer))
 
     def _truth(self, reliable: Array) -> Gradients:
         """Exact gradients of the reliable rows of the pilot sample."""
-        if self.known and np.array_equal(self.known[0], reliable):
-            found: Gradients = self.known[1]
-            return found
         sample, clusters = self.sample, self.clusters
         mask = mover(self.grad, self.grad.dtype)(reliable.astype(float))[:, None]
         query, key, value = attend_vjp(
@@ -300,9 +293,7 @@ class _ClusterVjp:
             scale=1.0,
             prefix_lengths=None,
         )
-        found = (*self._turned(query, key), value)
-        self.known[:] = reliable, found
-        return found
+        return (*self._turned(query, key), value)
 
     def _sums(
         self, blocks: Blocks, limit: Array, threshold: float
@@ -316,9 +307,7 @@ class _ClusterVjp:
         move = mover(clusters.key, clusters.key.dtype)
         query, key, value, normalizer, delta = multipole_vjp(
             blocks.query,
-            blocks.mean,
-            blocks.square,
-            blocks.sampled,
+            blocks.statistics,
             clusters.key,
             clusters.value,
             clusters.metric,
@@ -345,3 +334,13 @@ class _ClusterVjp:
         _, _, error, counts = self.clusters.answer(self.sample, threshold)
         near = float(np.average(counts[:, 0], weights=np.diff(self.sample.cuts)))
         return largest_row_error(error, near / self.head.sizes[1]), near
+
+
+def _largest_error(gradients: Gradients, truth: Gradients) -> float:
+    """The largest relative Frobenius error of three gradients."""
+    error = 0.0
+    for x, y in zip(gradients, truth, strict=True):
+        part, exact = (to_host(z).astype(np.float64) for z in (x, y))
+        size = float(np.linalg.norm(exact))
+        error = max(error, float(np.linalg.norm(part - exact)) / (size or 1.0))
+    return error

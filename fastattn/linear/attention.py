@@ -1,6 +1,7 @@
 """Linear attention: weights are products of features; time is linear in the length."""
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from fastattn.problem.batch import Batch, own_place, pick
 from fastattn.problem.derivatives import assembled, check_grad, unmasked
 from sketching._lib.arrays import Array, array_namespace, place_of, to_host
 from sketching._lib.certificate import RefusalError
-from sketching._lib.threads import run_blocks
+from sketching._lib.threads import parallel_map
 from sketching._lib.validation import check_flag, not_finite
 
 # least number of rows of a head whose inputs are checked block by block
@@ -94,9 +95,9 @@ def linear_attention(
     Katharopoulos, Vyas, Pappas and Fleuret, Transformers are RNNs, arXiv 2006.16236.
     Sun et al., Retentive Network, arXiv 2307.08621.
     """
-    batch = _batch(
-        query, key, value, feature_map, scale, is_causal, key_mask, finite=False
-    )
+    check_map(feature_map)
+    batch = Batch.of(query, key, value, scale, is_causal, key_mask, finite=False)
+    batch = _scaled(batch, feature_map, scale)
     xp = array_namespace(batch.query)
     n, p = batch.query.shape[-2], batch.value.shape[-1]
     parts = _heads(batch, feature_map, decay, normalize)
@@ -172,7 +173,9 @@ def linear_attention_vjp(
     >>> bool(abs(np.sum(grad * (more - less)) / 2e-6 - d_query[2, 1]) < 1e-6)
     True
     """
-    batch = _batch(query, key, value, feature_map, scale, is_causal, key_mask)
+    check_map(feature_map)
+    batch = Batch.of(query, key, value, scale, is_causal, key_mask)
+    batch = _scaled(batch, feature_map, scale)
     grad_output = check_grad(batch, grad_output)
     parts = _heads(batch, feature_map, decay, normalize)
     total: list[dict[tuple[int, ...], Array]] = [{}, {}, {}]
@@ -211,22 +214,11 @@ def check_decay(decay: Any) -> Array:
     return rates.astype(np.float64)
 
 
-def _batch(
-    query: Array,
-    key: Array,
-    value: Array,
-    feature_map: Any,
-    scale: float | None,
-    is_causal: bool,
-    key_mask: Array | None,
-    finite: bool = True,
-) -> Batch:
-    """Check the inputs and give the map its own scale."""
-    check_map(feature_map)
-    batch = Batch.of(query, key, value, scale, is_causal, key_mask, finite)
-    if scale is None:
-        batch = replace(batch, scale=feature_map.default_scale(query.shape[-1]))
-    return batch
+def _scaled(batch: Batch, feature_map: Any, scale: float | None) -> Batch:
+    """Give the map its own scale where none was given."""
+    if scale is not None:
+        return batch
+    return replace(batch, scale=feature_map.default_scale(batch.query.shape[-1]))
 
 
 def _heads(
@@ -267,28 +259,21 @@ def _decays(batch: Batch, decay: Any) -> list[float | None]:
 
 def _answers(batch: Batch, parts: list[LinearHead]) -> list[Array]:
     """Outputs of the heads, in parallel on the CPU; shared keys are summed once."""
-    answers: list[Any] = [None] * batch.count
     groups: dict[Any, list[int]] = {}
     for number, place in enumerate(np.ndindex(*batch.lead)):
         shared = [own_place(batch.key, place), own_place(batch.value, place)]
         if batch.key_mask is not None:
             shared.append(own_place(batch.key_mask, place, 1))
         groups.setdefault(tuple(shared), []).append(number)
-    members = list(groups.values())
 
-    def work(group: int) -> None:
-        first = parts[members[group][0]]
+    def work(members: list[int]) -> list[tuple[int, Array]]:
+        first = parts[members[0]]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             state = None if first.is_sequential else first.state()
-            for number in members[group]:
-                answers[number] = _checked(parts[number], parts[number].answer(state))
+            return [(i, _checked(parts[i], parts[i].answer(state))) for i in members]
 
-    if place_of(batch.query) == "cpu":
-        run_blocks(work, range(len(members)))
-    else:
-        for group in range(len(members)):
-            work(group)
-    return answers
+    found = dict(chain(*parallel_map(work, list(groups.values()), batch.query)))
+    return [found[number] for number in range(batch.count)]
 
 
 def _checked(part: LinearHead, answer: Answer) -> Array:

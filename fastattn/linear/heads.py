@@ -17,7 +17,7 @@ from fastattn.linear.protocol import FeatureMap, Reader
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
 from sketching._lib.certificate import RefusalError
-from sketching._lib.threads import run_blocks
+from sketching._lib.threads import parallel_map, run_blocks
 from sketching._lib.validation import not_finite
 
 # features of a block of rows, which fit in cache; least and largest number of rows
@@ -221,22 +221,19 @@ class LinearHead:
         """The state over all keys: each task sums its own blocks."""
         m, size = self.head.sizes[1], self.rows
         span = size * -(-m // (size * _TASKS))
-        found: list[Any] = [None] * -(-m // span)
 
-        def work(task: int) -> None:
-            total = None
-            for start in range(task * span, min((task + 1) * span, m), size):
-                features, log, value = self.key(slice(start, min(start + size, m)))
-                if log is None:
-                    state = FeatureState(key_sums(features, value), None)
-                else:
-                    state = FeatureState.of(features, value, log)
-                total = state if total is None else total.plus(state)
-            found[task] = total
+        def part(start: int) -> FeatureState:
+            features, log, value = self.key(slice(start, min(start + size, m)))
+            if log is None:
+                return FeatureState(key_sums(features, value), None)
+            return FeatureState.of(features, value, log)
 
-        run_tasks(work, range(len(found)), self.head.query)
-        whole: FeatureState = functools.reduce(FeatureState.plus, found)
-        return whole
+        def work(first: int) -> FeatureState:
+            starts = range(first, min(first + span, m), size)
+            return functools.reduce(FeatureState.plus, map(part, starts))
+
+        found = parallel_map(work, range(0, m, span), self.head.query)
+        return functools.reduce(FeatureState.plus, found)
 
     def key(self, rows: slice) -> tuple[Array, Array | None, Array]:
         """Features of some keys, their factors' logarithms, and the values."""
@@ -369,17 +366,8 @@ def each_block(
         for number in range(len(blocks)):
             call(number)
     else:
-        run_tasks(call, range(len(blocks)), like)
+        run_blocks(call, range(len(blocks)))
     return outs
-
-
-def run_tasks(work: Callable[[int], None], numbers: range, like: Array) -> None:
-    """Call ``work`` for every number, in parallel on the CPU."""
-    if place_of(like) == "cpu":
-        run_blocks(work, numbers)
-        return
-    for number in numbers:
-        work(number)
 
 
 def _empty(left: Array, log: Array | None, p: int) -> FeatureState:

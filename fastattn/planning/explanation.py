@@ -125,13 +125,14 @@ def run_candidates(
     truth = None
     if count:
         truth = to_host(head.with_rows(rows).attend(head.xp.float64)[0])
+    options: Any = {"rows": rows, "truth": truth, "solve": solve}
     plans = [candidate.plan for candidate in candidates]
     with single_threaded_blas():
         return tuple(
             # NaN: without a predicted time, some parameters were not chosen
             None
             if not plan.predicted_seconds <= _LONGEST
-            else _run(head, plan.method, tol, guarantee, stream, rows, truth, solve)
+            else _run(head, plan.method, tol, guarantee, stream, **options)
             for plan, stream in zip(plans, streams, strict=True)
         )
 
@@ -142,6 +143,7 @@ def _run(
     tol: float,
     guarantee: str,
     rng: np.random.Generator,
+    *,
     rows: Array,
     truth: Array | None,
     solve: Solve,

@@ -13,7 +13,7 @@ from fastattn.files.formats import PathLike
 from fastattn.planning.options import check_options
 from fastattn.prepared.files import read_header, read_heads
 from fastattn.prepared.planning import Request, prepare_head
-from fastattn.prepared.rows import Rows, side_by_side
+from fastattn.prepared.rows import Rows
 from fastattn.prepared.structure import Prepared
 from fastattn.prepared.tensor.planning import prepare_tensor_head
 from fastattn.problem.batch import Batch, pick
@@ -21,6 +21,7 @@ from fastattn.problem.plan import Method
 from fastattn.tensor.problem import TensorBatch
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.random import RandomSource
+from sketching._lib.threads import parallel_map
 
 
 def prepare(
@@ -134,7 +135,7 @@ def prepare(
         )
         return prepare_head(request, method, streams[i])
 
-    heads = side_by_side(batch.query, batch.count, make)
+    heads = parallel_map(make, range(batch.count), batch.query)
     options = {
         "lead": list(batch.lead),
         "d": batch.query.shape[-1],

@@ -1,20 +1,16 @@
 """The keys and values of one head, inserted into a structure in blocks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.batch import pick
-from fastattn.problem.head import Head
-from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host
-from sketching._lib.threads import run_blocks
+from fastattn.problem.head import Head, gather_rows
+from sketching._lib.arrays import Array, to_host
 
 # rows that are inserted at once; copies of them are freed before the next block
 _ROWS = 1 << 18
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +43,8 @@ class Rows:
             stop = min(start + _ROWS, self.key.shape[0])
             key, value = self.key[start:stop, :], self.value[start:stop, :]
             if self.mask is not None:
-                key, value = _taken(key, value, np.flatnonzero(self._host(start, stop)))
+                rows = np.flatnonzero(self._host(start, stop))
+                key, value = gather_rows(key, rows), gather_rows(value, rows)
             head = head.insert(key, value, fold=fold)
         return head
 
@@ -65,28 +62,9 @@ class Rows:
         count = len(rows)
         if guarantee == "sampled" and count > _ROWS:
             rows = np.sort(rng.choice(rows, _ROWS, replace=False))
-        return Head(query, *_taken(self.key, self.value, rows), scale), count
+        key, value = gather_rows(self.key, rows), gather_rows(self.value, rows)
+        return Head(query, key, value, scale), count
 
     def _host(self, start: int, stop: int) -> Array:
         assert self.mask is not None
         return to_host(self.mask[start:stop])
-
-
-def _taken(key: Array, value: Array, rows: Array) -> tuple[Array, Array]:
-    """Copy the rows with the given indices."""
-    xp = array_namespace(key)
-    numbers = xp.asarray(rows, device=device_of(key))
-    return xp.take(key, numbers, axis=0), xp.take(value, numbers, axis=0)
-
-
-def side_by_side(like: Array, count: int, work: Callable[[int], _T]) -> list[_T]:
-    """Call ``work`` for every head, in parallel on the CPU."""
-    if place_of(like) != "cpu":
-        return [work(i) for i in range(count)]
-    found: list[Any] = [None] * count
-
-    def one(i: int) -> None:
-        found[i] = work(i)
-
-    run_blocks(one, range(count))
-    return found

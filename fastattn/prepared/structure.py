@@ -9,19 +9,21 @@ from fastattn.files.formats import PathLike
 from fastattn.prepared.files import write_prepared
 from fastattn.prepared.heads import same_plan
 from fastattn.prepared.protocol import PreparedHead
-from fastattn.prepared.rows import Rows, side_by_side
+from fastattn.prepared.rows import Rows
 from fastattn.prepared.tensor.exact import insert_factors
 from fastattn.problem.batch import (
     Batch,
     check_mask,
     check_rows,
     check_unmasked,
+    over_heads,
     pick,
     placed_mask,
 )
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.cell import Cell
 from sketching._lib.certificate import Approximation, Certificate
+from sketching._lib.threads import parallel_map
 from sketching._lib.validation import check_float_array
 
 _T = TypeVar("_T")
@@ -77,7 +79,7 @@ class Prepared:
     @property
     def plan(self) -> Any:
         """The plan; for a batch an object array over the leading dimensions."""
-        return self._field([head.plan for head in self._heads], object)
+        return over_heads([head.plan for head in self._heads], self._lead, object)
 
     @property
     def count(self) -> Any:
@@ -105,10 +107,10 @@ class Prepared:
         heads = self._heads
         found = self._each(lambda i: heads[i].certificate(tol, guarantee, self._rng(i)))
         return Certificate(
-            self._field([x.error for x in found], np.float64),
-            self._field([x.failure for x in found], np.float64),
+            over_heads([x.error for x in found], self._lead, np.float64),
+            over_heads([x.failure for x in found], self._lead, np.float64),
             found[0].norm,
-            self._field([x.source for x in found], object),
+            over_heads([x.source for x in found], self._lead, object),
         )
 
     def query(self, query: Array) -> Approximation:
@@ -320,15 +322,8 @@ class Prepared:
         # independent of earlier queries, and the same after a load
         return np.random.default_rng([self._options["seed"], number])
 
-    def _field(self, values: list[Any], dtype: Any) -> Any:
-        if not self._lead:
-            return values[0]
-        array = np.empty(len(values), dtype=dtype)
-        array[:] = values
-        return array.reshape(self._lead)
-
     def _each(self, work: Callable[[int], _T]) -> list[_T]:
-        return side_by_side(self._like, len(self._heads), work)
+        return parallel_map(work, range(len(self._heads)), self._like)
 
     def _checked(self, name: str, x: Array, width: int) -> Array:
         """Check an array against the structure, also for NaN, a block at a time."""

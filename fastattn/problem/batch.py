@@ -45,6 +45,7 @@ class Batch:
         scale: float | None,
         is_causal: bool,
         key_mask: Array | None,
+        *,
         finite: bool = True,
     ) -> "Batch":
         """Check the inputs; with ``finite=False`` the caller checks for NaN."""
@@ -119,11 +120,7 @@ class Batch:
 
         def field(name: str, dtype: Any) -> Any:
             values = [getattr(answer, name) for answer in answers]
-            if not self.lead:
-                return values[0]
-            array = np.empty(len(values), dtype=dtype)
-            array[:] = values
-            return array.reshape(self.lead)
+            return over_heads(values, self.lead, dtype)
 
         certificate = Certificate(
             field("error", np.float64),
@@ -148,6 +145,15 @@ class Batch:
         found = np.stack([unknown if error is None else error for error in errors])
         move = mover(self.query, array_namespace(self.query).float64)
         return move(found.reshape((*self.lead, n)))
+
+
+def over_heads(values: list[Any], lead: tuple[int, ...], dtype: Any) -> Any:
+    """The value of a single head, or an array over the leading dimensions."""
+    if not lead:
+        return values[0]
+    array = np.empty(len(values), dtype=dtype)
+    array[:] = values
+    return array.reshape(lead)
 
 
 def own_place(x: Array, place: tuple[int, ...], trailing: int = 2) -> tuple[int, ...]:

@@ -9,22 +9,20 @@ its own chunk; the two outputs are merged by their log-sum-exps, as in FlashAtte
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from fastattn.problem.head import Head
 from fastattn.problem.partial_softmax import merge_partials
-from sketching._lib.arrays import Array, array_namespace, place_of, to_host
-from sketching._lib.threads import run_blocks
+from sketching._lib.arrays import Array, array_namespace, to_host
+from sketching._lib.threads import parallel_map
 
 # most bytes of chunk states that exist at once
 _LARGEST_PANEL = 1 << 25
 
 # outputs, log-sum-exps, and whether each row is reliable
 Answer: TypeAlias = tuple[Array, Array, Array]
-_T = TypeVar("_T")
-_S = TypeVar("_S")
 
 # keys in a chunk; the first chunk has a share of all keys, up to a maximum
 _CHUNK = 768
@@ -100,21 +98,8 @@ def by_prefixes(
             (*chunks[k], structure)
             for k, structure in enumerate(structures, len(parts))
         ]
-        parts += parallel_map(head, lambda task: _beyond(head, *task), tasks)
+        parts += parallel_map(lambda task: _beyond(head, *task), tasks, head.query)
     return concat_rows(head, parts)
-
-
-def parallel_map(head: Head, work: Callable[[_T], _S], items: Sequence[_T]) -> list[_S]:
-    """Apply ``work`` to every item, in parallel on the CPU."""
-    if place_of(head.query) != "cpu":
-        return [work(item) for item in items]
-    found: list[Any] = [None] * len(items)
-
-    def one(number: int) -> None:
-        found[number] = work(items[number])
-
-    run_blocks(one, range(len(items)))
-    return found
 
 
 def concat_rows(head: Head, parts: list[Answer | None]) -> Answer:

@@ -18,8 +18,51 @@ from sketching._lib.arrays import (
 from sketching._lib.lazy import lazy
 
 
+class AttentionHead:
+    """What the inputs of one head are to a certificate, whatever a row attends to."""
+
+    query: Array
+
+    @lazy
+    def xp(self) -> Any:
+        """The namespace of the arrays."""
+        return array_namespace(self.query)
+
+    @lazy
+    def dtype(self) -> Any:
+        """The dtype of computation."""
+        return compute_dtype(self.xp, self.query.dtype)
+
+    @lazy
+    def sizes(self) -> tuple[int, int, int, int]:
+        """n, number of keys or tuples of keys, d and p."""
+        raise NotImplementedError
+
+    @lazy
+    def largest_value(self) -> float:
+        """Bound on the largest absolute value, or product of values."""
+        raise NotImplementedError
+
+    @property
+    def has_fast_kernel(self) -> bool:
+        """Whether a kernel in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
+        return place_of(self.query) is not None
+
+    def with_rows(self, rows: Array) -> "AttentionHead":
+        """Return the same head for the queries with indices ``rows`` only."""
+        raise NotImplementedError
+
+    def attend(self, dtype: Any = None) -> tuple[Array, Array]:
+        """Exact outputs and log-sum-exps, in ``dtype`` (default: the head's own)."""
+        raise NotImplementedError
+
+    def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
+        """Round an output to the dtype of the query, log-sum-exps to the head's."""
+        return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
+
+
 @dataclass(frozen=True, eq=False)
-class Head:
+class Head(AttentionHead):
     """The inputs of one head.
 
     Parameters
@@ -37,16 +80,6 @@ class Head:
     value: Array
     scale: float
     prefix_lengths: Array | None = None
-
-    @lazy
-    def xp(self) -> Any:
-        """The namespace of the arrays."""
-        return array_namespace(self.query)
-
-    @lazy
-    def dtype(self) -> Any:
-        """The dtype of computation."""
-        return compute_dtype(self.xp, self.query.dtype)
 
     @lazy
     def sizes(self) -> tuple[int, int, int, int]:
@@ -82,11 +115,6 @@ class Head:
         """Squared norms of the keys, in the dtype of computation, on the host."""
         return row_lengths(self.key)
 
-    @property
-    def has_fast_kernel(self) -> bool:
-        """Whether a kernel in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
-        return place_of(self.query) is not None
-
     def trimmed(self) -> "Head":
         """Return the same head without the last keys that no row attends to."""
         if self.prefix_lengths is None:
@@ -109,15 +137,13 @@ class Head:
 
     def with_rows(self, rows: Array) -> "Head":
         """Return the same head for the queries with indices ``rows`` only."""
-        xp = self.xp
-        rows = xp.asarray(rows, device=device_of(self.query))
         prefix_lengths = self.prefix_lengths
         return replace(
             self,
-            query=xp.take(self.query, rows, axis=0),
+            query=gather_rows(self.query, rows),
             prefix_lengths=None
             if prefix_lengths is None
-            else xp.take(prefix_lengths, rows, axis=0),
+            else gather_rows(prefix_lengths, rows),
         )
 
     def attend(self, dtype: Any = None, rows: int | None = None) -> tuple[Array, Array]:
@@ -141,10 +167,6 @@ class Head:
         )
         return out[0, ...], normalizer[0, ...]
 
-    def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
-        """Round an output to the dtype of the query, log-sum-exps to the head's."""
-        return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
-
 
 def rounded_answer(
     value: Array, log_normalizer: Array, dtype: Any, log_dtype: Any
@@ -165,8 +187,16 @@ def rounded_answer(
     return value, xp.where(lost, least, rounded)
 
 
+def gather_rows(x: Array, rows: Array | None) -> Array:
+    """Rows of an array; None means all."""
+    if rows is None:
+        return x
+    xp = array_namespace(x)
+    return xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)
+
+
 def host_rows(x: Array, rows: Array) -> Array:
     """Copy the given rows to the host, in float32 or float64."""
     xp = array_namespace(x)
-    taken = xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)
-    return to_host(xp.astype(taken, compute_dtype(xp, x.dtype), copy=False))
+    dtype = compute_dtype(xp, x.dtype)
+    return to_host(xp.astype(gather_rows(x, rows), dtype, copy=False))

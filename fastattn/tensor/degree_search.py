@@ -20,17 +20,18 @@ from fastattn.methods.polynomial.polynomial_expansion import (
     check_rank,
     coefficients_of,
 )
-from fastattn.tensor.logit_bounds import LogitBounds, furthest_rows
+from fastattn.methods.polynomial.proven_degree import NARROWEST
+from fastattn.problem.head import gather_rows
+from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.polynomial import (
-    NARROWEST,
     TensorPolynomialExpansion,
     bounded_expansion,
     index_set,
     shifted,
 )
 from fastattn.tensor.problem import TensorHead
-from fastattn.tensor.sampled import certify_tuples, row_work
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from fastattn.tensor.sampled import certify_tuples, furthest_rows, row_work
+from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
 # queries of the sample: random ones, and those of largest norm; tuples of keys
@@ -56,11 +57,11 @@ def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion
     None where it is no cheaper than the exact rows of a sampled certificate. The norm
     of the output, to which the bound is relative, is that of a polynomial of degree 1.
     """
-    logit_bounds = LogitBounds.of(head)
+    logit_bounds = head.logit_bounds
     bound, d = max(logit_bounds.bound, NARROWEST), head.sizes[2]
     if not (bound <= LARGEST_BOUND and 0 < logit_bounds.half < math.inf):
         return None
-    linear = bounded_expansion(head, logit_bounds, 1, None, head.dtype)
+    linear = bounded_expansion(head, 1, None, head.dtype)
     value, _, reliable = linear.answer(head)
     peak, norm = scaled_frobenius(value)
     if not (bool(head.xp.all(reliable)) and 0 < peak < math.inf):
@@ -73,7 +74,7 @@ def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion
         if rank_of(d, degree) > LARGEST_RANK:
             return None
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            expansion = bounded_expansion(head, logit_bounds, degree, None, dtype)
+            expansion = bounded_expansion(head, degree, None, dtype)
             if expansion.plan(head, "").predicted_seconds > seconds(row_work(head)):
                 return None
             if expansion.bound <= wanted:
@@ -91,10 +92,10 @@ def sampled_expansion(
     RefusalError
         If the interval of sampled logits is too wide, or there are too many monomials.
     """
-    logit_bounds = whole = LogitBounds.of(head)
+    logit_bounds = whole = head.logit_bounds
     if not math.isfinite(logit_bounds.logit_bound):
         raise RefusalError("logits may overflow: scale the inputs down")
-    rows, keys = _sample(head, logit_bounds, rng)
+    rows, keys = _sample(head, rng)
     some = _part(head, rows, keys)
     logit_bounds = _narrowed(logit_bounds, some)
     if not logit_bounds.bound <= LARGEST_BOUND:
@@ -177,7 +178,7 @@ def _expansion(
 ) -> TensorPolynomialExpansion:
     """The expansion of one degree; with a bound if the interval has all logits."""
     if method.basis == "minimax" and math.isfinite(logit_bounds.logit_bound):
-        return bounded_expansion(head, logit_bounds, degree, method.rank, dtype)
+        return bounded_expansion(head, degree, method.rank, dtype)
     bound = min(max(logit_bounds.bound, NARROWEST), LARGEST_BOUND)
     coefficients = shifted(
         coefficients_of(method.basis, degree, bound), logit_bounds.center
@@ -206,27 +207,22 @@ def _narrowed(logit_bounds: LogitBounds, some: TensorHead) -> LogitBounds:
     return replace(logit_bounds, low=low, high=high, logit_bound=math.inf)
 
 
-def _sample(
-    head: TensorHead, logit_bounds: LogitBounds, rng: np.random.Generator
-) -> tuple[Array, list[Array]]:
+def _sample(head: TensorHead, rng: np.random.Generator) -> tuple[Array, list[Array]]:
     """Indices of sampled queries, random ones first, and of keys of each factor."""
     n = head.sizes[0]
     rows = rng.choice(n, min(n, _QUERIES), replace=False)
     size = max(2, int(_TUPLES ** (1 / len(head.keys))))
     keys = [rng.choice(m, min(m, size), replace=False) for m in head.lengths]
-    return np.append(rows, furthest_rows(head, logit_bounds.maps[0], _FURTHEST)), keys
+    return np.append(
+        rows, furthest_rows(head, head.logit_bounds.maps[0], _FURTHEST)
+    ), keys
 
 
 def _part(head: TensorHead, rows: Array, keys: list[Array]) -> TensorHead:
     """The head of some queries and keys."""
-
-    def take(x: Array, numbers: Array) -> Array:
-        xp = array_namespace(x)
-        return xp.take(x, xp.asarray(numbers, device=device_of(x)), axis=0)
-
     return TensorHead(
-        take(head.query, rows),
-        tuple(take(x, at) for x, at in zip(head.keys, keys, strict=True)),
-        tuple(take(x, at) for x, at in zip(head.values, keys, strict=True)),
+        gather_rows(head.query, rows),
+        tuple(gather_rows(x, at) for x, at in zip(head.keys, keys, strict=True)),
+        tuple(gather_rows(x, at) for x, at in zip(head.values, keys, strict=True)),
         head.scale,
     )

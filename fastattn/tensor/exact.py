@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,8 @@ from fastattn.certificates.rounding import (
 )
 from fastattn.certificates.sampled import certify_rows, scaled_frobenius
 from fastattn.costs.work import exact_work, seconds
-from fastattn.problem.head import Head
 from fastattn.problem.plan import HeadAnswer, Plan
-from fastattn.tensor.logit_bounds import (
-    LogitBounds,
+from fastattn.tensor.overflow import (
     in_range,
     lost_of_products,
     lost_products,
@@ -60,30 +59,15 @@ def solve_exact(
     """
     if head.sizes[1] == 0:
         return _no_tuples(head, guarantee, plan)
-    logit_bounds = LogitBounds.of(head)
-    for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-        bound = rounding(head, logit_bounds, dtype)
-        if guarantee == "proven":
-            bound = stored(head, logit_bounds.peak, bound)
-            if bound <= tol * logit_bounds.half or _is_constant(logit_bounds, bound):
-                value, normalizer = head.finish(*head.attend(dtype))
-                source = (
-                    f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
-                )
-                return HeadAnswer(value, normalizer, bound, 0.0, "max", source, plan)
     if guarantee == "proven":
-        raise RefusalError(
-            f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
-            f"{bound:.1e} where the half range of the products of values is "
-            f"{logit_bounds.half:.1e}"
-        )
+        name, bound = "exact tensor attention", partial(rounding, head)
+        return solve_bounded(head, tol, guarantee, plan, head.attend, bound, name=name)
     dtype = head.dtype
     # the log-sum-exps are returned in the dtype of the head, and must be in its range
-    if logit_bounds.logit_bound < largest_number(head.xp, dtype) / 4 and not in_range(
-        head, dtype
-    ):
+    fits = head.logit_bounds.logit_bound < largest_number(head.xp, dtype) / 4
+    if fits and not in_range(head, dtype):
         dtype = head.xp.float64
-    return _solve_sampled(head, tol, rng, plan, dtype, logit_bounds)
+    return _solve_sampled(head, tol, rng, plan, dtype)
 
 
 def _no_tuples(head: TensorHead, guarantee: str, plan: Plan) -> HeadAnswer:
@@ -99,18 +83,16 @@ def _solve_sampled(
     rng: np.random.Generator,
     plan: Plan,
     dtype: Any,
-    logit_bounds: LogitBounds,
 ) -> HeadAnswer:
     """Certify by the bound on the rounding error, or by sampled rows in float64."""
     value, normalizer = head.finish(*head.attend(dtype))
-    error = relative_bound(head, rounding(head, logit_bounds, dtype), value)
+    error = relative_bound(head, rounding(head, dtype), value)
     failure = 0.0
     source = f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
     if not error <= tol:
-        # a tensor head has all attributes that certify_rows uses
-        sampled = certify_rows(cast(Head, head), value, tol, rng)
+        sampled = certify_rows(head, value, tol, rng)
         # the float64 rows have the rounding error of their weights, and may underflow
-        own = 2 * weights_error(head, logit_bounds, head.xp.float64)
+        own = 2 * weights_error(head, head.xp.float64)
         own += lost_products(head, dtype, scaled_frobenius(value))
         error, failure = sampled.upper + own, FAILURE
         source = f"exact tensor attention; {sampled.source}"
@@ -132,12 +114,13 @@ def solve_bounded(
     plan: Plan,
     compute: Callable[[Any], tuple[Array, Array]],
     bound: Callable[[Any], float],
-    logit_bounds: LogitBounds,
+    *,
+    name: str = "",
 ) -> HeadAnswer:
     """Compute a head in the least precision whose rounding bound meets ``tol``.
 
-    ``compute`` and ``bound`` take a dtype; of ``logit_bounds`` only the bounds on
-    values are used.
+    ``compute`` and ``bound`` take a dtype; of the head only the query and the values
+    are used. ``name`` is that of the method in the certificate.
 
     Raises
     ------
@@ -149,10 +132,8 @@ def solve_bounded(
         if math.isinf(error):
             continue
         if guarantee == "proven":
-            error = stored(head, logit_bounds.peak, error)
-            if not (
-                error <= tol * logit_bounds.half or _is_constant(logit_bounds, error)
-            ):
+            error = stored(head, error)
+            if not _meets(head, error, tol):
                 continue
             value, normalizer = head.finish(*compute(dtype))
         else:
@@ -161,22 +142,21 @@ def solve_bounded(
             norm = "relative-frobenius"
             if not error <= tol:
                 continue
-        source = f"{plan.method} in {_name(dtype)}: a-priori rounding bound"
+        source = f"{name or plan.method} in {_name(dtype)}: a-priori rounding bound"
         return HeadAnswer(value, normalizer, error, 0.0, norm, source, plan)
-    what = (
-        "the answer's norm"
-        if guarantee == "sampled"
-        else f"values within +-{logit_bounds.half:.1e}"
-    )
+    verb, what = f"met by {plan.method}", "the answer's norm"
+    if guarantee == "proven":
+        verb, what = "proven", f"values within +-{head.logit_bounds.half:.1e}"
     raise RefusalError(
-        f"tol={tol:g} cannot be met by {plan.method}: rounding in float64 is bounded "
-        f"by {error:.1e}, next to {what}; raise tol or scale the inputs down"
+        f"tol={tol:g} cannot be {verb}: rounding in float64 is bounded by {error:.1e}, "
+        f"next to {what}; raise tol or scale the inputs down"
     )
 
 
-def _is_constant(logit_bounds: LogitBounds, bound: float) -> bool:
-    """Whether all products of values are equal, so that the tolerance is void."""
-    return logit_bounds.half == 0 and bound < math.inf
+def _meets(head: TensorHead, bound: float, tol: float) -> bool:
+    """Whether a proven bound meets the tolerance, which is void for equal values."""
+    half = head.logit_bounds.half
+    return bound <= tol * half or (half == 0 and bound < math.inf)
 
 
 def _name(dtype: Any) -> str:
@@ -184,9 +164,9 @@ def _name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2].strip("'>")
 
 
-def stored(head: TensorHead, peak: float, error: float) -> float:
-    """Add to ``error`` the rounding of numbers up to ``peak`` to the query's dtype."""
-    return once_stored(head.xp, head.query.dtype, peak, error)
+def stored(head: TensorHead, error: float) -> float:
+    """Add to ``error`` the rounding of outputs to the dtype of the query."""
+    return once_stored(head.xp, head.query.dtype, head.logit_bounds.peak, error)
 
 
 def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
@@ -204,15 +184,16 @@ def relative_bound(head: TensorHead, bound: float, value: Array) -> float:
 
 
 def rounding(
-    head: TensorHead, logit_bounds: LogitBounds, dtype: Any, terms: int | None = None
+    head: TensorHead, dtype: Any, terms: int | None = None, extra: float = 0.0
 ) -> float:
     r"""Bound ``max |computed - exact|`` of nested attention in ``dtype``.
 
     The weights of a row have the relative error :func:`weights_error`. Products and
     sums of values add errors relative to the largest product. ``terms`` is the number
     of terms of the sums in ``dtype``; by default that of the blocks of the longest
-    factor.
+    factor. ``extra`` is added to the bound on the logits.
     """
+    logit_bounds = head.logit_bounds
     if not in_range(head, dtype):
         return math.inf
     if logit_bounds.peak == 0:
@@ -221,7 +202,7 @@ def rounding(
     sums, _ = _sums_error(head, dtype, terms)
     sums = (2 * sums + 4 * unit_roundoff(head.xp, dtype)) * (levels + 1)
     cut = cut_weights(head.xp, dtype, tuples)
-    weights = weights_error(head, logit_bounds, dtype, terms)
+    weights = weights_error(head, dtype, terms, extra)
     return (
         mean_deviation(weights + cut, logit_bounds.half)
         + (sums + cut) * logit_bounds.peak
@@ -230,7 +211,7 @@ def rounding(
 
 
 def weights_error(
-    head: TensorHead, logit_bounds: LogitBounds, dtype: Any, terms: int | None = None
+    head: TensorHead, dtype: Any, terms: int | None = None, extra: float = 0.0
 ) -> float:
     r"""Bound the relative error of the weights of nested attention in ``dtype``.
 
@@ -243,11 +224,12 @@ def weights_error(
     u, tiny = unit_roundoff(head.xp, dtype), smallest_number(head.xp, dtype)
     levels, d = head.order - 2, head.sizes[2]
     sums, blocks = _sums_error(head, dtype, terms)
-    size = size_of((head.query, *head.keys), head.scale)
-    inner = (gamma(d + head.order + 2, u) + 4 * u) * logit_bounds.logit_bound
+    size = size_of(head.logit_bounds.largest, head.scale)
+    logit_bound = head.logit_bounds.logit_bound + extra
+    inner = (gamma(d + head.order + 2, u) + 4 * u) * logit_bound
     # a partial product that underflows may be multiplied by large factors later
     inner += EXP * (blocks + 1) * u + d * tiny * size
-    logarithm = 4 * u * (logit_bounds.logit_bound + math.log(head.sizes[1]) + 1)
+    logarithm = 4 * u * (logit_bound + math.log(head.sizes[1]) + 1)
     exponent = (2 * levels + 1) * inner + levels * (sums + logarithm + EXP * u)
     return math.expm1(exponent) if exponent < 1 else math.inf
 

@@ -9,20 +9,13 @@ factors. But softmax is invariant to a shift of all logits, so that their interv
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from fastattn.certificates.rounding import largest_number, smallest_number
-from fastattn.tensor.problem import TensorHead
-from sketching._lib.arrays import Array, array_namespace, device_of, mover, to_host
-from sketching._lib.certificate import RefusalError
+from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 _BLOCK = 2048
-# largest error by underflow of partial products, relative to the largest product
-_NEGLIGIBLE = 1e-10
 # covers the rounding of sums and products of a few float64 numbers
 _SLACK = 1 + 1e-12
 
@@ -44,6 +37,8 @@ class LogitBounds:
     maps : tuple of array, shape (d,)
         Factors of query and keys that make their largest entries equal in each
         coordinate, up to a power of two; the product of all is the scale.
+    largest_values : array, shape (k - 1, p)
+        The largest absolute values of each factor.
     half : float
         Half the largest range of a column of products of values.
     peak : float
@@ -56,25 +51,27 @@ class LogitBounds:
     terms: Array
     largest: Array
     maps: tuple[Array, ...]
+    largest_values: Array
     half: float
     peak: float
 
     @staticmethod
     @np.errstate(over="ignore", invalid="ignore", under="ignore")
-    def of(head: TensorHead) -> "LogitBounds":
-        """Compute the bounds in one pass over the rows."""
-        sides = (head.query, *head.keys)
+    def of(
+        sides: tuple[Array, ...], values: tuple[Array, ...], scale: float
+    ) -> "LogitBounds":
+        """Compute the bounds of query and keys in one pass over the rows."""
         shares, largest = _product_ranges(sides)
-        terms = _product(np.vstack([largest, np.full(largest.shape[1], head.scale)]))
+        terms = product(np.vstack([largest, np.full(largest.shape[1], scale)]))
         # a coordinate whose terms are zero adds nothing, also if a share is infinite
         scaled = np.where(terms != 0, shares * terms, 0.0)
         terms = np.abs(terms) * _SLACK
         logit_bound = _largest_sum(sides, largest, terms)
         slack = (_SLACK - 1) * terms.sum()
-        shares, tops = _product_ranges(head.values)
+        shares, tops = _product_ranges(values)
         # a product may underflow, with a relative error larger than the slack
         least = np.finfo(np.float64).smallest_subnormal
-        peaks = np.where(np.all(tops > 0, axis=0), _product(tops) * _SLACK + least, 0.0)
+        peaks = np.where(np.all(tops > 0, axis=0), product(tops) * _SLACK + least, 0.0)
         varies = (peaks > 0) & (shares[1] > shares[0])
         half = np.where(varies, peaks * ((shares[1] - shares[0]) / 2) + least, 0.0)
         return LogitBounds(
@@ -83,7 +80,8 @@ class LogitBounds:
             logit_bound,
             terms,
             largest,
-            _maps(largest, head.scale),
+            maps_of(largest, scale),
+            tops,
             float(half.max()) * _SLACK,
             float(peaks.max()) * _SLACK,
         )
@@ -97,91 +95,6 @@ class LogitBounds:
     def bound(self) -> float:
         """Half the width of the interval of the logits."""
         return (self.high - self.low) / 2
-
-
-def furthest_rows(head: TensorHead, scales: Array, count: int) -> Array:
-    """Indices of the ``count`` queries of largest norm after scaling coordinates."""
-    xp = head.xp
-    scales = xp.asarray(scales, dtype=xp.float64, device=device_of(head.query))
-    squares = xp.sum((xp.astype(head.query, xp.float64) * scales) ** 2, axis=1)
-    return np.argsort(to_host(squares), kind="stable")[-count:]
-
-
-def balanced(head: TensorHead, logit_bounds: LogitBounds) -> TensorHead:
-    """The same head in float64 with scale one, its factors balanced.
-
-    Partial products of its entries overflow or underflow float64 only if complete
-    products do, or if the factors that balance them do.
-
-    Raises
-    ------
-    RefusalError
-        If a factor that balances them overflows or underflows.
-    """
-
-    def scaled(arrays: tuple[Array, ...], maps: tuple[Array, ...]) -> Iterator[Array]:
-        for x, factors in zip(arrays, maps, strict=True):
-            move = mover(x, head.xp.float64)
-            yield head.xp.astype(x, head.xp.float64) * move(factors)
-
-    maps = _maps(_product_ranges(head.values)[1], 1.0)
-    if not np.isfinite(np.concatenate([*logit_bounds.maps, *maps])).all():
-        raise RefusalError(
-            "query, keys and values differ too much in size to be balanced in "
-            "float64: scale them so that their products stay in range"
-        )
-    query, *keys = scaled((head.query, *head.keys), logit_bounds.maps)
-    values = tuple(scaled(head.values, maps))
-    return replace(head, query=query, keys=tuple(keys), values=values, scale=1.0)
-
-
-def in_range(head: TensorHead, dtype: Any) -> bool:
-    """Whether products of entries, and sums of them, stay in the range of ``dtype``.
-
-    A partial product that underflows may be multiplied by large factors later: the
-    error must be negligible relative to the largest product of values.
-    """
-    values = head.sizes[1] * size_of(head.values)
-    size = size_of((head.query, *head.keys), head.scale)
-    peak = float(_product(_product_ranges(head.values)[1]).max())
-    lost = smallest_number(head.xp, dtype) * values if peak > 0 else 0.0
-    fits = max(size, values) < largest_number(head.xp, dtype) / 4
-    return fits and lost <= _NEGLIGIBLE * peak
-
-
-def lost_of_products(head: TensorHead, dtype: Any) -> float:
-    """Bound the error of an output entry by underflow of partial products of values.
-
-    A partial product that underflows in ``dtype`` may be multiplied by large factors
-    later.
-    """
-    tiny = smallest_number(head.xp, dtype)
-    return 2 * head.sizes[1] * tiny * size_of(head.values)
-
-
-def lost_products(head: TensorHead, dtype: Any, size: tuple[float, float]) -> float:
-    """Bound the error by underflow of products and outputs, relative to the output.
-
-    Outputs underflow in the dtype of the query; ``size`` is their
-    ``scaled_frobenius``.
-    """
-    peak, norm = size
-    if _product_ranges(head.values)[1].min(axis=0).max() == 0:
-        # all products are zero
-        return 0.0
-    if not (math.isfinite(peak) and peak > 0):
-        return math.inf
-    n, _, _, p = head.sizes
-    entry = lost_of_products(head, dtype)
-    entry += smallest_number(head.xp, head.query.dtype) / 2
-    return entry / peak * math.sqrt(n * p) / norm
-
-
-def size_of(arrays: tuple[Array, ...], scale: float = 0.0) -> float:
-    """Bound on products of an entry of each array, or of some of them, and a scale."""
-    xp = array_namespace(*arrays)
-    largest = (max(1.0, float(xp.max(xp.abs(x)))) for x in arrays)
-    return math.prod(largest) * (abs(scale) + 1)
 
 
 def _product_ranges(sides: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -202,7 +115,7 @@ def _product_ranges(sides: tuple[Array, ...]) -> tuple[Array, Array]:
     return shares, np.array(largest)
 
 
-def _product(x: Array) -> Array:
+def product(x: Array) -> Array:
     """Products over the rows; partial products may be out of range."""
     mantissa, exponent = np.frexp(x)
     product: Array = np.ldexp(np.prod(mantissa, axis=0), exponent.sum(axis=0))
@@ -244,7 +157,7 @@ def row_norms(x: Array, largest: Array, terms: Array, count: int) -> list[float]
     return [float(top) ** (1 / (c + 1)) for c, top in enumerate(most)]
 
 
-def _maps(largest: Array, scale: float) -> tuple[Array, ...]:
+def maps_of(largest: Array, scale: float) -> tuple[Array, ...]:
     """Factors that balance the sides; zero for a coordinate that is 0 on a side.
 
     They are powers of two, which do not round; that of the first side is multiplied by

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from fastattn.costs.work import exact_work, seconds
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.exact import rounding, solve_bounded, solve_exact
-from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.validation import check_integer
@@ -123,7 +122,7 @@ class TensorWindow(TensorMethod):
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute the windows of a head."""
-        plan, logit_bounds = self.plan(head), LogitBounds.of(head)
+        plan = self.plan(head)
         # the longest window last: the others are expanded
         order = np.argsort(self.sizes, kind="stable")
         sizes = tuple(min(self.sizes[s], head.lengths[s]) for s in order)
@@ -143,9 +142,9 @@ class TensorWindow(TensorMethod):
             return value, logarithm
 
         def bound(dtype: Any) -> float:
-            return rounding(head, logit_bounds, dtype, sizes[-1])
+            return rounding(head, dtype, sizes[-1])
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, logit_bounds)
+        return solve_bounded(head, tol, guarantee, plan, compute, bound)
 
 
 def _window_bounds(head: TensorHead, s: int, size: int) -> tuple[Array, Array]:
@@ -205,8 +204,7 @@ class StrassenAttention(TensorMethod):
         """Compute a head by matrix products, in float64 if many rows underflow."""
         plan = self.plan(head)
         whole = _contained(self, head, ((0, 1), (1, 2), (2, 0)))
-        logit_bounds, xp = LogitBounds.of(whole), head.xp
-        n, tuples, _, _ = head.sizes
+        xp, (n, tuples, _, _) = head.xp, head.sizes
 
         def compute(dtype: Any) -> tuple[Array, Array]:
             sides = (head.query, *head.keys, *head.values)
@@ -225,9 +223,9 @@ class StrassenAttention(TensorMethod):
             )
 
         def bound(dtype: Any) -> float:
-            return rounding(whole, logit_bounds, dtype, sum(head.lengths) + 8)
+            return rounding(whole, dtype, sum(head.lengths) + 8)
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, logit_bounds)
+        return solve_bounded(whole, tol, guarantee, plan, compute, bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +265,7 @@ class PathAttention(TensorMethod):
         """Compute a head by one pairwise attention for each factor."""
         plan, sides = self.plan(head), range(head.order)
         whole = _contained(self, head, tuple(itertools.pairwise(sides)))
-        logit_bounds, xp = LogitBounds.of(whole), head.xp
-        # log-sum-exps of inner attentions are one more coordinate of the logits
-        logit_bound = logit_bounds.logit_bound + math.log(head.sizes[1])
-        logit_bounds = replace(logit_bounds, logit_bound=logit_bound)
+        xp = head.xp
 
         def compute(dtype: Any) -> tuple[Array, Array]:
             return attend_path(
@@ -281,9 +276,10 @@ class PathAttention(TensorMethod):
             )
 
         def bound(dtype: Any) -> float:
-            return rounding(whole, logit_bounds, dtype)
+            # log-sum-exps of inner attentions are one more coordinate of the logits
+            return rounding(whole, dtype, extra=math.log(head.sizes[1]))
 
-        return solve_bounded(head, tol, guarantee, plan, compute, bound, logit_bounds)
+        return solve_bounded(whole, tol, guarantee, plan, compute, bound)
 
 
 def _replaced(x: Array, rows: Array, other: Array) -> Array:

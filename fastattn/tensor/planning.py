@@ -16,8 +16,8 @@ from fastattn.planning.auto import Auto
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.degree_search import apriori_expansion, sampled_expansion
 from fastattn.tensor.exact import exact_plan, relative_bound, solve_exact
-from fastattn.tensor.logit_bounds import LogitBounds, balanced, in_range
 from fastattn.tensor.mechanisms import TensorMethod
+from fastattn.tensor.overflow import balanced, in_range
 from fastattn.tensor.polynomial import (
     TensorPolynomialExpansion,
     check_basis,
@@ -88,7 +88,7 @@ def _within_range(head: TensorHead) -> TensorHead:
     if head.sizes[1] == 0 or in_range(head, head.xp.float64):
         return head
     if head.query.dtype == head.xp.float64:
-        head = balanced(head, LogitBounds.of(head))
+        head = balanced(head)
         if in_range(head, head.xp.float64):
             return head
     raise RefusalError(
@@ -203,7 +203,7 @@ def _expansion(
     if guarantee == "sampled":
         found = apriori_expansion(head, tol) if method == Polynomial() else None
         return sampled_expansion(head, method, tol, rng) if found is None else found
-    return proven_expansion(head, LogitBounds.of(head), tol, method.degree, method.rank)
+    return proven_expansion(head, tol, method.degree, method.rank)
 
 
 def _run(

@@ -27,26 +27,20 @@ from fastattn.certificates.rounding import (
 )
 from fastattn.costs.work import polynomial_work, seconds
 from fastattn.methods.polynomial.expansions import (
-    LARGEST_BOUND,
-    LARGEST_DEGREE,
     IndexSet,
     by_energy,
-    least_degree,
     rank_of,
     relative_minimax,
     total_degree,
 )
 from fastattn.methods.polynomial.method import Polynomial
-from fastattn.methods.polynomial.polynomial_expansion import check_rank
+from fastattn.methods.polynomial.proven_degree import NARROWEST, least_proven
 from fastattn.problem.plan import Plan
 from fastattn.tensor.exact import stored
 from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, mover, place_of
 from sketching._lib.certificate import RefusalError
-
-# least half width of the interval of the logits
-NARROWEST = 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,7 +204,6 @@ def check_basis(method: Polynomial, guarantee: str) -> None:
 
 def proven_expansion(
     head: TensorHead,
-    logit_bounds: LogitBounds,
     tol: float,
     degree: int | None = None,
     rank: int | None = None,
@@ -227,49 +220,26 @@ def proven_expansion(
     RefusalError
         If there is none; with the interval of the logits, the degree and the rank.
     """
-    bound = max(logit_bounds.bound, NARROWEST)
-    where = f"logits between {logit_bounds.low:.3g} and {logit_bounds.high:.3g}"
-    if not bound <= LARGEST_BOUND:
-        raise RefusalError(
-            f"{where} are wider than +-{LARGEST_BOUND:g}: no degree up to "
-            f"{LARGEST_DEGREE} suffices; scale the inputs down, or use Exact()"
-        )
-    first = least_degree(bound, tol / (1 + tol)) if degree is None else degree
-    if first is None:
-        raise RefusalError(
-            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for {where}: raise "
-            "tol, scale the inputs down, or use Exact()"
-        )
-    last = min(first + 2, LARGEST_DEGREE) if degree is None else degree
-    best = math.inf
-    for g in range(first, last + 1):
-        check_rank(head.sizes[2], g, rank)
-        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            expansion = bounded_expansion(
-                head, logit_bounds, g, rank, dtype, max_blocks
-            )
-            constant = logit_bounds.half == 0 and math.isfinite(expansion.bound)
-            if expansion.bound <= tol * logit_bounds.half or constant:
-                return expansion
-            best = min(best, expansion.bound)
-    raise RefusalError(
-        f"tol={tol:g} cannot be proven: {where}, degree {last}, rank "
-        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where the "
-        f"half range of the products of values is {logit_bounds.half:.1e}; raise tol, "
-        "degree or rank, or use Exact()"
-    )
+    bounds = head.logit_bounds
+
+    def make(degree: int, dtype: Any) -> TensorPolynomialExpansion:
+        return bounded_expansion(head, degree, rank, dtype, max_blocks)
+
+    where = f"logits between {bounds.low:.3g} and {bounds.high:.3g}"
+    limits = max(bounds.bound, NARROWEST), bounds.half
+    return least_proven(make, head, tol, limits, where, degree=degree, rank=rank)
 
 
 def bounded_expansion(
     head: TensorHead,
-    logit_bounds: LogitBounds,
     degree: int,
     rank: int | None,
     dtype: Any,
     max_blocks: int | None = None,
 ) -> TensorPolynomialExpansion:
     """The expansion of one degree and precision, with a proven error bound."""
-    bound, d = max(logit_bounds.bound, NARROWEST), head.sizes[2]
+    logit_bounds, d = head.logit_bounds, head.sizes[2]
+    bound = max(logit_bounds.bound, NARROWEST)
     coefficients, delta = relative_minimax(degree, bound)
     coefficients = shifted(coefficients, logit_bounds.center)
     index = index_set(logit_bounds, coefficients, rank)
@@ -288,9 +258,9 @@ def bounded_expansion(
         terms += (2 + math.ceil(max_blocks * own)) * len(lengths)
     error = math.inf
     absolute = _absolute(logit_bounds, coefficients)
-    if _fits(head, logit_bounds, max(lengths) * absolute, degree, dtype):
+    if _fits(head, max(lengths) * absolute, degree, dtype):
         terms += (degree + 2) * head.order * 2 + len(index) + 8
-        error = _error(head, logit_bounds, absolute, delta, terms, dtype)
+        error = _error(head, absolute, delta, terms, dtype)
     return TensorPolynomialExpansion.over(
         logit_bounds, index, coefficients, dtype, error
     )
@@ -325,12 +295,7 @@ def _dropped(logit_bounds: LogitBounds, index: IndexSet, coefficients: Array) ->
 
     The term of ``alpha`` is at most ``|c| |alpha|!/alpha! prod_l terms_l^alpha_l``.
     """
-    size = np.abs(coefficients)
-    total = float(np.polynomial.polynomial.polyval(logit_bounds.terms.sum(), size))
-    term = np.ones(len(index))
-    for j in range(1, len(index)):
-        term[j] = term[index.parent[j]] * logit_bounds.terms[index.coordinate[j]]
-    rest = float(np.sum(term * index.weights(size)))
+    total, rest = index.sizes(logit_bounds.terms, coefficients)
     return max(total - rest, 0.0) * math.exp(logit_bounds.bound)
 
 
@@ -342,7 +307,6 @@ def _absolute(logit_bounds: LogitBounds, coefficients: Array) -> float:
 
 def _error(
     head: TensorHead,
-    logit_bounds: LogitBounds,
     absolute: float,
     delta: float,
     terms: int,
@@ -354,6 +318,7 @@ def _error(
     a weight add up to at most ``absolute``, and the weight is at least
     ``(1 - delta) exp(-bound)``, with the relative error ``delta`` of the polynomial.
     """
+    logit_bounds = head.logit_bounds
     if logit_bounds.peak == 0:
         return 0.0
     u = unit_roundoff(head.xp, dtype)
@@ -363,12 +328,11 @@ def _error(
         return math.inf
     error = deviation(delta, logit_bounds.half)
     error += (2 * sums / (1 - off) + 2 * u) * logit_bounds.peak
-    return stored(head, logit_bounds.peak, error)
+    return stored(head, error)
 
 
 def _fits(
     head: TensorHead,
-    logit_bounds: LogitBounds,
     absolute: float,
     degree: int,
     dtype: Any,
@@ -378,10 +342,10 @@ def _fits(
     ``absolute`` bounds the sum of the absolute terms of all weights of a factor. Values
     far below one could underflow in products with small monomials, and are rejected.
     """
-    xp = head.xp
+    xp, logit_bounds = head.xp, head.logit_bounds
     least = smallest_number(xp, dtype) * 1e20
     most = largest_number(xp, dtype) / 16
-    tops = [float(xp.max(xp.abs(value))) for value in head.values]
+    tops = [float(top) for top in logit_bounds.largest_values.max(axis=1)]
     if any(0 < top < least for top in (logit_bounds.half, *tops)):
         return False
     # balanced sides have equal largest entries, up to powers of two

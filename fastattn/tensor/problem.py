@@ -9,22 +9,22 @@ import numpy as np
 
 from fastattn._ops.tensor import attend_tuples
 from fastattn.problem.batch import Batch, check_rows, pick, read_mask
-from fastattn.problem.head import rounded_answer
+from fastattn.problem.head import AttentionHead, gather_rows
 from fastattn.problem.plan import HeadAnswer
+from fastattn.tensor.logit_bounds import LogitBounds
 from sketching._lib.arrays import (
     Array,
     array_namespace,
-    compute_dtype,
     device_of,
-    place_of,
     plain,
 )
 from sketching._lib.certificate import Approximation
+from sketching._lib.lazy import lazy
 from sketching._lib.validation import check_flag, check_float_array, check_number
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorHead:
+@dataclass(frozen=True, eq=False)
+class TensorHead(AttentionHead):
     """The inputs of one head of order ``len(keys) + 1``.
 
     Parameters
@@ -49,16 +49,6 @@ class TensorHead:
     places: tuple[Array, ...] | None = None
 
     @property
-    def xp(self) -> Any:
-        """The namespace of the arrays."""
-        return array_namespace(self.query)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of computation."""
-        return compute_dtype(self.xp, self.query.dtype)
-
-    @property
     def order(self) -> int:
         """The number of factors, the query included."""
         return len(self.keys) + 1
@@ -68,21 +58,21 @@ class TensorHead:
         """The number of keys of each factor."""
         return tuple(int(key.shape[0]) for key in self.keys)
 
-    @property
+    @lazy
     def sizes(self) -> tuple[int, int, int, int]:
         """n, number of tuples of keys, d and p."""
         n, d = self.query.shape
         return n, math.prod(self.lengths), d, self.values[0].shape[1]
 
-    @property
+    @lazy
+    def logit_bounds(self) -> LogitBounds:
+        """Bounds on the logits and values; there must be a tuple."""
+        return LogitBounds.of((self.query, *self.keys), self.values, self.scale)
+
+    @lazy
     def largest_value(self) -> float:
         """Bound on the largest product of values."""
-        return math.prod(float(self.xp.max(self.xp.abs(x))) for x in self.values)
-
-    @property
-    def has_fast_kernel(self) -> bool:
-        """Whether a kernel in ``_ops/cpu`` or ``_ops/gpu`` runs for this head."""
-        return place_of(self.query) is not None
+        return math.prod(map(float, self.logit_bounds.largest_values.max(axis=1)))
 
     def trimmed(self) -> "TensorHead":
         """Return the head without the last keys, to which no row attends."""
@@ -95,12 +85,10 @@ class TensorHead:
 
     def with_rows(self, rows: Array) -> "TensorHead":
         """Return the head of the queries with indices ``rows``."""
-        xp = self.xp
-        rows = xp.asarray(rows, device=device_of(self.query))
         prefix_lengths = self.prefix_lengths
         if prefix_lengths is not None:
-            prefix_lengths = tuple(xp.take(x, rows, axis=0) for x in prefix_lengths)
-        query = xp.take(self.query, rows, axis=0)
+            prefix_lengths = tuple(gather_rows(x, rows) for x in prefix_lengths)
+        query = gather_rows(self.query, rows)
         return replace(self, query=query, prefix_lengths=prefix_lengths)
 
     def attend(self, dtype: Any = None) -> tuple[Array, Array]:
@@ -123,10 +111,6 @@ class TensorHead:
             if prefix_lengths is None
             else tuple(prefix_lengths[s] for s in order),
         )
-
-    def finish(self, value: Array, log_normalizer: Array) -> tuple[Array, Array]:
-        """Round outputs to the dtype of the query, log-sum-exps to the head's."""
-        return rounded_answer(value, log_normalizer, self.query.dtype, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -35,10 +35,10 @@ from fastattn.certificates.sampled import (
 from fastattn.costs.work import exact_work
 from fastattn.methods.polynomial.expansions import rank_of
 from fastattn.problem.head import host_rows
-from fastattn.tensor.logit_bounds import LogitBounds, furthest_rows, lost_products
+from fastattn.tensor.overflow import lost_products
 from fastattn.tensor.polynomial import TensorPolynomialExpansion
 from fastattn.tensor.problem import TensorHead
-from sketching._lib.arrays import Array, to_host
+from sketching._lib.arrays import Array, device_of, to_host
 
 # largest and least number of rows that are computed exactly, and the budget of all
 _ROWS, _FEWEST = 64, 16
@@ -114,7 +114,7 @@ def _unseen_tuples(
 
     Their logits may be anywhere in the interval. ``weight`` is the least mean weight.
     """
-    xp, (_, _, d, p) = head.xp, head.sizes
+    _, _, d, p = head.sizes
     polyval = np.polynomial.polynomial.polyval
     if len(expansion.index) == rank_of(d, expansion.degree):
         logits = np.linspace(expansion.low, expansion.high, _GRID)
@@ -124,12 +124,11 @@ def _unseen_tuples(
         worst = float(np.max(np.abs(off)))
     else:
         # some monomials are dropped: the weight is no function of the logit
-        logit_bound = LogitBounds.of(head).logit_bound
+        logit_bound = head.logit_bounds.logit_bound
         worst = float(np.exp(expansion.high - expansion.center))
         worst += float(polyval(logit_bound, np.abs(expansion.coefficients)))
-    values = math.prod(float(xp.max(xp.abs(x))) for x in head.values)
     share = _UNSEEN / (groups * _TUPLES)
-    unseen = share * worst / weight * 2 * values * math.sqrt(p)
+    unseen = share * worst / weight * 2 * head.largest_value * math.sqrt(p)
     return unseen if math.isfinite(unseen) else math.inf
 
 
@@ -187,6 +186,14 @@ def _errors(
     return sums / mean[:, None], absolute / mean[:, None], float(mean.min())
 
 
+def furthest_rows(head: TensorHead, scales: Array, count: int) -> Array:
+    """Indices of the ``count`` queries of largest norm after scaling coordinates."""
+    xp = head.xp
+    scales = xp.asarray(scales, dtype=xp.float64, device=device_of(head.query))
+    squares = xp.sum((xp.astype(head.query, xp.float64) * scales) ** 2, axis=1)
+    return np.argsort(to_host(squares), kind="stable")[-count:]
+
+
 def row_work(head: TensorHead) -> float:
     """Work of the largest number of exact rows for a certificate."""
     n, *rest = head.sizes
@@ -232,5 +239,12 @@ def certify_few_rows(
         head.xp, dtype, head.query.dtype, head.sizes, head.largest_value, peak
     )
     lost += lost_products(head, expansion.dtype, (peak, norm)) * norm
-    what = f"rows of {head.sizes[1]} tuples"
-    return statement(found, UNIFORM_MARGIN, FAILURE, norm, rounding, lost, rows=what)
+    return statement(
+        found,
+        UNIFORM_MARGIN,
+        FAILURE,
+        norm,
+        rounding=rounding,
+        lost=lost,
+        rows=f"rows of {head.sizes[1]} tuples",
+    )

@@ -17,10 +17,15 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
-from typing import Any
+from typing import Any, TypeVar
+
+from sketching._lib.arrays import Array, place_of
+
+_T = TypeVar("_T")
+_S = TypeVar("_S")
 
 # a signal may come in while it is held, and whoever handles that may fork
 _lock = threading.RLock()
@@ -143,6 +148,25 @@ def run_blocks(work: Callable[[int], None], starts: range) -> None:
                 work(start)
             return
         _crew.run(_Work(work, starts))
+
+
+def parallel_map(
+    work: Callable[[_T], _S], items: Sequence[_T], like: Array
+) -> list[_S]:
+    """Apply ``work`` to every item, in parallel for arrays on the CPU such as ``like``.
+
+    BLAS has one thread then, even for one item: results may differ in the last digit
+    with the number of threads.
+    """
+    if place_of(like) != "cpu":
+        return [work(item) for item in items]
+    found: list[Any] = [None] * len(items)
+
+    def one(number: int) -> None:
+        found[number] = work(items[number])
+
+    run_blocks(one, range(len(items)))
+    return found
 
 
 class _Work:

@@ -217,7 +217,7 @@ def test_a_tolerance_that_no_precision_keeps_is_refused(method, guarantee):
 
 
 def test_too_small_a_degree_is_refused_with_numbers():
-    message = r"tol=0.001 cannot be proven: logits up to \d\.?\d*, degree 1, rank 5 are"
+    message = r"cannot be proven: centred logits up to \d\.?\d*, degree 1, rank 5 are"
     with pytest.raises(RefusalError, match=message):
         approximate(
             *inputs(), tol=1e-3, method=Polynomial(degree=1), guarantee="proven"
@@ -226,7 +226,7 @@ def test_too_small_a_degree_is_refused_with_numbers():
 
 def test_logits_beyond_every_degree_are_refused_with_their_bound():
     query, key, value = inputs()
-    with pytest.raises(RefusalError, match=r"logits are bounded by \d+.*more than 8"):
+    with pytest.raises(RefusalError, match=r"logits up to \d+.*wider than"):
         approximate(query * 20, key, value, method=Polynomial(), guarantee="proven")
 
 

@@ -11,11 +11,13 @@ They are known in closed form, so that no query is evaluated.
 """
 
 import heapq
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastattn._ops.lowrank import Functions
 from fastattn._ops.monomials import monomials
 from fastattn.methods.lowrank.whitening import Whitening
 from sketching._lib.arrays import Array
@@ -118,18 +120,31 @@ class Basis:
         The polynomials; the first is the constant.
     landmarks : array, shape (c, t)
         In the coordinates ``y`` of the keys.
+    mixed : array, shape (c, r)
+        Inner products of landmarks and polynomials.
+    size, factor : array, shapes (c,) and (c, c)
+        Norms of the landmarks less the polynomials, and the Cholesky factor of the Gram
+        matrix of what is left, normalized.
     """
 
     whitening: Whitening
     hermite: Hermite
     landmarks: Array
-    _mixed: Array = field(init=False)
-    _size: Array = field(init=False)
-    _factor: Array = field(init=False)
+    mixed: Array
+    size: Array
+    factor: Array
 
-    def __post_init__(self) -> None:
-        marks = self.landmarks.astype(np.float64)
-        mixed = self.hermite.features(marks)
+    @staticmethod
+    def factorised(whitening: Whitening, hermite: Hermite, landmarks: Array) -> "Basis":
+        """Factorise the Gram matrix of the landmarks.
+
+        Raises
+        ------
+        RefusalError
+            If the logits vary too much, or the landmarks are dependent.
+        """
+        marks = landmarks.astype(np.float64)
+        mixed = hermite.features(marks)
         with np.errstate(over="ignore", invalid="ignore"):
             gram = np.exp(marks @ marks.T)
             noise = _NOISE * np.diag(gram)
@@ -138,9 +153,7 @@ class Basis:
             size = np.sqrt(np.diag(gram))
             gram *= 1 / size
             gram *= 1 / size[:, None]
-        object.__setattr__(self, "_mixed", mixed)
-        object.__setattr__(self, "_size", size)
-        object.__setattr__(self, "_factor", _factor(gram))
+        return Basis(whitening, hermite, landmarks, mixed, size, _factor(gram))
 
     @staticmethod
     def fitting(
@@ -160,9 +173,19 @@ class Basis:
         arrays = (
             whitening.center, whitening.to_key, whitening.to_query, whitening.origin,
             whitening.spread, index.parent, index.coordinate, index.power,
-            self.landmarks, self._mixed, self._size, self._factor,
+            self.landmarks, self.mixed, self.size, self.factor,
         )  # fmt: skip
         return sum(int(x.nbytes) for x in arrays)
+
+    def functions(self, move: Callable[[Array], Array], log_unit: float) -> Functions:
+        """The functions of queries, with weights in units of ``exp(log_unit)``."""
+        whitening = self.whitening
+        return Functions(
+            move(whitening.to_query),
+            move(np.append(whitening.origin[:-1], log_unit)),
+            move(self.landmarks),
+            move(whitening.spread / whitening.limit),
+        )
 
     def project(self, sums: Array) -> Array:
         """Turn inner products with the basis, (r + c, w), into coefficients.
@@ -175,28 +198,24 @@ class Basis:
         from scipy.linalg import cho_solve
 
         head, tail = sums[: len(self.hermite)], sums[len(self.hermite) :]
-        right = (tail - self._mixed @ head) / self._size[:, None]
-        solution = cho_solve((self._factor, True), right, check_finite=False)
-        solution /= self._size[:, None]
-        return np.concatenate([head - self._mixed.T @ solution, solution])
+        right = (tail - self.mixed @ head) / self.size[:, None]
+        solution = cho_solve((self.factor, True), right, check_finite=False)
+        solution /= self.size[:, None]
+        return np.concatenate([head - self.mixed.T @ solution, solution])
 
     def first(self, count: int) -> "Basis":
         """Keep the first ``count`` basis functions: polynomials, then landmarks."""
         rank = min(count, len(self.hermite))
         marks = max(count - len(self.hermite), 0)
         # the Cholesky factor of a leading block is the leading block of the factor
-        kept = {
-            "whitening": self.whitening,
-            "hermite": self.hermite.prefix(rank),
-            "landmarks": self.landmarks[:marks],
-            "_mixed": self._mixed[:marks, :rank],
-            "_size": self._size[:marks],
-            "_factor": self._factor[:marks, :marks],
-        }
-        basis = object.__new__(Basis)
-        for name, part in kept.items():
-            object.__setattr__(basis, name, part)
-        return basis
+        return Basis(
+            self.whitening,
+            self.hermite.prefix(rank),
+            self.landmarks[:marks],
+            self.mixed[:marks, :rank],
+            self.size[:marks],
+            self.factor[:marks, :marks],
+        )
 
     def equals(self, other: "Basis") -> bool:
         """Whether states over this basis and the other may be added."""

@@ -13,11 +13,11 @@ from fastattn.problem.causal_chunks import (
     Answer,
     by_prefixes,
     panels,
-    parallel_map,
 )
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import RefusalError
+from sketching._lib.threads import parallel_map
 
 # log of the factor by which a prefix may have a smaller mean weight than all keys
 _SLACK = 20.0
@@ -79,7 +79,7 @@ def lowrank_prefixes(
 
     before, total = empty, np.zeros(head.sizes[2])
     for panel in panels(counts, empty.sums.nbytes):
-        parts, far, sums = zip(*parallel_map(head, part, panel), strict=True)
+        parts, far, sums = zip(*parallel_map(part, panel, head.query), strict=True)
         structures = _accumulated(before, list(parts))
         totals = total + np.cumsum(sums, axis=0)
         means = [x / keys.stop for x, keys in zip(totals, panel, strict=True)]

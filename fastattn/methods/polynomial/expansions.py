@@ -175,6 +175,18 @@ class IndexSet:
         """Return the factor of each product of monomials in ``p(u . v)``."""
         return coefficients[self.degree] * self.multiplicity
 
+    def sizes(self, entries: Array, coefficients: Array) -> tuple[float, float]:
+        """Sums of absolute terms of ``p(x)``: of all monomials, and of the set.
+
+        ``entries``, ``(d,)``, are the largest absolute terms of ``x``.
+        """
+        size = np.abs(coefficients)
+        everything = float(np.polynomial.polynomial.polyval(entries.sum(), size))
+        term = np.ones(len(self))
+        for j in range(1, len(self)):
+            term[j] = term[self.parent[j]] * entries[self.coordinate[j]]
+        return everything, float(np.sum(term * self.weights(size)))
+
 
 def rank_of(d: int, degree: int) -> int:
     """Return the number C(d + g, g) of monomials of degree at most g in d variables."""

@@ -1,7 +1,6 @@
 """The polynomial method: low-rank softmax attention by monomials."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,11 +29,10 @@ from fastattn.methods.polynomial.polynomial_expansion import (
 from fastattn.methods.polynomial.proven import proven_expansion
 from fastattn.problem.head import Head
 from fastattn.problem.plan import (
-    Candidate,
+    Configurable,
     ConfiguredMethod,
     HeadAnswer,
     Plan,
-    candidate_of,
 )
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import balance
@@ -48,7 +46,7 @@ _DEFAULT_DEGREE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Polynomial:
+class Polynomial(Configurable):
     r"""Softmax attention in linear time by a polynomial in place of exp.
 
     With :math:`p(x) = \sum_g c_g x^g` close to exp on the logits,
@@ -113,12 +111,6 @@ class Polynomial:
             check_integer("rank", self.rank, least=1)
         check_integer("landmarks", self.landmarks, least=0)
         check_choice("basis", self.basis, _BASES)
-
-    def candidates(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Iterator[Candidate]:
-        """Yield the plan, or the reason for a refusal."""
-        yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator

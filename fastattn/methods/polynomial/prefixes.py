@@ -9,10 +9,10 @@ from fastattn.problem.causal_chunks import (
     Prefix,
     by_prefixes,
     panels,
-    parallel_map,
 )
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, mover
+from sketching._lib.threads import parallel_map
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +44,7 @@ def moments_by_prefixes(
         total = None
         for panel in panels(counts, 8 * len(first.index) * (head.sizes[3] + 1)):
             some: list[Prefix] = []
-            for one in parallel_map(head, part, panel):
+            for one in parallel_map(part, panel, head.query):
                 sums = xp.astype(one.sums, xp.float64)
                 total = sums if total is None else total + sums
                 whole = replace(one, sums=xp.astype(total, one.sums.dtype))

@@ -34,19 +34,14 @@ from fastattn.certificates.rounding import (
     value_range,
 )
 from fastattn.methods.polynomial.expansions import (
-    LARGEST_BOUND,
-    LARGEST_DEGREE,
     IndexSet,
     by_energy,
-    least_degree,
     rank_of,
     relative_minimax,
     total_degree,
 )
-from fastattn.methods.polynomial.polynomial_expansion import (
-    PolynomialExpansion,
-    check_rank,
-)
+from fastattn.methods.polynomial.polynomial_expansion import PolynomialExpansion
+from fastattn.methods.polynomial.proven_degree import NARROWEST, least_proven
 from fastattn.problem.causal_chunks import largest_chunk
 from fastattn.problem.head import Head
 from fastattn.problem.rows import sample_rows
@@ -108,38 +103,22 @@ def proven_expansion(
     """
     logit_bounds = _tightest_bounds(head, rng)
     value_bounds = value_range(head)
-    bound = max(logit_bounds.bound, 1e-3)
-    if not bound <= LARGEST_BOUND:
-        raise RefusalError(
-            f"logits are bounded by {bound:.3g} after centring, more than "
-            f"{LARGEST_BOUND:g}: no degree up to {LARGEST_DEGREE} suffices; "
-            "scale query or key down, or use Exact()"
+
+    def make(degree: int, dtype: Any) -> PolynomialExpansion:
+        return _expansion(
+            head,
+            logit_bounds,
+            value_bounds,
+            degree,
+            dtype,
+            rank=rank,
+            max_blocks=max_blocks,
         )
-    wanted = tol / (1 + tol)
-    first = least_degree(bound, wanted) if degree is None else degree
-    if first is None:
-        raise RefusalError(
-            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for logits up to "
-            f"{bound:.3g}: raise tol, scale query or key down, or use Exact()"
-        )
-    last = min(first + 2, LARGEST_DEGREE) if degree is None else degree
-    best = math.inf
-    for g in range(first, last + 1):
-        check_rank(head.sizes[2], g, rank)
-        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            expansion = _expansion(
-                head, logit_bounds, value_bounds, g, rank, dtype, max_blocks
-            )
-            constant = value_bounds.half == 0 and math.isfinite(expansion.bound)
-            if expansion.bound <= tol * value_bounds.half or constant:
-                return expansion
-            best = min(best, expansion.bound)
-    raise RefusalError(
-        f"tol={tol:g} cannot be proven: logits up to {bound:.3g}, degree {last}, rank "
-        f"{rank or rank_of(head.sizes[2], last)} are proven to {best:.1e} where "
-        f"the half range of the values is {value_bounds.half:.1e}; raise tol, degree "
-        "or rank, or use Exact()"
-    )
+
+    bound = max(logit_bounds.bound, NARROWEST)
+    where = f"centred logits up to {bound:.3g}"
+    limits = bound, value_bounds.half
+    return least_proven(make, head, tol, limits, where, degree=degree, rank=rank)
 
 
 def _tightest_bounds(head: Head, rng: np.random.Generator) -> _LogitBounds:
@@ -187,12 +166,13 @@ def _expansion(
     logit_bounds: _LogitBounds,
     value_bounds: ValueRange,
     degree: int,
-    rank: int | None,
     dtype: Any,
+    *,
+    rank: int | None,
     max_blocks: int | None,
 ) -> PolynomialExpansion:
     """Build the expansion of one degree and precision, and bound its error."""
-    bound = max(logit_bounds.bound, 1e-3)
+    bound = max(logit_bounds.bound, NARROWEST)
     coefficients, delta = relative_minimax(degree, bound)
     d = logit_bounds.transform.query_map.shape[1]
     if rank is None or rank >= rank_of(d, degree):
@@ -307,12 +287,7 @@ def _dropped(
     t = logit_bounds.transform
     entries = largest_entries(head.query, t.query_center, t.query_map)
     entries = entries * largest_entries(head.key, t.key_center, t.key_map)
-    size = np.abs(coefficients)
-    everything = float(np.polynomial.polynomial.polyval(entries.sum(), size))
-    term = np.ones(len(index))
-    for j in range(1, len(index)):
-        term[j] = term[index.parent[j]] * entries[index.coordinate[j]]
-    kept = float(np.sum(term * index.weights(size)))
+    everything, kept = index.sizes(entries, coefficients)
     # rounding of the difference of two almost equal sums
     slack = 8 * len(index) * unit_roundoff(np, np.float64) * everything
     return (max(everything - kept, 0.0) + slack) * math.exp(logit_bounds.bound)

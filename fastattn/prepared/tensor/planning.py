@@ -14,7 +14,6 @@ from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.tensor.exact import TensorExactHead
 from fastattn.prepared.tensor.states import TensorStateHead
 from fastattn.problem.plan import Method, Plan
-from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.polynomial import (
     TensorPolynomialExpansion,
     check_basis,
@@ -93,13 +92,8 @@ def _state(
     xp = head.xp
     # both: where logits have one sign, smaller queries must stay in the interval, too
     head = replace(head, query=xp.concat([head.query, with_room(head.query)]))
-    logit_bounds = LogitBounds.of(head)
-    expansion = proven_expansion(
-        head, logit_bounds, tol, method.degree, method.rank, MAX_BLOCKS
-    )
-    return TensorStateHead.of(
-        _plan_of(head, expansion, reason), expansion, head, logit_bounds
-    )
+    expansion = proven_expansion(head, tol, method.degree, method.rank, MAX_BLOCKS)
+    return TensorStateHead.of(_plan_of(head, expansion, reason), expansion, head)
 
 
 def _exact(

@@ -15,7 +15,7 @@ from fastattn.certificates.accumulation import accumulation_blocks, count_blocks
 from fastattn.methods.polynomial.expansions import IndexSet
 from fastattn.prepared.states import Packed
 from fastattn.problem.plan import HeadAnswer, Plan
-from fastattn.tensor.logit_bounds import LogitBounds, row_norms
+from fastattn.tensor.logit_bounds import row_norms
 from fastattn.tensor.polynomial import TensorPolynomialExpansion
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
@@ -111,13 +111,10 @@ class TensorStateHead:
 
     @staticmethod
     def of(
-        plan: Plan,
-        expansion: TensorPolynomialExpansion,
-        head: TensorHead,
-        logit_bounds: LogitBounds,
+        plan: Plan, expansion: TensorPolynomialExpansion, head: TensorHead
     ) -> "TensorStateHead":
         """Start without keys, with the bounds of the rows of a head."""
-        sides = (head.query, *head.keys)
+        sides, logit_bounds = (head.query, *head.keys), head.logit_bounds
         query, *keys = (
             FactorBounds.of(x, (largest, logit_bounds.terms), head.order)
             for x, largest in zip(sides, logit_bounds.largest, strict=True)

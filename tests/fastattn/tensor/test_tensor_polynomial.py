@@ -13,7 +13,6 @@ from fastattn.methods.polynomial.expansions import (
     total_degree,
 )
 from fastattn.tensor.degree_search import sampled_expansion
-from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.polynomial import proven_expansion
 from fastattn.tensor.problem import TensorHead
 from fastattn.tensor.sampled import certify_few_rows, certify_tuples
@@ -91,7 +90,7 @@ def test_logit_bounds_hold_every_logit(order, d, seed, scale, shift, binary):
         sides = [np.sign(x) for x in sides]
     query, *keys = (x + shift for x in sides)
     head = TensorHead(query, tuple(keys), tuple(keys), scale)
-    logit_bounds = LogitBounds.of(head)
+    logit_bounds = head.logit_bounds
     terms = scale * query
     for key in keys:
         terms = (terms[:, None] * key).reshape(-1, d)
@@ -106,9 +105,9 @@ def test_logit_bounds_hold_every_logit(order, d, seed, scale, shift, binary):
 def test_coordinates_are_balanced_before_logits_are_bounded():
     query, keys, values = problem()
     c = 10.0 ** np.array([3, -4, 0, 8])
-    plain = LogitBounds.of(TensorHead(query, keys, values, 0.25))
+    plain = TensorHead(query, keys, values, 0.25).logit_bounds
     keys = (keys[0] * c, keys[1])
-    scaled = LogitBounds.of(TensorHead(query / c, keys, values, 0.25))
+    scaled = TensorHead(query / c, keys, values, 0.25).logit_bounds
     np.testing.assert_allclose(scaled.bound, plain.bound, rtol=1e-9)
     for one, other in zip(scaled.maps[1:], plain.maps[1:], strict=True):
         np.testing.assert_allclose(one[[2]], other[[2]], rtol=1e-9)
@@ -325,10 +324,9 @@ def test_rows_are_computed_where_tuples_scatter_too_much():
 def test_proven_expansion_takes_the_least_degree():
     inputs = problem()
     head = TensorHead(*inputs, 0.25)
-    logit_bounds = LogitBounds.of(head)
-    expansion = proven_expansion(head, logit_bounds, 1e-4)
+    expansion = proven_expansion(head, 1e-4)
     with pytest.raises(RefusalError):
-        proven_expansion(head, logit_bounds, 1e-4, expansion.degree - 1)
+        proven_expansion(head, 1e-4, expansion.degree - 1)
 
 
 def test_an_int_makes_it_reproducible():
