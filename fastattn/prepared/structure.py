@@ -16,13 +16,14 @@ from fastattn.problem.batch import (
     check_mask,
     check_rows,
     check_unmasked,
+    each_head,
     pick,
+    place_of_head,
     placed_mask,
 )
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.cell import Cell
 from sketching._lib.certificate import Approximation, Certificate
-from sketching._lib.threads import parallel_map
 from sketching._lib.validation import check_float_array
 
 _T = TypeVar("_T")
@@ -315,7 +316,7 @@ class Prepared:
         return tuple(self._options["lead"])
 
     def _place(self, number: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in np.unravel_index(number, self._lead))
+        return place_of_head(number, self._lead)
 
     def _rng(self, number: int) -> np.random.Generator:
         # independent of earlier queries, and the same after a load
@@ -329,7 +330,7 @@ class Prepared:
         return array.reshape(self._lead)
 
     def _each(self, work: Callable[[int], _T]) -> list[_T]:
-        return parallel_map(work, range(len(self._heads)), self._like)
+        return each_head(self._lead, self._like, work)
 
     def _checked(self, name: str, x: Array, width: int) -> Array:
         """Check an array against the structure, also for NaN, a block at a time."""
