@@ -104,6 +104,8 @@ class TensorWindow(TensorMethod):
                 "sizes: expected a tuple, one window for each factor, got "
                 f"{type(self.sizes).__name__}"
             )
+        if not self.sizes:
+            raise ValueError("sizes: expected at least one window, got none")
         for s, size in enumerate(self.sizes):
             check_integer(f"sizes[{s}]", size, least=1)
 
