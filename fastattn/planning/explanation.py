@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.problem.head import Head, host_rows
+from fastattn.problem.batch import name_of, place_of_head
+from fastattn.problem.head import AttentionHead, host_rows
 from fastattn.problem.plan import Candidate, HeadAnswer, Method
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
@@ -84,8 +85,7 @@ class Explanation:
 
     def _rows(self) -> Iterator[list[str]]:
         for number, candidates in enumerate(self.heads):
-            place = np.unravel_index(number, self.lead) if self.lead else ()
-            name = ",".join(str(int(i)) for i in place) or "-"
+            name = name_of(place_of_head(number, self.lead))
             taken = next((c for c in candidates if c.accepted), None)
             for i, candidate in enumerate(candidates):
                 plan, why = candidate.plan, candidate.plan.reason
@@ -104,7 +104,7 @@ class Explanation:
 
 
 def run_candidates(
-    head: Head,
+    head: AttentionHead,
     candidates: tuple[Candidate, ...],
     tol: float,
     guarantee: str,
@@ -138,7 +138,7 @@ def run_candidates(
 
 
 def _run(
-    head: Head,
+    head: AttentionHead,
     method: Method,
     tol: float,
     guarantee: str,
@@ -168,7 +168,7 @@ def _run(
 
 def _timed(
     method: Method,
-    head: Head,
+    head: AttentionHead,
     tol: float,
     guarantee: str,
     rng: np.random.Generator,

@@ -16,14 +16,15 @@ from fastattn.problem.batch import (
     check_mask,
     check_rows,
     check_unmasked,
+    each_head,
     over_heads,
     pick,
+    place_of_head,
     placed_mask,
 )
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.cell import Cell
 from sketching._lib.certificate import Approximation, Certificate
-from sketching._lib.threads import parallel_map
 from sketching._lib.validation import check_float_array
 
 _T = TypeVar("_T")
@@ -316,14 +317,14 @@ class Prepared:
         return tuple(self._options["lead"])
 
     def _place(self, number: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in np.unravel_index(number, self._lead))
+        return place_of_head(number, self._lead)
 
     def _rng(self, number: int) -> np.random.Generator:
         # independent of earlier queries, and the same after a load
         return np.random.default_rng([self._options["seed"], number])
 
     def _each(self, work: Callable[[int], _T]) -> list[_T]:
-        return parallel_map(work, range(len(self._heads)), self._like)
+        return each_head(self._lead, self._like, work)
 
     def _checked(self, name: str, x: Array, width: int) -> Array:
         """Check an array against the structure, also for NaN, a block at a time."""

@@ -5,7 +5,10 @@ block. Its error is estimated on held-out queries. Where it misses the tolerance
 keys are read again, once for each block of queries, for exact attention.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +36,7 @@ _KEYS, _QUERIES = 1 << 16, 1 << 13
 _TIME_SHARE = 0.8
 # far keys of a state may take up to this fraction of the memory, as 1 / _SHARE
 _SHARE = 4
+_NO_PROOF = "a proven state needs the keys of a head in memory: these stream"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +45,17 @@ class Streamed:
 
     certificate: Certificate
     plan: Plan
+
+
+class _Way(NamedTuple):
+    """A way to answer a head in a file.
+
+    ``run`` takes the reason against the way before, or an empty string, and the
+    functions ``put`` and ``step``.
+    """
+
+    plan: Plan
+    run: Callable[[str, Put, Step], Streamed]
 
 
 def attend_streamed(
@@ -53,30 +68,21 @@ def attend_streamed(
     step: Step,
 ) -> Streamed:
     """Answer all queries of a head in a file; ``put`` gets the answers in blocks."""
+    ways = _ways(method, head, tol, guarantee, rng)
     # check all queries before the keys, which take long
     for _ in head.each_block():
         pass
-    exact = method if isinstance(method, Exact) else Exact()
-    reason = "requested"
+    against = ""
     # with several threads BLAS results may differ in the last digit
     with single_threaded_blas():
-        if exact is not method:
-            planned = _plan(head, tol, method, guarantee, rng)
-            if isinstance(planned, StateHead):
-                # the other half is for exact attention, where the state is refused
+        for way in ways:
+            try:
+                return way.run(against, put, step)
+            except RefusalError as error:
+                against = str(error)
+                # the other half is for exact attention
                 step = _half(step)
-                try:
-                    found = _sum(head, planned, tol, put, step)
-                    step(1.0)
-                    return found
-                except RefusalError as error:
-                    if not isinstance(method, Auto):
-                        raise
-                    reason = str(error)
-            else:
-                reason = planned
-        certified = solve_exactly(head, exact, tol, guarantee, rng, reason, put, step)
-        return Streamed(*certified)
+    raise RefusalError(against)
 
 
 def _half(step: Step) -> Step:
@@ -91,52 +97,107 @@ def explain_streamed(
     rng: np.random.Generator,
 ) -> Explanation:
     """Say what would be run: what is planned on the sample, then exact attention."""
-    considered = []
-    reason = "requested"
     with single_threaded_blas():
-        if not isinstance(method, Exact):
-            planned = _plan(head, tol, method, guarantee, rng)
-            reason = "if the state over all keys misses the tolerance"
-            if isinstance(planned, StateHead):
-                considered.append(Candidate(planned.plan, accepted=True))
-            else:
-                reason = planned
-    if isinstance(method, (Exact, Auto)):
-        exact = method if isinstance(method, Exact) else Exact()
-        plan = Plan(exact, 0.0, seconds(exact_work(*head.sizes)), reason)
-        considered.append(Candidate(plan, accepted=True))
-    return Explanation((), (tuple(considered),))
+        plans = [way.plan for way in _ways(method, head, tol, guarantee, rng)]
+    return Explanation((), (tuple(Candidate(x, accepted=True) for x in plans),))
 
 
-def _plan(
-    head: FileHead, tol: float, method: Method, guarantee: str, rng: np.random.Generator
-) -> StateHead | str:
-    """Plan a state on a sample of the rows: an empty state, or why there is none."""
-    if not isinstance(method, (Auto, Polynomial)):
-        raise RefusalError(
-            f"{type(method).__name__} needs the keys of a head in memory, of which "
-            f"{head.memory} bytes may be used: allow more, or use Auto() or Exact()"
+@singledispatch
+def _ways(method: Any, head: FileHead, *_: Any) -> Iterator[_Way]:
+    """Yield the ways to answer a head, the first choice first.
+
+    A method is registered with a function of the method, a head, ``tol``, the guarantee
+    and a random generator.
+    """
+    raise RefusalError(
+        f"{type(method).__name__} needs the keys of a head in memory, of which "
+        f"{head.memory} bytes may be used: allow more, or use Auto() or Exact()"
+    )
+
+
+@_ways.register
+def _by_exact(
+    method: Exact,
+    head: FileHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    reason: str = "requested",
+) -> Iterator[_Way]:
+    def run(against: str, put: Put, step: Step) -> Streamed:
+        because = against or reason
+        return Streamed(
+            *solve_exactly(head, method, tol, guarantee, rng, because, put, step)
         )
+
+    yield _Way(Plan(method, 0.0, seconds(exact_work(*head.sizes)), reason), run)
+
+
+@_ways.register
+def _by_polynomial(
+    method: Polynomial,
+    head: FileHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Iterator[_Way]:
     if guarantee == "proven":
-        reason = "a proven state needs the keys of a head in memory: these stream"
-        if isinstance(method, Auto):
-            return reason
-        raise RefusalError(f"{reason}; allow more memory, or use Exact()")
+        raise RefusalError(f"{_NO_PROOF}; allow more memory, or use Exact()")
+    yield _by_state(head, _planned(method, head, tol, rng), tol)
+
+
+@_ways.register
+def _by_the_cheapest(
+    method: Auto,
+    head: FileHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Iterator[_Way]:
+    reason = "if the state over all keys misses the tolerance"
+    try:
+        if guarantee == "proven":
+            raise RefusalError(_NO_PROOF)
+        state = _planned(method, head, tol, rng)
+        share = _work(head, state.plan.method) / exact_work(*head.sizes)
+        if share > _TIME_SHARE:
+            raise RefusalError(
+                f"{state.plan.method} would take {share:.1f} times as long"
+            )
+        yield _by_state(head, state, tol)
+    except RefusalError as error:
+        reason = str(error)
+    yield from _by_exact(Exact(), head, tol, guarantee, rng, reason)
+
+
+def _by_state(head: FileHead, state: StateHead, tol: float) -> _Way:
+    """Answer by a state, to be filled with all keys."""
+
+    def run(_against: str, put: Put, step: Step) -> Streamed:
+        # the other half is for exact attention, where the state is refused
+        found = _sum(head, state, tol, put, _half(step))
+        _half(step)(1.0)
+        return found
+
+    return _Way(state.plan, run)
+
+
+def _planned(
+    method: Method, head: FileHead, tol: float, rng: np.random.Generator
+) -> StateHead:
+    """An empty state, planned on a sample of the rows; refused if there is none."""
     sample = _sample(head, rng)
 
     def fill(empty: PreparedHead) -> PreparedHead:
         return empty.insert(sample.key, sample.value, fold=True)
 
-    request = Request(sample, fill, head.sizes[1], tol, guarantee)
-    found = prepare_head(request, method, rng)
+    request = Request(sample, fill, head.sizes[1], tol, "sampled")
+    found = prepare_head(method, request, rng)
     if not isinstance(found, StateHead):
-        return found.plan.reason
-    work = _work(head, found.plan.method)
-    share = work / exact_work(*head.sizes)
-    if isinstance(method, Auto) and share > _TIME_SHARE:
-        return f"{found.plan.method} would take {share:.1f} times as long"
+        raise RefusalError(found.plan.reason)
     reason = f"planned on a sample of {len(sample.key)} keys: {found.plan.reason}"
-    plan = replace(found.plan, predicted_seconds=seconds(work), reason=reason)
+    work = seconds(_work(head, found.plan.method))
+    plan = replace(found.plan, predicted_seconds=work, reason=reason)
     return replace(found.empty(), plan=plan)
 
 

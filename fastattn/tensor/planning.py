@@ -1,9 +1,10 @@
 """The choice of a method for a head of tensor attention, and its certificate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import singledispatch
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
-from fastattn.problem.plan import Candidate, HeadAnswer, Plan
+from fastattn.problem.plan import Candidate, HeadAnswer, Method, Plan
 from fastattn.tensor.degree_search import apriori_expansion, sampled_expansion
 from fastattn.tensor.exact import exact_plan, relative_bound, solve_exact
 from fastattn.tensor.mechanisms import TensorMethod
@@ -41,14 +42,24 @@ _FEW = "too few tuples: planning costs more than it saves"
 _ENDLESS = 1e14
 
 
+class Option(NamedTuple):
+    """A way to answer one head; without ``run`` it is refused, as the plan says.
+
+    ``run`` takes the reasons against the options before it, for the plan of the answer.
+    """
+
+    plan: Plan
+    run: Callable[[str], HeadAnswer] | None = None
+
+
 def solve_tensor(
-    method: Any,
+    method: Method,
     head: TensorHead,
     tol: float,
     guarantee: str,
     rng: np.random.Generator,
 ) -> HeadAnswer:
-    """Answer one head within ``tol`` by the given method.
+    """Answer one head within ``tol`` by the first option that succeeds.
 
     Raises
     ------
@@ -57,24 +68,152 @@ def solve_tensor(
     TypeError
         If it is no method for tensor attention.
     """
-    if isinstance(method, TensorMethod):
-        return method.solve(head, tol, guarantee, rng)
+    against = []
+    for plan, run in tensor_options(method, head, tol, guarantee, rng):
+        if run is None:
+            against.append(plan.reason)
+            continue
+        try:
+            return run("; ".join(against))
+        except RefusalError as error:
+            against.append(str(error))
+    raise RefusalError("; ".join(against))
+
+
+def tensor_candidates(
+    method: Method,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> tuple[Candidate, ...]:
+    """The candidates for one head; the first that is accepted would run."""
+    options = tensor_options(method, head, tol, guarantee, rng)
+    return tuple(Candidate(plan, accepted=run is not None) for plan, run in options)
+
+
+@singledispatch
+def tensor_options(method: Any, *_: Any) -> Iterator[Option]:
+    """Yield the ways to answer a head by a method, the first choice first.
+
+    A method is registered with a function of the arguments of :func:`solve_tensor`.
+    """
+    raise TypeError(
+        f"{method} is no method for tensor attention: use Auto(), Exact() or "
+        "Polynomial()"
+    )
+
+
+@tensor_options.register
+def _of_tensor_method(
+    method: TensorMethod,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Iterator[Option]:
+    yield Option(method.plan(head), lambda _: method.solve(head, tol, guarantee, rng))
+
+
+@tensor_options.register
+def _of_exact(
+    _method: Exact,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Iterator[Option]:
+    yield _exact(_within_range(head), tol, guarantee, rng)
+
+
+@tensor_options.register
+def _of_polynomial(
+    method: Polynomial,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Iterator[Option]:
     head = _within_range(head)
-    no_tuples = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
-    if isinstance(method, Exact) or no_tuples:
-        return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact()))
-    if isinstance(method, Polynomial):
+    if head.sizes[1] == 0:
+        yield _exact(head, tol, guarantee, rng)
+        return
+    yield _polynomial(method, head, tol, guarantee, rng, is_requested=True)
+
+
+@tensor_options.register
+def _of_auto(
+    _method: Auto,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> Iterator[Option]:
+    """The polynomial if it is faster and meets ``tol``, else exact attention."""
+    head = _within_range(head)
+    exact = _exact(head, tol, guarantee, rng)
+    if head.sizes[1] == 0:
+        yield exact
+        return
+    if exact_work(*head.sizes) < _LITTLE_WORK:
+        yield _exact(head, tol, guarantee, rng, _FEW)
+        return
+    option = _polynomial(Polynomial(), head, tol, guarantee, rng)
+    share = option.plan.predicted_seconds / exact.plan.predicted_seconds
+    if option.run and not share <= _TIME_SHARE:
+        reason = f"{option.plan.method} is predicted to take {share:.1f} times as long"
+        option = Option(replace(option.plan, reason=reason))
+    yield option
+    if exact_work(*head.sizes) > _ENDLESS:
+        yield Option(replace(exact.plan, reason=_endless(head)))
+    else:
+        reason = "nothing cheaper meets the tolerance"
+        yield _exact(head, tol, guarantee, rng, reason)
+
+
+def _exact(
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    reason: str = "requested",
+) -> Option:
+    """Exact attention; what was against other options becomes the plan's reason."""
+
+    def run(against: str) -> HeadAnswer:
+        plan = exact_plan(head, Exact(), against or reason)
+        return solve_exact(head, tol, guarantee, rng, plan)
+
+    return Option(exact_plan(head, Exact(), reason), run)
+
+
+def _polynomial(
+    method: Polynomial,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+    *,
+    is_requested: bool = False,
+) -> Option:
+    """Attention by an expansion, if one is found; run, it is refused if it misses."""
+    try:
         expansion = _expansion(method, head, tol, guarantee, rng)
+    except RefusalError as error:
+        return Option(Plan(method, math.nan, math.nan, str(error)))
+
+    def run(_against: str) -> HeadAnswer:
         answer = _run(head, expansion, tol, guarantee, rng)
-        if guarantee == "sampled" and answer.error > tol:
+        if guarantee == "sampled" and not answer.error <= tol:
+            advice = "; raise tol, degree or rank, or use Auto()" * is_requested
             raise RefusalError(
                 f"{answer.plan.method} misses tol={tol:g}: {answer.error:.2e} by "
-                f"{answer.source}; raise tol, degree or rank, or use Auto()"
+                f"{answer.source}{advice}"
             )
         return answer
-    if isinstance(method, Auto):
-        return _solve_auto(head, tol, guarantee, rng)
-    raise TypeError(_no_method(method))
+
+    reason = "requested" if is_requested else "predicted to meet the tolerance"
+    return Option(expansion.plan(head, reason), run)
 
 
 def _within_range(head: TensorHead) -> TensorHead:
@@ -97,97 +236,10 @@ def _within_range(head: TensorHead) -> TensorHead:
     )
 
 
-def _solve_auto(
-    head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
-) -> HeadAnswer:
-    """Run the polynomial if it is faster and meets ``tol``, else exact attention.
-
-    Raises
-    ------
-    RefusalError
-        If exact attention would take hours.
-    """
-    if exact_work(*head.sizes) < _LITTLE_WORK:
-        return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), _FEW))
-    expansion, plan = _considered(head, tol, guarantee, rng)
-    reason = plan.reason
-    if expansion is not None:
-        try:
-            answer = _run(head, expansion, tol, guarantee, rng)
-            if answer.error <= tol or guarantee == "proven":
-                return answer
-            reason = f"{plan.method} certified {answer.error:.2e}"
-        except RefusalError as error:
-            reason = str(error)
-    if exact_work(*head.sizes) > _ENDLESS:
-        raise RefusalError(f"{reason}; {_endless(head)}")
-    return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), reason))
-
-
-def _considered(
-    head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
-) -> tuple[TensorPolynomialExpansion | None, Plan]:
-    """The expansion, None if it is not to run, and its plan with the reason."""
-    try:
-        expansion = _expansion(Polynomial(), head, tol, guarantee, rng)
-    except RefusalError as error:
-        return None, Plan(Polynomial(), math.nan, math.nan, str(error))
-    plan = expansion.plan(head, "predicted to meet the tolerance")
-    share = plan.predicted_seconds / exact_plan(head, Exact()).predicted_seconds
-    if share <= _TIME_SHARE:
-        return expansion, plan
-    reason = f"{plan.method} is predicted to take {share:.1f} times as long"
-    return None, replace(plan, reason=reason)
-
-
 def _endless(head: TensorHead) -> str:
     return (
         f"exact attention over {head.sizes[1]} tuples for each of {head.sizes[0]} rows "
         "would take hours: raise tol, try guarantee='proven', or pass method=Exact()"
-    )
-
-
-def tensor_candidates(
-    method: Any,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-) -> Iterator[Candidate]:
-    """Yield the candidates for one head; the first that is accepted would run."""
-    if isinstance(method, TensorMethod):
-        yield Candidate(method.plan(head), accepted=True)
-        return
-    head = _within_range(head)
-    no_tuples = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
-    if isinstance(method, Exact) or no_tuples:
-        yield Candidate(exact_plan(head, Exact()), accepted=True)
-        return
-    if isinstance(method, Polynomial):
-        try:
-            expansion = _expansion(method, head, tol, guarantee, rng)
-        except RefusalError as error:
-            plan = Plan(method, math.nan, math.nan, str(error))
-            yield Candidate(plan, accepted=False)
-        else:
-            yield Candidate(expansion.plan(head, "requested"), accepted=True)
-        return
-    if not isinstance(method, Auto):
-        raise TypeError(_no_method(method))
-    if exact_work(*head.sizes) < _LITTLE_WORK:
-        yield Candidate(exact_plan(head, Exact(), _FEW), accepted=True)
-        return
-    found, plan = _considered(head, tol, guarantee, rng)
-    yield Candidate(plan, accepted=found is not None)
-    endless = exact_work(*head.sizes) > _ENDLESS
-    reason = _endless(head) if endless else "nothing cheaper meets the tolerance"
-    yield Candidate(exact_plan(head, Exact(), reason), accepted=not endless)
-
-
-def _no_method(method: Any) -> str:
-    return (
-        f"{method} is no method for tensor attention: use Auto(), Exact() or "
-        "Polynomial()"
     )
 
 

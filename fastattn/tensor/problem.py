@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.tensor import attend_tuples
-from fastattn.problem.batch import Batch, check_rows, pick, read_mask
+from fastattn.problem.batch import Batch, check_rows, pick, place_of_head, read_mask
 from fastattn.problem.head import AttentionHead, gather_rows
 from fastattn.problem.plan import HeadAnswer
 from fastattn.tensor.logit_bounds import LogitBounds
@@ -172,7 +172,7 @@ class TensorBatch:
 
     def head(self, number: int) -> TensorHead:
         """Return one head, in C order; only masked keys are copied."""
-        place = tuple(int(i) for i in np.unravel_index(number, self.lead))
+        place = place_of_head(number, self.lead)
         one = zip(self.keys, self.values, self.key_mask, strict=True)
         # masks and prefix lengths of each factor are those of a pairwise head
         factors = [

@@ -1,6 +1,7 @@
 """The choice of the structure of a prepared head of tensor attention."""
 
 from dataclasses import replace
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastattn.planning.auto import Auto
 from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.tensor.exact import TensorExactHead
 from fastattn.prepared.tensor.states import TensorStateHead
-from fastattn.problem.plan import Method, Plan
+from fastattn.problem.plan import Plan
 from fastattn.tensor.polynomial import (
     TensorPolynomialExpansion,
     check_basis,
@@ -30,38 +31,69 @@ _SAMPLE = 16
 TensorStructure = TensorExactHead | TensorStateHead
 
 
-def prepare_tensor_head(
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    method: Method,
-    rng: np.random.Generator,
-) -> TensorStructure:
+@singledispatch
+def prepare_tensor_head(method: Any, *_: Any) -> TensorStructure:
     """Plan and fill a structure whose bound meets ``tol``, or raise RefusalError.
 
-    ``Auto()`` falls back to KV buffers.
+    A method is registered with a function of the method, a head, ``tol``, the guarantee
+    and a random generator.
     """
-    structure = _planned(head, tol, guarantee, method, rng)
-    for s, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
-        structure = structure.insert_into(s, key, value)
-    return structure
+    raise TypeError(
+        f"method: {method!r} cannot be prepared for tensor attention: expected "
+        "Auto(), Exact(), Polynomial() or None"
+    )
 
 
-def _planned(
+@prepare_tensor_head.register
+def _prepare_exact(
+    method: Exact,
+    head: TensorHead,
+    _tol: float,
+    _guarantee: str,
+    rng: np.random.Generator,
+) -> TensorStructure:
+    return _exact(head, method, "requested", rng)
+
+
+@prepare_tensor_head.register
+def _prepare_polynomial(
+    method: Polynomial,
     head: TensorHead,
     tol: float,
     guarantee: str,
-    method: Method,
     rng: np.random.Generator,
 ) -> TensorStructure:
-    """A structure without keys."""
-    if isinstance(method, Exact):
-        return _exact(head, method, "requested", rng)
-    if not isinstance(method, (Auto, Polynomial)):
-        raise TypeError(
-            f"method: {method!r} cannot be prepared for tensor attention: expected "
-            "Auto(), Exact(), Polynomial() or None"
-        )
+    _check_guarantee(guarantee)
+    if head.sizes[1] == 0:
+        return _exact(head, Exact(), "no tuple to plan with", rng)
+    return _filled(_state(head, tol, method, "requested"), head)
+
+
+@prepare_tensor_head.register
+def _prepare_cheapest(
+    _method: Auto,
+    head: TensorHead,
+    tol: float,
+    guarantee: str,
+    rng: np.random.Generator,
+) -> TensorStructure:
+    """A state if it meets ``tol`` and is predicted to be faster, else KV buffers."""
+    _check_guarantee(guarantee)
+    if head.sizes[1] == 0:
+        return _exact(head, Exact(), "no tuple to plan with", rng)
+    try:
+        found = _state(head, tol, Polynomial(), "predicted to be faster")
+    except RefusalError as error:
+        return _exact(head, Exact(), str(error), rng)
+    share = found.plan.predicted_seconds / _exact_seconds(head)
+    if share <= _TIME_SHARE:
+        return _filled(found, head)
+    reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
+    return _exact(head, Exact(), reason, rng)
+
+
+def _check_guarantee(guarantee: str) -> None:
+    """Raise ``RefusalError`` for states with a sampled certificate."""
     if guarantee == "sampled":
         raise RefusalError(
             "guarantee='sampled' would need exact outputs of held-out queries, which "
@@ -69,19 +101,13 @@ def _planned(
             "the other factors, which a state does not have. Use guarantee='proven', "
             "or method=Exact()"
         )
-    if head.sizes[1] == 0:
-        return _exact(head, Exact(), "no tuple to plan with", rng)
-    if isinstance(method, Polynomial):
-        return _state(head, tol, method, "requested")
-    try:
-        found = _state(head, tol, Polynomial(), "predicted to be faster")
-    except RefusalError as error:
-        return _exact(head, Exact(), str(error), rng)
-    share = found.plan.predicted_seconds / _exact_seconds(head)
-    if share <= _TIME_SHARE:
-        return found
-    reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
-    return _exact(head, Exact(), reason, rng)
+
+
+def _filled(structure: TensorStructure, head: TensorHead) -> TensorStructure:
+    """The structure with all keys and values."""
+    for s, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
+        structure = structure.insert_into(s, key, value)
+    return structure
 
 
 def _state(
@@ -98,12 +124,13 @@ def _state(
 
 def _exact(
     head: TensorHead, method: Exact, reason: str, rng: np.random.Generator
-) -> TensorExactHead:
-    """Empty KV buffers."""
+) -> TensorStructure:
+    """KV buffers."""
     plan = Plan(method, 0.0, _exact_seconds(head), reason)
     buffers = tuple(map(KVBuffer.none, head.keys, head.values))
     rows = np.sort(rng.permutation(head.sizes[0])[:_SAMPLE])
-    return TensorExactHead(plan, head.scale, buffers, head.with_rows(rows).query)
+    sample = head.with_rows(rows).query
+    return _filled(TensorExactHead(plan, head.scale, buffers, sample), head)
 
 
 def _exact_seconds(head: TensorHead) -> float:
