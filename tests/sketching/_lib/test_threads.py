@@ -319,3 +319,28 @@ def test_what_blocks_hold_is_freed_without_the_collector():
         assert gone[0]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_an_interrupt_while_a_thread_starts_is_raised(is_started, monkeypatch):
+    start, before = threading.Thread.start, threading.active_count()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def interrupted(thread):
+        if not is_started:
+            interrupt()
+        # it runs, and whoever waits for that is interrupted
+        monkeypatch.setattr(thread._started, "wait", interrupt)
+        start(thread)
+
+    with threadpool_limits(2, user_api="blas"):
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_blocks(lambda _: None, range(4))
+        monkeypatch.undo()
+        assert threading.active_count() == before
+        done = []
+        run_blocks(done.append, range(4))
+    assert sorted(done) == [0, 1, 2, 3]
