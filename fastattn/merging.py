@@ -21,10 +21,10 @@ from fastattn.certificates.ratio_estimate import relative
 from fastattn.certificates.rounding import smallest_number, unit_roundoff
 from fastattn.certificates.sampled import scaled_frobenius
 from fastattn.methods.exact import Exact
+from fastattn.problem.head import gather_rows
 from sketching._lib.arrays import (
     Array,
     array_namespace,
-    device_of,
     mover,
     to_host,
 )
@@ -299,7 +299,7 @@ def _exact_log_error(
     rows = np.flatnonzero(to_host(xp.isfinite(logarithm)))
     if len(rows) == 0:
         return 0.0
-    value = xp.take(value, xp.asarray(rows, device=device_of(value)), axis=0)
+    value = gather_rows(value, rows)
     value = xp.astype(value, xp.float64)
     half = float(xp.max(xp.max(value, axis=0) - xp.min(value, axis=0))) / 2 - error
     return error / half + _log_rounding(logarithm) if half > 0 else math.inf

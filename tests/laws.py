@@ -75,6 +75,37 @@ def poison(*shapes, dtype=np.float64):
         del blocks
 
 
+class Flat:
+    """An op whose argument of a NamedTuple class is given as separate arrays.
+
+    ``first`` is the number of arrays before it.
+    """
+
+    def __init__(self, op, kind, first):
+        self.op, self.kind, self.first = op, kind, first
+        self.places, self.reference = op.places, _Flattened(op.reference, kind, first)
+
+    def kernel(self, place):
+        return _Flattened(self.op.kernel(place), self.kind, self.first)
+
+    def __call__(self, *arrays, **options):
+        return _Flattened(self.op, self.kind, self.first)(*arrays, **options)
+
+
+class _Flattened:
+    def __init__(self, kernel, kind, first):
+        self.kernel, self.kind, self.first = kernel, kind, first
+
+    @property
+    def __globals__(self):
+        return self.kernel.__globals__
+
+    def __call__(self, *arrays, **options):
+        last = self.first + len(self.kind._fields)
+        one = self.kind(*arrays[self.first : last])
+        return self.kernel(*arrays[: self.first], one, *arrays[last:], **options)
+
+
 class OpLaws:
     """Every kernel of an op computes what its reference computes.
 

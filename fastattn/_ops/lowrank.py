@@ -7,7 +7,7 @@ then has degree ``power[j]``; polynomial 0 is 1.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
@@ -20,6 +20,21 @@ LEAST = 0.9
 CLAMP = 80.0
 
 _BLOCK = 4096
+
+
+class Functions(NamedTuple):
+    """The basis functions of a query, in the coordinates of ``projection``.
+
+    With ``[x, s] = query @ projection - origin`` they are the orthonormal Hermite
+    polynomials ``He_alpha(x)``, and ``exp(x . p - |p|^2 / 2)`` at the rows ``p`` of
+    ``landmarks``. A query with ``sum(spread x^2) > 1`` is an outlier. The shapes are
+    ``(d, t + 1)``, ``(t + 1,)``, ``(c, t)`` and ``(t,)``.
+    """
+
+    projection: Array
+    origin: Array
+    landmarks: Array
+    spread: Array
 
 
 @op("cpu", "gpu")
@@ -90,10 +105,7 @@ def key_sums(
 @op("cpu", "gpu")
 def query_means(
     query: Array,
-    projection: Array,
-    origin: Array,
-    landmarks: Array,
-    spread: Array,
+    functions: Functions,
     weights: Array,
     far_key: Array,
     far_value: Array,
@@ -106,9 +118,8 @@ def query_means(
 ) -> tuple[Array, Array]:
     r"""Weighted means of the values, and the logarithms of the sums of weights.
 
-    With ``[x, s] = query @ projection - origin``, the functions are orthonormal Hermite
-    polynomials ``He_alpha(x)`` and ``exp(x . p - |p|^2 / 2)`` at the rows ``p`` of
-    ``landmarks``. Their product with ``weights``, ``(r + c, p + 1)``, plus
+    With ``[x, s]`` and the basis of :class:`Functions`, the product of the functions
+    with ``weights``, ``(r + c, p + 1)``, plus
     ``exp(query @ far_key^T) @ far_value`` holds weighted sums and, last, the sum of the
     weights; the mean is their quotient, cut to ``bounds``, ``(2, p)``, plus
     ``value_center``, and the logarithm has ``s`` added. A row is reliable if its sum of
@@ -116,6 +127,7 @@ def query_means(
     beyond ``LARGEST``: outliers get ``value_center`` and NaN. The outputs are
     ``(n, p)`` and ``(n,)``, in the dtype of ``projection``.
     """
+    projection, origin, landmarks, spread = functions
     xp = array_namespace(query, projection, weights, far_key, far_value, value_center)
     dtype, values, logarithms = projection.dtype, [], []
     half = xp.sum(landmarks**2, axis=1) / 2

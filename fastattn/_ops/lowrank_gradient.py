@@ -11,7 +11,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from fastattn._ops.lowrank import CLAMP
+from fastattn._ops.lowrank import CLAMP, Functions
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
@@ -25,10 +25,7 @@ def query_vjp(
     elsewhere: Array,
     partial: Array,
     least: Array,
-    projection: Array,
-    origin: Array,
-    landmarks: Array,
-    spread: Array,
+    functions: Functions,
     weights: Array,
     *,
     parent: Any,
@@ -38,10 +35,9 @@ def query_vjp(
 ) -> tuple[Array, Array, Array, Array]:
     r"""Derivatives by the queries, and the sums over queries for the key pass.
 
-    With ``[x, s] = query @ projection - origin`` and ``f(x)`` the orthonormal Hermite
-    polynomials and the ``exp(x . p - |p|^2 / 2)`` at the rows ``p`` of ``landmarks``,
-    ``exp(s) f(x) @ weights``, ``(r + c, p + 1)``, holds the weighted sums of the values
-    and, last, the sum of the weights. There may be other keys: ``elsewhere``, ``(n,)``,
+    With ``[x, s]`` and ``f(x)`` of :class:`~fastattn._ops.lowrank.Functions`, ``exp(s)
+    f(x) @ weights``, ``(r + c, p + 1)``, holds the weighted sums of the values and,
+    last, the sum of the weights. There may be other keys: ``elsewhere``, ``(n,)``,
     is the log-sum-exp of their logits, minus infinity where there are none, and
     ``partial`` the product of their output and ``grad``, ``(n,)``; both are constants.
 
@@ -53,23 +49,25 @@ def query_vjp(
     product of the output and ``grad``, ``(n,)`` each. With ``low_precision`` a kernel
     may round the factors of products to bfloat16, but not for the sums of weights.
     """
-    xp, found = array_namespace(query, grad, projection, weights), []
-    shared = projection, origin, landmarks, spread, weights
+    xp, found = array_namespace(query, grad, *functions, weights), []
     for start in range(0, query.shape[0], _BLOCK):
         rows = slice(start, min(start + _BLOCK, query.shape[0]))
         some = [x[rows, ...] for x in (query, grad, elsewhere, partial, least)]
-        found.append(_block_vjp(some, shared, (parent, coordinate, power)))
+        found.append(_block_vjp(some, functions, weights, (parent, coordinate, power)))
     slope, sums, logarithm, delta = zip(*found, strict=True)
     total = reduce(add, sums)
     return xp.concat(slope, axis=0), total, xp.concat(logarithm), xp.concat(delta)
 
 
 def _block_vjp(
-    rows: Sequence[Array], shared: Sequence[Array], indices: tuple[Any, Any, Any]
+    rows: Sequence[Array],
+    functions: Functions,
+    weights: Array,
+    indices: tuple[Any, Any, Any],
 ) -> tuple[Array, Array, Array, Array]:
-    """As ``query_vjp``, for a block of rows; ``shared`` is the same for all blocks."""
+    """As ``query_vjp``, for a block of rows."""
     query, grad, elsewhere, partial, least = rows
-    projection, origin, landmarks, spread, weights = shared
+    projection, origin, landmarks, spread = functions
     xp, dtype = array_namespace(query, projection), projection.dtype
     both = xp.matmul(xp.astype(query, dtype), projection) - origin
     reliable = xp.sum(spread * both[:, :-1] ** 2, axis=1) <= 1

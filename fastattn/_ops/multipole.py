@@ -12,7 +12,7 @@ computed exactly; for keys beyond a smaller threshold the first moment is added
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,14 @@ FIRST_ORDER = 0.03
 BEND, LARGEST = 0.7, 20.0
 # signs of remainders in a cluster are taken as random but for this share of the square
 ALIKE = 0.1
+
+
+class BlockStatistics(NamedTuple):
+    """What ``describe`` returns of each block of queries."""
+
+    mean: Array
+    square: Array
+    sampled: Array
 
 
 @op("cpu", "gpu")
@@ -51,9 +59,7 @@ def describe(query: Array, *, cuts: Any, rows: int) -> tuple[Array, Array, Array
 @op("cpu", "gpu")
 def multipole(
     query: Array,
-    mean: Array,
-    square: Array,
-    sampled: Array,
+    blocks: BlockStatistics,
     key: Array,
     value: Array,
     metric: Array,
@@ -68,8 +74,8 @@ def multipole(
 
     Block ``r`` of the queries, ``(n, d)``, is ``cuts[r]`` to ``cuts[r + 1]``, cluster
     ``c`` of the keys, ``(m, d)``, and values, ``(m, p)``, is ``start[c]`` to ``start[c
-    + 1]`` and belongs to ``group[c]``. ``mean``, ``square`` and ``sampled`` are the
-    results of ``describe`` for the whole block; ``query`` may hold some of its rows.
+    + 1]`` and belongs to ``group[c]``. ``blocks`` holds the results of ``describe`` for
+    whole blocks; ``query`` may hold some of their rows.
     ``metric``, ``(d,)``, is the mean square of the keys, and defines the distance of a
     row from the mean. Returns the means, ``(n, p)``, the logarithms, ``(n,)``, an
     estimate of the squared errors of the rows up to a common factor, ``(n,)``, and on
@@ -78,15 +84,13 @@ def multipole(
     factors of products with near keys: values and weights to bfloat16, queries and keys
     to that or to integers, but for the logits of the mean of a block.
     """
-    xp = array_namespace(query, mean, square, sampled, key, value, metric)
+    xp = array_namespace(query, *blocks, key, value, metric)
     keys = _Keys(key, value, start, group)
     outs, norms, errors, counts = [], [], [], []
     for r, (lo, hi) in enumerate(pairwise(cuts)):
-        step = query[lo:hi, :] - mean[r, :]
-        field = _Field(
-            keys, mean[r, :], square[r, :], sampled[r, :, :], metric, threshold
-        )
-        out, norm, error = field.answer(query[lo:hi, :], step)
+        described = blocks.mean[r, :], blocks.square[r, :], blocks.sampled[r, :, :]
+        field = _Field(keys, *described, metric, threshold)
+        out, norm, error = field.answer(query[lo:hi, :], query[lo:hi, :] - described[0])
         outs.append(out)
         norms.append(norm)
         errors.append(error)

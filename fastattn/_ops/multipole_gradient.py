@@ -14,7 +14,7 @@ factor in brackets for first-order keys.
 from itertools import pairwise
 from typing import Any
 
-from fastattn._ops.multipole import FIRST_ORDER, _Field, _Keys
+from fastattn._ops.multipole import FIRST_ORDER, BlockStatistics, _Field, _Keys
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.op import op
 
@@ -22,9 +22,7 @@ from sketching._lib.op import op
 @op("cpu")
 def multipole_vjp(
     query: Array,
-    mean: Array,
-    square: Array,
-    sampled: Array,
+    blocks: BlockStatistics,
     key: Array,
     value: Array,
     metric: Array,
@@ -46,16 +44,16 @@ def multipole_vjp(
     log-sum-exp of its logits, infinite where it added nothing, and ``delta``, the
     product of its output and ``grad``, ``(n,)`` each.
     """
-    xp = array_namespace(query, mean, square, sampled, key, value, metric, grad, limit)
+    xp = array_namespace(query, *blocks, key, value, metric, grad, limit)
     keys = _Keys(key, value, start, group)
     by_row = []
     by_key: list[Array] | None = None
     first_order = None if all_first_order else FIRST_ORDER
     for r, (lo, hi) in enumerate(pairwise(cuts)):
-        described = mean[r, :], square[r, :], sampled[r, :, :]
+        described = blocks.mean[r, :], blocks.square[r, :], blocks.sampled[r, :, :]
         field = _Field(keys, *described, metric, threshold, first_order)
         rows = query[lo:hi, :], grad[lo:hi, :], limit[lo:hi]
-        found, sums = _Block(field, mean[r, :], *rows).slopes()
+        found, sums = _Block(field, described[0], *rows).slopes()
         by_row.append(found)
         by_key = sums if by_key is None else [by_key[i] + sums[i] for i in range(2)]
     slope, norm, delta = (xp.concat(x) for x in zip(*by_row, strict=True))

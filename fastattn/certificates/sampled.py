@@ -243,8 +243,15 @@ class _Sample:
         A finite ``limit`` of the terms gives the empirical Bernstein bound.
         """
         rounding = TRUTH * self.rounding * (1 + self.exponent) + self.own
-        margin = Margin.of(failure)
-        return statement(found, margin, failure, self.norm, rounding, self.lost, limit)
+        return statement(
+            found,
+            Margin.of(failure),
+            failure,
+            self.norm,
+            rounding=rounding,
+            lost=self.lost,
+            limit=limit,
+        )
 
 
 def statement(
@@ -252,6 +259,7 @@ def statement(
     margin: Margin,
     failure: float,
     norm: float,
+    *,
     rounding: float,
     lost: float,
     limit: float = math.inf,

@@ -10,8 +10,8 @@ from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
 from fastattn.gradients.backward import Backward
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.derivatives import Gradients
-from fastattn.problem.head import Head
-from fastattn.problem.rows import gather_rows, scatter_rows
+from fastattn.problem.head import Head, gather_rows
+from fastattn.problem.rows import scatter_rows
 from sketching._lib.arrays import (
     Array,
     array_namespace,
@@ -72,10 +72,7 @@ def query_pass(
         elsewhere,
         partial - grad_center,
         xp.matmul(query, move(mean)) + math.log(LEAST * count),
-        move(whitening.to_query),
-        move(np.append(whitening.origin[:-1], whitening.origin[-1] - math.log(count))),
-        move(basis.landmarks),
-        move(whitening.spread / whitening.limit),
+        basis.functions(move, whitening.origin[-1] - math.log(count)),
         move(structure.weights * unit),
         low_precision=structure.low_precision,
         **basis.hermite.op_arguments,

@@ -95,9 +95,9 @@ def linear_attention(
     Katharopoulos, Vyas, Pappas and Fleuret, Transformers are RNNs, arXiv 2006.16236.
     Sun et al., Retentive Network, arXiv 2307.08621.
     """
-    batch = _batch(
-        query, key, value, feature_map, scale, is_causal, key_mask, finite=False
-    )
+    check_map(feature_map)
+    batch = Batch.of(query, key, value, scale, is_causal, key_mask, finite=False)
+    batch = _scaled(batch, feature_map, scale)
     xp = array_namespace(batch.query)
     n, p = batch.query.shape[-2], batch.value.shape[-1]
     parts = _heads(batch, feature_map, decay, normalize)
@@ -173,7 +173,9 @@ def linear_attention_vjp(
     >>> bool(abs(np.sum(grad * (more - less)) / 2e-6 - d_query[2, 1]) < 1e-6)
     True
     """
-    batch = _batch(query, key, value, feature_map, scale, is_causal, key_mask)
+    check_map(feature_map)
+    batch = Batch.of(query, key, value, scale, is_causal, key_mask)
+    batch = _scaled(batch, feature_map, scale)
     grad_output = check_grad(batch, grad_output)
     parts = _heads(batch, feature_map, decay, normalize)
     total: list[dict[tuple[int, ...], Array]] = [{}, {}, {}]
@@ -212,22 +214,11 @@ def check_decay(decay: Any) -> Array:
     return rates.astype(np.float64)
 
 
-def _batch(
-    query: Array,
-    key: Array,
-    value: Array,
-    feature_map: Any,
-    scale: float | None,
-    is_causal: bool,
-    key_mask: Array | None,
-    finite: bool = True,
-) -> Batch:
-    """Check the inputs and give the map its own scale."""
-    check_map(feature_map)
-    batch = Batch.of(query, key, value, scale, is_causal, key_mask, finite)
-    if scale is None:
-        batch = replace(batch, scale=feature_map.default_scale(query.shape[-1]))
-    return batch
+def _scaled(batch: Batch, feature_map: Any, scale: float | None) -> Batch:
+    """Give the map its own scale where none was given."""
+    if scale is not None:
+        return batch
+    return replace(batch, scale=feature_map.default_scale(batch.query.shape[-1]))
 
 
 def _heads(

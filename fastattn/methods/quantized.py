@@ -1,7 +1,6 @@
 """Attention over all keys with int8/bfloat16 matmuls, at about half the time."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,11 +18,10 @@ from fastattn.certificates.rounding import gamma, largest_row, row_norms, unit_r
 from fastattn.costs.work import quantized_work, seconds
 from fastattn.problem.head import Head, host_rows
 from fastattn.problem.plan import (
-    Candidate,
+    Configurable,
     ConfiguredMethod,
     HeadAnswer,
     Plan,
-    candidate_of,
 )
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
@@ -48,7 +46,7 @@ _LEAST = np.float32(1e-30)
 
 
 @dataclass(frozen=True, slots=True)
-class Quantized:
+class Quantized(Configurable):
     """Softmax attention over all keys with int8/bfloat16 matmuls.
 
     Queries, keys and values are centred and rounded, and so are the weights; sums, and
@@ -94,12 +92,6 @@ class Quantized:
     def __post_init__(self) -> None:
         if self.logits is not None:
             check_choice("logits", self.logits, _LOGITS)
-
-    def candidates(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Iterator[Candidate]:
-        """Yield the plan, or the reason for a refusal."""
-        yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator

@@ -4,14 +4,13 @@ The states of the polynomial methods are here. Another family of feature maps ne
 class with the same methods, and a name in ``_KINDS``.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from fastattn.methods.lowrank.basis import Basis, Hermite
-from fastattn.methods.lowrank.structure import LowRank
+from fastattn.methods.lowrank.structure import LowRank, no_bounds
 from fastattn.methods.lowrank.whitening import Whitening
 from fastattn.methods.polynomial.expansions import IndexSet
 from fastattn.methods.polynomial.moments import Moments
@@ -85,19 +84,7 @@ class LowRankState:
 
     def empty(self) -> "LowRankState":
         """Return the state without keys."""
-        old = self.structure
-        zeros = np.zeros_like(old.sums)
-        return LowRankState(
-            replace(
-                old,
-                count=0,
-                sums=zeros,
-                bounds=_no_bounds(len(old.value_center)),
-                far_key=old.far_key[:0],
-                far_value=old.far_value[:0],
-                weights=zeros,
-            )
-        )
+        return LowRankState(self.structure.emptied())
 
     def insert(self, key: Array, value: Array) -> "LowRankState":
         """Add keys, at least one; returns the new state."""
@@ -186,7 +173,7 @@ class MonomialState:
         """Start without keys."""
         p = len(expansion.value_center)
         total = np.zeros((len(expansion.index), p + 1))
-        return MonomialState(expansion, scale, 0, total, _no_bounds(p))
+        return MonomialState(expansion, scale, 0, total, no_bounds(p))
 
     @property
     def nbytes(self) -> int:
@@ -199,16 +186,8 @@ class MonomialState:
 
     def insert(self, key: Array, value: Array) -> "MonomialState":
         """Add keys, at least one; returns the new state."""
-        xp, expansion = array_namespace(value), self.expansion
-        part = Moments.of(
-            key,
-            value,
-            expansion.transform,
-            expansion.index,
-            expansion.value_center,
-            self.scale,
-            expansion.dtype,
-        )
+        xp = array_namespace(value)
+        part = self.expansion.moments_of(key, value, self.scale)
         low, high = (
             to_host(end(value, axis=0)).astype(np.float64) for end in (xp.min, xp.max)
         )
@@ -300,11 +279,6 @@ _MONOMIAL = (
     ("query_center", "key_center", "query_map", "key_map", "tilt", "scales"),
     ("parent", "coordinate", "degree", "multiplicity"),
 )
-
-
-def _no_bounds(p: int) -> Array:
-    """Minimum and maximum over no values: infinity, and minus infinity."""
-    return np.outer([math.inf, -math.inf], np.ones(p))
 
 
 def pack_state(state: KeyValueState) -> Packed:

@@ -49,6 +49,7 @@ class Batch:
         scale: float | None,
         is_causal: bool,
         key_mask: Array | None,
+        *,
         finite: bool = True,
     ) -> "Batch":
         """Check the inputs; with ``finite=False`` the caller checks for NaN."""
@@ -123,11 +124,7 @@ class Batch:
 
         def field(name: str, dtype: Any) -> Any:
             values = [getattr(answer, name) for answer in answers]
-            if not self.lead:
-                return values[0]
-            array = np.empty(len(values), dtype=dtype)
-            array[:] = values
-            return array.reshape(self.lead)
+            return over_heads(values, self.lead, dtype)
 
         certificate = Certificate(
             field("error", np.float64),
@@ -188,6 +185,15 @@ def place_of_head(number: int, lead: tuple[int, ...]) -> tuple[int, ...]:
 def name_of(place: Sequence[int]) -> str:
     """Format the index of a head."""
     return ",".join(map(str, place)) or "-"
+
+
+def over_heads(values: list[Any], lead: tuple[int, ...], dtype: Any) -> Any:
+    """The value of a single head, or an array over the leading dimensions."""
+    if not lead:
+        return values[0]
+    array = np.empty(len(values), dtype=dtype)
+    array[:] = values
+    return array.reshape(lead)
 
 
 def own_place(x: Array, place: tuple[int, ...], trailing: int = 2) -> tuple[int, ...]:

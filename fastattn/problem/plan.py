@@ -137,9 +137,25 @@ class ConfiguredMethod:
     log_errors: Callable[[Head, Array], Array | None] | None = None
 
 
-def candidate_of(method: Any, plan: Callable[[], Plan]) -> Candidate:
-    """Return the plan as a candidate, or the reason for which it is refused."""
-    try:
-        return Candidate(plan(), accepted=True)
-    except RefusalError as error:
-        return Candidate(Plan(method, math.nan, math.nan, str(error)), accepted=False)
+class Configurable(Protocol):
+    """A method of which the parameters are chosen, or that refuses, for each head."""
+
+    __slots__ = ()
+
+    def configure(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> ConfiguredMethod:
+        """Choose all parameters for one head; raise ``RefusalError`` if none serve."""
+        ...
+
+    def candidates(
+        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+    ) -> Iterator[Candidate]:
+        """Yield the plan, or the reason for a refusal."""
+        try:
+            plan = self.configure(head, tol, guarantee, rng).plan
+        except RefusalError as error:
+            plan = Plan(self, math.nan, math.nan, str(error))
+            yield Candidate(plan, accepted=False)
+        else:
+            yield Candidate(plan, accepted=True)

@@ -231,8 +231,8 @@ def _sampled(
         UNIFORM_MARGIN,
         FAILURE,
         answer.norm,
-        float(rounding),
-        lost,
+        rounding=float(rounding),
+        lost=lost,
     )
     if found.upper > tol:
         raise RefusalError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,28 +59,13 @@ def solve_exact(
     """
     if head.sizes[1] == 0:
         return _no_tuples(head, guarantee, plan)
-    logit_bounds = head.logit_bounds
-    for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-        bound = rounding(head, dtype)
-        if guarantee == "proven":
-            bound = stored(head, bound)
-            if _meets(head, bound, tol):
-                value, normalizer = head.finish(*head.attend(dtype))
-                source = (
-                    f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
-                )
-                return HeadAnswer(value, normalizer, bound, 0.0, "max", source, plan)
     if guarantee == "proven":
-        raise RefusalError(
-            f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
-            f"{bound:.1e} where the half range of the products of values is "
-            f"{logit_bounds.half:.1e}"
-        )
+        name, bound = "exact tensor attention", partial(rounding, head)
+        return solve_bounded(head, tol, guarantee, plan, head.attend, bound, name=name)
     dtype = head.dtype
     # the log-sum-exps are returned in the dtype of the head, and must be in its range
-    if logit_bounds.logit_bound < largest_number(head.xp, dtype) / 4 and not in_range(
-        head, dtype
-    ):
+    fits = head.logit_bounds.logit_bound < largest_number(head.xp, dtype) / 4
+    if fits and not in_range(head, dtype):
         dtype = head.xp.float64
     return _solve_sampled(head, tol, rng, plan, dtype)
 
@@ -136,18 +122,19 @@ def solve_bounded(
     plan: Plan,
     compute: Callable[[Any], tuple[Array, Array]],
     bound: Callable[[Any], float],
+    *,
+    name: str = "",
 ) -> HeadAnswer:
     """Compute a head in the least precision whose rounding bound meets ``tol``.
 
     ``compute`` and ``bound`` take a dtype; of the head only the query and the values
-    are used.
+    are used. ``name`` is that of the method in the certificate.
 
     Raises
     ------
     RefusalError
         If no precision meets ``tol``.
     """
-    logit_bounds = head.logit_bounds
     for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
         error, norm = bound(dtype), "max"
         if math.isinf(error):
@@ -163,16 +150,14 @@ def solve_bounded(
             norm = "relative-frobenius"
             if not error <= tol:
                 continue
-        source = f"{plan.method} in {_name(dtype)}: a-priori rounding bound"
+        source = f"{name or plan.method} in {_name(dtype)}: a-priori rounding bound"
         return HeadAnswer(value, normalizer, error, 0.0, norm, source, plan)
-    what = (
-        "the answer's norm"
-        if guarantee == "sampled"
-        else f"values within +-{logit_bounds.half:.1e}"
-    )
+    verb, what = f"met by {plan.method}", "the answer's norm"
+    if guarantee == "proven":
+        verb, what = "proven", f"values within +-{head.logit_bounds.half:.1e}"
     raise RefusalError(
-        f"tol={tol:g} cannot be met by {plan.method}: rounding in float64 is bounded "
-        f"by {error:.1e}, next to {what}; raise tol or scale the inputs down"
+        f"tol={tol:g} cannot be {verb}: rounding in float64 is bounded by {error:.1e}, "
+        f"next to {what}; raise tol or scale the inputs down"
     )
 
 

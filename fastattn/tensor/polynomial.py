@@ -34,7 +34,7 @@ from fastattn.methods.polynomial.expansions import (
     total_degree,
 )
 from fastattn.methods.polynomial.method import Polynomial
-from fastattn.methods.polynomial.proven import NARROWEST, least_proven
+from fastattn.methods.polynomial.proven_degree import NARROWEST, least_proven
 from fastattn.problem.plan import Plan
 from fastattn.tensor.exact import stored
 from fastattn.tensor.logit_bounds import LogitBounds

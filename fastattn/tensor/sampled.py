@@ -239,5 +239,12 @@ def certify_few_rows(
         head.xp, dtype, head.query.dtype, head.sizes, head.largest_value, peak
     )
     lost += lost_products(head, expansion.dtype, (peak, norm)) * norm
-    what = f"rows of {head.sizes[1]} tuples"
-    return statement(found, UNIFORM_MARGIN, FAILURE, norm, rounding, lost, rows=what)
+    return statement(
+        found,
+        UNIFORM_MARGIN,
+        FAILURE,
+        norm,
+        rounding=rounding,
+        lost=lost,
+        rows=f"rows of {head.sizes[1]} tuples",
+    )

@@ -86,7 +86,7 @@ def rank_one_step(
         values, vectors = np.linalg.eigh(factor.T @ factor + s * np.outer(v, v))
         least, u = float(values[0]), vectors[:, 0]
         if least < floor:
-            return _raised(inverse, v, p, -s, least, u, floor)
+            return _raised(inverse, v, p, -s, floor, (least, u))
     return p * ((math.sqrt(kept) - 1) / square), v
 
 
@@ -95,15 +95,16 @@ def _raised(
     v: Array,
     p: Array,
     tau: float,
-    least: float,
-    u: Array,
     floor: float,
+    lowest: tuple[float, Array],
 ) -> tuple[Array, Array]:
     """Return a and b of ``A - tau v v^T + (floor - least) u u^T``.
 
     In the coordinates of U the change is ``(x y^T + y x^T) / 2``; a and x with
     ``x a^T + a x^T + |a|^2 x x^T`` equal to it follow from a quadratic equation.
+    ``lowest`` are ``least`` and ``u``.
     """
+    least, u = lowest
     c = math.sqrt(floor - least)
     w = u @ inverse
     x, y = c * w - math.sqrt(tau) * p, c * w + math.sqrt(tau) * p

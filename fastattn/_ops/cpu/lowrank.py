@@ -9,7 +9,7 @@ import numpy as np
 
 from fastattn._ops.cpu.blocks import ROWS, span_of
 from fastattn._ops.cpu.products import Sums, rounds
-from fastattn._ops.cpu.recurrence import add_polynomials, energies
+from fastattn._ops.cpu.recurrence import Recurrence, add_polynomials, energies
 from fastattn._ops.cpu.tile_products import combine_functions
 from fastattn._ops.lowrank import CLAMP, LARGEST, LEAST
 from sketching._lib.threads import run_blocks
@@ -61,9 +61,10 @@ def key_sums(
 
 
 def query_means(
-    query, projection, origin, landmarks, spread, weights, far_key, far_value,
-    bounds, value_center, *, parent, coordinate, power,
+    query, functions, weights, far_key, far_value, bounds, value_center, *,
+    parent, coordinate, power,
 ):  # fmt: skip
+    projection, origin, landmarks, spread = functions
     dtype = projection.dtype
     n, p = len(query), len(value_center)
     r, c = len(parent), len(landmarks)
@@ -73,9 +74,7 @@ def query_means(
     half = 0.5 * np.sum(landmarks**2, axis=1)
     readout = np.ascontiguousarray(weights[:, :p])
     shares = np.ascontiguousarray(weights[:, p])
-    factor = (1 / np.sqrt(power)).astype(dtype)
-    lower = np.sqrt((power - 1) / power).astype(dtype)
-    indices = parent, parent[parent], coordinate, factor, lower
+    recurrence = Recurrence.of(parent, coordinate, power, dtype, hermite=True)
     clamp, least = dtype.type(CLAMP), dtype.type(LEAST)
     # copies: read-only arrays would need a further compiled signature
     spread, bounds, value_center = (
@@ -96,7 +95,7 @@ def query_means(
             total = np.empty(hi - lo, dtype=dtype)
             _settle(x, spread, reliable)
             np.matmul(landmarks, x[:-1], out=features[r:])
-            _query_features(x, half, shares, *indices, clamp, features, total)
+            _query_features(x, half, shares, recurrence, clamp, features, total)
             out = value[lo:hi]
             combine_functions(features, readout, out)
             if len(far_key):
@@ -202,15 +201,12 @@ def _settle(x, spread, reliable):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _query_features(
-    x, half, shares, parent, grandparent, coordinate, factor, lower, clamp,
-    features, total,
-):  # fmt: skip
-    n, r = features.shape[1], parent.size
+def _query_features(x, half, shares, recurrence, clamp, features, total):
+    n, r = features.shape[1], recurrence.parent.size
     for i in range(n):
         features[0, i] = x.dtype.type(1)
         total[i] = shares[0]
-    add_polynomials(x, parent, grandparent, coordinate, factor, lower, features)
+    add_polynomials(x, recurrence, features)
     for j in range(1, r):
         row, share = features[j], shares[j]
         for i in range(n):

@@ -4,11 +4,13 @@ Each basis function is one line of memory, as in the forward pass, and so are th
 derivatives by them, which fused loops propagate from each polynomial to its parent.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fastattn._ops.cpu.blocks import span_of
 from fastattn._ops.cpu.products import Readout, Sums, rounds
-from fastattn._ops.cpu.recurrence import add_polynomials, energies
+from fastattn._ops.cpu.recurrence import Recurrence, add_polynomials, energies
 from fastattn._ops.cpu.tiles import whole_tiles
 from fastattn._ops.lowrank import CLAMP
 from sketching._lib.threads import run_blocks
@@ -19,10 +21,19 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 _ROWS = 128
 
 
+class _OtherKeys(NamedTuple):
+    """What a block of rows knows of keys outside of the sums, and its least weight."""
+
+    elsewhere: np.ndarray
+    partial: np.ndarray
+    least: np.ndarray
+
+
 def query_vjp(
-    query, grad, elsewhere, partial, least, projection, origin, landmarks, spread,
-    weights, *, parent, coordinate, power, low_precision=False,
+    query, grad, elsewhere, partial, least, functions, weights, *,
+    parent, coordinate, power, low_precision=False,
 ):  # fmt: skip
+    projection, origin, landmarks, spread = functions
     dtype, n = projection.dtype, len(query)
     r, (size, width) = len(parent), weights.shape
     span = span_of(n, size * width * 8)
@@ -31,8 +42,7 @@ def query_vjp(
     out = np.empty((n, query.shape[1]), dtype=dtype)
     logarithm, delta = np.empty((2, n), dtype=dtype)
     half = 0.5 * np.sum(landmarks**2, axis=1)
-    lower = np.sqrt((power - 1) / power).astype(dtype)
-    indices = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
+    recurrence = Recurrence.of(parent, coordinate, power, dtype, hermite=True)
     origin, clamp = origin[:, None], dtype.type(CLAMP)
     values, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(-1), -1))
     rounded = rounds(low_precision, dtype)
@@ -56,17 +66,18 @@ def query_vjp(
             _settle(x, spread, elsewhere[rows])
             np.matmul(landmarks, x[:-1], out=features[r:])
             features[0] = 1
-            add_polynomials(x, *indices, lower, features)
+            add_polynomials(x, recurrence, features)
             _at_landmarks(half, clamp, features[r:])
             own = np.array(grad[rows], dtype=dtype, order="C")
             readout.multiply(own, wide)
+            others = _OtherKeys(elsewhere[rows], partial[rows], least[rows])
             tilt, factor = _judge(
-                features, slope, shares, x[-1], elsewhere[rows], partial[rows],
-                least[rows], own, logarithm[rows], delta[rows],
+                features, slope, shares, x[-1], others, own, logarithm[rows],
+                delta[rows],
             )  # fmt: skip
             sums.add(features, own)
             masses -= features @ (factor * delta[rows])
-            _pull_back(x, *indices, lower, shares, delta[rows], features, slope)
+            _pull_back(x, recurrence, shares, delta[rows], features, slope)
             x[:-1] += landmarks.T @ slope[r:]
             x[-1] = tilt
             x *= factor
@@ -88,8 +99,8 @@ def key_vjp(
     span = span_of(m)
     out = np.empty((m, key.shape[1]), dtype=dtype)
     values = np.empty((m, p), dtype=dtype)
-    indices = parent, parent[parent], coordinate, (1 / np.sqrt(power)).astype(dtype)
-    lower, offset = np.zeros(r, dtype=dtype), dtype.type(offset)
+    recurrence = Recurrence.of(parent, coordinate, power, dtype, hermite=False)
+    offset = dtype.type(offset)
     own, shares = (np.ascontiguousarray(weights[:, x]) for x in (slice(p), p))
     readout = Readout(own, rounds(low_precision, dtype))
     minus = np.full(_ROWS, -1, dtype=dtype)
@@ -106,15 +117,13 @@ def key_vjp(
             _weigh(y, offset, far[rows])
             np.matmul(landmarks, y[:-1], out=features[r:])
             _start(y[-1], features, r)
-            add_polynomials(y, *indices, lower, features)
+            add_polynomials(y, recurrence, features)
             readout.read(features, values[rows])
             shifted = np.subtract(value[rows], value_center, dtype=dtype, order="C")
             readout.multiply(shifted, wide)
             coordinates = y[:-1].copy()
             y[-1] = _products(features, slope, shares)
-            _pull_back(
-                y, *indices, lower, shares, minus[: len(shifted)], features, slope
-            )
+            _pull_back(y, recurrence, shares, minus[: len(shifted)], features, slope)
             y[:-1] += landmarks.T @ slope[r:]
             y[:-1] += coordinates * y[-1]
             np.matmul(y.T, projection.T, out=out[rows])
@@ -142,10 +151,9 @@ def _settle(x, spread, elsewhere):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _judge(
-    features, slope, shares, shift, elsewhere, partial, least, right, logarithm, delta
-):
+def _judge(features, slope, shares, shift, others, right, logarithm, delta):
     # completes the statistics of the rows, and the factors of their functions
+    elsewhere, partial, least = others
     n, p, zero = features.shape[1], right.shape[1], slope.dtype.type(0)
     mean, mass = np.zeros_like(shift), np.zeros_like(shift)
     for j in range(features.shape[0]):
@@ -210,11 +218,10 @@ def _at_landmarks(half, clamp, features):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _pull_back(
-    x, parent, grandparent, coordinate, factor, lower, shares, delta, features, slope
-):
+def _pull_back(x, recurrence, shares, delta, features, slope):
     # replaces the coordinates by the derivatives by them, gradients less shares times
     # delta, and leaves those of the landmarks times their functions in ``slope``
+    parent, grandparent, coordinate, factor, lower = recurrence
     n, r, t = features.shape[1], parent.size, x.shape[0] - 1
     for j in range(r, features.shape[0]):
         row, push, share = features[j], slope[j], shares[j]

@@ -36,13 +36,13 @@ def describe(query, *, cuts, rows):
 
 
 def multipole(
-    query, mean, square, sampled, key, value, metric, *, cuts, start, group, threshold,
+    query, blocks, key, value, metric, *, cuts, start, group, threshold,
     low_precision="",
 ):  # fmt: skip
-    blocks, m, dtype = len(cuts) - 1, len(key), query.dtype
+    count, m, dtype = len(cuts) - 1, len(key), query.dtype
     out = np.empty((len(query), value.shape[1]), dtype)
     norm, error = np.empty((2, len(query)), dtype)
-    counts = np.empty((blocks, 3), np.int64)
+    counts = np.empty((count, 3), np.int64)
     query, key, value = _plain(query), _plain(key), _plain(value)
     low_precision = low_precision if multiplies_bytes() and dtype == np.float32 else ""
     keys = _Keys(key, value, metric, start, group, low_precision)
@@ -52,15 +52,15 @@ def multipole(
 
     @np.errstate(all="ignore")
     def work(first):
-        some = range(first, min(first + shared, blocks))
-        field = _Field(keys, mean[some], square[some], sampled[some], limits, rates)
+        some = range(first, min(first + shared, count))
+        field = _Field(keys, *(x[some] for x in blocks), limits, rates)
         for r in some:
             rows = slice(cuts[r], cuts[r + 1])
             counts[r] = field.answer(
                 r - first, query[rows], out[rows], norm[rows], error[rows]
             )
 
-    run_blocks(work, range(0, blocks, shared))
+    run_blocks(work, range(0, count, shared))
     return out, norm, error, counts
 
 

@@ -31,11 +31,11 @@ _FEWEST_TASKS = 4
 
 
 def multipole_vjp(
-    query, mean, square, sampled, key, value, metric, grad, limit, *,
+    query, blocks, key, value, metric, grad, limit, *,
     cuts, start, group, threshold, all_first_order=False,
 ):  # fmt: skip
     (n, d), (m, p), dtype = query.shape, value.shape, query.dtype
-    blocks = len(cuts) - 1
+    count = len(cuts) - 1
     query, key, value, grad = (_plain(x) for x in (query, key, value, grad))
     keys = _Keys(key, value, metric, start, group, low_precision=False)
     first_order = -1 if all_first_order else FIRST_ORDER * threshold
@@ -43,8 +43,8 @@ def multipole_vjp(
     rates = [dtype.type(x) for x in (BEND, LARGEST)]
     shared = max(1, min(_SHARED, _KEPT // m))
     most = max(_FEWEST_TASKS, _LARGEST_PARTS // (m * (d + p) * dtype.itemsize))
-    span = shared * max(1, -(-blocks // (shared * most)))
-    tasks = -(-blocks // span)
+    span = shared * max(1, -(-count // (shared * most)))
+    tasks = -(-count // span)
     slope = np.empty((n, d), dtype)
     key_parts, value_parts = (np.zeros((tasks, m, x), dtype) for x in (d, p))
     norm, delta = np.empty((2, n), dtype)
@@ -53,9 +53,9 @@ def multipole_vjp(
     def work(task):
         sums = key_parts[task], value_parts[task]
         memory = np.empty(0, dtype)
-        for first in range(task * span, min((task + 1) * span, blocks), shared):
-            some = range(first, min(first + shared, blocks))
-            field = _Field(keys, mean[some], square[some], sampled[some], limits, rates)
+        for first in range(task * span, min((task + 1) * span, count), shared):
+            some = range(first, min(first + shared, count))
+            field = _Field(keys, *(x[some] for x in blocks), limits, rates)
             # one for all blocks: fresh memory costs as much as a product
             size = int((np.diff(cuts[first : some.stop + 1]) * field.count).max())
             if len(memory) < 2 * size:

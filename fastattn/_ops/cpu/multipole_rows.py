@@ -1,5 +1,7 @@
 """One row at a time: its clusters, leaves and near keys are listed, then summed."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fastattn._ops.cpu.multipole import _plain
@@ -12,6 +14,36 @@ from sketching._ops.cpu.elementary import REASSOCIATE, exp, maximum
 _ROWS = 16
 
 
+class _Keys(NamedTuple):
+    """The keys, their values, and the summaries of clusters and leaves."""
+
+    key: np.ndarray
+    value: np.ndarray
+    clusters: np.ndarray
+    leaves: np.ndarray
+    first: np.ndarray
+    start: np.ndarray
+
+
+class _Limits(NamedTuple):
+    """Limits of a far leaf's error and variance, and of the exponent of a weight."""
+
+    threshold: float
+    variance: float
+    exponent: float
+
+
+class _Lists(NamedTuple):
+    """Weights of the leaves of a cluster, and lists of all far and near leaves."""
+
+    logits: np.ndarray
+    size: np.ndarray
+    far: np.ndarray
+    far_logits: np.ndarray
+    far_size: np.ndarray
+    near: np.ndarray
+
+
 def summarise(key, value, value_center, *, start):
     d, p = key.shape[1], value.shape[1]
     parts = np.zeros((len(start) - 1, 3 * d + p + 3), key.dtype)
@@ -21,21 +53,18 @@ def summarise(key, value, value_center, *, start):
 
 def multipole_rows(query, key, value, clusters, leaves, *, first, start, threshold):
     n, dtype = len(query), query.dtype
-    arrays = [_plain(x) for x in (key, value, clusters, leaves)]
+    keys = _Keys(*map(_plain, (key, value, clusters, leaves)), first, start)
     query = _plain(query)
     out = np.zeros((n, value.shape[1]), dtype)
     norm, error = np.empty((2, n), dtype)
     counts = np.empty((n, 2), np.int64)
-    threshold, largest, highest = (
-        dtype.type(x) for x in (threshold, LARGEST, EXPONENT)
-    )
+    limits = _Limits(*map(dtype.type, (threshold, LARGEST, EXPONENT)))
 
     def work(lo):
         some = slice(lo, lo + _ROWS)
         _answer(
-            query[some], *arrays, first, start, threshold, largest, highest, out[some],
-            norm[some], error[some], counts[some],
-        )  # fmt: skip
+            query[some], keys, limits, out[some], norm[some], error[some], counts[some]
+        )
 
     starts = range(0, n, _ROWS)
     if len(starts) == 1:
@@ -165,11 +194,11 @@ def _squares(weight, size):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _look_at_leaves(
-    query, square, parts, lo, hi, threshold, largest, peak, highest, logits, size,
-    far, far_logits, far_size, a, near, b,
-):  # fmt: skip
+def _look_at_leaves(query, square, parts, span, limits, peak, lists, ends):
     # far leaves from number a of their lists on, near ones from b; returns the ends
+    threshold, largest, highest = limits
+    logits, size, far, far_logits, far_size, near = lists
+    (lo, hi), (a, b) = span, ends
     _weigh(query, square, parts, lo, hi, largest, logits, size)
     for c in range(lo, hi):
         x, s = logits[c - lo], size[c - lo]
@@ -205,18 +234,19 @@ def _largest(x, largest):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def _answer(
-    query, key, value, clusters, leaves, first, start, threshold, largest, highest,
-    out, norm, error, counts,
-):  # fmt: skip
+def _answer(query, keys_and_leaves, limits, out, norm, error, counts):
+    key, value, clusters, leaves, first, start = keys_and_leaves
+    threshold, largest, highest = limits
     dtype, mean = query.dtype, 3 * query.shape[1]
     c, b, m = clusters.shape[0], leaves.shape[0], start[-1]
     logits, size = np.empty(c, dtype), np.empty(c, dtype)
-    finer, small = np.empty(b, dtype), np.empty(b, dtype)
     # far clusters, far leaves, near leaves, near keys
     far, low = np.empty(c, np.int64), np.empty(b, np.int64)
     near, keys = np.empty(b, np.int64), np.empty(m, np.int64)
     low_logits, low_size = np.empty(b, dtype), np.empty(b, dtype)
+    lists = _Lists(
+        np.empty(b, dtype), np.empty(b, dtype), low, low_logits, low_size, near
+    )
     key_logits, square = np.empty(m, dtype), np.empty(query.shape[1], dtype)
     lowest = -np.finfo(dtype).max
     for i in range(query.shape[0]):
@@ -235,8 +265,8 @@ def _answer(
                 lo, hi = first[j], first[j + 1]
                 seen += hi - lo
                 n, k = _look_at_leaves(
-                    query[i], square, leaves, lo, hi, limit, largest, peak, highest,
-                    finer, small, low, low_logits, low_size, n, near, k,
+                    query[i], square, leaves, (lo, hi),
+                    _Limits(limit, largest, highest), peak, lists, (n, k),
                 )  # fmt: skip
             else:
                 # the lists of clusters grow over what was read

@@ -1,14 +1,36 @@
 """Recurrences of polynomials for many rows at once, and energies of rows."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from sketching._ops.cpu.compile import njit
 from sketching._ops.cpu.elementary import REASSOCIATE
 
 
+class Recurrence(NamedTuple):
+    """The parents of polynomials, their parents, and the factors of both."""
+
+    parent: np.ndarray
+    grandparent: np.ndarray
+    coordinate: np.ndarray
+    factor: np.ndarray
+    lower: np.ndarray
+
+    @staticmethod
+    def of(parent, coordinate, power, dtype, *, hermite):
+        """Polynomials with the norm one: Hermite polynomials, or plain powers."""
+        back = np.sqrt((power - 1) / power) if hermite else np.zeros(len(parent))
+        factor = (1 / np.sqrt(power)).astype(dtype)
+        return Recurrence(
+            parent, parent[parent], coordinate, factor, back.astype(dtype)
+        )
+
+
 @njit(nogil=True, cache=True, error_model="numpy", fastmath=REASSOCIATE)
-def add_polynomials(x, parent, grandparent, coordinate, factor, lower, features):
+def add_polynomials(x, recurrence, features):
     # each from its parent, and for Hermite polynomials that one's parent
+    parent, grandparent, coordinate, factor, lower = recurrence
     for j in range(1, parent.size):
         row, source, side = features[j], features[parent[j]], x[coordinate[j]]
         w = factor[j]

@@ -65,9 +65,10 @@ def key_sums(
 
 
 def query_means(
-    query, projection, origin, landmarks, spread, weights, far_key, far_value,
-    bounds, value_center, *, parent, coordinate, power,
+    query, functions, weights, far_key, far_value, bounds, value_center, *,
+    parent, coordinate, power,
 ):  # fmt: skip
+    projection, origin, landmarks, spread = functions
     dtype, n, p, r = projection.dtype, len(query), len(value_center), len(parent)
     indices = _indices(parent, coordinate, power)
     readout = cp.ascontiguousarray(weights[:r])

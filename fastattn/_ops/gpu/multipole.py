@@ -38,7 +38,7 @@ def describe(query, *, cuts, rows):
 
 
 def multipole(
-    query, mean, square, sampled, key, value, metric, *, cuts, start, group, threshold,
+    query, blocks, key, value, metric, *, cuts, start, group, threshold,
     low_precision="",  # noqa: ARG001
 ):  # fmt: skip
     keys = _Keys(key, value, metric, start, group)
@@ -47,9 +47,9 @@ def multipole(
     out = cp.empty((n, p), dtype=dtype)
     norm, error = (cp.empty(n, dtype=dtype) for _ in range(2))
     counts = []
-    for lo in range(0, len(mean), keys.shared):
-        some = slice(lo, min(lo + keys.shared, len(mean)))
-        field = _Field(keys, mean[some], square[some], sampled[some], threshold)
+    for lo in range(0, len(blocks.mean), keys.shared):
+        some = slice(lo, min(lo + keys.shared, len(blocks.mean)))
+        field = _Field(keys, *(x[some] for x in blocks), threshold)
         own = np.asarray(cuts)[some.start : some.stop + 1]
         rows = slice(int(own[0]), int(own[-1]))
         out[rows], norm[rows], error[rows] = field.answer(query[rows], own - own[0])

@@ -11,11 +11,13 @@ They are known in closed form, so that no query is evaluated.
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastattn._ops.lowrank import Functions
 from fastattn._ops.monomials import monomials
 from fastattn.methods.lowrank.whitening import Whitening
 from sketching._lib.arrays import Array
@@ -174,6 +176,16 @@ class Basis:
             self.landmarks, self.mixed, self.size, self.factor,
         )  # fmt: skip
         return sum(int(x.nbytes) for x in arrays)
+
+    def functions(self, move: Callable[[Array], Array], log_unit: float) -> Functions:
+        """The functions of queries, with weights in units of ``exp(log_unit)``."""
+        whitening = self.whitening
+        return Functions(
+            move(whitening.to_query),
+            move(np.append(whitening.origin[:-1], log_unit)),
+            move(self.landmarks),
+            move(whitening.spread / whitening.limit),
+        )
 
     def project(self, sums: Array) -> Array:
         """Turn inner products with the basis, (r + c, w), into coefficients.

@@ -127,7 +127,7 @@ class LowRank:
             sample.value.mean(axis=0, dtype=np.float64),
             0,
             empty,
-            _no_bounds(p),
+            no_bounds(p),
             np.zeros((0, d)),
             np.zeros((0, p)),
             empty,
@@ -163,7 +163,7 @@ class LowRank:
             self,
             count=0,
             sums=zeros,
-            bounds=_no_bounds(p),
+            bounds=no_bounds(p),
             far_key=self.far_key[:0],
             far_value=self.far_value[:0],
             weights=zeros,
@@ -266,10 +266,7 @@ class LowRank:
         far = np.column_stack([self.far_value, np.ones(len(self.far_value))])
         value, logarithm = query_means(
             query,
-            move(whitening.to_query),
-            move(np.append(whitening.origin[:-1], math.log(unit))),
-            move(self.basis.landmarks),
-            move(whitening.spread / whitening.limit),
+            self.basis.functions(move, math.log(unit)),
             move(self.weights * unit * math.exp(-whitening.offset)),
             move(whitening.scale * self.far_key),
             move(unit * far),
@@ -280,7 +277,8 @@ class LowRank:
         return value, logarithm, xp.logical_not(xp.isnan(logarithm))
 
 
-def _no_bounds(p: int) -> Array:
+def no_bounds(p: int) -> Array:
+    """Minimum and maximum over no values: infinity, and minus infinity."""
     return np.outer([math.inf, -math.inf], np.ones(p))
 
 

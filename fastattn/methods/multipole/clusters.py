@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.clusters import partition, regroup
-from fastattn._ops.multipole import describe, multipole
+from fastattn._ops.multipole import BlockStatistics, describe, multipole
+from fastattn.problem.head import gather_rows
 from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import (
     Array,
     array_namespace,
     compute_dtype,
-    device_of,
     mover,
     to_host,
 )
@@ -44,18 +44,16 @@ class Blocks:
         Block ``r`` has the rows from ``cuts[r]`` up to ``cuts[r + 1]``.
     cuts : integer array, shape (R + 1,)
         Block boundaries, on the host.
-    mean, square, sampled : array, shapes (R, d), (R, d), (R, s, d)
-        Mean, mean squares of the coordinates about the mean, and ``s`` sample rows of
-        each block, as ``describe`` returns them.
+    statistics : BlockStatistics
+        Mean, mean squares of the coordinates about the mean, and sample rows of each
+        block, of shapes (R, d), (R, d) and (R, s, d).
     order : integer array, shape (n,)
         Indices of the rows before they were sorted.
     """
 
     query: Array
     cuts: Array
-    mean: Array
-    square: Array
-    sampled: Array
+    statistics: BlockStatistics
     order: Array
 
     def subsample(
@@ -70,15 +68,9 @@ class Blocks:
                 for r, size in zip(some, sizes, strict=True)
             ]
         )
-        xp = array_namespace(self.query)
-        by_row, by_block = (
-            xp.asarray(x, device=device_of(self.query)) for x in (rows, some)
-        )
-        mean, square, sampled = (
-            xp.take(x, by_block, axis=0) for x in (self.mean, self.square, self.sampled)
-        )
-        query, order = (xp.take(x, by_row, axis=0) for x in (self.query, self.order))
-        return Blocks(query, np.cumsum([0, *sizes]), mean, square, sampled, order)
+        statistics = BlockStatistics(*(gather_rows(x, some) for x in self.statistics))
+        query, order = (gather_rows(x, rows) for x in (self.query, self.order))
+        return Blocks(query, np.cumsum([0, *sizes]), statistics, order)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,8 +171,8 @@ class Clusters:
         for _ in range(_ROUNDS):
             order, cuts = regroup(scaled, order, start=cuts)
         query = xp.take(query, order, axis=0)
-        mean, square, sampled = describe(query, cuts=cuts, rows=_SAMPLED_ROWS)
-        return Blocks(query, cuts, mean, square, sampled, order)
+        statistics = describe(query, cuts=cuts, rows=_SAMPLED_ROWS)
+        return Blocks(query, cuts, BlockStatistics(*statistics), order)
 
     def cluster_logit_variance(self, blocks: Blocks) -> float:
         """Mean square of ``(q - block mean) . (k - cluster mean)`` over all pairs.
@@ -190,7 +182,9 @@ class Clusters:
         """
         xp = array_namespace(self.key)
         _, local, _ = describe(self.key, cuts=self.start, rows=1)
-        logits = to_host(xp.matmul(blocks.square, xp.matrix_transpose(local)))
+        logits = to_host(
+            xp.matmul(blocks.statistics.square, xp.matrix_transpose(local))
+        )
         share = np.diff(blocks.cuts) / blocks.cuts[-1]
         return float(share @ logits @ np.diff(self.start)) / int(self.start[-1])
 
@@ -200,9 +194,7 @@ class Clusters:
         """Call the op ``multipole`` for sorted queries."""
         answer: tuple[Array, Array, Array, Any] = multipole(
             blocks.query,
-            blocks.mean,
-            blocks.square,
-            blocks.sampled,
+            blocks.statistics,
             self.key,
             self.value,
             self.metric,

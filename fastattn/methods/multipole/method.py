@@ -1,7 +1,7 @@
 """The multipole method: near keys exactly, far keys by moments of clusters."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,11 +15,10 @@ from fastattn.methods.multipole.clusters import Blocks, Clusters, sampled_logit_
 from fastattn.methods.multipole.threshold_search import Choice, Counts, Trial, choose
 from fastattn.problem.head import Head
 from fastattn.problem.plan import (
-    Candidate,
+    Configurable,
     ConfiguredMethod,
     HeadAnswer,
     Plan,
-    candidate_of,
 )
 from fastattn.problem.rows import SAMPLE, sample_rows
 from fastattn.problem.transforms import Transform, balance
@@ -63,7 +62,7 @@ _LESS = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Multipole:
+class Multipole(Configurable):
     r"""Softmax attention with near keys exactly and far keys by cluster moments.
 
     Keys are clustered, and queries are sorted into blocks of similar ones. In a block
@@ -117,12 +116,6 @@ class Multipole:
             check_integer("clusters", self.clusters, least=1)
         if self.threshold is not None:
             check_number("threshold", self.threshold, least=0)
-
-    def candidates(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Iterator[Candidate]:
-        """Yield the plan, or the reason for a refusal."""
-        yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator

@@ -1,7 +1,6 @@
 """The polynomial method: low-rank softmax attention by monomials."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,11 +29,10 @@ from fastattn.methods.polynomial.polynomial_expansion import (
 from fastattn.methods.polynomial.proven import proven_expansion
 from fastattn.problem.head import Head
 from fastattn.problem.plan import (
-    Candidate,
+    Configurable,
     ConfiguredMethod,
     HeadAnswer,
     Plan,
-    candidate_of,
 )
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import balance
@@ -56,7 +54,7 @@ _DEFAULT_DEGREE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Polynomial:
+class Polynomial(Configurable):
     r"""Softmax attention in linear time by a polynomial in place of exp.
 
     With :math:`p(x) = \sum_g c_g x^g` close to exp on the logits,
@@ -135,12 +133,6 @@ class Polynomial:
                 "degree, rank: expected one of them with basis='hermite', got degree="
                 f"{self.degree} and rank={self.rank}"
             )
-
-    def candidates(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-    ) -> Iterator[Candidate]:
-        """Yield the plan, or the reason for a refusal."""
-        yield candidate_of(self, lambda: self.configure(head, tol, guarantee, rng).plan)
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator

@@ -5,11 +5,10 @@ keys can be streamed in, and states add.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from fastattn._ops.monomials import means, moments
+from fastattn._ops.monomials import means
 from fastattn.methods.polynomial.expansions import IndexSet
 from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import Array, array_namespace, mover
@@ -39,30 +38,6 @@ class Moments:
     value_center: Array
     scale: float
     sums: Array
-
-    @staticmethod
-    def of(
-        key: Array,
-        value: Array,
-        transform: Transform,
-        index: IndexSet,
-        value_center: Array,
-        scale: float,
-        dtype: Any,
-    ) -> "Moments":
-        """Sum over all keys, in ``dtype``."""
-        move = mover(key, dtype)
-        sums = moments(
-            key,
-            value,
-            move(transform.key_center),
-            move(transform.key_map),
-            move(transform.tilt),
-            move(value_center),
-            parent=index.parent,
-            coordinate=index.coordinate,
-        )
-        return Moments(transform, index, value_center, scale, sums)
 
     def query(
         self, query: Array, coefficients: Array, *, centred: bool = False

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn._ops.monomials import moments
 from fastattn.certificates.log_errors import log_errors
 from fastattn.certificates.rounding import frobenius
 from fastattn.methods.polynomial.expansions import (
@@ -17,7 +18,7 @@ from fastattn.methods.polynomial.moments import Moments
 from fastattn.methods.polynomial.prefixes import moments_by_prefixes
 from fastattn.problem.head import Head
 from fastattn.problem.transforms import Transform
-from sketching._lib.arrays import Array
+from sketching._lib.arrays import Array, mover
 from sketching._lib.certificate import RefusalError
 
 # largest number of monomials: beyond it exact attention is much cheaper
@@ -71,15 +72,23 @@ class PolynomialExpansion:
 
     def moments(self, head: Head) -> Moments:
         """Sum the monomials over the keys of a head."""
-        return Moments.of(
-            head.key,
-            head.value,
-            self.transform,
-            self.index,
-            self.value_center,
-            head.scale,
-            self.dtype,
+        return self.moments_of(head.key, head.value, head.scale)
+
+    def moments_of(self, key: Array, value: Array, scale: float) -> Moments:
+        """Sum the monomials over keys, at least one, times the values."""
+        transform, index = self.transform, self.index
+        move = mover(key, self.dtype)
+        sums = moments(
+            key,
+            value,
+            move(transform.key_center),
+            move(transform.key_map),
+            move(transform.tilt),
+            move(self.value_center),
+            parent=index.parent,
+            coordinate=index.coordinate,
         )
+        return Moments(transform, index, self.value_center, scale, sums)
 
 
 def check_rank(d: int, degree: int, rank: int | None) -> None:

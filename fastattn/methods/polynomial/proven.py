@@ -9,10 +9,9 @@ balancing), plus bounds on dropped monomials and on rounding (Alman and Song, ar
 
 import itertools
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -35,28 +34,21 @@ from fastattn.certificates.rounding import (
     value_range,
 )
 from fastattn.methods.polynomial.expansions import (
-    LARGEST_BOUND,
-    LARGEST_DEGREE,
     IndexSet,
     by_energy,
-    least_degree,
     rank_of,
     relative_minimax,
     total_degree,
 )
-from fastattn.methods.polynomial.polynomial_expansion import (
-    PolynomialExpansion,
-    check_rank,
-)
+from fastattn.methods.polynomial.polynomial_expansion import PolynomialExpansion
+from fastattn.methods.polynomial.proven_degree import NARROWEST, least_proven
 from fastattn.problem.causal_chunks import largest_chunk
-from fastattn.problem.head import AttentionHead, Head
+from fastattn.problem.head import Head
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import Transform, balance, center, identity
 from sketching._lib.arrays import Array, place_of
 from sketching._lib.certificate import RefusalError
 
-# least half width of the interval of the logits
-NARROWEST = 1e-3
 # largest log of a key's weight: the weight and its reciprocal stay in float32's range
 _LARGEST_TILT = 60.0
 # fewest keys that exact attention sums before it rescales the running sums
@@ -127,77 +119,6 @@ def proven_expansion(
     where = f"centred logits up to {bound:.3g}"
     limits = bound, value_bounds.half
     return least_proven(make, head, tol, limits, where, degree=degree, rank=rank)
-
-
-class _Bounded(Protocol):
-    """An expansion with a bound on its error."""
-
-    @property
-    def bound(self) -> float: ...
-
-
-_Bound = TypeVar("_Bound", bound=_Bounded)
-
-
-def least_proven(
-    make: Callable[[int, Any], _Bound],
-    head: AttentionHead,
-    tol: float,
-    limits: tuple[float, float],
-    where: str,
-    *,
-    degree: int | None,
-    rank: int | None,
-) -> _Bound:
-    """Find the least degree and precision whose proven bound meets ``tol``.
-
-    Parameters
-    ----------
-    make : callable
-        The expansion of a degree in a dtype, with its bound.
-    head : AttentionHead
-        The head; only its sizes and dtypes are used.
-    tol : float
-        Tolerance, in units of half the range of the values.
-    limits : pair of float
-        Half the width of the interval of the logits, and half the range of the values.
-    where : str
-        Names the interval in refusals.
-    degree, rank : int, optional
-        Degree and number of monomials, if given.
-
-    Raises
-    ------
-    RefusalError
-        If there is none; with the interval, the degree and the rank.
-    """
-    bound, half = limits
-    if not bound <= LARGEST_BOUND:
-        raise RefusalError(
-            f"{where} are wider than +-{LARGEST_BOUND:g}: no degree up to "
-            f"{LARGEST_DEGREE} suffices; scale the inputs down, or use Exact()"
-        )
-    first = least_degree(bound, tol / (1 + tol)) if degree is None else degree
-    if first is None:
-        raise RefusalError(
-            f"tol={tol:g} needs a degree above {LARGEST_DEGREE} for {where}: raise "
-            "tol, scale the inputs down, or use Exact()"
-        )
-    last = min(first + 2, LARGEST_DEGREE) if degree is None else degree
-    best, d = math.inf, head.sizes[2]
-    for g in range(first, last + 1):
-        check_rank(d, g, rank)
-        for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
-            expansion = make(g, dtype)
-            constant = half == 0 and math.isfinite(expansion.bound)
-            if expansion.bound <= tol * half or constant:
-                return expansion
-            best = min(best, expansion.bound)
-    raise RefusalError(
-        f"tol={tol:g} cannot be proven: {where}, degree {last}, rank "
-        f"{rank or rank_of(d, last)} are proven to {best:.1e} where the half range of "
-        f"the values is {half:.1e}; raise tol, degree or rank, or use Exact()"
-    )
 
 
 def _tightest_bounds(head: Head, rng: np.random.Generator) -> _LogitBounds:

@@ -9,11 +9,11 @@ import pytest
 
 from fastattn._ops.clusters import regroup
 from fastattn._ops.linear import elu_plus_one, prefix_products, squares
-from fastattn._ops.lowrank import key_sums, query_means
-from fastattn._ops.multipole import describe, multipole
+from fastattn._ops.lowrank import Functions, key_sums, query_means
+from fastattn._ops.multipole import BlockStatistics, describe, multipole
 from fastattn._ops.multipole_rows import summarise
 from fastattn.methods.lowrank.basis import Hermite
-from tests.laws import DTYPES, bring, fetch, skip_without
+from tests.laws import DTYPES, Flat, bring, fetch, skip_without
 
 # coordinates of the entries of the expansion below
 SIDES = 9
@@ -85,7 +85,7 @@ class WideLaws:
         ]  # fmt: skip
         arrays = [x.astype(dtype) for x in arrays]
         limits = [("ROWS", rows), ("_MARKS", 30 * rows)]
-        agree(query_means, arrays, op_arguments, 400, limits)
+        agree(Flat(query_means, Functions, 1), arrays, op_arguments, 400, limits)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
@@ -105,7 +105,13 @@ class WideLaws:
             "threshold": threshold,
         }  # fmt: skip
         arrays = [arrays[0], *described, *arrays[1:], metric]
-        agree(multipole, arrays, options, 3000, [("_NUMBERS", numbers)])
+        agree(
+            Flat(multipole, BlockStatistics, 1),
+            arrays,
+            options,
+            3000,
+            [("_NUMBERS", numbers)],
+        )
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("decay", [None, 0.99])

@@ -13,6 +13,7 @@ from fastattn import (
     RefusalError,
     attention_vjp,
 )
+from fastattn._ops.lowrank import Functions
 from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
 from fastattn.certificates.sampled import ROWS
 from fastattn.gradients import backward
@@ -25,11 +26,11 @@ from fastattn.methods.polynomial.expansions import rank_of
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.derivatives import problem, softmax_vjp
-from tests.laws import DTYPES, OpLaws
+from tests.laws import DTYPES, Flat, OpLaws
 
 
 class TestQueryVjp(OpLaws):
-    op = query_vjp
+    op = Flat(query_vjp, Functions, 5)
     sizes_used = ("n",)
     sizes = (9, 12)
 

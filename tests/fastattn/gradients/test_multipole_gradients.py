@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fastattn import Auto, Exact, Multipole, RefusalError, attention_vjp, load_sample
 from fastattn._ops.cpu import multipole as cpu_multipole
 from fastattn._ops.gradient import attend_vjp
-from fastattn._ops.multipole import describe, multipole
+from fastattn._ops.multipole import BlockStatistics, describe, multipole
 from fastattn._ops.multipole_gradient import multipole_vjp
 from fastattn.gradients import exact as exact_gradient
 from fastattn.gradients import multipole as multipole_gradient
@@ -16,7 +16,7 @@ from fastattn.gradients.multipole import cluster_vjp
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.derivatives import problem, slack_of, softmax_vjp
-from tests.laws import DTYPES, OpLaws, bring
+from tests.laws import DTYPES, Flat, OpLaws, bring
 
 
 def spans(n, parts):
@@ -24,7 +24,7 @@ def spans(n, parts):
 
 
 class TestMultipoleVjp(OpLaws):
-    op = multipole_vjp
+    op = Flat(multipole_vjp, BlockStatistics, 1)
     threshold = 3e-3
 
     def inputs(self, rng, dtype, n, m):
@@ -126,10 +126,10 @@ def test_queries_get_the_derivative_of_the_answer(monkeypatch, all_first_order):
     arrays[8][:] = np.inf
     options["threshold"] = 2e-2
     grad = arrays[7]
-    got = multipole_vjp(*arrays, **options, all_first_order=all_first_order)[0]
+    got = TestMultipoleVjp.op(*arrays, **options, all_first_order=all_first_order)[0]
 
     def products(query):
-        value = multipole(query, *arrays[1:7], **options)[0]
+        value = Flat(multipole, BlockStatistics, 1)(query, *arrays[1:7], **options)[0]
         return np.sum(value * grad, axis=1)
 
     for axis in range(4):

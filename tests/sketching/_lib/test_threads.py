@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from sketching._lib.threads import run_blocks, single_threaded_blas
+from sketching._lib.threads import parallel_map, run_blocks, single_threaded_blas
 
 
 def blas_threads():
@@ -100,6 +100,15 @@ def test_the_exception_of_a_block_is_raised(count):
 
     with pytest.raises(ZeroDivisionError, match="block"):
         run_blocks(work, range(count))
+
+
+@pytest.mark.parametrize("like", [np.zeros(1), None], ids=["kernels", "none"])
+def test_a_parallel_map_keeps_the_order(like):
+    found = parallel_map(lambda x: (x, threading.current_thread()), "abc", like)
+    assert [x for x, _ in found] == list("abc")
+    # without kernels it is a loop
+    alone = {thread for _, thread in found} == {threading.current_thread()}
+    assert alone or like is not None
 
 
 def test_blocks_may_run_blocks():

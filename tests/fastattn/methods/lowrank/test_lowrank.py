@@ -5,13 +5,13 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from fastattn import RefusalError, load_sample
-from fastattn._ops.lowrank import key_sums, query_means
+from fastattn._ops.lowrank import Functions, key_sums, query_means
 from fastattn.methods.lowrank.basis import Hermite
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.methods.lowrank.whitening import PlanningSample
 from fastattn.problem.head import Head
 from tests import oracles
-from tests.laws import OpLaws, bring, fetch, skip_without
+from tests.laws import Flat, OpLaws, bring, fetch, skip_without
 
 SIZES = [(9, 0), (1, 12), (9, 12), (1, 0)]
 PLANS = pytest.mark.parametrize(("rank", "landmarks"), [(60, 0), (1, 64), (30, 48)])
@@ -81,7 +81,7 @@ class TestKeySumsOfLandmarks(TestKeySums):
 
 
 class TestQueryMeans(OpLaws):
-    op = query_means
+    op = Flat(query_means, Functions, 1)
     sizes_used = ("n",)
     sizes = (9, 12)
 
@@ -148,8 +148,8 @@ def test_hermite_polynomials_expand_the_exponential():
             offset=0.0, longest=10.0, **hermite.op_arguments,
         )  # fmt: skip
         _, logarithm = query_means(
-            x, eye, np.zeros(3), none, zero, 100 * sums, none, np.zeros((0, 2)),
-            np.zeros((2, 1)), np.zeros(1), **hermite.op_arguments,
+            x, Functions(eye, np.zeros(3), none, zero), 100 * sums, none,
+            np.zeros((0, 2)), np.zeros((2, 1)), np.zeros(1), **hermite.op_arguments,
         )  # fmt: skip
         # what is beyond degree 12, orthonormal: a fraction of |y|^13 / sqrt(13!)
         np.testing.assert_allclose(

@@ -5,12 +5,12 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from fastattn import Multipole, RefusalError, approximate, load_sample
-from fastattn._ops.multipole import describe, multipole
+from fastattn._ops.multipole import BlockStatistics, describe, multipole
 from fastattn.methods.multipole.method import configured_multipole
 from fastattn.problem.head import Head
 from tests import oracles
 from tests.chance import assert_fails_rarely
-from tests.laws import MethodLaws, OpLaws, bring, fetch, skip_without
+from tests.laws import Flat, MethodLaws, OpLaws, bring, fetch, skip_without
 
 
 def spans(n, parts):
@@ -29,7 +29,7 @@ class TestDescribe(OpLaws):
 
 
 class TestMultipoleOp(OpLaws):
-    op = multipole
+    op = Flat(multipole, BlockStatistics, 1)
     threshold = 3e-3
 
     def inputs(self, rng, dtype, n, m):

@@ -9,7 +9,6 @@ from fastattn._ops.cpu import multipole as kernel
 from fastattn._ops.cpu.near_keys import add_near
 from fastattn._ops.cpu.packing import PackedKeys
 from fastattn._ops.cpu.tiles import multiplies_bytes
-from fastattn._ops.multipole import multipole
 from tests import oracles
 from tests.fastattn.methods.multipole.test_multipole import TestMultipoleOp as _Op
 from tests.pairwise import pairwise
@@ -156,10 +155,10 @@ class TestIntegerMultipoleOp(TestLowPrecisionMultipoleOp):
 
 def test_processors_without_eight_bits_compute_in_float32(monkeypatch):
     arrays, options = _Op().inputs(np.random.default_rng(0), np.float32, 200, 150)
-    fine = multipole(*arrays, **options)
+    fine = _Op.op(*arrays, **options)
     monkeypatch.setattr(kernel, "multiplies_bytes", lambda: False)
     for one, other in zip(
-        multipole(*arrays, **options, low_precision="int8"), fine, strict=True
+        _Op.op(*arrays, **options, low_precision="int8"), fine, strict=True
     ):
         np.testing.assert_array_equal(one, other)
 
