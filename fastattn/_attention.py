@@ -12,7 +12,7 @@ from fastattn.planning.explanation import Explanation, run_candidates
 from fastattn.planning.options import check_options, check_pairwise, check_served
 from fastattn.problem.batch import Batch, each_head
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Candidate, HeadAnswer, Method
+from fastattn.problem.plan import Candidate, HeadAnswer, Method, Task
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _H = TypeVar("_H", Head, "TensorHead")
 _H_co = TypeVar("_H_co", covariant=True)
-_Options: TypeAlias = tuple[Method, float, str]
-# what is done with a head: its arguments are a method, the head and the other options
-_Work: TypeAlias = Callable[[Method, _H, float, str, np.random.Generator], _T]
+# tolerance, guarantee, and a random stream for each head
+_Options: TypeAlias = tuple[float, str, list[np.random.Generator]]
+_Work: TypeAlias = Callable[[Method, Task[_H]], _T]
 
 
 def attention(
@@ -167,7 +167,6 @@ def approximate(
     (True, 'relative-frobenius')
     """
     tol, method, generator = check_options(tol, method, guarantee, rng)
-    options = method, tol, guarantee
     inputs = query, key, value, scale, is_causal, key_mask
     if isinstance(key, tuple):
         # imported on use: it would add a fifth to the time of import
@@ -176,12 +175,12 @@ def approximate(
 
         check_served(tensor_options, method)
         tuples = TensorBatch.of(*inputs)
-        streams = generator.spawn(tuples.count)
-        return tuples.assemble(_each_head(tuples, solve_tensor, options, streams))
+        options = tol, guarantee, generator.spawn(tuples.count)
+        return tuples.assemble(_each_head(tuples, solve_tensor, method, options))
     check_pairwise(method)
     batch = Batch.of(*inputs)
-    streams = generator.spawn(batch.count)
-    return batch.assemble(_each_head(batch, _solve, options, streams))
+    options = tol, guarantee, generator.spawn(batch.count)
+    return batch.assemble(_each_head(batch, _solve, method, options))
 
 
 def explain(
@@ -227,7 +226,6 @@ def explain(
     True
     """
     tol, method, generator = check_options(tol, method, guarantee, rng)
-    options = method, tol, guarantee
     inputs = query, key, value, scale, is_causal, key_mask
     if isinstance(key, tuple):
         from fastattn.tensor.planning import (
@@ -239,14 +237,13 @@ def explain(
 
         check_served(tensor_options, method)
         tuples = TensorBatch.of(*inputs)
-        streams = generator.spawn(tuples.count)
-        return _explained(
-            tuples, tensor_candidates, solve_tensor, options, streams, run
-        )
+        options = tol, guarantee, generator.spawn(tuples.count)
+        work = tensor_candidates, solve_tensor
+        return _explained(tuples, *work, method, options, run)
     check_pairwise(method)
     batch = Batch.of(*inputs)
-    streams = generator.spawn(batch.count)
-    return _explained(batch, _candidates, _solve, options, streams, run)
+    options = tol, guarantee, generator.spawn(batch.count)
+    return _explained(batch, _candidates, _solve, method, options, run)
 
 
 class _Batch(Protocol[_H_co]):
@@ -261,18 +258,18 @@ class _Batch(Protocol[_H_co]):
     def head(self, number: int, /) -> _H_co: ...
 
 
+def _task(batch: _Batch[_H], number: int, options: _Options) -> Task[_H]:
+    tol, guarantee, streams = options
+    return Task(batch.head(number).trimmed(), tol, guarantee, streams[number])
+
+
 def _each_head(
-    batch: _Batch[_H],
-    work: _Work[_H, _T],
-    options: _Options,
-    streams: list[np.random.Generator],
+    batch: _Batch[_H], work: _Work[_H, _T], method: Method, options: _Options
 ) -> list[_T]:
-    """Call ``work`` for every head with its own random stream, in parallel."""
-    method, tol, guarantee = options
+    """Call ``work`` for every head, in parallel."""
 
     def one(number: int) -> _T:
-        head = batch.head(number).trimmed()
-        return work(method, head, tol, guarantee, streams[number])
+        return work(method, _task(batch, number, options))
 
     return each_head(batch.lead, batch.query, one)
 
@@ -281,49 +278,36 @@ def _explained(
     batch: _Batch[_H],
     candidates: _Work[_H, tuple[Candidate, ...]],
     solve: _Work[_H, HeadAnswer],
+    method: Method,
     options: _Options,
-    streams: list[np.random.Generator],
     run: bool,
 ) -> Explanation:
     """Consider each head; with ``run`` also run its candidates."""
-    heads = tuple(_each_head(batch, candidates, options, streams))
+    heads = tuple(_each_head(batch, candidates, method, options))
     if not run:
         return Explanation(batch.lead, heads)
-    method, tol, guarantee = options
     # methods of tensor attention have logits of their own: nothing to compare with
     compare = not getattr(method, "needs_tuples", False)
     # sequentially, so that times are those of a single head
     runs = tuple(
-        run_candidates(
-            batch.head(number).trimmed(),
-            heads[number],
-            tol,
-            guarantee,
-            stream,
-            solve,
-            compare,
-        )
-        for number, stream in enumerate(streams)
+        run_candidates(_task(batch, number, options), head, solve, compare)
+        for number, head in enumerate(heads)
     )
     return Explanation(batch.lead, heads, runs)
 
 
-def _solve(
-    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-) -> HeadAnswer:
-    reason = _why_exact(method, head)
+def _solve(method: Method, task: Task[Head]) -> HeadAnswer:
+    reason = _why_exact(method, task.head)
     if reason:
-        return Exact().solve(head, tol, guarantee, rng, reason)
-    return method.solve(head, tol, guarantee, rng)
+        return Exact().solve(*task, reason)
+    return method.solve(*task)
 
 
-def _candidates(
-    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-) -> tuple[Candidate, ...]:
-    reason = _why_exact(method, head)
+def _candidates(method: Method, task: Task[Head]) -> tuple[Candidate, ...]:
+    reason = _why_exact(method, task.head)
     if reason:
-        return (Candidate(Exact().plan(head, reason), accepted=True),)
-    return tuple(method.candidates(head, tol, guarantee, rng))
+        return (Candidate(Exact().plan(task.head, reason), accepted=True),)
+    return tuple(method.candidates(*task))
 
 
 @singledispatch

@@ -17,7 +17,7 @@ from fastattn.prepared.rows import Rows
 from fastattn.prepared.structure import Prepared
 from fastattn.prepared.tensor.planning import prepare_tensor_head
 from fastattn.problem.batch import Batch, each_head, pick, place_of_head
-from fastattn.problem.plan import Method
+from fastattn.problem.plan import Method, Task
 from fastattn.tensor.problem import TensorBatch
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.random import RandomSource
@@ -120,8 +120,8 @@ def prepare(
 
     def make(i: int) -> Any:
         if is_tensor:
-            head = batch.head(i)
-            return prepare_tensor_head(method, head, tol, guarantee, streams[i])
+            task = Task(batch.head(i), tol, guarantee, streams[i])
+            return prepare_tensor_head(method, task)
         place = place_of_head(i, batch.lead)
         rows = Rows.of(batch.key, batch.value, batch.key_mask, place)
         head, count = rows.head(

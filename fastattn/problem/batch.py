@@ -151,15 +151,6 @@ class Batch:
         return move(found.reshape((*self.lead, n)))
 
 
-def over_heads(values: list[Any], lead: tuple[int, ...], dtype: Any) -> Any:
-    """The value of a single head, or an array over the leading dimensions."""
-    if not lead:
-        return values[0]
-    array = np.empty(len(values), dtype=dtype)
-    array[:] = values
-    return array.reshape(lead)
-
-
 def each_head(
     lead: tuple[int, ...], like: Array, work: Callable[[int], _T]
 ) -> list[_T]:
@@ -194,6 +185,15 @@ def place_of_head(number: int, lead: tuple[int, ...]) -> tuple[int, ...]:
 def name_of(place: Sequence[int]) -> str:
     """Format the index of a head."""
     return ",".join(map(str, place)) or "-"
+
+
+def over_heads(values: list[Any], lead: tuple[int, ...], dtype: Any) -> Any:
+    """The value of a single head, or an array over the leading dimensions."""
+    if not lead:
+        return values[0]
+    array = np.empty(len(values), dtype=dtype)
+    array[:] = values
+    return array.reshape(lead)
 
 
 def own_place(x: Array, place: tuple[int, ...], trailing: int = 2) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from fastattn.prepared.held_out import HELD_OUT
 from fastattn.prepared.planning import Request, prepare_head
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Candidate, Method, Plan
+from fastattn.problem.plan import Candidate, Method, Plan, Task
 from fastattn.streaming.exact import rounded, solve_exactly, stream_exactly
 from fastattn.streaming.rows import FileHead, Put, Step
 from sketching._lib.arrays import compute_dtype
@@ -68,7 +68,7 @@ def attend_streamed(
     step: Step,
 ) -> Streamed:
     """Answer all queries of a head in a file; ``put`` gets the answers in blocks."""
-    ways = _ways(method, head, tol, guarantee, rng)
+    ways = _ways(method, Task(head, tol, guarantee, rng))
     # check all queries before the keys, which take long
     for _ in head.each_block():
         pass
@@ -98,100 +98,87 @@ def explain_streamed(
 ) -> Explanation:
     """Say what would be run: what is planned on the sample, then exact attention."""
     with single_threaded_blas():
-        plans = [way.plan for way in _ways(method, head, tol, guarantee, rng)]
+        plans = [way.plan for way in _ways(method, Task(head, tol, guarantee, rng))]
     return Explanation((), (tuple(Candidate(x, accepted=True) for x in plans),))
 
 
 @singledispatch
-def _ways(method: Any, head: FileHead, *_: Any) -> Iterator[_Way]:
+def _ways(method: Any, task: Task[FileHead]) -> Iterator[_Way]:
     """Yield the ways to answer a head, the first choice first.
 
-    A method is registered with a function of the method, a head, ``tol``, the guarantee
-    and a random generator.
+    A method is registered with a function of the method and the task.
     """
     raise RefusalError(
         f"{type(method).__name__} needs the keys of a head in memory, of which "
-        f"{head.memory} bytes may be used: allow more, or use Auto() or Exact()"
+        f"{task.head.memory} bytes may be used: allow more, or use Auto() or Exact()"
     )
 
 
 @_ways.register
 def _by_exact(
-    method: Exact,
-    head: FileHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-    reason: str = "requested",
+    method: Exact, task: Task[FileHead], reason: str = "requested"
 ) -> Iterator[_Way]:
-    def run(against: str, put: Put, step: Step) -> Streamed:
-        because = against or reason
-        return Streamed(
-            *solve_exactly(head, method, tol, guarantee, rng, because, put, step)
-        )
+    plan = Plan(method, 0.0, seconds(exact_work(*task.head.sizes)), reason)
 
-    yield _Way(Plan(method, 0.0, seconds(exact_work(*head.sizes)), reason), run)
+    def run(against: str, put: Put, step: Step) -> Streamed:
+        made = replace(plan, reason=against or reason)
+        return Streamed(solve_exactly(task, method, put, step), made)
+
+    yield _Way(plan, run)
 
 
 @_ways.register
 def _by_polynomial(
     method: Polynomial,
-    head: FileHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[FileHead],
 ) -> Iterator[_Way]:
-    if guarantee == "proven":
+    if task.guarantee == "proven":
         raise RefusalError(f"{_NO_PROOF}; allow more memory, or use Exact()")
-    yield _by_state(head, _planned(method, head, tol, rng), tol)
+    yield _by_state(task, _planned(method, task))
 
 
 @_ways.register
 def _by_the_cheapest(
     method: Auto,
-    head: FileHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[FileHead],
 ) -> Iterator[_Way]:
     reason = "if the state over all keys misses the tolerance"
     try:
-        if guarantee == "proven":
+        if task.guarantee == "proven":
             raise RefusalError(_NO_PROOF)
-        state = _planned(method, head, tol, rng)
-        share = _work(head, state.plan.method) / exact_work(*head.sizes)
+        state = _planned(method, task)
+        share = _work(task.head, state.plan.method) / exact_work(*task.head.sizes)
         if share > _TIME_SHARE:
             raise RefusalError(
                 f"{state.plan.method} would take {share:.1f} times as long"
             )
-        yield _by_state(head, state, tol)
+        yield _by_state(task, state)
     except RefusalError as error:
         reason = str(error)
-    yield from _by_exact(Exact(), head, tol, guarantee, rng, reason)
+    yield from _by_exact(Exact(), task, reason)
 
 
-def _by_state(head: FileHead, state: StateHead, tol: float) -> _Way:
+def _by_state(task: Task[FileHead], state: StateHead) -> _Way:
     """Answer by a state, to be filled with all keys."""
 
     def run(_against: str, put: Put, step: Step) -> Streamed:
         # the other half is for exact attention, where the state is refused
-        found = _sum(head, state, tol, put, _half(step))
+        found = _sum(task.head, state, task.tol, put, _half(step))
         _half(step)(1.0)
         return found
 
     return _Way(state.plan, run)
 
 
-def _planned(
-    method: Method, head: FileHead, tol: float, rng: np.random.Generator
-) -> StateHead:
+def _planned(method: Method, task: Task[FileHead]) -> StateHead:
     """An empty state, planned on a sample of the rows; refused if there is none."""
+    head, tol, guarantee, rng = task
     sample = _sample(head, rng)
 
     def fill(empty: PreparedHead) -> PreparedHead:
         return empty.insert(sample.key, sample.value, fold=True)
 
-    request = Request(sample, fill, head.sizes[1], tol, "sampled")
+    request = Request(sample, fill, head.sizes[1], tol, guarantee)
     found = prepare_head(method, request, rng)
     if not isinstance(found, StateHead):
         raise RefusalError(found.plan.reason)

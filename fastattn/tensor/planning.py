@@ -14,7 +14,7 @@ from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
-from fastattn.problem.plan import Candidate, HeadAnswer, Method, Plan
+from fastattn.problem.plan import Candidate, HeadAnswer, Method, Plan, Task
 from fastattn.tensor.degree_search import apriori_expansion, sampled_expansion
 from fastattn.tensor.exact import exact_plan, relative_bound, solve_exact
 from fastattn.tensor.mechanisms import TensorMethod
@@ -54,10 +54,7 @@ class Option(NamedTuple):
 
 def solve_tensor(
     method: Method,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> HeadAnswer:
     """Answer one head within ``tol`` by the first option that succeeds.
 
@@ -69,7 +66,7 @@ def solve_tensor(
         If it is no method for tensor attention.
     """
     against = []
-    for plan, run in tensor_options(method, head, tol, guarantee, rng):
+    for plan, run in tensor_options(method, task):
         if run is None:
             against.append(plan.reason)
             continue
@@ -82,13 +79,10 @@ def solve_tensor(
 
 def tensor_candidates(
     method: Method,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> tuple[Candidate, ...]:
     """The candidates for one head; the first that is accepted would run."""
-    options = tensor_options(method, head, tol, guarantee, rng)
+    options = tensor_options(method, task)
     return tuple(Candidate(plan, accepted=run is not None) for plan, run in options)
 
 
@@ -107,58 +101,46 @@ def tensor_options(method: Any, *_: Any) -> Iterator[Option]:
 @tensor_options.register
 def _of_tensor_method(
     method: TensorMethod,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> Iterator[Option]:
-    yield Option(method.plan(head), lambda _: method.solve(head, tol, guarantee, rng))
+    yield Option(method.plan(task.head), lambda _: method.solve(*task))
 
 
 @tensor_options.register
 def _of_exact(
     _method: Exact,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> Iterator[Option]:
-    yield _exact(_within_range(head), tol, guarantee, rng)
+    yield _exact(_within_range(task))
 
 
 @tensor_options.register
 def _of_polynomial(
     method: Polynomial,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> Iterator[Option]:
-    head = _within_range(head)
-    if head.sizes[1] == 0:
-        yield _exact(head, tol, guarantee, rng)
-        return
-    yield _polynomial(method, head, tol, guarantee, rng, is_requested=True)
+    task = _within_range(task)
+    if task.head.sizes[1]:
+        yield _polynomial(method, task, is_requested=True)
+    else:
+        yield _exact(task)
 
 
 @tensor_options.register
 def _of_auto(
     _method: Auto,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> Iterator[Option]:
     """The polynomial if it is faster and meets ``tol``, else exact attention."""
-    head = _within_range(head)
-    exact = _exact(head, tol, guarantee, rng)
+    task = _within_range(task)
+    head, exact = task.head, _exact(task)
     if head.sizes[1] == 0:
         yield exact
         return
     if exact_work(*head.sizes) < _LITTLE_WORK:
-        yield _exact(head, tol, guarantee, rng, _FEW)
+        yield _exact(task, _FEW)
         return
-    option = _polynomial(Polynomial(), head, tol, guarantee, rng)
+    option = _polynomial(Polynomial(), task)
     share = option.plan.predicted_seconds / exact.plan.predicted_seconds
     if option.run and not share <= _TIME_SHARE:
         reason = f"{option.plan.method} is predicted to take {share:.1f} times as long"
@@ -168,55 +150,49 @@ def _of_auto(
         yield Option(replace(exact.plan, reason=_endless(head)))
     else:
         reason = "nothing cheaper meets the tolerance"
-        yield _exact(head, tol, guarantee, rng, reason)
+        yield _exact(task, reason)
 
 
 def _exact(
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
     reason: str = "requested",
 ) -> Option:
     """Exact attention; what was against other options becomes the plan's reason."""
 
     def run(against: str) -> HeadAnswer:
-        plan = exact_plan(head, Exact(), against or reason)
-        return solve_exact(head, tol, guarantee, rng, plan)
+        plan = exact_plan(task.head, Exact(), against or reason)
+        return solve_exact(*task, plan)
 
-    return Option(exact_plan(head, Exact(), reason), run)
+    return Option(exact_plan(task.head, Exact(), reason), run)
 
 
 def _polynomial(
     method: Polynomial,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
     *,
     is_requested: bool = False,
 ) -> Option:
     """Attention by an expansion, if one is found; run, it is refused if it misses."""
     try:
-        expansion = _expansion(method, head, tol, guarantee, rng)
+        expansion = _expansion(method, task)
     except RefusalError as error:
         return Option(Plan(method, math.nan, math.nan, str(error)))
 
     def run(_against: str) -> HeadAnswer:
-        answer = _run(head, expansion, tol, guarantee, rng)
-        if guarantee == "sampled" and not answer.error <= tol:
+        answer = _run(task, expansion)
+        if task.guarantee == "sampled" and not answer.error <= task.tol:
             advice = "; raise tol, degree or rank, or use Auto()" * is_requested
             raise RefusalError(
-                f"{answer.plan.method} misses tol={tol:g}: {answer.error:.2e} by "
+                f"{answer.plan.method} misses tol={task.tol:g}: {answer.error:.2e} by "
                 f"{answer.source}{advice}"
             )
         return answer
 
     reason = "requested" if is_requested else "predicted to meet the tolerance"
-    return Option(expansion.plan(head, reason), run)
+    return Option(expansion.plan(task.head, reason), run)
 
 
-def _within_range(head: TensorHead) -> TensorHead:
+def _within_range(task: Task[TensorHead]) -> Task[TensorHead]:
     """Balance a head if partial products of its entries may overflow float64.
 
     Raises
@@ -224,12 +200,13 @@ def _within_range(head: TensorHead) -> TensorHead:
     RefusalError
         If complete products may overflow, too.
     """
+    head = task.head
     if head.sizes[1] == 0 or in_range(head, head.xp.float64):
-        return head
+        return task
     if head.query.dtype == head.xp.float64:
         head = balanced(head)
         if in_range(head, head.xp.float64):
-            return head
+            return task._replace(head=head)
     raise RefusalError(
         "products of entries may leave the range of float64: scale query, keys and "
         "values down"
@@ -245,12 +222,10 @@ def _endless(head: TensorHead) -> str:
 
 def _expansion(
     method: Polynomial,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> TensorPolynomialExpansion:
     """Choose monomials and a polynomial for one head."""
+    head, tol, guarantee, rng = task
     check_basis(method, guarantee)
     if guarantee == "sampled":
         found = apriori_expansion(head, tol) if method == Polynomial() else None
@@ -258,14 +233,9 @@ def _expansion(
     return proven_expansion(head, tol, method.degree, method.rank)
 
 
-def _run(
-    head: TensorHead,
-    expansion: TensorPolynomialExpansion,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-) -> HeadAnswer:
+def _run(task: Task[TensorHead], expansion: TensorPolynomialExpansion) -> HeadAnswer:
     """Answer by an expansion and certify it, whether or not it meets ``tol``."""
+    head, tol, guarantee, rng = task
     value, normalizer, reliable = expansion.answer(head)
     if not bool(head.xp.all(reliable)):
         bad = head.sizes[0] - int(head.xp.sum(head.xp.astype(reliable, head.xp.int64)))

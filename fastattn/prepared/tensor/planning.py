@@ -14,7 +14,7 @@ from fastattn.planning.auto import Auto
 from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.tensor.exact import TensorExactHead
 from fastattn.prepared.tensor.states import TensorStateHead
-from fastattn.problem.plan import Plan
+from fastattn.problem.plan import Plan, Task
 from fastattn.tensor.polynomial import (
     TensorPolynomialExpansion,
     check_basis,
@@ -35,8 +35,7 @@ TensorStructure = TensorExactHead | TensorStateHead
 def prepare_tensor_head(method: Any, *_: Any) -> TensorStructure:
     """Plan and fill a structure whose bound meets ``tol``, or raise RefusalError.
 
-    A method is registered with a function of the method, a head, ``tol``, the guarantee
-    and a random generator.
+    A method is registered with a function of the method and a ``Task``.
     """
     raise TypeError(
         f"method: {method!r} cannot be prepared for tensor attention: expected "
@@ -47,49 +46,40 @@ def prepare_tensor_head(method: Any, *_: Any) -> TensorStructure:
 @prepare_tensor_head.register
 def _prepare_exact(
     method: Exact,
-    head: TensorHead,
-    _tol: float,
-    _guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> TensorStructure:
-    return _exact(head, method, "requested", rng)
+    return _exact(task, method, "requested")
 
 
 @prepare_tensor_head.register
 def _prepare_polynomial(
     method: Polynomial,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> TensorStructure:
-    _check_guarantee(guarantee)
-    if head.sizes[1] == 0:
-        return _exact(head, Exact(), "no tuple to plan with", rng)
-    return _filled(_state(head, tol, method, "requested"), head)
+    _check_guarantee(task.guarantee)
+    if task.head.sizes[1] == 0:
+        return _exact(task, Exact(), "no tuple to plan with")
+    return _filled(_state(task, method, "requested"), task.head)
 
 
 @prepare_tensor_head.register
 def _prepare_cheapest(
     _method: Auto,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> TensorStructure:
     """A state if it meets ``tol`` and is predicted to be faster, else KV buffers."""
-    _check_guarantee(guarantee)
-    if head.sizes[1] == 0:
-        return _exact(head, Exact(), "no tuple to plan with", rng)
+    _check_guarantee(task.guarantee)
+    if task.head.sizes[1] == 0:
+        return _exact(task, Exact(), "no tuple to plan with")
     try:
-        found = _state(head, tol, Polynomial(), "predicted to be faster")
+        found = _state(task, Polynomial(), "predicted to be faster")
     except RefusalError as error:
-        return _exact(head, Exact(), str(error), rng)
-    share = found.plan.predicted_seconds / _exact_seconds(head)
+        return _exact(task, Exact(), str(error))
+    share = found.plan.predicted_seconds / _exact_seconds(task.head)
     if share <= _TIME_SHARE:
-        return _filled(found, head)
+        return _filled(found, task.head)
     reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
-    return _exact(head, Exact(), reason, rng)
+    return _exact(task, Exact(), reason)
 
 
 def _check_guarantee(guarantee: str) -> None:
@@ -110,25 +100,22 @@ def _filled(structure: TensorStructure, head: TensorHead) -> TensorStructure:
     return structure
 
 
-def _state(
-    head: TensorHead, tol: float, method: Polynomial, reason: str
-) -> TensorStateHead:
+def _state(task: Task[TensorHead], method: Polynomial, reason: str) -> TensorStateHead:
     """The proven polynomial of least degree, for queries up to a tenth larger."""
     check_basis(method, "proven")
-    xp = head.xp
+    head, xp = task.head, task.head.xp
     # both: where logits have one sign, smaller queries must stay in the interval, too
     head = replace(head, query=xp.concat([head.query, with_room(head.query)]))
-    expansion = proven_expansion(head, tol, method.degree, method.rank, MAX_BLOCKS)
+    expansion = proven_expansion(head, task.tol, method.degree, method.rank, MAX_BLOCKS)
     return TensorStateHead.of(_plan_of(head, expansion, reason), expansion, head)
 
 
-def _exact(
-    head: TensorHead, method: Exact, reason: str, rng: np.random.Generator
-) -> TensorStructure:
+def _exact(task: Task[TensorHead], method: Exact, reason: str) -> TensorStructure:
     """KV buffers."""
+    head = task.head
     plan = Plan(method, 0.0, _exact_seconds(head), reason)
     buffers = tuple(map(KVBuffer.none, head.keys, head.values))
-    rows = np.sort(rng.permutation(head.sizes[0])[:_SAMPLE])
+    rows = np.sort(task.rng.permutation(head.sizes[0])[:_SAMPLE])
     sample = head.with_rows(rows).query
     return _filled(TensorExactHead(plan, head.scale, buffers, sample), head)
 

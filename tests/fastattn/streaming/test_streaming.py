@@ -181,7 +181,7 @@ def test_sums_that_miss_over_all_keys_are_not_used(
     plan = streaming._planned
     # as if the sample were unlike the keys, and its error smaller
     monkeypatch.setattr(
-        streaming, "_planned", lambda method, head, _, rng: plan(method, head, 0.3, rng)
+        streaming, "_planned", lambda method, task: plan(method, task._replace(tol=0.3))
     )
     path = save(tmp_path, as_dtype(arrays, np.float32))
     options = ["--tol", 1e-4, "--method", method]
