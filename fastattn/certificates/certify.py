@@ -21,14 +21,14 @@ from fastattn.problem.causal_chunks import causal_error_profile
 from fastattn.problem.head import Head, host_rows
 from fastattn.problem.plan import ConfiguredMethod, HeadAnswer
 from fastattn.problem.row_statistics import RowErrors, SeenKeys, profile_errors
-from fastattn.problem.rows import SAMPLE
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 from sketching._lib.certificate import RefusalError
 
 # share of rows that may be recomputed exactly because the method failed on them
 _MOST_RECOMPUTED = 0.02
-# rows that are folded into one long row to take minima and maxima
+# rows that are folded into one long row to take minima and maxima; rows of a block
 _FOLD = 16
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -266,8 +266,8 @@ def _in_range(head: Head, value: Array) -> Array:
     if bool(xp.all(least >= low - slack) and xp.all(largest <= high + slack)):
         return xp.ones(value.shape[0], dtype=xp.bool, device=device_of(value))
     inside = []
-    for start in range(0, value.shape[0], SAMPLE):
-        block = value[start : min(start + SAMPLE, value.shape[0]), :]
+    for start in range(0, value.shape[0], _BLOCK):
+        block = value[start : min(start + _BLOCK, value.shape[0]), :]
         within = xp.logical_and(block >= low - slack, block <= high + slack)
         inside.append(xp.all(within, axis=1))
     return xp.concat(inside)

@@ -26,8 +26,6 @@ from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # allowed error of gradients, in units of the tolerance of the output
 SLACK = 3.0
-# a method must be predicted to take at most this share of the exact time
-TIME_SHARE = 0.8
 # rounding of a sum, in units of eps times the root of the sum of squares
 _ROUNDING = 8.0
 # standard errors that the first and the second sampling round add: twice the normal

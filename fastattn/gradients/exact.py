@@ -8,28 +8,19 @@ rows and keys, as for low-rank gradients.
 import numpy as np
 
 from fastattn._ops.gradient import attend_vjp, multiplies_in_low_precision
+from fastattn.costs.policy import POLICY
 from fastattn.gradients.backward import SLACK, Backward, exact_vjp_work
 from fastattn.problem.derivatives import Gradients
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# least tolerance for bfloat16, which made relative errors of up to 0.016 on real heads:
-# half of the 3 * tol that gradients may have
-ENOUGH = 0.01
-# heads with fewer logits than this are exact: the check would cost as much
-_FEW_LOGITS = 1 << 23
-# rounding errors are similar in all rows: a small sample suffices where the estimate is
-# below this share of the allowed error
-_FEW, _SURE = 48, 0.5
-# time of bfloat16 gradients with their check, relative to exact ones by BLAS
-_COARSE = 0.5
-
 
 def low_precision_vjp(
     head: Head, grad: Array, tol: float, rng: np.random.Generator
 ) -> Gradients | None:
     """Gradients by bfloat16 matrix products, or None if these miss ``3 * tol``."""
+    policy = POLICY.gradients
     if not _may_round(head, tol):
         return None
     xp, found = head.xp, {}
@@ -52,21 +43,23 @@ def low_precision_vjp(
         )
         known = zip(*(found[start] for start in sorted(found)), strict=True)
         state = Backward(head, grad, *(xp.concat(list(x)) for x in known))
-        enough = _SURE * SLACK * tol
-        error = state.error(gradients, np.arange(0), rng, enough, few=_FEW)
+        enough = policy.sure * SLACK * tol
+        error = state.error(gradients, np.arange(0), rng, enough, few=policy.check_rows)
     return gradients if error <= SLACK * tol else None
 
 
 def vjp_work(head: Head, tol: float) -> float:
     """Work over all logits, in bfloat16 where allowed; units of ``exact_vjp_work``."""
-    return exact_vjp_work(head) * (_COARSE if _may_round(head, tol) else 1.0)
+    return exact_vjp_work(head) * (
+        POLICY.gradients.rounded_time if _may_round(head, tol) else 1.0
+    )
 
 
 def _may_round(head: Head, tol: float) -> bool:
     """Whether bfloat16 products are tried."""
     return (
-        tol >= ENOUGH
-        and head.logits >= _FEW_LOGITS
+        tol >= POLICY.gradients.low_precision_tol
+        and head.logits >= POLICY.gradients.few_rounded_logits
         # the gradient of the output has the width and the dtype of values
         and multiplies_in_low_precision(head.query, head.key, head.value, head.value)
     )

@@ -23,6 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from fastattn._ops.gradient import softmax
+from fastattn.costs.policy import POLICY
 from fastattn.gradients.exact import exact_vjp
 from fastattn.gradients.lowrank_passes import whole_vjp
 from fastattn.methods.lowrank.structure import LowRank
@@ -30,15 +31,6 @@ from fastattn.problem.causal_chunks import cuts_of
 from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.rows import row_mask
 from sketching._lib.arrays import Array, device_of, to_host
-
-# candidates for the length of the first chunk, as shares of all keys
-_PARTS = 1 / 4, 3 / 8, 7 / 16, 1 / 2, 9 / 16, 5 / 8
-# rows and keys of the pilot run
-_ROWS, _KEYS = 192, 4096
-# number of strata of rows, first row of the second stratum, rows sampled in each
-# stratum, and the largest number of logits of such a sample
-_STRATA, _EARLY, _EACH = 12, 16, 48
-_LARGEST = 1 << 20
 
 
 def first_chunk(
@@ -61,7 +53,10 @@ def first_chunk(
     """
     prefix_lengths = to_host(head.prefix_lengths)
     seen = int(prefix_lengths[-1])
-    parts = [cuts_of(seen)[1], *(int(part * seen) for part in _PARTS)]
+    parts = [
+        cuts_of(seen)[1],
+        *(int(part * seen) for part in POLICY.gradients.first_chunks),
+    ]
     firsts = sorted({x for x in parts if x < seen})
     starts = np.searchsorted(prefix_lengths, firsts)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -82,10 +77,11 @@ def _lacking(
 
     It is the error of the module's docstring, of a pilot run without a causal mask.
     """
+    policy = POLICY.gradients
     n, m, _, _ = head.sizes
     rows, keys = (
         np.sort(rng.choice(count, min(count, most), replace=False))
-        for count, most in ((n, _ROWS), (m, _KEYS))
+        for count, most in ((n, policy.chunk_rows), (m, policy.chunk_keys))
     )
     few = replace(
         head.with_rows(rows),
@@ -110,8 +106,9 @@ def _shares(
     head: Head, grad: Array, starts: Array, rng: np.random.Generator
 ) -> list[float]:
     """Shares of the squared norm of ``dK`` from the rows at and after each start."""
+    policy = POLICY.gradients
     n = head.sizes[0]
-    edges = np.geomspace(min(_EARLY, n), n, _STRATA).astype(int)
+    edges = np.geomspace(min(policy.early, n), n, policy.strata).astype(int)
     edges = np.unique([0, *edges, *starts])
     means = [_mean_square(head, grad, lo, hi, rng) for lo, hi in pairwise(edges)]
     sizes = np.diff(edges) * means
@@ -125,8 +122,15 @@ def _mean_square(
     head: Head, grad: Array, lo: int, hi: int, rng: np.random.Generator
 ) -> float:
     """Mean over rows ``lo <= i < hi`` of ``sum_j |dS_ij q_i|^2``, by a sample."""
+    policy = POLICY.gradients
     xp, prefix_lengths = head.xp, to_host(head.prefix_lengths)
-    each = max(1, min(_EACH, _LARGEST // max(int(prefix_lengths[hi - 1]), 1)))
+    each = max(
+        1,
+        min(
+            policy.stratum_rows,
+            policy.stratum_logits // max(int(prefix_lengths[hi - 1]), 1),
+        ),
+    )
     rows = np.sort(rng.integers(lo, hi, each))
     seen = max(int(prefix_lengths[rows[-1]]), 1)
     query, grad = (

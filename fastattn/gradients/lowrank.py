@@ -15,9 +15,10 @@ from functools import partial
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
-from fastattn.gradients.backward import SLACK, TIME_SHARE, exact_vjp_work
-from fastattn.gradients.exact import ENOUGH, vjp_work
+from fastattn.gradients.backward import SLACK, exact_vjp_work
+from fastattn.gradients.exact import vjp_work
 from fastattn.gradients.first_chunk import first_chunk
 from fastattn.gradients.lowrank_causal import causal_vjp
 from fastattn.gradients.lowrank_passes import whole_vjp
@@ -26,7 +27,7 @@ from fastattn.methods.lowrank.causal_cost import (
     chunk_work,
     lowrank_cost,
 )
-from fastattn.methods.lowrank.rank_search import LARGEST_VARIANCE, search_ranks
+from fastattn.methods.lowrank.rank_search import search_ranks
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.methods.polynomial.expansions import rank_of
@@ -36,28 +37,6 @@ from fastattn.problem.row_statistics import high_variance_rows
 from fastattn.problem.rows import row_mask
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
-
-# heads with fewer logits than this are differentiated exactly: planning costs as much
-_FEW_LOGITS = 1 << 24
-# time of the forward and backward passes, relative to the forward pass
-_PASSES = 3.1
-# error of the output over that of its gradients, in standard deviations of a logit:
-# 1/sqrt(g + 1) for Hermite polynomials up to degree g of normal logits, here g = 2
-_LOST = 3.0**-0.5
-# share of the allowed error that is aimed at: pilot runs show the output's error only
-_AIM = 0.7
-# largest share of rows that may be recomputed exactly
-_MOST_RECOMPUTED = 0.02
-# landmarks after a long first chunk, and the fewest logits for which they are tried
-_MARKS, _LARGE = 448, 1 << 28
-# share of the aim that the pilot run must meet there: few keys may dominate the error
-_CAREFUL = 0.95
-# work of planning a second try, which is often needed for a causal head
-_AGAIN = 5e8
-# tries, largest error of the first that leads to a second, in units of the allowed
-# error, and the share of the allowed error that the second aims at
-_TRIES = 2
-_HOPELESS, _TIGHTER = 1.6, 0.7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,12 +59,13 @@ def _cost(
     head: Head, tol: float, first: int | None = None
 ) -> Callable[[int, int], float]:
     """The work of the gradients as a function of rank and number of landmarks."""
+    policy = POLICY.gradients
     cost, more = lowrank_cost(head, first), 0.0
     if head.prefix_lengths is not None:
         exact = chunk_work(head, first)[1]
         slower = vjp_work(head, tol) / exact_work(*head.sizes, logits=head.logits)
-        more = (slower - _PASSES) * exact + _AGAIN
-    return lambda rank, landmarks: _PASSES * cost(rank, landmarks) + more
+        more = (slower - policy.passes) * exact + policy.second_try
+    return lambda rank, landmarks: policy.passes * cost(rank, landmarks) + more
 
 
 def lowrank_vjp(
@@ -131,7 +111,7 @@ def lowrank_vjp(
     else:
         gradients, state, error_profile = causal_vjp(head, grad, empty, skip, first)
     exact_rows = np.flatnonzero(to_host(state.normalizer) == math.inf)
-    if len(exact_rows) > _MOST_RECOMPUTED * n + len(outlier_rows):
+    if len(exact_rows) > POLICY.gradients.most_recomputed * n + len(outlier_rows):
         raise RefusalError(
             f"Polynomial(rank={empty.rank}, landmarks={empty.landmarks}) fails in "
             f"{len(exact_rows)} of {n} rows, where its sum of weights is below a lower "
@@ -153,12 +133,15 @@ def lowrank_vjp_if_faster(
 
     ``first`` are the candidates that ``worth_a_try`` lists.
     """
-    aim, candidates = _AIM, first
-    for _ in range(_TRIES):
+    policy = POLICY.gradients
+    aim, candidates = policy.aim, first
+    for _ in range(policy.tries):
         least = math.inf
         for candidate in candidates:
             try:
-                some = replace(candidate.empty, low_precision=tol >= ENOUGH)
+                some = replace(
+                    candidate.empty, low_precision=tol >= policy.low_precision_tol
+                )
                 gradients, error = lowrank_vjp(
                     head, grad, some, rng, SLACK * tol, candidate.first
                 )
@@ -167,10 +150,10 @@ def lowrank_vjp_if_faster(
             if error <= SLACK * tol:
                 return gradients
             least = min(least, error)
-        if not least <= _HOPELESS * SLACK * tol:
+        if not least <= policy.hopeless * SLACK * tol:
             return None
         # tighten by the factor by which the gradients missed
-        aim *= _TIGHTER * SLACK * tol / least
+        aim *= policy.tighter * SLACK * tol / least
         candidates = worth_a_try(head, grad, tol, rng, aim)
     return None
 
@@ -180,7 +163,7 @@ def worth_a_try(
     grad: Array,
     tol: float,
     rng: np.random.Generator,
-    aim: float = _AIM,
+    aim: float | None = None,
 ) -> list[VjpCandidate]:
     """List low ranks predicted to be faster, with gradients that meet ``3 * tol``.
 
@@ -188,29 +171,31 @@ def worth_a_try(
     keys have a relative error near one half however many landmarks there are
     (``first_chunk``).
     """
-    if head.logits < _FEW_LOGITS:
+    policy = POLICY.gradients
+    if head.logits < policy.few_logits:
         return []
-    limit, cost = TIME_SHARE * vjp_work(head, tol), _cost(head, tol)
+    aim = policy.aim if aim is None else aim
+    limit, cost = POLICY.time_share * vjp_work(head, tol), _cost(head, tol)
 
     try:
         whole = head.unmasked()
         sample = PlanningSample.of(whole, rng)
         whitening = Whitening.fit(sample)
         variance = float(whitening.spread.sum())
-        if not variance <= LARGEST_VARIANCE:
+        if not variance <= POLICY.low_rank.largest_variance:
             return []
         search = partial(search_ranks, whitening=whitening, landmarks=False)
         # pilot runs have no causal mask, under which errors are larger by this factor
         factor = (
             1.0 if head.prefix_lengths is None else causal_tolerance_factor(head, rng)
         )
-        wanted = aim * tol * min(1.0, SLACK * _LOST * math.sqrt(variance))
+        wanted = aim * tol * min(1.0, SLACK * policy.order_loss * math.sqrt(variance))
         (found,) = search(whole, sample, factor * wanted, rng, cost, limit)
         if found.accepted and found.empty is not None:
             return [VjpCandidate(found.empty)]
-        if head.prefix_lengths is not None and head.logits >= _LARGE:
-            marks = LowRank.plan(sample, rank=1, landmarks=_MARKS, rng=rng)
-            careful = _CAREFUL * aim * SLACK * tol
+        if head.prefix_lengths is not None and head.logits >= policy.many_logits:
+            marks = LowRank.plan(sample, rank=1, landmarks=policy.landmarks, rng=rng)
+            careful = policy.careful * aim * SLACK * tol
             longer = VjpCandidate(marks, first_chunk(head, grad, marks, careful, rng))
             if longer.first is not None and longer.work(head, tol) <= limit:
                 return [longer]

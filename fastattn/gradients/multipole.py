@@ -14,7 +14,9 @@ import numpy as np
 
 from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.multipole_gradient import multipole_vjp
-from fastattn.gradients.backward import SLACK, TIME_SHARE, Backward, exact_vjp_work
+from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
+from fastattn.gradients.backward import SLACK, Backward, exact_vjp_work
 from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_error
 from fastattn.methods.multipole.method import Cost, Multipole, arrange, clusters_for
 from fastattn.methods.multipole.threshold_search import Trial, choose
@@ -23,30 +25,6 @@ from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.row_statistics import high_variance_rows
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host
 from sketching._lib.certificate import RefusalError
-
-# Auto() tries clusters only for heads with more logits: a refusal would cost too much
-_LARGE = 1 << 26
-# a low rank that takes less than this share of the exact time is tried first
-QUICK = 0.15
-# time of the gradients relative to the forward pass
-_PASSES = 2.5
-# share of the allowed error that the first gradients aim at, and that later ones do
-_AIM, _LESS = 0.65, 0.75
-# largest number of gradients that are computed and checked
-_TRIES = 4
-# blocks of a pilot run, and rows of each
-_BLOCKS, _ROWS = 8, 32
-# largest number of pilot runs, and the factor from the aim at which the search ends
-_PILOTS, _CLOSE = 3, 1.4
-# exponent of the error as a power of the threshold
-_SLOPE = 0.8
-# additional near keys, as a share of all keys, that hardly change the error; the factor
-# by which the threshold is lowered then; and the least threshold
-_FEW, _STEP, _SMALLEST = 0.01, 3.0, 1e-10
-# largest factor by which one error estimate may change the threshold
-_FURTHEST = 100.0
-# largest share of rows that may be recomputed exactly
-_MOST_RECOMPUTED = 0.05
 
 
 def cluster_vjp(
@@ -88,11 +66,14 @@ def cluster_vjp(
         If logits vary too much within blocks and clusters, no threshold meets ``tol``,
         or the predicted work exceeds ``limit``.
     """
+    policy = POLICY.gradients
     method = Multipole() if method is None else method
     n, m, d, p = head.sizes
     cost = Cost(n, m, d, p)
-    count = method.clusters or clusters_for(m)
-    clusters, blocks = arrange(head, count, cost, limit / _PASSES, rng)
+    count = method.clusters or clusters_for(m, POLICY.multipole.keys)
+    clusters, blocks = arrange(
+        head, count, cost, limit / policy.cluster_passes, rng, POLICY.multipole.groups
+    )
     # with a given threshold, the truncation at it must be the only error
     given = method.threshold
     all_first_order = given is not None
@@ -102,17 +83,22 @@ def cluster_vjp(
     if given is not None:
         return vjp.differentiate(given, rng)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
-    threshold = vjp.threshold(tol, cost, limit / _PASSES, rng)
-    for number in range(_TRIES):
-        if number == _TRIES // 2 or threshold <= _SMALLEST:
+    threshold = vjp.threshold(tol, cost, limit / policy.cluster_passes, rng)
+    for number in range(policy.cluster_tries):
+        if (
+            number == policy.cluster_tries // 2
+            or threshold <= POLICY.threshold.smallest
+        ):
             # similar keys, far at every threshold, may have different values
             vjp = replace(vjp, all_first_order=True)
-            threshold = vjp.threshold(tol, cost, limit / _PASSES, rng)
+            threshold = vjp.threshold(tol, cost, limit / policy.cluster_passes, rng)
         gradients, error = vjp.differentiate(threshold, rng)
         if error <= SLACK * tol:
             break
         # lower the threshold by the measured error; further with each try
-        threshold *= _factor(_LESS * SLACK * tol, error) ** (number + 1)
+        threshold *= _factor(policy.cluster_retarget * SLACK * tol, error) ** (
+            number + 1
+        )
     return gradients, error
 
 
@@ -122,9 +108,9 @@ def _factor(wanted: float, error: float) -> float:
     :math:`(w / e)^{1 / 0.8}` for the error :math:`e` and the wanted error :math:`w`,
     as errors grow like the power 0.8 of the threshold; between 1/100 and 100.
     """
-    least = wanted * _FURTHEST**-_SLOPE
+    least = wanted * POLICY.gradients.furthest**-POLICY.threshold.slope
     change = min(max(error, least), wanted**2 / least)
-    return float((wanted / change) ** (1 / _SLOPE))
+    return PowerLaw(1.0, change, POLICY.threshold.slope).solve(wanted)
 
 
 def _next(tried: list[tuple[float, float]], aim: float) -> float:
@@ -132,16 +118,18 @@ def _next(tried: list[tuple[float, float]], aim: float) -> float:
 
     ``tried`` holds pairs of a threshold and its error.
     """
+    policy = POLICY.gradients
     (threshold, error), number = tried[-1], len(tried)
     if number > 1:
         before, old = tried[-2]
         if (error > aim) != (old > aim):
             # an error may be zero
-            error = max(error, aim / _FURTHEST)
-            slope = math.log(old / error) / math.log(before / threshold)
-            return float(threshold * (aim / error) ** (1 / slope))
+            error = max(error, aim / policy.furthest)
+            return PowerLaw.fit((before, old), (threshold, error)).solve(aim)
     # without near keys the error hardly falls: take larger steps each time
-    return threshold * _factor(aim, error) ** (number if error > _CLOSE * aim else 1)
+    return threshold * _factor(aim, error) ** (
+        number if error > policy.cluster_close * aim else 1
+    )
 
 
 def cluster_vjp_if_faster(
@@ -151,12 +139,12 @@ def cluster_vjp_if_faster(
 
     The best alternative takes ``share`` of the exact time.
     """
-    if head.prefix_lengths is not None or head.logits < _LARGE:
+    if head.prefix_lengths is not None or head.logits < POLICY.multipole.few_logits:
         return None
     # the reference expands every cluster to its keys, which is slower than exact
     if multipole_vjp.kernel(place_of(head.query)) is multipole_vjp.reference:
         return None
-    limit = TIME_SHARE * share * exact_vjp_work(head)
+    limit = POLICY.time_share * share * exact_vjp_work(head)
     try:
         gradients, error = cluster_vjp(head, grad, tol, rng, limit=limit)
     except RefusalError:
@@ -202,9 +190,9 @@ class _ClusterVjp:
     ) -> "_ClusterVjp":
         """Draw the pilot sample, and find the outlier rows."""
         sizes = np.diff(blocks.cuts)
-        count = min(len(sizes), _BLOCKS)
+        count = min(len(sizes), POLICY.gradients.sample_blocks)
         some = np.sort(rng.choice(len(sizes), count, replace=False))
-        few = np.minimum(sizes[some], _ROWS)
+        few = np.minimum(sizes[some], POLICY.gradients.sample_rows)
         sample = blocks.subsample(some, few, rng)
         outlier_rows = high_variance_rows(head, rng)
         return _ClusterVjp(
@@ -215,8 +203,9 @@ class _ClusterVjp:
         self, tol: float, cost: Cost, limit: float, rng: np.random.Generator
     ) -> float:
         """Choose the threshold: that of the forward pass, scaled by pilot runs."""
+        policy = POLICY.gradients
         found = choose(Trial.of(self.clusters, self.blocks, rng), tol, cost, limit)
-        aim, threshold = _AIM * SLACK * tol, found.threshold
+        aim, threshold = policy.cluster_aim * SLACK * tol, found.threshold
 
         def row_limit(threshold: float) -> tuple[float, float]:
             largest, near = self._row_limit(threshold)
@@ -228,12 +217,12 @@ class _ClusterVjp:
         tried: list[tuple[float, float]] = []
         truth: tuple[Array, Gradients] | None = None
         near, is_missed = 0.0, not self.all_first_order
-        for _ in range(_PILOTS):
-            few = near + _FEW * self.head.sizes[1]
+        for _ in range(policy.cluster_trials):
+            few = near + policy.few_near * self.head.sizes[1]
             largest, near = row_limit(threshold)
             # while hardly any key becomes near, the error would be the same
-            while is_missed and near <= few and threshold > _SMALLEST:
-                threshold /= _STEP if near else _STEP**2
+            while is_missed and near <= few and threshold > POLICY.threshold.smallest:
+                threshold /= policy.threshold_step if near else policy.threshold_step**2
                 largest, near = row_limit(threshold)
             gradients, reliable = self._pilot(threshold, largest)
             if truth is None or not np.array_equal(truth[0], reliable):
@@ -244,7 +233,7 @@ class _ClusterVjp:
             # after a change of sides, interpolated between the last two
             if len(tried) > 1 and is_missed != was_missed:
                 break
-            if aim / _CLOSE <= error <= aim * _CLOSE:
+            if aim / policy.cluster_close <= error <= aim * policy.cluster_close:
                 break
         return threshold
 
@@ -265,7 +254,9 @@ class _ClusterVjp:
         back = xp.argsort(clusters.order)
         gradients = query, xp.take(key, back, axis=0), xp.take(value, back, axis=0)
         exact_rows = np.flatnonzero(~np.isfinite(to_host(normalizer)))
-        if len(exact_rows) > _MOST_RECOMPUTED * n + len(self.outlier_rows):
+        if len(exact_rows) > POLICY.gradients.most_recomputed_by_clusters * n + len(
+            self.outlier_rows
+        ):
             raise RefusalError(
                 f"Multipole(threshold={threshold:.1e}) fails in {len(exact_rows)} of "
                 f"{n} rows: their logits are too large for these clusters"

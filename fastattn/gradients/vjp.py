@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.gradients.backward import SLACK
 from fastattn.gradients.exact import exact_vjp, low_precision_vjp
 from fastattn.gradients.lowrank import (
@@ -20,7 +21,6 @@ from fastattn.gradients.lowrank import (
     worth_a_try,
 )
 from fastattn.gradients.multipole import (
-    QUICK,
     cluster_vjp,
     cluster_vjp_if_faster,
 )
@@ -260,12 +260,12 @@ def _near_linear(
     """Cluster or low-rank gradients if faster and within ``3 * tol``, else None."""
     lowranks = worth_a_try(head, grad, tol, rng)
     share = least_share(head, tol, lowranks)
-    if share > QUICK:
+    if share > POLICY.multipole.quick_share:
         found = cluster_vjp_if_faster(head, grad, tol, rng, share)
         if found is not None:
             return found
     found = lowrank_vjp_if_faster(head, grad, tol, rng, lowranks)
-    if found is None and share <= QUICK:
+    if found is None and share <= POLICY.multipole.quick_share:
         found = cluster_vjp_if_faster(head, grad, tol, rng, 1.0)
     return found
 

@@ -6,7 +6,6 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from fastattn.certificates.certify import certified
-from fastattn.costs.work import seconds
 from fastattn.linear.heads import LinearHead, least_total
 from fastattn.linear.protocol import FeatureMap, Reader
 from fastattn.problem.head import Head
@@ -56,7 +55,7 @@ class SoftmaxFeatures(FeatureMap, Configurable, Protocol):
         n, m, d, p = head.sizes
         width = features.key(head.key[:1, :])[0].shape[-1]
         work = (n + m) * width * (p + 1 + d)
-        plan = Plan(self, math.nan, seconds(work), "requested")
+        plan = Plan(self, math.nan, work, "requested")
 
         def run(head: Head) -> tuple[Array, Array, Array]:
             xp = head.xp

@@ -23,7 +23,7 @@ from fastattn.certificates.rounding import (
     value_range,
 )
 from fastattn.certificates.sampled import SampledError, certify_rows, scaled_frobenius
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.work import exact_work
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.problem.row_statistics import SeenKeys, profile_errors, row_statistics
@@ -82,7 +82,7 @@ class Exact:
     def plan(self, head: Head, reason: str = "requested") -> Plan:
         """Return the plan of exact attention for this head."""
         work = exact_work(*head.sizes, logits=head.logits)
-        return Plan(self, 0.0, seconds(work), reason)
+        return Plan(self, 0.0, work, reason)
 
     def candidates(
         self,

@@ -15,7 +15,8 @@ from fastattn._ops.quantized import (
 from fastattn.certificates.certify import certified
 from fastattn.certificates.log_errors import log_errors
 from fastattn.certificates.rounding import gamma, largest_row, row_norms, unit_roundoff
-from fastattn.costs.work import quantized_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import quantized_work
 from fastattn.problem.head import Head, host_rows
 from fastattn.problem.plan import (
     Configurable,
@@ -29,14 +30,6 @@ from sketching._lib.validation import check_choice
 
 # formats of the logits' factors, the fastest (least precise) first
 _LOGITS = "int8", "bfloat16"
-# rows and keys whose logits are rounded first. No pilot run is needed where their RMS
-# error is below _SAFE times the tolerance (accepted, since errors of weights average
-# out) or above _HOPELESS times the tolerance (refused)
-_ROWS, _KEYS = 128, 1024
-_SAFE, _HOPELESS = 0.75, 4.5
-# rows of a pilot run, and the share of the tolerance that its error may be
-_PILOT = 32
-_SURE = 0.6
 # relative standard deviation of a product of two numbers rounded to bfloat16
 _ROUNDED = 0.6 * 2.0**-8
 # largest relative error of a weight: that of exp, and of rounding to bfloat16
@@ -159,16 +152,19 @@ def configured_quantized(
     RefusalError
         If neither is predicted to meet the tolerance.
     """
+    policy = POLICY.quantized
     n, truth, error = head.sizes[0], None, math.inf
-    few = head.with_rows(np.sort(rng.choice(n, min(n, _PILOT), replace=False)))
+    few = head.with_rows(
+        np.sort(rng.choice(n, min(n, policy.pilot_rows), replace=False))
+    )
     off = dict(zip(_LOGITS, _logit_errors(head, rng), strict=True))
     for logits in _LOGITS:
-        error, most = off[logits], _SAFE
-        if not error <= _HOPELESS * tol:
+        error, most = off[logits], policy.safe
+        if not error <= policy.hopeless * tol:
             continue
         if not error <= most * tol:
             truth = few.attend()[0] if truth is None else truth
-            error, most = _relative(_run(few, logits=logits)[0], truth), _SURE
+            error, most = _relative(_run(few, logits=logits)[0], truth), policy.sure
         if error <= most * tol:
             return _configured(Quantized(logits), head, error, reason)
     raise RefusalError(f"int8/bfloat16 matmuls err by {error:.1e} in a few rows")
@@ -176,9 +172,10 @@ def configured_quantized(
 
 def _logit_errors(head: Head, rng: np.random.Generator) -> list[float]:
     """Root mean square rounding errors of some logits, in int8 and in bfloat16."""
+    policy = POLICY.quantized
     query, key = (
         host_rows(x, rng.choice(x.shape[0], min(x.shape[0], size), replace=False))
-        for x, size in ((head.query, _ROWS), (head.key, _KEYS))
+        for x, size in ((head.query, policy.rows), (head.key, policy.keys))
     )
     with np.errstate(over="ignore", invalid="ignore"):
         query, key = head.scale * (query - query.mean(axis=0)), key - key.mean(axis=0)
@@ -195,7 +192,7 @@ def _configured(
 ) -> ConfiguredMethod:
     logits = method.logits or _LOGITS[-1]
     work = quantized_work(*head.sizes, integers=logits == "int8", logits=head.logits)
-    plan = Plan(method, error, seconds(work), reason)
+    plan = Plan(method, error, work, reason)
     return ConfiguredMethod(
         plan,
         partial(_run, logits=logits),

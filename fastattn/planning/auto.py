@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastattn.certificates.sampled import SharedSampling
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.lowrank.causal_cost import causal_tolerance_factor, lowrank_cost
 from fastattn.methods.lowrank.rank_search import search_ranks
@@ -27,34 +28,6 @@ from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, ConfiguredMethod, HeadAnswer, Plan
 from fastattn.problem.row_statistics import logit_variance
 from sketching._lib.certificate import RefusalError
-
-# budget of a method as a share of the time of exact attention; and of low ranks and of
-# clusters as a share of the time of int8/bfloat16 matmuls, where these meet the
-# tolerance, since they need almost no planning
-_TIME_SHARE = 0.8
-_ROUNDED_TIME_SHARES = 0.5, 0.9
-# with fewer logits a head is computed exactly: planning costs more than it saves; with
-# fewer than the second number even int8/bfloat16 matmuls save less than their pilot run
-_FEW_LOGITS, _FEWEST_LOGITS = 1 << 24, 1 << 21
-# with fewer logits clusters are not tried: a refusal would cost too much; up to the
-# second number they are tried only if no low rank is accepted
-_LARGE, _LARGEST = 1 << 26, 1 << 28
-# where int8/bfloat16 matmuls meet the tolerance, low ranks are tried if logit variance
-# times the first number is at most the number of logits, clusters if logit variance
-# times the number of logits is at least the second number: the smaller a head, the
-# likelier another search must be to find a faster method
-_LOW_VARIANCE_LOGITS, _HIGH_VARIANCE_LOGITS = 5 << 25, 1 << 30
-# low ranks are not tried above this estimate of the logit variance
-_LOW_VARIANCE = 6.0
-# clusters are not tried where a low rank takes less than this share of the time of
-# exact attention
-_QUICK_SHARE = 0.15
-# least tolerance for bfloat16 matmuls in the sums of polynomials over keys, whose
-# rounding adds a twentieth of it
-_LOW_PRECISION_SUMS = 0.009
-# runs whose certificate may miss the tolerance before the head is computed exactly:
-# with a new search each, and where a run is repeated with a smaller target error
-_TRIES, _TRIES_AGAIN = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +81,11 @@ class Auto:
         # all runs share one failure probability
         configured, more, shared = None, 1.0, SharedSampling()
         rounded = _rounded(head, tol, guarantee, rng)
-        for number in range(_TRIES_AGAIN):
+        for number in range(POLICY.auto.tries_again):
             try:
                 if configured is not None and configured.retighten:
                     configured = configured.retighten(more)
-                elif number == _TRIES:
+                elif number == POLICY.auto.tries:
                     break
                 else:
                     configured = _first(
@@ -157,9 +130,9 @@ def _first(
 
 def _why_exact(head: Head, guarantee: str) -> str | None:
     """Return why a head is computed exactly without planning; None if it is not."""
-    least = _FEW_LOGITS
+    least = POLICY.auto.few_logits
     if guarantee == "sampled" and not why_not(head):
-        least = _FEWEST_LOGITS
+        least = POLICY.auto.fewest_logits
     if head.logits >= least:
         return None
     n, m, _, _ = head.sizes
@@ -179,7 +152,7 @@ def _considered(
     if guarantee == "proven":
         # a proven bound has no sampling margin: the full tolerance
         return _proven(head, tol, rng)
-    if head.logits < _FEW_LOGITS:
+    if head.logits < POLICY.auto.few_logits:
         return iter(rounded)
     return _sampled(head, aim * tol, rng, rounded)
 
@@ -210,8 +183,8 @@ def _proven(
         yield _refused(Polynomial(), str(error))
         return
     configured = configured_polynomial(head, expansion, "minimax", "proven")
-    ratio = configured.plan.predicted_seconds / Exact().plan(head).predicted_seconds
-    if ratio <= _TIME_SHARE:
+    ratio = configured.plan.work / Exact().plan(head).work
+    if ratio <= POLICY.time_share:
         yield configured, Candidate(configured.plan, accepted=True)
         return
     reason = f"predicted to take {ratio:.1f} times as long as Exact()"
@@ -225,35 +198,39 @@ def _sampled(
     rounded: list[tuple[ConfiguredMethod | None, Candidate]],
 ) -> Iterator[tuple[ConfiguredMethod | None, Candidate]]:
     """Methods that are predicted to meet the tolerance, the cheapest first."""
+    policy = POLICY.auto
     exact = exact_work(*head.sizes, logits=head.logits)
-    unit = Exact().plan(head).predicted_seconds / exact
-    least, shares, is_high_variance = exact, (_TIME_SHARE, _TIME_SHARE), True
+    least, shares, is_high_variance = (
+        exact,
+        (POLICY.time_share, POLICY.time_share),
+        True,
+    )
     # its own random stream: other draws must not depend on it
     variance = logit_variance(head, rng.spawn(1)[0])
-    is_low_variance = variance <= _LOW_VARIANCE
+    is_low_variance = variance <= policy.low_variance
     reason = f"the logit variance is {variance:.1f}"
     if _first(rounded) is not None:
-        (least,), shares = _works(rounded, unit), _ROUNDED_TIME_SHARES
+        (least,), shares = _works(rounded), policy.rounded_time_shares
         reason += (
             f"; 8-bit matmuls suffice, and at {head.logits} logits a search costs more "
             "than it saves"
         )
         is_low_variance = (
-            is_low_variance and variance * _LOW_VARIANCE_LOGITS <= head.logits
+            is_low_variance and variance * policy.low_variance_logits <= head.logits
         )
-        is_high_variance = variance * head.logits >= _HIGH_VARIANCE_LOGITS
+        is_high_variance = variance * head.logits >= policy.high_variance_logits
     if is_low_variance:
         tried = list(_lowrank(head, wanted, rng, shares[0] * least))
     else:
         tried = [_refused(Polynomial(basis="hermite"), reason)]
-    works = _works(tried, unit)
+    works = _works(tried)
     if not is_high_variance:
         tried.append(_refused(Multipole(), reason))
     elif (
         _clusters_may_pay(head, tried)
-        and min(works, default=exact) > _QUICK_SHARE * exact
+        and min(works, default=exact) > POLICY.multipole.quick_share * exact
     ):
-        limit = min([shares[1] * least, *(_TIME_SHARE * work for work in works)])
+        limit = min([shares[1] * least, *(POLICY.time_share * work for work in works)])
         found = _multipole(head, wanted, rng, limit)
         tried.insert(0 if found[1].accepted else len(tried), found)
     yield from (x for x in tried if x[1].accepted)
@@ -267,10 +244,10 @@ def _refused(method: Any, reason: str) -> tuple[None, Candidate]:
 
 
 def _works(
-    tried: list[tuple[ConfiguredMethod | None, Candidate]], unit: float
+    tried: list[tuple[ConfiguredMethod | None, Candidate]],
 ) -> list[float]:
-    """Work of the accepted methods, where a multiply-add takes ``unit`` seconds."""
-    return [c.plan.predicted_seconds / unit for _, c in tried if c.accepted]
+    """Work of the accepted methods."""
+    return [c.plan.work for _, c in tried if c.accepted]
 
 
 def _clusters_may_pay(
@@ -278,10 +255,10 @@ def _clusters_may_pay(
     tried: list[tuple[ConfiguredMethod | None, Candidate]],
 ) -> bool:
     """Whether clusters are likely enough to be faster to risk an expensive refusal."""
-    if head.logits >= _LARGEST:
+    if head.logits >= POLICY.auto.always_clusters:
         return True
     # the rectangles of a causal head are smaller still
-    if head.logits < _LARGE or head.prefix_lengths is not None:
+    if head.logits < POLICY.multipole.few_logits or head.prefix_lengths is not None:
         return False
     return not any(candidate.accepted for _, candidate in tried)
 
@@ -322,13 +299,15 @@ def _lowrank(
             method = Polynomial(
                 rank=found.rank, landmarks=found.landmarks, basis="hermite"
             )
-            plan = Plan(method, math.nan, seconds(found.cost), found.reason)
+            plan = Plan(method, math.nan, found.cost, found.reason)
             yield None, Candidate(plan, accepted=False)
             continue
         reason = found.reason or "predicted to meet the tolerance"
         empty = found.empty
         if not found.landmarks:
             # the projection onto landmarks would amplify the rounding
-            empty = replace(empty, low_precision=wanted >= _LOW_PRECISION_SUMS)
+            empty = replace(
+                empty, low_precision=wanted >= POLICY.auto.low_precision_sums
+            )
         configured = configured_lowrank(head, empty, found.error / factor, reason)
         yield configured, Candidate(configured.plan, found.accepted)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.quantized import attend_quantized, multiplies_quantized
+from fastattn.costs.policy import POLICY
 from fastattn.costs.rates import (
     Rates,
     product_operands,
-    seconds_a_product,
     time_product,
     timed,
     using,
@@ -28,15 +28,6 @@ from fastattn.methods.multipole.method import Multipole, configured_multipole
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 
-# rounds, of which the median is used
-_ROUNDS = 11
-# ridge: weight of the built-in rates against one timing
-_PRIOR = 0.1
-# largest factor between a fitted rate and the built-in one
-_FACTOR = 8.0
-# numbers of polynomials and landmarks of the low ranks, and rows of their heads
-_LOW_RANKS = (1, 32), (1, 384), (384, 0)
-_FLAT = 4096
 # peaked heads for the multipole method: rows, wanted error, clusters
 _PEAKED = (2048, 0.3, None), (8192, 0.1, None), (4096, 0.01, None), (4096, 0.2, 512)
 _NAMES = tuple(field.name for field in fields(Rates))
@@ -65,7 +56,7 @@ def calibrate() -> tuple[Rates, float]:
     with threadpool_limits(1, user_api="blas"):
         tasks = _tasks(np.random.default_rng(0))
         operands = product_operands()
-        times = np.empty((_ROUNDS + 1, len(tasks), 2))
+        times = np.empty((POLICY.calibration.rounds + 1, len(tasks), 2))
         for turn in times:
             for task, pair in zip(tasks, turn, strict=True):
                 pair[:] = timed(task.run), time_product(*operands)
@@ -76,6 +67,7 @@ def calibrate() -> tuple[Rates, float]:
 
 def fit(tasks: list[Task], measured: Array) -> Rates:
     """Fit the rates to the measured times of the tasks, in multiply-adds."""
+    policy = POLICY.calibration
     from scipy.optimize import lsq_linear
 
     start = np.array([getattr(Rates(), name) for name in _NAMES])
@@ -84,9 +76,11 @@ def fit(tasks: list[Task], measured: Array) -> Rates:
         [_predicted(tasks, row) - base for row in np.diag(start)], axis=1
     )
     # residuals are relative: to the times, and to the built-in rates
-    rows = np.concatenate([effects / measured[:, None], _PRIOR * np.eye(len(start))])
-    wanted = np.append(1 - base / measured, np.full(len(start), _PRIOR))
-    found = lsq_linear(rows, wanted, (1 / _FACTOR, _FACTOR)).x
+    rows = np.concatenate(
+        [effects / measured[:, None], policy.prior * np.eye(len(start))]
+    )
+    wanted = np.append(1 - base / measured, np.full(len(start), policy.prior))
+    found = lsq_linear(rows, wanted, (1 / policy.factor, policy.factor)).x
     return _rates_of(found * start)
 
 
@@ -101,11 +95,12 @@ def _rates_of(numbers: Array) -> Rates:
 
 def _tasks(rng: np.random.Generator) -> list[Task]:
     """Tasks of a few milliseconds each, which together determine every rate."""
-    heads = [_head(_FLAT // 2, d, 1.0, rng) for d in (32, 64)]
+    policy = POLICY.calibration
+    heads = [_head(policy.flat_rows // 2, d, 1.0, rng) for d in (32, 64)]
     tasks = [Task(head.attend, _exact(head)) for head in heads]
-    flat = _head(_FLAT, 32, 0.5, rng)
+    flat = _head(policy.flat_rows, 32, 0.5, rng)
     sample = PlanningSample.of(flat, rng)
-    for rank, landmarks in _LOW_RANKS:
+    for rank, landmarks in policy.low_ranks:
         empty = LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
         tasks.append(_low_rank(flat, empty))
     for n, error, clusters in _PEAKED:
@@ -145,7 +140,7 @@ def _multipole(head: Head, error: float, method: Multipole) -> Task:
         )
 
     def work() -> float:
-        return float(configured().plan.predicted_seconds / seconds_a_product())
+        return float(configured().plan.work)
 
     return Task(lambda: configured().run(head), work)
 

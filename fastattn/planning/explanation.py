@@ -8,17 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.problem.batch import name_of, place_of_head
 from fastattn.problem.head import AttentionHead, host_rows
 from fastattn.problem.plan import Candidate, HeadAnswer, Method, Task
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import single_threaded_blas
-
-# logits that are computed exactly to measure the error of a run
-_LOGITS = 1 << 26
-# candidates with a longer predicted time (in seconds) do not run
-_LONGEST = 300.0
 
 Solve = Callable[[Any, Task[Any]], HeadAnswer]
 
@@ -118,7 +114,7 @@ def run_candidates(
     head: AttentionHead = task.head
     n, m, _, _ = head.sizes
     streams = task.rng.spawn(len(candidates) + 1)
-    count = min(n, _LOGITS // max(m, 1)) if compare else 0
+    count = min(n, POLICY.auto.explained_logits // max(m, 1)) if compare else 0
     rows = np.sort(streams.pop().choice(n, count, replace=False))
     truth = None
     if count:
@@ -128,7 +124,7 @@ def run_candidates(
         return tuple(
             # NaN: without a predicted time, some parameters were not chosen
             None
-            if not plan.predicted_seconds <= _LONGEST
+            if not plan.predicted_seconds <= POLICY.auto.longest_run
             else _run(task._replace(rng=stream), plan.method, rows, truth, solve)
             for plan, stream in zip(plans, streams, strict=True)
         )

@@ -35,7 +35,8 @@ from sketching._lib.json_text import parse_object
 from sketching._lib.validation import check_choice, check_integer, check_number
 
 FORMAT = "fastattn.prepared"
-VERSION = 1
+# version 1 held predicted seconds in place of the work
+VERSION = 2
 _METHODS = {
     "Exact": exact.Exact,
     "Multipole": multipole.Multipole,
@@ -197,7 +198,7 @@ def _pack_plan(plan: Plan) -> dict[str, Any]:
         "method": type(method).__name__,
         "fields": fields,
         "predicted_error": plan.predicted_error,
-        "predicted_seconds": plan.predicted_seconds,
+        "work": plan.work,
         "reason": plan.reason,
     }
 
@@ -207,6 +208,7 @@ def _unpack_plan(packed: dict[str, Any]) -> Plan:
     return Plan(
         method,
         float(packed["predicted_error"]),
-        float(packed["predicted_seconds"]),
+        # the seconds of version 1 were those of another machine
+        float(packed.get("work", math.nan)),
         packed["reason"],
     )

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.certificates.ratio_estimate import FAILURE
+from fastattn.costs.policy import POLICY
 from fastattn.methods.exact import Exact
 from fastattn.prepared.held_out import HeldOutQueries, pack_held_out
 from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
@@ -17,9 +18,6 @@ from fastattn.problem.partial_softmax import merge_partials
 from fastattn.problem.plan import HeadAnswer, Plan
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import Certificate, RefusalError
-
-# largest tail: projection onto a basis is too expensive for one key at a time
-TAIL = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +104,7 @@ class StateHead:
     state : KeyValueState
         Over all keys except those of the tail.
     tail : KVBuffer
-        Fewer than ``TAIL`` keys.
+        Fewer than ``POLICY.prepared.tail`` keys.
     held_out : HeldOutQueries
         What the certificate rests on.
     """
@@ -133,7 +131,7 @@ class StateHead:
 
     def insert(self, key: Array, value: Array, *, fold: bool = False) -> "StateHead":
         """Add keys: to the tail while it is short, else to the sums."""
-        if not fold and self.tail.count + key.shape[0] < TAIL:
+        if not fold and self.tail.count + key.shape[0] < POLICY.prepared.tail:
             tail = self.tail.append(key, value)
             return replace(
                 self, tail=tail, held_out=self.held_out.with_buffered(key, value)

@@ -24,6 +24,7 @@ import numpy as np
 from fastattn.certificates.ratio_estimate import Margin, RatioEstimate
 from fastattn.certificates.rounding import cut_weights
 from fastattn.certificates.sampled import FLOAT64_BELOW, TRUTH, SampledError
+from fastattn.costs.policy import POLICY
 from fastattn.prepared.kv_buffer import bytes_of
 from fastattn.prepared.states import Packed
 from fastattn.problem.head import Head
@@ -34,15 +35,7 @@ from sketching._lib.arrays import Array, array_namespace, compute_dtype, to_host
 # pairs of outputs and log-sum-exps in a file
 _ANSWERS = ("truth", "answer", "tail")
 
-# number of held-out queries, the fewest of them that must be reliable, and the fewest
-# queries to plan with and to hold some out from
-HELD_OUT = 128
-_ANSWERED = 32
-FEWEST_QUERIES = 256
 
-# candidates for held-out queries, and how many of the highest logit variance are taken
-_HELD = 2048
-_MOST_OUTLIERS = 64
 # a sample does not show the tail beyond its maximum: this many times the maximum's
 # share is added
 _TAIL = 8.0
@@ -71,15 +64,16 @@ class QuerySplit:
     @staticmethod
     def of(head: Head, rng: np.random.Generator) -> "QuerySplit":
         """Hold out queries of a head: those of the highest logit variance, and some."""
+        policy = POLICY.prepared
         n = head.sizes[0]
         order = rng.permutation(n)
-        size = min(_HELD, (n + 1) // 2)
+        size = min(policy.candidates, (n + 1) // 2)
         held, rest = np.sort(order[:size]), np.sort(order[size:])
-        n_outliers = min(_MOST_OUTLIERS if size > HELD_OUT else size, size)
+        n_outliers = min(policy.most_outliers if size > policy.held_out else size, size)
         if n_outliers < size:
             spread = logit_spread(head.with_rows(held), rng)
             held = held[np.argsort(-spread, kind="stable")]
-        others = rng.permutation(held[n_outliers:])[: HELD_OUT - n_outliers]
+        others = rng.permutation(held[n_outliers:])[: policy.held_out - n_outliers]
         weight = np.ones(n_outliers + len(others))
         weight[n_outliers:] = (size - n_outliers) / max(len(others), 1)
         chosen = np.concatenate([held[:n_outliers], others])
@@ -206,7 +200,9 @@ class HeldOutQueries:
         unit = float(np.abs(truth).max(initial=0.0)) or 1.0
         with np.errstate(over="ignore", invalid="ignore"):
             squares = np.sum(((answer - truth) / unit) ** 2, axis=1)
-        if k < _ANSWERED or not (np.isfinite(squares).all() and unit < math.inf):
+        if k < POLICY.prepared.answered or not (
+            np.isfinite(squares).all() and unit < math.inf
+        ):
             text = f"{k} of {len(reliable)} held-out queries have finite answers"
             return SampledError(math.inf, math.inf, text)
         sizes = np.sum((truth / unit) ** 2, axis=1)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
-from fastattn.costs.work import exact_work, lowrank_work, polynomial_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import exact_work, lowrank_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.lowrank.rank_search import RankEstimate, search_ranks
 from fastattn.methods.lowrank.whitening import PlanningSample
@@ -20,8 +21,6 @@ from fastattn.planning.auto import Auto
 from fastattn.prepared.clusters.head import MultipoleHead
 from fastattn.prepared.heads import ExactHead, StateHead, refused_share
 from fastattn.prepared.held_out import (
-    FEWEST_QUERIES,
-    HELD_OUT,
     MARGIN,
     MARGINS,
     HeldOutQueries,
@@ -36,14 +35,6 @@ from fastattn.problem.plan import Plan
 from sketching._lib.arrays import Array, device_of
 from sketching._lib.certificate import RefusalError
 
-# a structure must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# number of queries in the rank search, so that the cost of a query dominates
-_QUERIES = 1 << 14
-# largest share of held-out queries that a given method may refuse
-_REFUSED = 0.1
-# share of the tolerance that the next try aims at where one missed it
-_LESS = 0.85
 _NO_KEY = "no key to plan with"
 
 Fill = Callable[[PreparedHead], PreparedHead]
@@ -129,8 +120,8 @@ def _prepare_cheapest(
     if request.guarantee == "proven":
         try:
             empty = _proven(request, Polynomial(), rng)
-            share = empty.plan.predicted_seconds / _exact_seconds(request)
-            if share <= _TIME_SHARE:
+            share = empty.plan.work / _exact_work(request)
+            if share <= POLICY.time_share:
                 return request.fill(empty)
             reason = f"{empty.plan.method} takes {share:.1f} times as long"
         except RefusalError as error:
@@ -139,7 +130,7 @@ def _prepare_cheapest(
     split = QuerySplit.of(request.head, rng)
     head, aim = replace(request.head, query=split.rest), request.tol
     for margin in MARGINS:
-        if request.head.sizes[0] < FEWEST_QUERIES:
+        if request.head.sizes[0] < POLICY.prepared.fewest_queries:
             reason = f"{request.head.sizes[0]} queries are too few to plan with"
             break
         found = _rank_estimate(request, head, aim, rng)
@@ -159,13 +150,15 @@ def _prepare_cheapest(
         again = replace(filled.held_out, margin=MARGINS[-1]).error().upper
         if refused or not math.isfinite(again):
             break
-        aim *= _LESS * request.tol / again
+        aim *= POLICY.prepared.retarget * request.tol / again
     return _exact(request, Exact(), reason, rng)
 
 
 def _sample(head: Head, rng: np.random.Generator) -> Array:
     """Queries for the ``certificate`` of a structure that has its keys."""
-    return head.with_rows(np.sort(rng.permutation(head.sizes[0])[:HELD_OUT])).query
+    return head.with_rows(
+        np.sort(rng.permutation(head.sizes[0])[: POLICY.prepared.held_out])
+    ).query
 
 
 def _exact(
@@ -174,7 +167,7 @@ def _exact(
     """An empty KV buffer."""
     head = request.head
     _, _, d, p = head.sizes
-    plan = Plan(method, 0.0, seconds(exact_work(1, request.count, d, p)), reason)
+    plan = Plan(method, 0.0, exact_work(1, request.count, d, p), reason)
     buffer = KVBuffer.none(head.key, head.value)
     return request.fill(ExactHead(plan, head.scale, buffer, _sample(head, rng)))
 
@@ -194,12 +187,13 @@ def _polynomial(
     request: Request, method: Polynomial, rng: np.random.Generator
 ) -> StateHead:
     """The state of the given method; raise RefusalError if it misses the tolerance."""
+    policy = POLICY.prepared
     split = QuerySplit.of(request.head, rng)
     head = replace(request.head, query=split.rest)
-    if request.head.sizes[0] < FEWEST_QUERIES:
+    if request.head.sizes[0] < policy.fewest_queries:
         raise RefusalError(
             f"queries: {request.head.sizes[0]} are too few to plan with and to certify "
-            f"by: give {FEWEST_QUERIES} or more, or use Exact()"
+            f"by: give {policy.fewest_queries} or more, or use Exact()"
         )
     state: KeyValueState
     if method.fits_a_basis:
@@ -212,7 +206,7 @@ def _polynomial(
         plan = _plan_of(head, expansion, method.basis, "requested")
     found = _filled(request, plan, state, split, MARGIN)
     error, refused = found.held_out.error(), refused_share(found)
-    if refused > _REFUSED:
+    if refused > policy.refused:
         raise RefusalError(
             f"{plan.method} refuses {refused:.0%} of the held-out queries, whose "
             "logits are too large for it: use Exact() or Auto()"
@@ -232,7 +226,7 @@ def _rank_estimate(
 ) -> RankEstimate:
     """The cheapest low rank, or the best one with the reason why it is refused."""
     _, _, d, p = head.sizes
-    xp, rows = head.xp, np.arange(_QUERIES) % head.sizes[0]
+    xp, rows = head.xp, np.arange(POLICY.prepared.queries) % head.sizes[0]
     # the rank is chosen for the cost of a query, however few queries are given
     many = xp.take(head.query, xp.asarray(rows, device=device_of(head.query)), axis=0)
     try:
@@ -242,7 +236,7 @@ def _rank_estimate(
             aim,
             rng,
             lambda rank, landmarks: lowrank_work(1, 0, d, p, rank, landmarks),
-            _TIME_SHARE * exact_work(1, request.count, d, p),
+            POLICY.time_share * exact_work(1, request.count, d, p),
         )
     except RefusalError as error:
         return RankEstimate(1, 0, math.inf, math.inf, str(error), None)
@@ -271,9 +265,9 @@ def _filled(
     return found
 
 
-def _exact_seconds(request: Request) -> float:
+def _exact_work(request: Request) -> float:
     _, _, d, p = request.head.sizes
-    return seconds(exact_work(1, request.count, d, p))
+    return exact_work(1, request.count, d, p)
 
 
 def _plan_of(
@@ -287,7 +281,7 @@ def _plan_of(
     if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
     error = math.nan if math.isinf(expansion.bound) else expansion.bound
-    return Plan(method, error, seconds(work), reason)
+    return Plan(method, error, work, reason)
 
 
 def _lowrank_plan(
@@ -297,4 +291,4 @@ def _lowrank_plan(
     _, _, d, p = head.sizes
     method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
     work = lowrank_work(1, 0, d, p, rank, landmarks)
-    return Plan(method, error, seconds(work), reason)
+    return Plan(method, error, work, reason)

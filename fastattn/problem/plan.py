@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from fastattn.costs.work import seconds
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Certificate, RefusalError
@@ -25,7 +26,7 @@ class Task(NamedTuple, Generic[_H]):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The method that runs for one head, with predicted error and time.
+    """The method that runs for one head, with predicted error and work.
 
     Parameters
     ----------
@@ -34,16 +35,22 @@ class Plan:
     predicted_error : float
         Relative Frobenius error, or the proven bound; 0 for exact attention, NaN
         where it is unknown.
-    predicted_seconds : float
-        Seconds according to the cost model of this machine.
+    work : float
+        Predicted work in multiply-adds of a float32 matrix product, as
+        ``fastattn.costs.work`` counts it; NaN where it is unknown.
     reason : str
         Why this method was chosen or refused, in a few words.
     """
 
     method: Any
     predicted_error: float
-    predicted_seconds: float
+    work: float
     reason: str
+
+    @property
+    def predicted_seconds(self) -> float:
+        """Seconds of the work on this machine, whose speed is measured when asked."""
+        return seconds(self.work)
 
 
 @dataclass(frozen=True, slots=True)

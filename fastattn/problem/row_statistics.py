@@ -13,35 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.problem.head import Head, host_rows
 from fastattn.problem.row_lengths import row_lengths
 from sketching._lib.arrays import Array, device_of, to_host
 
-# sample sizes for the statistics of keys and of queries; rows in a block
-_KEYS, _QUERIES = 2048, 512
 _BLOCK = 2048
-# rows and keys from which the variance of all logits is estimated
-_PAIRS = 256
-# extreme keys of each kind; outlier queries of each kind, and keys for each of them
-_EXTREME = 16
-_UNUSUAL, _SEEN = 8, 2
 # ridge of the variances of keys and queries, relative to their mean or largest
 _RIDGE = 1e-3
-# ratio of a key's weight to the sum of weights, which is at most 1 if exact, beyond
-# which a larger ratio says no more about the error
-_SHARE = 3.0
-# logit variance above which all low-rank errors are regarded as equally large
-_VARIANCE = 50.0
-# contribution of the keys that are not extreme to a row's error, relative to the
-# standard deviation of the values: for low ranks, and where all logits are rounded
-_BULK, _ROUNDED_BULK = 0.1, 0.15
-# outlier rows: those above so many times the median, and the most that are recomputed
-# exactly because of the error profile, of an extreme key, and of the logit variance
-OUTLYING = 2.0
-_MOST_BY_ERROR, _MOST_BY_SEEN_KEY = 32, 16
-MOST_OUTLIERS = 64
-# the most outlier rows by logit variance in gradients, which have no other criterion
-_MOST_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +47,7 @@ class _KeyMetric:
     @staticmethod
     def of(head: Head, rng: np.random.Generator) -> "_KeyMetric":
         m = head.sizes[1]
-        some = np.sort(rng.choice(m, min(m, _KEYS), replace=False))
+        some = np.sort(rng.choice(m, min(m, POLICY.statistics.keys), replace=False))
         keys = host_rows(head.key, some).astype(np.float64)
         tiny = float(np.finfo(np.float64).tiny)
         # scaled, so that neither the mean nor a square overflows
@@ -101,14 +80,17 @@ class _KeyMetric:
 
 def high_variance_rows(head: Head, rng: np.random.Generator) -> Array:
     """Indices of the outlier rows by logit variance."""
-    return outlying_rows(logit_spread(head, rng), min(_MOST_ROWS, head.sizes[0] // 4))
+    return outlying_rows(
+        logit_spread(head, rng),
+        min(POLICY.statistics.most_in_gradients, head.sizes[0] // 4),
+    )
 
 
 def outlying_rows(sizes: Array, count: int) -> Array:
     """Indices of at most ``count`` rows whose size is far above the median."""
     sizes = _no_nan(np.array(sizes))
     median = np.partition(sizes, len(sizes) // 2)[len(sizes) // 2]
-    outlying = np.flatnonzero(sizes > OUTLYING * median)
+    outlying = np.flatnonzero(sizes > POLICY.statistics.outlying * median)
     if len(outlying) > count:
         outlying = np.sort(outlying[_largest(sizes[outlying], count)])
     return outlying
@@ -145,7 +127,7 @@ def _first_mean(head: Head) -> Array:
 def logit_variance(head: Head, rng: np.random.Generator) -> float:
     """Logit variance over a few rows and keys, both centred."""
     few = (
-        host_rows(x, rng.choice(x.shape[0], min(x.shape[0], _PAIRS)))
+        host_rows(x, rng.choice(x.shape[0], min(x.shape[0], POLICY.statistics.pairs)))
         for x in (head.query, head.key)
     )
     query, key = (x - x.mean(axis=0) for x in few)
@@ -180,6 +162,7 @@ class RowStatistics:
 
 def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
     """Compute the statistics, at ``d * d`` multiply-adds per row and key."""
+    policy = POLICY.statistics
     metric = _KeyMetric.of(head, rng)
     mean_query = _first_mean(head)
     spread, unusual = (
@@ -192,8 +175,8 @@ def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
         for turn in (None, metric.whiten)
     ]
     distance, mean, deviation = _value_sizes(head)
-    rows = np.union1d(*(_largest(x, _UNUSUAL) for x in (spread, unusual)))
-    far = [_largest(x, _EXTREME) for x in (distance, *long)]
+    rows = np.union1d(*(_largest(x, policy.unusual) for x in (spread, unusual)))
+    far = [_largest(x, policy.extreme) for x in (distance, *long)]
     extreme = np.union1d(_seen_keys(head, rows), np.concatenate(far))
     with np.errstate(over="ignore", invalid="ignore"):
         variance = spread * np.square(head.scale * metric.peak)
@@ -204,7 +187,9 @@ def row_statistics(head: Head, rng: np.random.Generator) -> RowStatistics:
 def _column_scales(head: Head) -> Array:
     """Reciprocal standard deviation of each column of the queries."""
     n = head.sizes[0]
-    some = np.unique(np.linspace(0, n - 1, min(n, _QUERIES)).astype(np.intp))
+    some = np.unique(
+        np.linspace(0, n - 1, min(n, POLICY.statistics.queries)).astype(np.intp)
+    )
     sample = host_rows(head.query, some).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         sample -= sample.mean(axis=0)
@@ -233,7 +218,7 @@ def _seen_keys(head: Head, rows: Array) -> Array:
     logits = _logits(few, few.key, np.arange(head.sizes[1]))
     logits, each = np.ascontiguousarray(to_host(logits).T), np.arange(len(rows))
     found = []
-    for _ in range(min(_SEEN, logits.shape[1])):
+    for _ in range(min(POLICY.statistics.seen, logits.shape[1])):
         found.append(np.argmax(logits, axis=1))
         logits[each, found[-1]] = -np.inf
     return np.unique(np.concatenate(found))
@@ -307,7 +292,7 @@ class SeenKeys:
 
 def series_squares(variance: Array) -> Array:
     """Error profile of a truncated series of exp, by the logit variance of rows."""
-    return np.minimum(np.asarray(variance), _VARIANCE) ** 2
+    return np.minimum(np.asarray(variance), POLICY.statistics.largest_variance) ** 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -347,19 +332,20 @@ def profile_errors(
     factor : array, shape (n,), or float
         Further factor of the squares, such as that of causal prefixes.
     """
-    n, bulk, spread = len(found.variance), _ROUNDED_BULK, _MOST_BY_SEEN_KEY
-    large = np.maximum(seen.share / _SHARE, 1.0)
+    policy = POLICY.statistics
+    n, bulk, spread = len(found.variance), policy.rounded_bulk, policy.most_by_seen_key
+    large = np.maximum(seen.share / policy.largest_share, 1.0)
     with np.errstate(over="ignore", invalid="ignore"):
         if rounding is None:
-            bulk, spread = _BULK, MOST_OUTLIERS
-            rounding = np.minimum(found.variance, _VARIANCE)
-            rounding = rounding + np.minimum(seen.share, _SHARE)
+            bulk, spread = policy.bulk, policy.most_outliers
+            rounding = np.minimum(found.variance, policy.largest_variance)
+            rounding = rounding + np.minimum(seen.share, policy.largest_share)
         rest = seen.distance + bulk * found.deviation
         full = np.sqrt(factor) * rounding * (seen.farthest + rest)
         squares = factor * (rounding * (seen.farthest / large + rest)) ** 2
         if own is not None:
             full, squares = np.sqrt(own), _combined(own, squares)
-    most = min(_MOST_BY_ERROR, n // 8), min(_MOST_BY_SEEN_KEY, n // 16)
+    most = min(policy.most_by_error, n // 8), min(policy.most_by_seen_key, n // 16)
     outlier_rows = [
         outlying_rows(full, most[0]),
         outlying_rows(rounding * seen.farthest, most[1]),

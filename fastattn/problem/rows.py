@@ -2,18 +2,17 @@
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array, array_namespace, device_of
 
-# size of the samples from which transforms and statistics are computed
-SAMPLE = 4096
-
 
 def sample_rows(
-    head: Head, rng: np.random.Generator, size: int = SAMPLE
+    head: Head, rng: np.random.Generator, size: int | None = None
 ) -> tuple[Array, Array]:
     """Return up to ``size`` random queries, and keys, on the host."""
     n, m, _, _ = head.sizes
+    size = POLICY.statistics.sample if size is None else size
     return (
         host_rows(head.query, _draw(n, size, rng)),
         host_rows(head.key, _draw(m, size, rng)),

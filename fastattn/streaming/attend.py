@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.certificates.ratio_estimate import FAILURE
-from fastattn.costs.work import exact_work, lowrank_work, polynomial_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import exact_work, lowrank_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
 from fastattn.planning.explanation import Explanation
 from fastattn.prepared.heads import StateHead
-from fastattn.prepared.held_out import HELD_OUT
 from fastattn.prepared.planning import Request, prepare_head
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.head import Head
@@ -30,12 +30,6 @@ from sketching._lib.arrays import compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError
 from sketching._lib.threads import single_threaded_blas
 
-# keys and queries of the sample that a state is planned on
-_KEYS, _QUERIES = 1 << 16, 1 << 13
-# a state must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# far keys of a state may take up to this fraction of the memory, as 1 / _SHARE
-_SHARE = 4
 _NO_PROOF = "a proven state needs the keys of a head in memory: these stream"
 
 
@@ -118,7 +112,7 @@ def _ways(method: Any, task: Task[FileHead]) -> Iterator[_Way]:
 def _by_exact(
     method: Exact, task: Task[FileHead], reason: str = "requested"
 ) -> Iterator[_Way]:
-    plan = Plan(method, 0.0, seconds(exact_work(*task.head.sizes)), reason)
+    plan = Plan(method, 0.0, exact_work(*task.head.sizes), reason)
 
     def run(against: str, put: Put, step: Step) -> Streamed:
         made = replace(plan, reason=against or reason)
@@ -148,7 +142,7 @@ def _by_the_cheapest(
             raise RefusalError(_NO_PROOF)
         state = _planned(method, task)
         share = _work(task.head, state.plan.method) / exact_work(*task.head.sizes)
-        if share > _TIME_SHARE:
+        if share > POLICY.time_share:
             raise RefusalError(
                 f"{state.plan.method} would take {share:.1f} times as long"
             )
@@ -183,16 +177,16 @@ def _planned(method: Method, task: Task[FileHead]) -> StateHead:
     if not isinstance(found, StateHead):
         raise RefusalError(found.plan.reason)
     reason = f"planned on a sample of {len(sample.key)} keys: {found.plan.reason}"
-    work = seconds(_work(head, found.plan.method))
-    plan = replace(found.plan, predicted_seconds=work, reason=reason)
+    work = _work(head, found.plan.method)
+    plan = replace(found.plan, work=work, reason=reason)
     return replace(found.empty(), plan=plan)
 
 
 def _sample(head: FileHead, rng: np.random.Generator) -> Head:
     """Copy a sample of the queries, and of the keys and values."""
     n, m, _, _ = head.sizes
-    keys = np.sort(rng.choice(m, min(m, _KEYS), replace=False))
-    queries = np.sort(rng.choice(n, min(n, _QUERIES), replace=False))
+    keys = np.sort(rng.choice(m, min(m, POLICY.streaming.keys), replace=False))
+    queries = np.sort(rng.choice(n, min(n, POLICY.streaming.queries), replace=False))
     query = head.query.take(queries)
     return Head(query, head.key.take(keys), head.value.take(keys), head.scale)
 
@@ -200,7 +194,7 @@ def _sample(head: FileHead, rng: np.random.Generator) -> Head:
 def _work(head: FileHead, method: Polynomial) -> float:
     """Work of filling a state, with its held-out queries, and of all queries."""
     n, m, d, p = head.sizes
-    held_out = exact_work(HELD_OUT, m, d, p)
+    held_out = exact_work(POLICY.prepared.held_out, m, d, p)
     rank = method.rank or 1
     if method.fits_a_basis:
         return held_out + lowrank_work(n, m, d, p, rank, method.landmarks)
@@ -211,7 +205,7 @@ def _sum(
     head: FileHead, summed: StateHead, tol: float, put: Put, step: Step
 ) -> Streamed:
     """Fill a state with all keys, certify it, and answer all queries by it."""
-    most = summed.nbytes + head.memory // _SHARE
+    most = summed.nbytes + head.memory // POLICY.streaming.memory_share
     for key, value in head.each_key_block():
         summed = summed.insert(key, value, fold=True)
         if summed.nbytes > most:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from fastattn.certificates.sampled import FLOAT64_BELOW, scaled_frobenius
-from fastattn.costs.work import seconds
+from fastattn.costs.policy import POLICY
 from fastattn.methods.polynomial.expansions import (
     LARGEST_BOUND,
     LARGEST_DEGREE,
@@ -34,22 +34,6 @@ from fastattn.tensor.sampled import certify_tuples, furthest_rows, row_work
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
-# queries of the sample: random ones, and those of largest norm; tuples of keys
-_QUERIES, _FURTHEST, _TUPLES = 64, 16, 1 << 15
-# extension of the interval of sampled logits on each side, relative to its width
-_MARGIN = 0.1
-# the interval of all logits is used if it is wider by less: it can be proven
-_ALMOST = 1.3
-# share of the tolerance that a bound must meet, relative to an approximate norm
-_SURE = 0.9
-# share of the tolerance that the search aims at
-_AIM = 0.6
-# the same if sampled tuples are to certify it; largest number of additional degrees for
-# that, and of monomials
-_CONFIRMED, _EXTRA, _LARGEST_EXTRA = 0.8, 4, 4096
-# groups of tuples of a pilot certificate, and the work below which rows are cheaper
-_FEW_GROUPS, _QUICK_WORK = 4, 4e9
-
 
 def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion | None:
     """Find the least degree whose proven bound meets a relative tolerance.
@@ -66,7 +50,14 @@ def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion
     peak, norm = scaled_frobenius(value)
     if not (bool(head.xp.all(reliable)) and 0 < peak < math.inf):
         return None
-    wanted = _SURE * tol / (1 + tol) * norm * peak / math.sqrt(math.prod(value.shape))
+    wanted = (
+        POLICY.tensor.sure
+        * tol
+        / (1 + tol)
+        * norm
+        * peak
+        / math.sqrt(math.prod(value.shape))
+    )
     first = least_degree(bound, wanted / (logit_bounds.half + wanted))
     if first is None:
         return None
@@ -75,7 +66,7 @@ def apriori_expansion(head: TensorHead, tol: float) -> TensorPolynomialExpansion
             return None
         for dtype in dict.fromkeys([head.dtype, head.xp.float64]):
             expansion = bounded_expansion(head, degree, None, dtype)
-            if expansion.plan(head, "").predicted_seconds > seconds(row_work(head)):
+            if expansion.plan(head, "").work > row_work(head):
                 return None
             if expansion.bound <= wanted:
                 return expansion
@@ -134,37 +125,40 @@ def _least(
     a larger degree may save exact rows. If no degree suffices for that, the least that
     meets the tolerance.
     """
-    truth = to_host(some.attend(head.xp.float64)[0])[:_QUERIES]
+    policy = POLICY.tensor
+    truth = to_host(some.attend(head.xp.float64)[0])[: policy.queries]
     # squares of extreme values would leave the range of float64
     peak = float(np.abs(truth).max()) or 1.0
     truth = truth / peak
     # causal rows have no sampled tuples, see ``planning._certify``
     few_rows_are_quick = (
-        head.prefix_lengths is not None or row_work(head) <= _QUICK_WORK
+        head.prefix_lengths is not None or row_work(head) <= policy.quick_work
     )
     first, degree = None, 0
     while True:
         degree += 1
         if first is not None and (
-            degree > first.degree + _EXTRA
-            or rank_of(head.sizes[2], degree) > _LARGEST_EXTRA
+            degree > first.degree + policy.extra_degrees
+            or rank_of(head.sizes[2], degree) > policy.largest_extra
         ):
             return first
         expansion = make(degree)
         for dtype in dict.fromkeys([expansion.dtype, head.xp.float64]):
             expansion = replace(expansion, dtype=dtype)
             answer, normalizer, reliable = expansion.answer(some)
-            off = to_host(answer)[:_QUERIES].astype(np.float64) / peak - truth
+            off = to_host(answer)[: policy.queries].astype(np.float64) / peak - truth
             error = float(np.linalg.norm(off) / (np.linalg.norm(truth) or 1.0))
-            if bool(head.xp.all(reliable)) and error <= _AIM * tol:
+            if bool(head.xp.all(reliable)) and error <= policy.aim * tol:
                 expansion = replace(expansion, predicted=error)
                 break
         else:
             continue
         if few_rows_are_quick:
             return expansion
-        found = certify_tuples(some, expansion, answer, normalizer, rng, _FEW_GROUPS)
-        if found.upper <= _CONFIRMED * tol:
+        found = certify_tuples(
+            some, expansion, answer, normalizer, rng, policy.few_groups
+        )
+        if found.upper <= policy.confirmed * tol:
             return expansion
         first = expansion if first is None else first
 
@@ -194,14 +188,17 @@ def _narrowed(logit_bounds: LogitBounds, some: TensorHead) -> LogitBounds:
 
     ``logit_bound`` is infinite if logits may lie outside of the interval.
     """
+    policy = POLICY.tensor
     keys = [to_host(x).astype(np.float64) for x in some.keys]
     whole = keys[0]
     for key in keys[1:]:
         whole = (whole[:, None, :] * key).reshape(-1, key.shape[1])
     logits = some.scale * (to_host(some.query).astype(np.float64) @ whole.T)
     low, high = float(logits.min()), float(logits.max())
-    slack = _MARGIN * (high - low)
-    if logit_bounds.bound <= min(_ALMOST * ((high - low) / 2 + slack), LARGEST_BOUND):
+    slack = policy.margin * (high - low)
+    if logit_bounds.bound <= min(
+        policy.almost * ((high - low) / 2 + slack), LARGEST_BOUND
+    ):
         return logit_bounds
     low, high = max(low - slack, logit_bounds.low), min(high + slack, logit_bounds.high)
     return replace(logit_bounds, low=low, high=high, logit_bound=math.inf)
@@ -209,12 +206,13 @@ def _narrowed(logit_bounds: LogitBounds, some: TensorHead) -> LogitBounds:
 
 def _sample(head: TensorHead, rng: np.random.Generator) -> tuple[Array, list[Array]]:
     """Indices of sampled queries, random ones first, and of keys of each factor."""
+    policy = POLICY.tensor
     n = head.sizes[0]
-    rows = rng.choice(n, min(n, _QUERIES), replace=False)
-    size = max(2, int(_TUPLES ** (1 / len(head.keys))))
+    rows = rng.choice(n, min(n, policy.queries), replace=False)
+    size = max(2, int(policy.tuples ** (1 / len(head.keys))))
     keys = [rng.choice(m, min(m, size), replace=False) for m in head.lengths]
     return np.append(
-        rows, furthest_rows(head, head.logit_bounds.maps[0], _FURTHEST)
+        rows, furthest_rows(head, head.logit_bounds.maps[0], policy.furthest)
     ), keys
 
 

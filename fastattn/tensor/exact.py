@@ -20,7 +20,7 @@ from fastattn.certificates.rounding import (
     unit_roundoff,
 )
 from fastattn.certificates.sampled import certify_rows, scaled_frobenius
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.work import exact_work
 from fastattn.problem.plan import HeadAnswer, Plan
 from fastattn.tensor.overflow import (
     in_range,
@@ -40,7 +40,7 @@ _KEYS_A_BLOCK = (320, 1024)
 
 def exact_plan(head: TensorHead, method: Any, reason: str = "requested") -> Plan:
     """The plan of exact tensor attention for this head, with its cost."""
-    return Plan(method, 0.0, seconds(exact_work(*head.sizes)), reason)
+    return Plan(method, 0.0, exact_work(*head.sizes), reason)
 
 
 def solve_exact(

@@ -13,7 +13,8 @@ from fastattn._ops.tensor_mechanisms import (
     attend_strassen,
     attend_windows,
 )
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import exact_work
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.exact import rounding, solve_bounded, solve_exact
 from fastattn.tensor.problem import TensorHead
@@ -22,8 +23,6 @@ from sketching._lib.validation import check_integer
 
 # underflow is negligible in sums larger than the smallest normal number by this factor
 _MARGIN = 2.0**30
-# largest share of rows recomputed pair by pair; with more the head is done in float64
-_LOST = 0.02
 
 
 class TensorMethod:
@@ -119,7 +118,7 @@ class TensorWindow(TensorMethod):
         n, _, d, p = head.sizes
         tuples = math.prod(self.sizes)
         work = exact_work(n, tuples, d, p, logits=n * tuples)
-        return Plan(self, 0.0, seconds(work), "requested")
+        return Plan(self, 0.0, work, "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute the windows of a head."""
@@ -199,7 +198,7 @@ class StrassenAttention(TensorMethod):
                 f"StrassenAttention: expected two factors, got {len(head.keys)}"
             )
         n, tuples, _, p = head.sizes
-        return Plan(self, 0.0, seconds(float(n) * tuples * (p + 1)), "requested")
+        return Plan(self, 0.0, float(n) * tuples * (p + 1), "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute a head by matrix products, in float64 if many rows underflow."""
@@ -214,7 +213,7 @@ class StrassenAttention(TensorMethod):
             )
             least = tuples * float(xp.finfo(dtype).smallest_normal) * _MARGIN
             rows = np.flatnonzero(to_host(total) <= least)
-            if len(rows) > _LOST * n and dtype != xp.float64:
+            if len(rows) > POLICY.tensor.most_recomputed * n and dtype != xp.float64:
                 return compute(xp.float64)
             if len(rows) == 0:
                 return value, logarithm
@@ -260,7 +259,7 @@ class PathAttention(TensorMethod):
             exact_work(n, m, head.sizes[2] + 1, head.sizes[3])
             for n, m in itertools.pairwise(lengths)
         )
-        return Plan(self, 0.0, seconds(work), "requested")
+        return Plan(self, 0.0, work, "requested")
 
     def answer(self, head: TensorHead, tol: float, guarantee: str) -> HeadAnswer:
         """Compute a head by one pairwise attention for each factor."""

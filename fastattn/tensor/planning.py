@@ -10,6 +10,7 @@ import numpy as np
 
 from fastattn.certificates.ratio_estimate import FAILURE
 from fastattn.certificates.sampled import SampledError
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
@@ -33,13 +34,7 @@ from fastattn.tensor.sampled import (
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# a polynomial must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# heads with less work than this are computed exactly: planning costs as much
-_LITTLE_WORK = 1 << 22
 _FEW = "too few tuples: planning costs more than it saves"
-# Auto() refuses exact attention with more work than this: it would take hours
-_ENDLESS = 1e14
 
 
 class Option(NamedTuple):
@@ -137,16 +132,16 @@ def _of_auto(
     if head.sizes[1] == 0:
         yield exact
         return
-    if exact_work(*head.sizes) < _LITTLE_WORK:
+    if exact_work(*head.sizes) < POLICY.tensor.little_work:
         yield _exact(task, _FEW)
         return
     option = _polynomial(Polynomial(), task)
-    share = option.plan.predicted_seconds / exact.plan.predicted_seconds
-    if option.run and not share <= _TIME_SHARE:
+    share = option.plan.work / exact.plan.work
+    if option.run and not share <= POLICY.time_share:
         reason = f"{option.plan.method} is predicted to take {share:.1f} times as long"
         option = Option(replace(option.plan, reason=reason))
     yield option
-    if exact_work(*head.sizes) > _ENDLESS:
+    if exact_work(*head.sizes) > POLICY.tensor.endless:
         yield Option(replace(exact.plan, reason=_endless(head)))
     else:
         reason = "nothing cheaper meets the tolerance"

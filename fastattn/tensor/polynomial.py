@@ -25,7 +25,7 @@ from fastattn.certificates.rounding import (
     smallest_number,
     unit_roundoff,
 )
-from fastattn.costs.work import polynomial_work, seconds
+from fastattn.costs.work import polynomial_work
 from fastattn.methods.polynomial.expansions import (
     IndexSet,
     by_energy,
@@ -116,7 +116,7 @@ class TensorPolynomialExpansion:
         # prefer the error on a sample: the bound is a worst case, in another norm
         error = self.bound if math.isnan(self.predicted) else self.predicted
         error = error if math.isfinite(error) else math.nan
-        return Plan(method, error, seconds(work), reason)
+        return Plan(method, error, work, reason)
 
     def answer(self, head: TensorHead) -> tuple[Array, Array, Array]:
         """Outputs, log-sum-exps, and a mask of rows with a positive sum of weights."""

@@ -32,6 +32,7 @@ from fastattn.certificates.sampled import (
     scaled_frobenius,
     statement,
 )
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
 from fastattn.methods.polynomial.expansions import rank_of
 from fastattn.problem.head import host_rows
@@ -40,11 +41,6 @@ from fastattn.tensor.polynomial import TensorPolynomialExpansion
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array, device_of, to_host
 
-# largest and least number of rows that are computed exactly, and the budget of all
-_ROWS, _FEWEST = 64, 16
-_ROW_WORK = 1e11
-# independent samples of tuples; rows and tuples of each
-_GROUPS, _GROUP_ROWS, _TUPLES = 24, 8, 1024
 # rule of three: with probability 0.95 a property of a share above 3 / n of all tuples
 # occurs in a sample of n
 _UNSEEN = 3.0
@@ -58,25 +54,27 @@ def certify_tuples(
     value: Array,
     normalizer: Array,
     rng: np.random.Generator,
-    groups: int = _GROUPS,
+    groups: int | None = None,
 ) -> SampledError:
     """Estimate the error of ``value`` from sampled tuples of sampled rows.
 
     The sums over keys are assumed to be those of the expansion, up to rounding.
     """
+    policy = POLICY.tensor
+    groups = policy.groups if groups is None else groups
     peak, norm = scaled_frobenius(value)
     if not (math.isfinite(peak) and peak > 0):
         return SampledError(math.inf, math.inf, "the answer is not finite, or all zero")
     squares, absolute, weights = np.empty((3, groups))
     for group in range(groups):
-        rows = np.sort(rng.choice(head.sizes[0], _GROUP_ROWS))
+        rows = np.sort(rng.choice(head.sizes[0], policy.group_rows))
         off, size, weights[group] = _errors(
             head, expansion, value, normalizer, rows, rng
         )
         squares[group] = np.mean(np.sum((off / peak) ** 2, axis=1))
         absolute[group] = np.mean(np.sum((size / peak) ** 2, axis=1))
     n = head.sizes[0]
-    rows = furthest_rows(head, expansion.maps[0], _GROUP_ROWS)
+    rows = furthest_rows(head, expansion.maps[0], policy.group_rows)
     off, _, weight = _errors(head, expansion, value, normalizer, rows, rng)
     least = min(weight, float(weights.min()))
     if not least > 0:
@@ -85,7 +83,7 @@ def certify_tuples(
         )
     # rows that were not drawn may have the error of the queries of largest norm
     furthest = float(np.max(np.sum((off / peak) ** 2, axis=1)))
-    found = RatioEstimate(squares, math.inf, beside=furthest / _GROUP_ROWS)
+    found = RatioEstimate(squares, math.inf, beside=furthest / policy.group_rows)
     unseen = _unseen_tuples(head, expansion, least, groups) / peak
     eps = float(head.xp.finfo(expansion.dtype).eps)
     # rounding of the sums over keys, which sampled tuples do not show
@@ -99,7 +97,8 @@ def certify_tuples(
     return SampledError(
         estimate,
         upper,
-        f"{groups} x {_GROUP_ROWS} rows, {_TUPLES} of {head.sizes[1]} tuples of keys "
+        f"{groups} x {policy.group_rows} rows, {policy.group_tuples} of "
+        f"{head.sizes[1]} tuples of keys "
         f"each, sampled after the answer: estimated error {estimate:.2e}; the bound "
         f"adds {UNIFORM_MARGIN.errors:g} standard errors and the worst case of tuples "
         "too rare for the sample",
@@ -127,7 +126,7 @@ def _unseen_tuples(
         logit_bound = head.logit_bounds.logit_bound
         worst = float(np.exp(expansion.high - expansion.center))
         worst += float(polyval(logit_bound, np.abs(expansion.coefficients)))
-    share = _UNSEEN / (groups * _TUPLES)
+    share = _UNSEEN / (groups * POLICY.tensor.group_tuples)
     unseen = share * worst / weight * 2 * head.largest_value * math.sqrt(p)
     return unseen if math.isfinite(unseen) else math.inf
 
@@ -150,7 +149,8 @@ def _errors(
     weight : float
         The least mean weight of a row.
     """
-    places = [np.sort(rng.choice(m, _TUPLES)) for m in head.lengths]
+    policy = POLICY.tensor
+    places = [np.sort(rng.choice(m, policy.group_tuples)) for m in head.lengths]
     # factors are drawn independently: sorted to be read in order, then shuffled
     places = [rng.permutation(place) for place in places]
     query = host_rows(head.query, rows).astype(np.float64)
@@ -175,14 +175,14 @@ def _errors(
     products = np.prod(sides[1:], axis=0).T
     off = np.exp(logits) - weighted @ products
     answer = host_rows(value, rows).astype(np.float64)
-    sums = (off @ product - off.sum(axis=1)[:, None] * answer) / _TUPLES
+    sums = (off @ product - off.sum(axis=1)[:, None] * answer) / policy.group_tuples
     # the mean weight of the polynomial, corrected by the sample
     log_mean = host_rows(normalizer, rows).astype(np.float64)
     mean = np.exp(log_mean - expansion.center - math.log(head.sizes[1]))
     mean = mean + off.mean(axis=1)
     size = np.abs(weighted) @ np.abs(products)
     absolute = size @ np.abs(product) + size.sum(axis=1)[:, None] * np.abs(answer)
-    absolute /= _TUPLES
+    absolute /= policy.group_tuples
     return sums / mean[:, None], absolute / mean[:, None], float(mean.min())
 
 
@@ -197,15 +197,16 @@ def furthest_rows(head: TensorHead, scales: Array, count: int) -> Array:
 def row_work(head: TensorHead) -> float:
     """Work of the largest number of exact rows for a certificate."""
     n, *rest = head.sizes
-    return exact_work(min(_ROWS, n), *rest)
+    return exact_work(min(POLICY.tensor.rows, n), *rest)
 
 
 def rows_within_budget(head: TensorHead) -> int:
     """Number of exact rows within the budget; 0 if too few for an estimate."""
+    policy = POLICY.tensor
     n = head.sizes[0]
-    most = min(_ROWS, n)
-    count = min(most, int(most * _ROW_WORK / row_work(head)))
-    return count if count >= min(_FEWEST, n) else 0
+    most = min(policy.rows, n)
+    count = min(most, int(most * policy.row_work / row_work(head)))
+    return count if count >= min(policy.fewest_rows, n) else 0
 
 
 def certify_few_rows(
@@ -219,7 +220,9 @@ def certify_few_rows(
     """Compare ``value`` with exact rows: random ones, and those of largest norm."""
     n = head.sizes[0]
     rows = rng.choice(n, count, replace=False)
-    rows = np.append(rows, furthest_rows(head, expansion.maps[0], _GROUP_ROWS))
+    rows = np.append(
+        rows, furthest_rows(head, expansion.maps[0], POLICY.tensor.group_rows)
+    )
     peak, norm = scaled_frobenius(value)
     dtype = head.xp.float64 if tol < FLOAT64_BELOW else head.dtype
     truth, normalizer = (

@@ -15,6 +15,7 @@ from fastattn import (
     attention,
     explain,
 )
+from fastattn.costs.policy import POLICY
 
 
 def heads(count=5, n=900, d=8, dtype=np.float32):
@@ -36,7 +37,7 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_answers_are_those_of_the_heads_alone(monkeypatch, method, dtype):
-    monkeypatch.setattr("fastattn.planning.auto._FEW_LOGITS", 0)
+    monkeypatch.setitem(vars(POLICY.auto), "few_logits", 0)
     inputs = heads(dtype=dtype)
     # calls spawn their streams from it as one call for all heads does
     rng = np.random.default_rng(7)

@@ -19,19 +19,16 @@ import numpy as np
 
 from fastattn._ops.lowrank import Functions
 from fastattn._ops.monomials import monomials
+from fastattn.costs.policy import POLICY
 from fastattn.methods.lowrank.whitening import Whitening
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# without a limit, a coordinate with a mean square above 1/2 would take all indices
-_LARGEST_DEGREE = 12
 # ridge of the landmarks' Gram matrix; larger ones if the factorization fails
 _JITTERS = (1e-6, 1e-4, 1e-2)
 # float32 rounding of sums, relative to a landmark's squared norm: without this ridge
 # landmarks whose residual after many polynomials is small amplified it to some per cent
 _NOISE = 1e-7
-# share of the logit variance in trailing coordinates that landmarks may ignore
-_IGNORED = 1e-4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +69,7 @@ class Hermite:
             energies.append(energy)
             degrees.append(degrees[parent] + 1)
             factorials.append(factorials[parent] * power)
-            if degrees[place] < _LARGEST_DEGREE:
+            if degrees[place] < POLICY.low_rank.largest_degree:
                 gain = mean[axis] * (2 * power + 1) / (power + 1)
                 heapq.heappush(heap, (-energy * gain, place, axis, power + 1))
             if axis + 1 < len(mean):
@@ -162,7 +159,7 @@ class Basis:
         """Drop trailing coordinates that neither polynomials nor landmarks need."""
         total = max(float(whitening.spread.sum()), np.finfo(np.float64).tiny)
         left = np.cumsum(whitening.spread[::-1])[::-1] / total
-        ignored = _IGNORED if landmarks else 1.0
+        ignored = POLICY.low_rank.ignored if landmarks else 1.0
         used = max(int(hermite.coordinate.max()) + 1, int(np.sum(left > ignored)))
         return whitening.keep(used)
 

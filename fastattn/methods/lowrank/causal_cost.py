@@ -15,19 +15,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work, lowrank_work
 from fastattn.problem.causal_chunks import cuts_of
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, to_host
-
-# strata of the rows after the first chunk, and rows sampled in each stratum
-_STRATA, _ROWS = 6, 12
-# rows that are computed over all keys
-_WHOLE = 32
-# rows sampled in the first chunk: the very first ones, and some of the others
-_EARLY, _SOME = 256, 96
-# fixed work of a chunk, in multiply-adds: calls, and arrays that are read again
-_CHUNK_WORK = 4e7
 
 
 def causal_tolerance_factor(head: Head, rng: np.random.Generator) -> float:
@@ -55,30 +47,34 @@ def causal_tolerance_factor(head: Head, rng: np.random.Generator) -> float:
     float
         1 where nothing is approximated or the ratio is not finite.
     """
+    policy = POLICY.low_rank
     prefix_lengths = to_host(head.prefix_lengths)
     start = int(np.searchsorted(prefix_lengths, cuts_of(int(prefix_lengths[-1]))[1]))
     n = len(prefix_lengths)
     if start == n:
         return 1.0
     total, varies = _early(head, start, rng), 0.0
-    edges = np.geomspace(max(start, 1), n, _STRATA + 1).astype(int)
+    edges = np.geomspace(max(start, 1), n, policy.strata + 1).astype(int)
     edges = np.unique([start, *edges[1:-1], n])
     for lo, hi in pairwise(edges):
         # all rows of a stratum over the prefix of its median row
         size, spread = _sizes(
-            head, int(prefix_lengths[(lo + hi) // 2]), lo, hi, _ROWS, rng
+            head, int(prefix_lengths[(lo + hi) // 2]), lo, hi, policy.stratum_rows, rng
         )
         total += (hi - lo) * size
         varies += (hi - lo) * spread
-    size, spread = _sizes(head, head.sizes[1], start, n, _WHOLE, rng)
+    size, spread = _sizes(head, head.sizes[1], start, n, policy.whole_rows, rng)
     found = total * spread / (varies * size) if varies * size > 0 else 1.0
     return math.sqrt(found) if math.isfinite(found) and found > 0 else 1.0
 
 
 def _early(head: Head, start: int, rng: np.random.Generator) -> float:
     """Estimate the squared norm of the outputs in the first chunk, rows < ``start``."""
-    early = min(_EARLY, start)
-    rows = np.concatenate([np.arange(early), _spread(early, start, _SOME, rng)])
+    policy = POLICY.low_rank
+    early = min(policy.early_rows, start)
+    rows = np.concatenate(
+        [np.arange(early), _spread(early, start, policy.some_rows, rng)]
+    )
     if not len(rows):
         return 0.0
     answer = to_host(head.with_rows(rows).attend()[0]).astype(np.float64)
@@ -146,4 +142,4 @@ def chunk_work(head: Head, first: int | None = None) -> tuple[int, float, float]
     cuts = np.asarray(cuts_of(int(prefix_lengths[-1]), first))
     before = cuts[np.searchsorted(cuts, prefix_lengths, side="right") - 1]
     exact = exact_work(*head.sizes, logits=int(np.sum(prefix_lengths - before)))
-    return len(cuts), exact, len(cuts) * _CHUNK_WORK
+    return len(cuts), exact, len(cuts) * POLICY.low_rank.chunk_work

@@ -12,19 +12,16 @@ from itertools import pairwise
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
 from fastattn.methods.lowrank.basis import Hermite
 from sketching._lib.arrays import Array
 
-# pivots drawn at once
-_BATCH = 64
 # pivots with a relative residual below this are numerically dependent
 _FLOOR = 1e-5
 # largest exponent of a kernel stored in float32
 _LARGEST = 80.0
 # log of the least weight relative to the largest: smaller weights are raised to it
 _LEAST_LOG = -15.0
-# one key in so many is held out and never a pivot, to estimate the residual trace
-_HELD = 5
 _BLOCK = 1024
 
 
@@ -79,7 +76,7 @@ class PivotedCholesky:
     def add_batch(self, count: int) -> bool:
         """Add a batch of pivots, up to ``count`` in total; return if there were any."""
         before = len(self)
-        wanted = min(_BATCH, count - before)
+        wanted = min(POLICY.low_rank.batch, count - before)
         for i, part in enumerate(self._parts):
             share = wanted * (i + 1) // len(self._parts)
             share -= wanted * i // len(self._parts)
@@ -111,7 +108,7 @@ class _Factorization:
         self._floor = _FLOOR * whole
         self._left[self._left < self._floor] = 0
         self._root = np.sqrt(np.maximum(whole, np.finfo(np.float64).tiny))
-        self.open = len(y) - len(y) // _HELD
+        self.open = len(y) - len(y) // POLICY.low_rank.held
         self._whole = whole
         self._rows = np.empty((0, len(y)), dtype=np.float32)
         self._picks = np.empty(0, dtype=np.int64)

@@ -13,27 +13,13 @@ import numpy as np
 
 from fastattn.certificates.ratio_estimate import FIRST, SECOND, importance_probabilities
 from fastattn.certificates.sampled import ROWS, second_rows
+from fastattn.costs.policy import POLICY
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.problem.head import Head
-from fastattn.problem.row_statistics import MOST_OUTLIERS, OUTLYING, series_squares
+from fastattn.problem.row_statistics import series_squares
 from sketching._lib.arrays import Array, device_of, to_host
 from sketching._lib.certificate import RefusalError
-
-# target error as a share of the tolerance before the first pilot run; and as a share of
-# the tolerance after a certificate's margin, for one and for two sampling rounds
-_CAUTION = 0.66
-_BOLD = 0.9, 0.95
-# relative standard deviation of squared errors above which half the excess counts
-_HEAVY = 2.5
-# queries and keys of a first pilot run; later ones use all held-out queries and a
-# multiple of the keys
-_QUERIES = 128
-_KEYS = 2048
-# heads with no more keys use half as many keys, since planning must stay cheap
-_FEW_KEYS = 16384
-# rows that are computed over all keys, to compare the norms of outputs
-_DRIFT_ROWS = 32
 
 
 class Pilots:
@@ -50,14 +36,19 @@ class Pilots:
     def __init__(
         self, head: Head, sample: PlanningSample, whitening: Whitening, tol: float
     ) -> None:
+        policy = POLICY.sample
         self.head, self.sample, self.tol = head, sample, tol
         spread = _spread(sample.held, whitening)
         outliers = _outliers(spread, head.sizes[0])
         self.held = np.delete(sample.held, outliers, axis=0)
         squares = series_squares(np.delete(spread, outliers))
         self.probabilities = importance_probabilities(squares, ROWS)
-        self.keys = _KEYS // 2 if head.sizes[1] <= _FEW_KEYS else _KEYS
-        self.aim = self.last = _CAUTION * tol
+        self.keys = (
+            policy.pilot_keys // 2
+            if head.sizes[1] <= policy.few_keys
+            else policy.pilot_keys
+        )
+        self.aim = self.last = policy.caution * tol
         self._truth: dict[int, tuple[Array, float]] = {}
         self._whole: float | None = None
 
@@ -95,7 +86,7 @@ class Pilots:
     def _answers(self, share: int) -> tuple[Array, float]:
         """Exact outputs over a pilot run's keys; their norm, corrected to all keys."""
         if share not in self._truth:
-            query = self.held if share > 1 else self.held[:_QUERIES]
+            query = self.held if share > 1 else self.held[: POLICY.sample.pilot_queries]
             truth, _ = Head(query, *self.subsample(share), self.sample.scale).attend()
             size = float(np.linalg.norm(truth.astype(np.float64)))
             size *= self._drift(truth) if share > 1 else 1.0
@@ -110,11 +101,11 @@ class Pilots:
         another norm over a few keys than over all keys.
         """
         if self._whole is None:
-            head, few = self.head, self.held[:_DRIFT_ROWS]
+            head, few = self.head, self.held[: POLICY.sample.norm_rows]
             move = {"dtype": head.query.dtype, "device": device_of(head.query)}
             whole, _ = replace(head, query=head.xp.asarray(few, **move)).attend()
             self._whole = _varying(to_host(whole))
-        varied = _varying(part[:_DRIFT_ROWS])
+        varied = _varying(part[: POLICY.sample.norm_rows])
         return varied / self._whole if self._whole > 0 and varied > 0 else 1.0
 
     def _set_aim(self, squares: Array, reliable: Array) -> None:
@@ -123,6 +114,7 @@ class Pilots:
         ``aim`` is the target for a certificate after one sampling round, ``last`` the
         larger one that needs the second round.
         """
+        policy = POLICY.sample
         mean = float(squares.mean())
         # divided by the mean first, since fourth powers may underflow
         relative = squares / mean if mean > 0 else np.ones(len(squares))
@@ -131,7 +123,7 @@ class Pilots:
         )
         spread = math.sqrt(max(float(weighted.mean()) - 1, 0.0))
         # the estimate of a heavy tail from few rows is unreliable
-        spread = min(spread, (spread + _HEAVY) / 2)
+        spread = min(spread, (spread + policy.heavy) / 2)
         both = ROWS + second_rows(self.head.sizes[0])
         one, two = (
             margin.expected(spread, 1.0, count)
@@ -139,7 +131,7 @@ class Pilots:
         )
         self.aim, self.last = (
             share * self.tol / math.sqrt(1 + more)
-            for share, more in zip(_BOLD, (one, min(one, two)), strict=True)
+            for share, more in zip(policy.bold, (one, min(one, two)), strict=True)
         )
 
 
@@ -151,9 +143,9 @@ def _spread(query: Array, whitening: Whitening) -> Array:
 
 def _outliers(spread: Array, n: int) -> Array:
     """Indices of held-out queries that would be outlier rows in the head."""
-    count = round(MOST_OUTLIERS * len(spread) / n)
+    count = round(POLICY.statistics.most_outliers * len(spread) / n)
     outliers = np.argsort(-spread, kind="stable")[:count]
-    return outliers[spread[outliers] > OUTLYING * np.median(spread)]
+    return outliers[spread[outliers] > POLICY.statistics.outlying * np.median(spread)]
 
 
 def _varying(answer: Array) -> float:

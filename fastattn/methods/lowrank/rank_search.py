@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
 from fastattn.methods.lowrank.basis import Basis, Hermite
 from fastattn.methods.lowrank.landmarks import PivotedCholesky
 from fastattn.methods.lowrank.pilots import Pilots
@@ -19,53 +21,9 @@ from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 
-# heads of a larger logit variance are refused without a pilot run
-LARGEST_VARIANCE = 4.0
-# so are heads whose error is caused by a smaller effective share of the queries
-_LEAST_SHARE = 0.1
-# a pilot run that misses the tolerance by this factor ends the search
-_HOPELESS = 6.0
-# the same for the first pilot run of polynomials, which starts at a higher rank
-_FAR = 8.0
-# keys that landmarks are drawn from: fewest and most, one key in so many between, and
-# the number of parts that are factorized separately
-_PIVOT_KEYS = 1152, 4096
-_PIVOT_SHARE = 8
-_PARTS = 2
-# landmarks of the first pilot run, polynomials of their first pilot run
-_LANDMARKS = 64
-_RANK = 128
-# energies are computed for so many indices first, then for twice as many, then for all;
-# the next pilot run takes this factor of the predicted rank, since it also gives the
-# error of every smaller rank
-_MANY = 640
-_MORE = 1.2
 # a share of the trace, and an error, that are rounding only
 _NOTHING = 1e-7
 _TINY = 1e-30
-# log-log slopes: of the error against the root of the residual trace, and of the error
-# against the rank in later steps relative to the first step
-_BEND = 2.1
-_FASTER = 1.5
-# keys of later pilot runs in units of the first: few keys bias landmarks' errors up
-_POLYNOMIAL_KEYS = 2
-_LANDMARK_KEYS = 3
-# reducing a rank that is larger than needed: target as a share of the aim, least
-# reduction that justifies another trial of polynomials and of landmarks (which cost a
-# solve each), and the most trials
-_TIGHT = 0.98
-_WORTHWHILE = 0.97, 0.93
-_TRIALS = 8
-# least log-log slope of an extrapolation: two errors may be equal by chance
-_FLATTEST = 0.1
-# largest rank that is planned: one for so many logits, and in any case
-_LARGEST_RANK = 2304
-_LOGITS = 1 << 16
-# keys over which the energies of polynomials are summed
-_ENERGY_KEYS = 512
-# most by which the log-log slope of the trace may steepen: against the slope up to the
-# first pilot run, and against the slope from there on
-_STEEPER = 4.0, 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,25 +125,33 @@ class _RankSearch:
         cost: Callable[[int, int], float],
         limit: float,
     ) -> None:
+        policy = POLICY.low_rank
         self.sample, self.tol, self.rng = sample, tol, rng
         self.cost, self.limit = cost, limit
         self.whitening = whitening
         self.pilots = Pilots(head, sample, self.whitening, tol)
         n, m, _, _ = head.sizes
-        self.keys = min(max(m // _PIVOT_SHARE, _PIVOT_KEYS[0]), _PIVOT_KEYS[1])
+        self.keys = min(
+            max(m // policy.pivot_share, policy.pivot_keys[0]), policy.pivot_keys[1]
+        )
         self.landmarks_may_pay = True
-        self.largest_rank = min(max(n * m // _LOGITS, _RANK), _LARGEST_RANK)
+        self.largest_rank = min(
+            max(n * m // policy.logits, policy.rank), policy.largest_rank
+        )
 
     def start(self) -> RankEstimate | None:
         """Make a pilot run with few landmarks, unless a low rank is ruled out."""
+        policy = POLICY.low_rank
         reason = self._refusal()
         if reason:
             return RankEstimate(1, 0, math.inf, self.cost(1, 0), reason, None)
         self.constant = Hermite.of(self.whitening.spread, 1)
         self.narrow = Basis.fitting(self.whitening, self.constant, landmarks=True)
         y, log_weight = self.narrow.coordinates(self.sample.key[: self.keys])
-        self.pivots = PivotedCholesky(y, log_weight, self.constant, self.rng, _PARTS)
-        self.pivots.add_batch(_LANDMARKS)
+        self.pivots = PivotedCholesky(
+            y, log_weight, self.constant, self.rng, policy.parts
+        )
+        self.pivots.add_batch(policy.landmarks)
         key, value = self.pilots.subsample(1)
         few = replace(self.sample, key=key, value=value)
         marks = self.pivots.landmarks
@@ -195,24 +161,25 @@ class _RankSearch:
 
     def landmarks(self) -> RankEstimate:
         """Search the least number of landmarks, with the constant polynomial."""
+        policy = POLICY.low_rank
         pivots, empty, error = self.pivots, self.empty, self.error
         most = self._most(lambda size: (1, size), 2 * pivots.most // 3)
         size = len(pivots)
-        if size > most and error <= _HOPELESS * self.tol:
+        if size > most and error <= policy.hopeless * self.tol:
             return self._end(empty, error, "landmarks exceed the budget")
-        hopeful = error <= _HOPELESS * self.tol
-        share = min(self.pilots.aim / max(error, _TINY), 1.0)
-        left = pivots.residual_trace_ratio * share ** (1 / _BEND)
+        hopeful = error <= policy.hopeless * self.tol
+        law = PowerLaw(pivots.residual_trace_ratio, max(error, _TINY), policy.bend)
+        left = law.solve(min(self.pilots.aim, law.y))
         grown = hopeful and _add_pivots(pivots, left, most)
-        while grown and error <= _HOPELESS * self.tol:
+        while grown and error <= policy.hopeless * self.tol:
             before, size = (size, error), len(pivots)
             empty = self._with_landmarks(size)
-            filled = self.pilots.fill(empty, _LANDMARK_KEYS)
-            error = self.pilots.estimate_error(filled, _LANDMARK_KEYS)
+            filled = self.pilots.fill(empty, policy.landmark_keys)
+            error = self.pilots.estimate_error(filled, policy.landmark_keys)
             if filled is not None and error <= self.pilots.enough:
-                return self._least(filled, error, before, _LANDMARK_KEYS)
+                return self._least(filled, error, before, policy.landmark_keys)
             grown = self._continue(before, (size, error), most)
-        if not error <= _HOPELESS * self.tol:
+        if not error <= policy.hopeless * self.tol:
             reason = f"{size} landmarks: error {error:.1e} in a pilot run"
         elif error <= self.pilots.last:
             reason = ""
@@ -224,23 +191,24 @@ class _RankSearch:
         self, before: tuple[int, float], now: tuple[int, float], most: int
     ) -> bool:
         """Add as many pivots as extrapolation from two errors needs, if affordable."""
+        policy = POLICY.low_rank
         if not (now[0] > before[0] and _TINY < now[1] < before[1]):
             return False
-        slope = _FASTER * math.log(before[1] / now[1]) / math.log(now[0] / before[0])
-        slope = max(slope, _FLATTEST)
+        law = PowerLaw.fit(before, now, steeper=policy.faster, most=-policy.flattest)
         for wanted in (self.pilots.aim, self.pilots.last):
             # a target that is met already needs no more pivots
             if now[1] <= wanted:
                 return False
-            size = now[0] * (now[1] / wanted) ** (1 / slope)
+            size = law.solve(wanted)
             if size <= most:
                 return self.pivots.add_until(math.ceil(size))
         return False
 
     def polynomials(self) -> RankEstimate:
         """Search the least number of polynomials, without landmarks."""
+        policy = POLICY.low_rank
         most = self._most(lambda size: (size, 0), self.largest_rank)
-        few = min(_RANK, most)
+        few = min(policy.rank, most)
         hermite, left = self._indices(few)
         # the pilot run of landmarks predicts whether one of polynomials can succeed
         expected = (
@@ -248,14 +216,14 @@ class _RankSearch:
             * float(left[-1])
             / max(self.pivots.residual_trace_ratio, _NOTHING)
         )
-        if not expected <= _HOPELESS * self.tol:
+        if not expected <= policy.hopeless * self.tol:
             reason = f"{few} polynomials leave too large a residual trace of the kernel"
             return RankEstimate(few, 0, math.inf, self.cost(few, 0), reason, None)
         empty = self._without_landmarks(hermite)
         error = self.pilots.estimate_error(self.pilots.fill(empty, 1), 1)
         # polynomials of the same cost as the pilot run of landmarks
         self.landmarks_may_pay = self.error < error
-        if not error <= _FAR * self.tol:
+        if not error <= policy.far * self.tol:
             reason = f"{few} polynomials: error {error:.1e} in a pilot run"
             return self._end(empty, error, reason)
         for _ in range(2):
@@ -264,22 +232,27 @@ class _RankSearch:
                 break
             known = empty.rank, error
             empty = self._without_landmarks(enough)
-            filled = self.pilots.fill(empty, _POLYNOMIAL_KEYS)
-            error = self.pilots.estimate_error(filled, _POLYNOMIAL_KEYS)
+            filled = self.pilots.fill(empty, policy.polynomial_keys)
+            error = self.pilots.estimate_error(filled, policy.polynomial_keys)
             if filled is not None and error <= self.pilots.enough:
-                return self._least(filled, error, known, _POLYNOMIAL_KEYS)
+                return self._least(filled, error, known, policy.polynomial_keys)
         met = error <= self.pilots.last
         return self._end(empty, error, "" if met else _too_many(most, "polynomials"))
 
     def _enough(self, rank: int, error: float, most: int) -> Hermite | None:
         """Indices predicted to meet the aim, and some more; None if above ``most``."""
-        for many in dict.fromkeys(min(x, most) for x in (_MANY, 2 * _MANY, most)):
+        policy = POLICY.low_rank
+        for many in dict.fromkeys(
+            min(x, most) for x in (policy.many, 2 * policy.many, most)
+        ):
             hermite, left = self._indices(many)
             if rank <= many:
                 unit = error / float(left[rank - 1])
                 met = np.flatnonzero(unit * left <= self.pilots.aim)
                 if len(met):
-                    return hermite.prefix(min(math.ceil(_MORE * (met[0] + 1)), many))
+                    return hermite.prefix(
+                        min(math.ceil(policy.more * (met[0] + 1)), many)
+                    )
         return None
 
     def _least(
@@ -289,17 +262,17 @@ class _RankSearch:
 
         ``low`` is a number of functions and their error, which is too large.
         """
+        policy = POLICY.low_rank
         count, error = filled.rank + filled.landmarks, max(error, _TINY)
         if not (low[0] < count and low[1] > error):
             low = 1, max(1.0, 2 * error)
         marks = filled.landmarks > 0
-        least_gain = _WORTHWHILE[marks]
+        least_gain = policy.worthwhile[marks]
         failed = False
-        for _ in range(_TRIALS if count > low[0] else 0):
-            aim = _TIGHT * self.pilots.aim
-            slope = math.log(low[1] / error) / math.log(count / low[0])
-            slope = max(slope, _FLATTEST)
-            size = math.ceil(count * min(error / max(aim, _TINY), 1.0) ** (1 / slope))
+        for _ in range(policy.trials if count > low[0] else 0):
+            aim = policy.tight * self.pilots.aim
+            law = PowerLaw.fit(low, (count, error), most=-policy.flattest)
+            size = math.ceil(law.solve(max(aim, error)))
             if failed:
                 # the error may fall in steps: bisect where secant steps are too short
                 size = max(size, (low[0] + count) // 2)
@@ -318,9 +291,9 @@ class _RankSearch:
     def _refusal(self) -> str:
         """Return why a low rank is ruled out before a pilot run, or an empty string."""
         variance = float(self.whitening.spread.sum())
-        if not variance <= LARGEST_VARIANCE:
+        if not variance <= POLICY.low_rank.largest_variance:
             return f"the logit variance is {variance:.1f}"
-        if not self.whitening.share >= _LEAST_SHARE:
+        if not self.whitening.share >= POLICY.low_rank.least_share:
             return f"{self.whitening.share:.1%} of the queries cause most of the error"
         if len(self.sample.held) == 0:
             return "there are too few queries for a pilot run"
@@ -350,7 +323,9 @@ class _RankSearch:
     def _indices(self, rank: int) -> tuple[Hermite, Array]:
         """Indices, and root of residual trace over trace for each prefix of them."""
         hermite = Hermite.of(self.whitening.spread, rank)
-        y, log_weight = self.whitening.coordinates(self.sample.key[:_ENERGY_KEYS])
+        y, log_weight = self.whitening.coordinates(
+            self.sample.key[: POLICY.low_rank.energy_keys]
+        )
         weight = np.exp(log_weight - log_weight.max())
         taken = np.sum((hermite.features(y) * weight[:, None]) ** 2, axis=0)
         square = np.sum(y.astype(np.float64) ** 2, axis=1)
@@ -367,14 +342,15 @@ class _RankSearch:
 
 def _add_pivots(pivots: PivotedCholesky, target: float, most: int) -> bool:
     """Add pivots until the residual trace ratio is ``target``, if attainable."""
+    policy = POLICY.low_rank
     start, first = len(pivots), pivots.residual_trace_ratio
     # the constant polynomial alone leaves the whole trace
-    if not _is_attainable(pivots, target, most, (1, 1.0), _STEEPER[0]):
+    if not _is_attainable(pivots, target, most, (1, 1.0), policy.steeper[0]):
         return False
     while pivots.add_batch(most):
         if pivots.residual_trace_ratio <= target:
             return True
-        if not _is_attainable(pivots, target, most, (start, first), _STEEPER[1]):
+        if not _is_attainable(pivots, target, most, (start, first), policy.steeper[1]):
             return False
     return False
 
@@ -387,12 +363,10 @@ def _is_attainable(
     steeper: float,
 ) -> bool:
     """Whether extrapolating the log-log slope since ``before`` meets the target."""
-    size, left = before
-    if pivots.residual_trace_ratio <= target or len(pivots) <= size:
+    now = len(pivots), pivots.residual_trace_ratio
+    if now[1] <= target or now[0] <= before[0]:
         return True
-    slope = math.log(left / pivots.residual_trace_ratio) / math.log(len(pivots) / size)
-    attainable = math.log(most / len(pivots)) * steeper * slope
-    return math.log(pivots.residual_trace_ratio / target) <= attainable
+    return PowerLaw.fit(before, now, steeper=steeper).value(most) <= target
 
 
 def _too_many(most: int, what: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.lowrank import key_sums, query_means
+from fastattn.costs.policy import POLICY
 from fastattn.methods.lowrank.basis import Basis, Hermite
 from fastattn.methods.lowrank.landmarks import (
     PivotedCholesky,
@@ -30,8 +31,6 @@ from sketching._lib.arrays import (
 )
 from sketching._lib.certificate import RefusalError
 
-# keys that landmarks are drawn from: with more, landmarks crowd at extreme keys
-PIVOT_KEYS = 2304
 # largest logit variance: beyond it exponentials leave the range of float32
 _LARGEST_VARIANCE = 25.0
 # largest log of the mean weight of a key, in float64
@@ -86,7 +85,7 @@ class LowRank:
         whitening = Basis.fitting(full, hermite, landmarks=landmarks > 0)
         if landmarks == 0:
             return LowRank.over(whitening, hermite, None, sample)
-        few = min(PIVOT_KEYS, len(sample.key) // 4)
+        few = min(POLICY.low_rank.given_pivot_keys, len(sample.key) // 4)
         few = sample.key[: max(few, 5 * landmarks // 2)]
         pivots = PivotedCholesky(*whitening.coordinates(few), hermite, rng)
         pivots.add_until(landmarks)

@@ -12,25 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastattn._ops.softmax import attend
+from fastattn.costs.policy import POLICY
 from fastattn.problem.head import Head, host_rows
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 
-# sample sizes: queries; held-out queries, between two numbers, one of so many; keys
-_QUERIES = 896
-_HELD = (256, 512)
-_HELD_OF = 16
-_FEWEST_KEYS = 2048
-_MOST_KEYS = 8192
-# keys from which the softmax denominators of the sampled queries are estimated
-_MASS_KEYS = 512
-# queries whose logit variance is above so many times the mean are unreliable; keys with
-# a squared distance from the mean above twice so many medians are far keys
-_LIMIT = 10.0
-# quantile of the key lengths up to which no key is far: at most one in twenty is
-_TAIL = 0.95
-# share of the unweighted covariance of the queries in the weighted one
-_BLEND = 0.02
 # ridge of the covariance, relative to its mean diagonal and to the squared mean
 _RIDGE = 1e-6
 _ROUNDING = 1e-12
@@ -61,11 +47,14 @@ class PlanningSample:
     @staticmethod
     def of(head: Head, rng: np.random.Generator) -> "PlanningSample":
         """Draw the rows and copy them to the host, in float32 or float64."""
+        policy = POLICY.sample
         n, m, _, _ = head.sizes
-        held = min(max(_HELD[0], min(_HELD[1], n // _HELD_OF)), n // 4)
-        rows = rng.choice(n, min(n, _QUERIES + held), replace=False)
+        held = min(
+            max(policy.held[0], min(policy.held[1], n // policy.held_of)), n // 4
+        )
+        rows = rng.choice(n, min(n, policy.queries + held), replace=False)
         keys = rng.choice(
-            m, min(m, _MOST_KEYS, max(_FEWEST_KEYS, m // 2)), replace=False
+            m, min(m, policy.most_keys, max(policy.fewest_keys, m // 2)), replace=False
         )
         query = host_rows(head.query, rows)
         return PlanningSample(
@@ -119,18 +108,19 @@ class Whitening:
     @staticmethod
     def fit(sample: PlanningSample) -> "Whitening":
         """Fit the whitening to a sample; raise ``RefusalError`` if squares overflow."""
+        policy = POLICY.sample
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             center, near, longest = _near_keys(sample.key)
             key = near * near.dtype.type(sample.scale)
             second = (key.T @ key).astype(np.float64) / len(key)
-            mass = _log_mass(sample.query, key[:_MASS_KEYS])
+            mass = _log_mass(sample.query, key[: policy.mass_keys])
             mean, covariance, level = _query_law(sample.query, mass, second)
             _check_finite(second, covariance)
             root = np.linalg.cholesky(covariance)
             spread, turn = np.linalg.eigh(root.T @ second @ root)
             spread, turn = np.maximum(spread[::-1], 0.0), turn[:, ::-1]
             to_key, to_query = root @ turn, np.linalg.solve(root.T, turn)
-            some = key[:_FEWEST_KEYS].astype(np.float64)
+            some = key[: policy.fewest_keys].astype(np.float64)
             log = some @ mean + 0.5 * np.sum((some @ to_key) ** 2, axis=1)
             offset = -float(np.log(np.mean(np.exp(log - log.max()))) + log.max())
             _check_finite(to_query, np.asarray(offset))
@@ -141,7 +131,7 @@ class Whitening:
             np.append(mean @ to_query, 0.0),
             spread,
             offset,
-            max(_LIMIT * level, 0.01),
+            max(policy.limit * level, 0.01),
             longest,
             effective(np.exp(-2 * mass)) / len(mass),
             sample.scale,
@@ -187,8 +177,8 @@ def _near_keys(key: Array) -> tuple[Array, Array, float]:
         center = key[keep].mean(axis=0, dtype=np.float64)
         centred = key - center.astype(key.dtype)
         length = np.einsum("ij,ij->i", centred, centred)
-        median, high = np.quantile(length, [0.5, _TAIL])
-        longest = float(max(2 * _LIMIT * median, high))
+        median, high = np.quantile(length, [0.5, POLICY.sample.quantile])
+        longest = float(max(2 * POLICY.sample.limit * median, high))
         _check_finite(np.asarray(longest))
         keep = length <= longest
         if keep.all():
@@ -212,6 +202,7 @@ def _log_mass(query: Array, key: Array) -> Array:
 
 def _query_law(query: Array, mass: Array, second: Array) -> tuple[Array, Array, float]:
     """Weighted mean and covariance of the queries, and their mean logit variance."""
+    policy = POLICY.sample
     q = query.astype(np.float64)
     weight = _query_weights(mass, q.shape[1])
     keep = np.ones(len(q), dtype=bool)
@@ -221,12 +212,12 @@ def _query_law(query: Array, mass: Array, second: Array) -> tuple[Array, Array, 
         mean = share @ q
         variance = np.sum(((q - mean) @ second) * (q - mean), axis=1)
         level = float(share @ variance)
-        before, keep = keep, variance <= _LIMIT * level
+        before, keep = keep, variance <= policy.limit * level
         keep |= ~keep.any()
         if (keep == before).all():
             break
-    covariance = (1 - _BLEND) * _scatter(q, mean, share)
-    covariance += _BLEND * _scatter(q, mean, keep / keep.sum())
+    covariance = (1 - policy.blend) * _scatter(q, mean, share)
+    covariance += policy.blend * _scatter(q, mean, keep / keep.sum())
     d = len(covariance)
     floor = _RIDGE * np.trace(covariance) / d + _ROUNDING * (mean @ mean) + 1e-60
     return mean, covariance + floor * np.eye(d), level

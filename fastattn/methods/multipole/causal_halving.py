@@ -12,7 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from fastattn.costs.work import exact_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import exact_work
 from fastattn.problem.causal_chunks import (
     Answer,
     concat_rows,
@@ -23,11 +24,6 @@ from fastattn.problem.head import Head
 from fastattn.problem.plan import ConfiguredMethod
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
-
-# a rectangle must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# the most halvings: the triangles that remain are small next to the rectangles
-_DEEPEST = 8
 
 # maps a rectangle, a budget and the method configured for another rectangle of the
 # size, if there is one, to a configured method
@@ -72,22 +68,22 @@ def configured_halves(head: Head, make: Maker, limit: float) -> ConfiguredMethod
     prefix_lengths = to_host(head.prefix_lengths)
     levels: list[ConfiguredMethod] = []
     work = exact_work(*head.sizes, logits=head.logits)
-    while len(levels) < _DEEPEST:
+    while len(levels) < POLICY.multipole.deepest:
         found = list(_rectangles(prefix_lengths, len(levels)))
         largest = max(found, key=lambda x: x.logits)
         if not largest.logits:
             break
         exact = exact_work(*head.sizes, logits=largest.logits)
         # a method that the user requested runs at the first level whatever the cost
-        most = _TIME_SHARE * exact if levels or math.isfinite(limit) else math.inf
+        most = POLICY.time_share * exact if levels or math.isfinite(limit) else math.inf
         try:
             configured = make(largest.of(head), most, None)
         except RefusalError:
             if levels:
                 break
             raise
-        share = configured.plan.predicted_seconds / seconds(exact)
-        if levels and share > _TIME_SHARE:
+        share = configured.plan.work / exact
+        if levels and share > POLICY.time_share:
             break
         area = sum(x.logits for x in found)
         work -= (1 - share) * exact_work(*head.sizes, logits=area)
@@ -103,7 +99,7 @@ def _configured(
     levels: list[ConfiguredMethod], make: Maker, work: float
 ) -> ConfiguredMethod:
     """Combine the levels; the plan names the parameters of the largest rectangle."""
-    plan = replace(levels[0].plan, predicted_seconds=seconds(work))
+    plan = replace(levels[0].plan, work=work)
 
     def retighten(factor: float) -> ConfiguredMethod:
         changed = [x.retighten(factor) for x in levels if x.retighten is not None]

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastattn._ops.clusters import partition, regroup
 from fastattn._ops.multipole import BlockStatistics, describe, multipole
+from fastattn.costs.policy import POLICY
 from fastattn.problem.head import gather_rows
 from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import (
@@ -23,15 +24,6 @@ from sketching._lib.arrays import (
     to_host,
 )
 from sketching._lib.certificate import RefusalError
-
-# rows of a block on which the weights of clusters are estimated
-_SAMPLED_ROWS = 64
-# rows are unreliable if their estimated squared error exceeds _OUTLYING / (s + _MORE)
-# times the mean, where s is the share of near keys; at most this share of the rows is
-_OUTLYING, _MORE = 2.0, 0.05
-_DOUBTED = 0.018
-# rounds of k-means over the queries: the error grows with distances from block means
-_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,10 +160,10 @@ class Clusters:
             least=max(1, min(size // 4, n // 2)),
             most=2 * size,
         )
-        for _ in range(_ROUNDS):
+        for _ in range(POLICY.multipole.rounds):
             order, cuts = regroup(scaled, order, start=cuts)
         query = xp.take(query, order, axis=0)
-        statistics = describe(query, cuts=cuts, rows=_SAMPLED_ROWS)
+        statistics = describe(query, cuts=cuts, rows=POLICY.multipole.sampled_rows)
         return Blocks(query, cuts, BlockStatistics(*statistics), order)
 
     def cluster_logit_variance(self, blocks: Blocks) -> float:
@@ -256,11 +248,12 @@ def largest_row_error(error: Array, near: float) -> float:
     The smaller the share ``near`` of near keys, the cheaper are the other rows next to
     an exact one, and the larger must be the error of a row that is recomputed.
     """
+    policy = POLICY.multipole
     xp, n = array_namespace(error), error.shape[0]
     # if an estimate is not finite there is no mean to compare with
     mean = float(xp.mean(error))
-    most = float(xp.sort(error)[n - 1 - int(_DOUBTED * n)])
-    large = _OUTLYING / (near + _MORE) * mean
+    most = float(xp.sort(error)[n - 1 - int(policy.most_outliers * n)])
+    large = policy.outlying / (near + policy.outlying_more) * mean
     return max(most, large) if math.isfinite(mean) else most
 
 

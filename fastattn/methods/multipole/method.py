@@ -9,7 +9,8 @@ import numpy as np
 from fastattn._ops.quantized import multiplies_quantized
 from fastattn.certificates.certify import certified
 from fastattn.certificates.sampled import ROWS, SharedSampling
-from fastattn.costs.work import multipole_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import multipole_work
 from fastattn.methods.multipole.causal_halving import configured_halves
 from fastattn.methods.multipole.clusters import Blocks, Clusters, sampled_logit_variance
 from fastattn.methods.multipole.threshold_search import Choice, Counts, Trial, choose
@@ -20,45 +21,11 @@ from fastattn.problem.plan import (
     HeadAnswer,
     Plan,
 )
-from fastattn.problem.rows import SAMPLE, sample_rows
+from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import Transform, balance
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_integer, check_number
-
-# default keys per cluster: in full precision, and where int8/bfloat16 matmuls make near
-# keys cheap; the number of clusters is at most _MOST sqrt(m)
-_KEYS, _MORE_KEYS = 128, 256
-_MOST = 2.0
-# clusters per group of shared first moments, and the most groups
-_CLUSTERS = 16
-_GROUPS = 16
-# the most groups at tolerances from _LARGE_TOL on: fewer groups are faster there
-_FEW_GROUPS, _LARGE_TOL = 4, 0.02
-# queries per block in units of sqrt(n): in full precision, and where near keys are
-# cheap; divided by _FEWER while cluster_logit_variance is too large, down to _FEWEST
-_QUERIES, _MORE_QUERIES = 2.83, 6.0
-_FEWER = 4
-_FEWEST = 16
-# least tolerance for matmuls of near keys with logit factors in int8 or bfloat16: on
-# transformer heads their rounding causes an error of a quarter of it at most
-_LEAST_TOL = {"int8": 0.02, "bfloat16": 0.005}
-# int8 is used if no entry of a key column is above so many standard deviations
-_OUTSTANDING = 12.0
-# largest cluster_logit_variance: mean square of (q - block mean) . (k - cluster mean)
-_LARGEST_VARIANCE = 1.5
-# rows of the sample that estimates this variance: at least, and per cluster
-_SAMPLE, _A_CLUSTER = 1024, 8
-# under a budget, balanced coordinates are fitted to one row in so many
-_SAMPLED = 4
-# a sampled variance refuses a head above _CLEARLY _LARGEST_VARIANCE, or above _USELESS
-# times the mean square of all logits, which clusters must reduce
-_CLEARLY = 1.25
-_USELESS = 0.55
-# most runs where the threshold is not given and the certificate misses the tolerance
-_TRIES = 3
-# target of the later runs, as a share of the tolerance
-_LESS = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +91,11 @@ class Multipole(Configurable):
         configured = self.configure(head, tol, guarantee, rng)
         shared = SharedSampling()
         answer = certified(head, configured, tol, rng, shared)
-        for _ in range(_TRIES - 1):
+        for _ in range(POLICY.multipole.tries - 1):
             if answer.error <= tol or configured.retighten is None:
                 break
             # scale the target by how far the certificate missed the tolerance
-            configured = configured.retighten(_LESS * tol / answer.error)
+            configured = configured.retighten(POLICY.retarget * tol / answer.error)
             answer = certified(head, configured, tol, rng, shared)
         if answer.error <= tol:
             return answer
@@ -186,6 +153,7 @@ def configured_multipole(
         As soon as the work is predicted to exceed ``limit``, or if no threshold
         meets ``wanted``.
     """
+    policy = POLICY.multipole
     method = Multipole() if method is None else method
     if head.prefix_lengths is not None:
         return _by_halves(head, wanted, rng, limit, method, reason)
@@ -194,9 +162,9 @@ def configured_multipole(
         raise RefusalError("there is no key to cluster: use Exact() or Auto()")
     cost = Cost(n, m, d, p, low_precision=_low_precision(head, wanted))
     count = method.clusters or clusters_for(
-        m, _MORE_KEYS if cost.low_precision else _KEYS
+        m, policy.cheap_keys if cost.low_precision else policy.keys
     )
-    groups = _FEW_GROUPS if wanted >= _LARGE_TOL else _GROUPS
+    groups = policy.few_groups if wanted >= policy.large_tol else policy.groups
     clusters, blocks = arrange(head, count, cost, limit, rng, groups)
     cost = replace(cost, blocks=len(blocks.cuts) - 1)
 
@@ -206,7 +174,7 @@ def configured_multipole(
         retighten: Callable[[float], ConfiguredMethod] | None,
     ) -> ConfiguredMethod:
         made = Multipole(len(clusters.group), found.threshold)
-        plan = Plan(made, found.error, seconds(cost(found.counts)), reason)
+        plan = Plan(made, found.error, cost(found.counts), reason)
 
         def run(head: Head) -> tuple[Array, ...]:
             return clusters.query(head.query, found.threshold, blocks)
@@ -290,9 +258,9 @@ def _low_precision(head: Head, wanted: float) -> str:
     """Precision of the matmuls of near keys; empty for full precision."""
     if head.dtype != head.xp.float32 or not multiplies_quantized(head.query):
         return ""
-    if wanted >= _LEAST_TOL["int8"] and not _stands_out(head):
+    if wanted >= POLICY.multipole.int8_tol and not _stands_out(head):
         return "int8"
-    return "bfloat16" if wanted >= _LEAST_TOL["bfloat16"] else ""
+    return "bfloat16" if wanted >= POLICY.multipole.bfloat16_tol else ""
 
 
 def _stands_out(head: Head) -> bool:
@@ -300,12 +268,12 @@ def _stands_out(head: Head) -> bool:
     xp = head.xp
     key = xp.astype(head.key, head.dtype, copy=False)
     step, deviation = xp.abs(key - xp.mean(key, axis=0)), xp.std(key, axis=0)
-    return bool(xp.any(xp.max(step, axis=0) > _OUTSTANDING * deviation))
+    return bool(xp.any(xp.max(step, axis=0) > POLICY.multipole.outstanding * deviation))
 
 
-def clusters_for(m: int, keys: int = _KEYS) -> int:
+def clusters_for(m: int, keys: int) -> int:
     """Number of clusters for ``m`` keys, about ``keys`` in each."""
-    return max(1, min(m // keys, int(_MOST * math.sqrt(m))))
+    return max(1, min(m // keys, int(POLICY.multipole.most_clusters * math.sqrt(m))))
 
 
 def arrange(
@@ -314,12 +282,13 @@ def arrange(
     cost: Cost,
     limit: float,
     rng: np.random.Generator,
-    groups: int = _GROUPS,
+    groups: int,
 ) -> tuple[Clusters, Blocks]:
     """Cluster the keys and sort the queries into small enough blocks."""
+    policy = POLICY.multipole
     n, clusters = head.sizes[0], None
-    each = _MORE_QUERIES if cost.low_precision else _QUERIES
-    size = max(_FEWEST, int(each * math.sqrt(n)))
+    each = policy.cheap_queries if cost.low_precision else policy.queries
+    size = max(policy.fewest, int(each * math.sqrt(n)))
     while True:
         floor = replace(cost, blocks=-(-n // size))(Counts(0, 0, count))
         if floor > limit:
@@ -332,12 +301,12 @@ def arrange(
             clusters = replace(clusters, low_precision=cost.low_precision)
             blocks = clusters.arrange(head.query, size)
             variance = clusters.cluster_logit_variance(blocks)
-        if variance <= _LARGEST_VARIANCE:
+        if variance <= policy.largest_variance:
             return clusters, blocks
         # smaller blocks reduce the variance, but rarely stay within a budget
-        if size == _FEWEST or math.isfinite(limit):
+        if size == policy.fewest or math.isfinite(limit):
             break
-        size = max(size // _FEWER, _FEWEST)
+        size = max(size // policy.fewer, policy.fewest)
     # the certificate compares all rows of such a head, and holds in any case
     if n <= ROWS:
         return clusters, blocks
@@ -348,11 +317,17 @@ def _glance(
     query: Array, key: Array, transform: Transform, size: int, blocks: int, count: int
 ) -> None:
     """Raise ``RefusalError`` if a sample shows too large a variance in clusters."""
-    every = -(-max(len(query), len(key)) // max(_SAMPLE, _A_CLUSTER * count))
+    policy = POLICY.multipole
+    every = -(
+        -max(len(query), len(key))
+        // max(policy.sample, policy.sample_a_cluster * count)
+    )
     few = slice(0, None, every)
     variance = sampled_logit_variance(query[few], key[few], transform, blocks, count)
     whole = float(transform.scales @ transform.scales)
-    if not variance <= min(_CLEARLY * _LARGEST_VARIANCE, _USELESS * whole):
+    if not variance <= min(
+        policy.clearly * policy.largest_variance, policy.useless * whole
+    ):
         raise RefusalError(_too_far(size, variance))
 
 
@@ -371,16 +346,20 @@ def _cluster(
     rng: np.random.Generator,
     groups: int,
 ) -> Clusters:
-    few = SAMPLE
+    policy = POLICY.multipole
+    few = POLICY.statistics.sample
     if math.isfinite(limit):
         # under a budget most heads are refused, which must be cheap
-        few = min(SAMPLE, max(_SAMPLE, max(head.sizes[:2]) // _SAMPLED))
+        few = min(
+            POLICY.statistics.sample,
+            max(policy.sample, max(head.sizes[:2]) // policy.sampled),
+        )
     query, key = sample_rows(head, rng, few)
     transform = balance(query, key, head.scale, queries=False)
     if math.isfinite(limit):
         # refuse most unsuitable heads before clustering
         _glance(query, key, transform, size, -(-head.sizes[0] // size), count)
-    groups = min(groups, max(1, count // _CLUSTERS))
+    groups = min(groups, max(1, count // policy.group_clusters))
     return Clusters.of(
         head.key, head.value, transform, head.scale, clusters=count, groups=groups
     )

@@ -13,32 +13,14 @@ import numpy as np
 from fastattn._ops.softmax import attend
 from fastattn.certificates.ratio_estimate import FIRST, importance_probabilities
 from fastattn.certificates.sampled import sampled_rows
+from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
 from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_error
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
-# most blocks of the sample, one for so many queries
-_BLOCKS = 16
-_QUERIES_A_BLOCK = 1024
-# initial guess: threshold _TYPICAL[0] gives the error _TYPICAL[1] with _KEYS keys; for
-# m keys the threshold is proportional to m ** -_THINNER, and the error to threshold **
-# _SLOPE, whose estimates are clipped to _SLOPES
-_TYPICAL, _KEYS = (2.4e-4, 0.045), 1 << 15
-_THINNER = 0.85
-_SLOPE, _SLOPES = 0.8, (0.4, 1.2)
-# the number of near keys is proportional to threshold ** -_CROWD
-_CROWD = 0.9
-_TRIES = 4
-# target error as a share of the wanted one
-_AIM = 0.85
-# a trial whose error is within this factor of the target ends the search
-_CLOSE = 1.5
-# least and largest threshold
-_SMALLEST, _LARGEST = 1e-10, 0.3
 # an error that counts as zero
 _NOTHING = 1e-14
-# the search is given up where predicted work exceeds the budget by this factor
-_HOPE = 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +68,10 @@ class Trial:
     @staticmethod
     def of(clusters: Clusters, blocks: Blocks, rng: np.random.Generator) -> "Trial":
         """Draw rows and compute them exactly."""
+        policy = POLICY.threshold
         n = int(blocks.cuts[-1])
         sizes = np.diff(blocks.cuts)
-        count = min(len(sizes), max(4, min(_BLOCKS, n // _QUERIES_A_BLOCK)))
+        count = min(len(sizes), max(4, min(policy.blocks, n // policy.queries_a_block)))
         total = sampled_rows(n)
         # equally many rows of each block, weighted by the size of the block
         some = np.sort(rng.choice(len(sizes), count, replace=False))
@@ -139,36 +122,39 @@ def choose(
         As soon as the work is predicted to exceed the budget ``limit``, or if no
         threshold gives the error.
     """
-    aim = _AIM * wanted
+    policy = POLICY.threshold
+    aim = policy.aim * wanted
     # zero after a certificate that was infinite
     if not aim > 0:
         raise RefusalError(f"no threshold gives an error of {wanted:.1e}: use Exact()")
-    slope, (typical, error) = _SLOPE, _TYPICAL
-    typical *= (_KEYS / trial.clusters.key.shape[0]) ** _THINNER
-    threshold = min(typical * (aim / error) ** (1 / slope), _LARGEST)
-    best, last = None, None
-    for _ in range(_TRIES):
+    typical, error = policy.typical
+    typical *= (policy.keys / trial.clusters.key.shape[0]) ** policy.thinner
+    law = PowerLaw(typical, error, policy.slope)
+    threshold, best = min(law.solve(aim), policy.largest), None
+    for number in range(policy.tries):
         error, counts = trial.run(threshold)
         if not math.isfinite(error):
             raise RefusalError("sums over clusters are not finite: use Exact()")
         here = Choice(threshold, error, counts)
-        if last is not None and last.error > _NOTHING < error:
-            change = math.log(threshold / last.threshold)
-            slope = math.log(error / last.error) / change if change else slope
-            slope = min(max(slope, _SLOPES[0]), _SLOPES[1])
-        there = _scaled(here, aim, slope)
+        now = threshold, max(error, _NOTHING)
+        if number and law.y > _NOTHING < error and law.x != threshold:
+            least, most = policy.slopes
+            law = PowerLaw.fit((law.x, law.y), now, least=least, most=most)
+        else:
+            law = PowerLaw(*now, law.exponent)
+        there = _scaled(here, aim, law)
         work = cost(there.counts)
-        if work > limit * _HOPE:
+        if work > limit * policy.hope:
             raise RefusalError(_too_much(there, work, limit))
-        close = aim / _CLOSE <= error <= aim * _CLOSE
+        close = aim / policy.close <= error <= aim * policy.close
         if close or (error <= aim and there.threshold == threshold):
             best = there
             break
         if error <= aim and (best is None or threshold > best.threshold):
             best = here
-        if there.threshold < _SMALLEST:
+        if there.threshold < policy.smallest:
             break
-        threshold, last = there.threshold, here
+        threshold = there.threshold
     if best is None:
         raise RefusalError(
             f"no threshold gives an error of {wanted:.1e}: {here.threshold:.1e} gives "
@@ -179,13 +165,12 @@ def choose(
     return best
 
 
-def _scaled(choice: Choice, aim: float, slope: float) -> Choice:
+def _scaled(choice: Choice, aim: float, law: PowerLaw) -> Choice:
     """Extrapolate to the threshold at which the error is ``aim``."""
-    factor = (aim / max(choice.error, _NOTHING)) ** (1 / slope)
-    threshold = min(choice.threshold * factor, _LARGEST)
+    threshold = min(law.solve(aim), POLICY.threshold.largest)
     factor = threshold / choice.threshold
-    near = choice.counts.near * factor**-_CROWD
-    error = choice.error * factor**slope
+    near = choice.counts.near * factor**-POLICY.threshold.crowd
+    error = choice.error * factor**law.exponent
     return Choice(threshold, error, replace(choice.counts, near=near))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fastattn.certificates.certify import certified, run_proven
 from fastattn.certificates.sampled import SharedSampling
-from fastattn.costs.work import polynomial_work, seconds
+from fastattn.costs.work import polynomial_work
 from fastattn.methods.lowrank.causal_cost import chunk_work, lowrank_cost
 from fastattn.methods.lowrank.prefixes import lowrank_by_prefixes
 from fastattn.methods.lowrank.structure import LowRank
@@ -253,7 +253,7 @@ def configured_polynomial(
     if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
     error = math.nan if math.isinf(expansion.bound) else expansion.bound
-    plan = Plan(method, error, seconds(work), reason)
+    plan = Plan(method, error, work, reason)
     return ConfiguredMethod(
         plan, expansion.answer, expansion.bound, log_errors=expansion.log_errors
     )
@@ -266,7 +266,7 @@ def configured_lowrank(
     rank, landmarks = empty.rank, empty.landmarks
     method = Polynomial(rank=rank, landmarks=landmarks, basis="hermite")
     work = lowrank_cost(head)(rank, landmarks)
-    plan = Plan(method, predicted_error, seconds(work), reason)
+    plan = Plan(method, predicted_error, work, reason)
 
     def run(head: Head) -> tuple[Array, Array, Array]:
         if head.prefix_lengths is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastattn.certificates.certify import certified
 from fastattn.certificates.ratio_estimate import FAILURE
+from fastattn.costs.policy import POLICY
 from fastattn.methods.exact import Exact
 from fastattn.methods.multipole.clusters import Clusters
 from fastattn.prepared.clusters.tree import RowField, Tree
@@ -30,19 +31,6 @@ from sketching._lib.arrays import (
     to_host,
 )
 from sketching._lib.certificate import Certificate, RefusalError
-
-# all keys are clustered anew once recent keys exceed this number and this share of all
-_LEAST = 1024
-_SHARE = 0.25
-# smallest batch of queries for which blocks are faster: for fewer, the rows that
-# certify the answer cost as much
-_BATCH = 1024
-# queries of a block: a multiple of the root of their number
-_QUERIES = 2.83
-_FEWEST = 16
-# clusters of a group, and the largest number of groups
-_CLUSTERS = 16
-_GROUPS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,10 +121,11 @@ class MultipoleHead:
         return self._with(other.buffer.key, other.buffer.value)
 
     def _with(self, key: Array, value: Array) -> "MultipoleHead":
+        policy = POLICY.prepared
         buffer, rows = self.buffer.append(key, value), self.rows
         metric = self.transform.scales
         tail = buffer.count - int(self.start[-1])
-        if tail <= max(_LEAST, _SHARE * buffer.count):
+        if tail <= max(policy.recent_keys, policy.recent_share * buffer.count):
             if rows is not None:
                 rows, buffer = rows.inserted(buffer, key.shape[0], metric)
             return replace(self, buffer=buffer, rows=rows)
@@ -160,7 +149,7 @@ class MultipoleHead:
         shift = xp.matmul(wide, move(self.scale * self.transform.key_center))
         head = Head(turned, self.buffer.key, self.buffer.value, 1.0)
         found = None
-        if query.shape[0] >= _BATCH and len(self.group):
+        if query.shape[0] >= POLICY.prepared.batch and len(self.group):
             found = self._by_clusters(head, tol, rng)
         elif self.rows is not None:
             found = self._by_rows(query, turned)
@@ -200,7 +189,7 @@ class MultipoleHead:
         clusters = _clusters_of(
             self.buffer, self.start, self.group, self.transform.scales
         )
-        size = max(_FEWEST, int(_QUERIES * np.sqrt(n)))
+        size = max(POLICY.multipole.fewest, int(POLICY.multipole.queries * np.sqrt(n)))
         blocks = clusters.arrange(head.query, size)
         value, logarithm, *rest = clusters.query(
             head.query, self.plan.method.threshold, blocks
@@ -289,10 +278,11 @@ def _unpack_rows(
 
 def _cluster(buffer: KVBuffer, metric: Array, count: int) -> Clusters:
     """Cluster keys that are in balanced coordinates already."""
+    policy = POLICY.multipole
     d = buffer.keys.shape[1]
     zero, one = np.zeros(d), np.eye(d)
     plain = Transform(zero, zero, one, one, zero, metric)
-    groups = min(_GROUPS, max(1, count // _CLUSTERS))
+    groups = min(policy.groups, max(1, count // policy.group_clusters))
     return Clusters.of(
         buffer.key, buffer.value, plain, 1.0, clusters=max(count, 1), groups=groups
     )

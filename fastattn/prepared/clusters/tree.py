@@ -27,10 +27,11 @@ from fastattn._ops.multipole_rows import multipole_rows, summarise
 from fastattn.certificates.certify import recompute_rows
 from fastattn.certificates.ratio_estimate import Margin, RatioEstimate
 from fastattn.certificates.sampled import SampledError
+from fastattn.costs.policy import POLICY
+from fastattn.costs.power_law import PowerLaw
 from fastattn.costs.rates import rates
 from fastattn.costs.work import exact_work
 from fastattn.prepared.held_out import (
-    FEWEST_QUERIES,
     MARGINS,
     HeldOutQueries,
     QuerySplit,
@@ -39,32 +40,6 @@ from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
 from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.partial_softmax import merge_partials
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
-
-# mean number of keys of a leaf, and of a cluster of recent keys
-_LEAF, _CLUSTER = 16, 128
-# with fewer keys exact attention is faster
-FEWEST_KEYS = 8192
-# recent keys go into the tree once they exceed this number and this share of all
-_TAIL, _SHARE = 1024, 1 / 64
-# rows must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# time of one multiply-add of a row, in those of a matrix product; and number of rows
-# whose exact attention takes as long as reading the keys
-_RATE, _READ = 8.5, 4
-# queries that the threshold is chosen on, and queries that it is checked on
-_TRIAL, _CHECK = 128, 512
-# initial threshold, in units of the standard deviation of values within clusters; the
-# exponent of the error as a power of the threshold; tries
-_TYPICAL, _SLOPE, _TRIES = 0.005, 0.6, 4
-_SMALLEST, _LARGEST = 1e-7, 1.0
-# share of the tolerance that the trial aims at, and the factor below at which it ends
-_AIM, _CLOSE = 0.7, 1.3
-# the same share of the next try, where held-out queries missed the tolerance
-_LESS = 0.85
-# rows with an estimated error above this multiple of the largest of the trial are exact
-_OUTLYING = 4.0
-# the largest error among the checked queries is added this many times
-_UNSEEN = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,17 +72,24 @@ class Tree:
         value_center: Array | None = None,
     ) -> tuple[Array, "Tree"]:
         """Partition keys, or their clusters ``cuts``; returns the new order first."""
+        policy = POLICY.tree
         xp, m = array_namespace(key), key.shape[0]
         order = xp.arange(m, device=device_of(key))
         if cuts is None:
             order, cuts = partition(
-                scaled, parts=-(-m // _CLUSTER), least=_LEAF, most=2 * _CLUSTER
+                scaled,
+                parts=-(-m // policy.cluster),
+                least=policy.leaf,
+                most=2 * policy.cluster,
             )
             scaled = xp.take(scaled, order, axis=0)
         parts, start, first = [], [0], [0]
         for lo, hi in pairwise(cuts):
             own, ends = partition(
-                scaled[lo:hi, :], parts=-(-(hi - lo) // _LEAF), least=1, most=2 * _LEAF
+                scaled[lo:hi, :],
+                parts=-(-(hi - lo) // policy.leaf),
+                least=1,
+                most=2 * policy.leaf,
             )
             parts.append(order[lo:hi][own])
             start.extend(lo + ends[1:])
@@ -199,10 +181,11 @@ class RowField:
         head: Head, to_query: Array, tol: float, rng: np.random.Generator
     ) -> "RowField | None":
         """Hold out queries; None if there are too few to choose and to certify."""
-        if head.sizes[0] < 2 * FEWEST_QUERIES:
+        policy = POLICY.tree
+        if head.sizes[0] < 2 * POLICY.prepared.fewest_queries:
             return None
         split, xp, p = QuerySplit.of(head, rng), head.xp, head.sizes[3]
-        some = rng.permutation(split.rest.shape[0])[: _TRIAL + _CHECK]
+        some = rng.permutation(split.rest.shape[0])[: policy.trial + policy.check]
         rest = gather_rows(split.rest, some)
         held_out, rest = (
             xp.matmul(xp.astype(x, to_query.dtype, copy=False), to_query)
@@ -227,7 +210,7 @@ class RowField:
     ) -> tuple["RowField", KVBuffer]:
         """Make a tree over clustered keys, which stay within their clusters."""
         none = self.empty()
-        if buffer.count < FEWEST_KEYS:
+        if buffer.count < POLICY.tree.fewest_keys:
             return none, buffer
         order, tree = Tree.of(
             buffer.key, buffer.value, _scaled(buffer.key, metric), cuts
@@ -238,7 +221,7 @@ class RowField:
         truth, _ = Head(self.queries, buffer.key, buffer.value, 1.0).attend()
         tol = aim = self.held_out.tol
         for margin in MARGINS:
-            found = found._tried(buffer, to_host(truth), _AIM * aim)
+            found = found._tried(buffer, to_host(truth), POLICY.tree.aim * aim)
             if not found.is_faster(1, buffer):
                 break
             found = found._checked(buffer, to_host(truth), margin)
@@ -248,19 +231,20 @@ class RowField:
             assert found.sampled is not None
             if found.sampled.upper <= tol:
                 return found, buffer
-            aim *= _LESS * tol / found.sampled.upper
+            aim *= POLICY.prepared.retarget * tol / found.sampled.upper
         return none, buffer
 
     def inserted(
         self, buffer: KVBuffer, count: int, metric: Array
     ) -> tuple["RowField", KVBuffer]:
         """Add ``count`` keys at the end to the tail; move a long tail into the tree."""
+        policy = POLICY.tree
         if self.tree is None:
             return self, buffer
         last = buffer.count - count
         key, value = buffer.key[last:, :], buffer.value[last:, :]
         held_out, end = self.held_out.with_buffered(key, value), self.tree.count
-        if buffer.count - end <= max(_TAIL, _SHARE * buffer.count):
+        if buffer.count - end <= max(policy.tail, policy.tail_share * buffer.count):
             return replace(self, held_out=held_out).with_error_estimate(), buffer
         xp, key = array_namespace(buffer.keys), buffer.key[end:, :]
         order, tree = Tree.of(
@@ -278,8 +262,8 @@ class RowField:
     def is_faster(self, n: int, buffer: KVBuffer) -> bool:
         """Whether ``n`` rows are predicted to be faster than exact attention."""
         m, p = buffer.value.shape
-        exact = exact_work(n + _READ, m, buffer.keys.shape[1], p)
-        return n * _RATE * self.work <= _TIME_SHARE * exact
+        exact = exact_work(n + POLICY.tree.reading_rows, m, buffer.keys.shape[1], p)
+        return n * POLICY.tree.rate * self.work <= POLICY.time_share * exact
 
     def serves(self, n: int, buffer: KVBuffer) -> bool:
         """Whether ``n`` rows are answered by the tree: within ``tol`` and faster."""
@@ -308,7 +292,9 @@ class RowField:
     def with_error_estimate(self) -> "RowField":
         """Set the certified error by held-out queries; at least ``checked``."""
         found = self.held_out.error()
-        text = f"{found.source}; {self.queries.shape[0] - _TRIAL} other queries"
+        text = (
+            f"{found.source}; {self.queries.shape[0] - POLICY.tree.trial} other queries"
+        )
         text = f"{text} showed {self.checked:.2e} when the keys were clustered"
         upper = max(found.upper, self.checked)
         return replace(self, sampled=replace(found, upper=upper, source=text))
@@ -337,25 +323,26 @@ class RowField:
 
     def _tried(self, buffer: KVBuffer, truth: Array, aim: float) -> "RowField":
         """Choose the threshold whose error is ``aim``."""
+        policy = POLICY.tree
         assert self.tree is not None
-        query, truth = self.queries[:_TRIAL, :], truth[:_TRIAL]
+        query, truth = self.queries[: policy.trial, :], truth[: policy.trial]
         unit = float(np.sqrt(np.mean(to_host(self.tree.clusters)[:, -3] ** 2))) or 1.0
-        size, threshold = float(np.linalg.norm(truth)), _TYPICAL
-        for _ in range(_TRIES):
+        size, threshold = float(np.linalg.norm(truth)), policy.typical
+        for _ in range(policy.tries):
             value, _, row_error, counts = self.tree.evaluate(
                 query, buffer, unit * threshold
             )
             error = float(np.linalg.norm(to_host(value) - truth)) / (size or 1.0)
             tried = threshold
-            change = (aim / max(error, 1e-9)) ** (1 / _SLOPE)
-            threshold = min(max(threshold * change, _SMALLEST), _LARGEST)
-            if aim / _CLOSE <= error <= aim or threshold == tried:
+            law = PowerLaw(tried, max(error, 1e-9), policy.slope)
+            threshold = min(max(law.solve(aim), policy.smallest), policy.largest)
+            if aim / policy.close <= error <= aim or threshold == tried:
                 break
         leaves, near = counts.mean(axis=0)
         d, p, softmax = buffer.keys.shape[1], truth.shape[1], rates().softmax
         work = (len(self.tree.first) - 1 + leaves) * (3 * d + p + softmax)
         work += near * (d + p + softmax)
-        limit = _OUTLYING * float(to_host(row_error).max())
+        limit = policy.outlying * float(to_host(row_error).max())
         return replace(self, threshold=unit * tried, limit=limit, work=float(work))
 
     def _checked(self, buffer: KVBuffer, truth: Array, margin: float) -> "RowField":
@@ -363,14 +350,15 @@ class RowField:
 
         Few rows may have most of the error: held-out queries alone may miss them.
         """
-        truth = truth[_TRIAL:].astype(np.float64)
-        value, _ = self._summed(self.queries[_TRIAL:, :], buffer)
+        policy = POLICY.tree
+        truth = truth[policy.trial :].astype(np.float64)
+        value, _ = self._summed(self.queries[policy.trial :, :], buffer)
         squares = np.sum((to_host(value) - truth) ** 2, axis=1)
         sizes = np.sum(truth**2, axis=1)
         # the population, queries to come, is infinite: no finite-population factor
         found = RatioEstimate(squares, math.inf, sizes=sizes)
         checked = (
-            math.sqrt(found.upper_ratio(Margin(margin, _UNSEEN)))
+            math.sqrt(found.upper_ratio(Margin(margin, policy.unseen)))
             if squares.any()
             else 0.0
         )

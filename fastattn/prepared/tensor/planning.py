@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from fastattn.certificates.accumulation import MAX_BLOCKS, with_room
-from fastattn.costs.work import exact_work, polynomial_work, seconds
+from fastattn.costs.policy import POLICY
+from fastattn.costs.work import exact_work, polynomial_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
@@ -22,11 +23,6 @@ from fastattn.tensor.polynomial import (
 )
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.certificate import RefusalError
-
-# a state must be predicted to take at most this share of exact attention's time
-_TIME_SHARE = 0.8
-# queries on which KV buffers are certified
-_SAMPLE = 16
 
 TensorStructure = TensorExactHead | TensorStateHead
 
@@ -75,8 +71,8 @@ def _prepare_cheapest(
         found = _state(task, Polynomial(), "predicted to be faster")
     except RefusalError as error:
         return _exact(task, Exact(), str(error))
-    share = found.plan.predicted_seconds / _exact_seconds(task.head)
-    if share <= _TIME_SHARE:
+    share = found.plan.work / _exact_work(task.head)
+    if share <= POLICY.time_share:
         return _filled(found, task.head)
     reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
     return _exact(task, Exact(), reason)
@@ -113,16 +109,16 @@ def _state(task: Task[TensorHead], method: Polynomial, reason: str) -> TensorSta
 def _exact(task: Task[TensorHead], method: Exact, reason: str) -> TensorStructure:
     """KV buffers."""
     head = task.head
-    plan = Plan(method, 0.0, _exact_seconds(head), reason)
+    plan = Plan(method, 0.0, _exact_work(head), reason)
     buffers = tuple(map(KVBuffer.none, head.keys, head.values))
-    rows = np.sort(task.rng.permutation(head.sizes[0])[:_SAMPLE])
+    rows = np.sort(task.rng.permutation(head.sizes[0])[: POLICY.tensor.held])
     sample = head.with_rows(rows).query
     return _filled(TensorExactHead(plan, head.scale, buffers, sample), head)
 
 
-def _exact_seconds(head: TensorHead) -> float:
+def _exact_work(head: TensorHead) -> float:
     _, *rest = head.sizes
-    return seconds(exact_work(1, *rest))
+    return exact_work(1, *rest)
 
 
 def _plan_of(
@@ -135,4 +131,4 @@ def _plan_of(
     if expansion.dtype == head.xp.float64 != head.dtype:
         work *= 2
     method = Polynomial(degree=expansion.degree, rank=rank)
-    return Plan(method, expansion.bound, seconds(work), reason)
+    return Plan(method, expansion.bound, work, reason)

@@ -12,6 +12,7 @@ from fastattn.cli import demo
 from fastattn.cli import main as cli
 from fastattn.cli.main import main
 from fastattn.costs import rates
+from fastattn.costs.policy import POLICY
 from fastattn.files import formats
 from fastattn.planning import calibration
 from tests import oracles
@@ -147,7 +148,7 @@ def test_explain_runs_what_it_explains(capsys, source):
 def test_calibrate_puts_rates_in_force(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
     rates.speed.cache_clear()
-    monkeypatch.setattr(calibration, "_ROUNDS", 1)
+    monkeypatch.setitem(vars(POLICY.calibration), "rounds", 1)
     try:
         assert json.loads(run(capsys, "info", "--json"))["rates"] == "built in"
         report = json.loads(run(capsys, "calibrate", "--json"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastattn import Exact, Polynomial, attention_vjp
+from fastattn.costs.policy import POLICY
 from fastattn.gradients import lowrank as lowrank_gradient
 from fastattn.gradients.first_chunk import first_chunk
 from fastattn.gradients.lowrank import lowrank_vjp, worth_a_try
@@ -197,10 +198,13 @@ class TestFirstChunks:
         # as if all logits took as long as they do in long heads, and polynomials failed
         head, grad, _, rng = self.problem(60)
         nothing = RankEstimate(1, 0, np.inf, 0.0, "refused", None)
+        for name, number in {
+            "few_logits": 0,
+            "many_logits": 0,
+            "landmarks": 60,
+        }.items():
+            monkeypatch.setitem(vars(POLICY.gradients), name, number)
         for name, fake in {
-            "_FEW_LOGITS": 0,
-            "_LARGE": 0,
-            "_MARKS": 60,
             "search_ranks": lambda *_, **__: [nothing],
             "vjp_work": lambda *_: 1e12,
         }.items():

@@ -6,7 +6,7 @@ import pytest
 from fastattn import Exact, attention_vjp
 from fastattn._ops.cpu.tiles import multiplies_bytes
 from fastattn._ops.gradient import attend_vjp
-from fastattn.gradients import exact as exact_gradient
+from fastattn.costs.policy import POLICY
 from tests.derivatives import problem, softmax_vjp
 
 # each number is off by up to 2 ** -9 of itself; here errors were up to 0.005
@@ -20,7 +20,7 @@ needs_pairs = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _of_any_size(monkeypatch):
     # as if the check cost nothing
-    monkeypatch.setattr(exact_gradient, "_FEW_LOGITS", 0)
+    monkeypatch.setitem(vars(POLICY.gradients), "few_rounded_logits", 0)
 
 
 def errors(found, truth):

@@ -10,7 +10,7 @@ from fastattn._ops.cpu import multipole as cpu_multipole
 from fastattn._ops.gradient import attend_vjp
 from fastattn._ops.multipole import BlockStatistics, describe, multipole
 from fastattn._ops.multipole_gradient import multipole_vjp
-from fastattn.gradients import exact as exact_gradient
+from fastattn.costs.policy import POLICY
 from fastattn.gradients import multipole as multipole_gradient
 from fastattn.gradients.multipole import cluster_vjp
 from fastattn.problem.head import Head
@@ -303,7 +303,7 @@ def wide(n):
 
 
 def test_auto_takes_clusters_where_they_pay(monkeypatch):
-    monkeypatch.setattr(multipole_gradient, "_LARGE", 1 << 24)
+    monkeypatch.setitem(vars(POLICY.multipole), "few_logits", 1 << 24)
     inputs = wide(6000)
     tried = []
 
@@ -323,9 +323,9 @@ def test_auto_takes_clusters_where_they_pay(monkeypatch):
 
 
 def test_auto_computes_exactly_what_fails_its_check(monkeypatch):
-    monkeypatch.setattr(multipole_gradient, "_LARGE", 1 << 24)
+    monkeypatch.setitem(vars(POLICY.multipole), "few_logits", 1 << 24)
     # rounded products would come in between
-    monkeypatch.setattr(exact_gradient, "ENOUGH", 1.0)
+    monkeypatch.setitem(vars(POLICY.gradients), "low_precision_tol", 1.0)
     inputs = wide(6000)
     tried = []
 

@@ -11,6 +11,7 @@ import pytest
 import fastattn
 from fastattn._ops.quantized import multiplies_quantized
 from fastattn.costs import rates as _rates
+from fastattn.costs.policy import POLICY
 from fastattn.costs.rates import Rates, cache_path, keep, rates, speed, using
 from fastattn.costs.work import exact_work, lowrank_work, multipole_work
 from fastattn.planning import calibration
@@ -59,6 +60,24 @@ def test_rates_that_are_kept_are_in_force_here_and_in_the_next_process():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == f"False {speed()}".split()
+
+
+def test_only_explanations_measure_the_speed_of_this_machine(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_rates, "_measured_product", lambda: asked.append(1) or 1e-11)
+    x = np.random.default_rng(0).standard_normal((3, 1500, 8)).astype(np.float32) / 4
+    for n in (64, 1500):
+        fastattn.attention(*x[:, :n])
+        for method in (None, fastattn.Polynomial(landmarks=8), fastattn.Multipole()):
+            answer = fastattn.approximate(*x[:, :n], tol=0.3, method=method, rng=0)
+        fastattn.attention_vjp(*x[:, :n], x[2, :n], tol=0.3, rng=0)
+    fastattn.prepare(*x[1:], queries=x[0], tol=0.3, rng=0).query(x[0])
+    fastattn.approximate(x[0, :9], (x[1, :9],) * 2, (x[2, :9],) * 2, tol=0.3, rng=0)
+    explanation = fastattn.explain(*x, tol=0.3, rng=0)
+    assert not asked
+    assert answer.plan.predicted_seconds > 0
+    assert "s  " in str(explanation)
+    assert len(asked) > 1
 
 
 def test_rates_may_be_put_in_force_for_a_while():
@@ -167,7 +186,7 @@ def test_the_fit_stays_within_reach_of_the_built_in_rates():
 
 @pytest.mark.slow
 def test_every_rate_shows_in_a_piece_and_comes_out_finite(monkeypatch):
-    monkeypatch.setattr(calibration, "_ROUNDS", 1)
+    monkeypatch.setitem(vars(POLICY.calibration), "rounds", 1)
     found, product = calibrate()
     assert 1e-13 < product < 1e-7
     assert all(x > 0 for x in dataclasses.astuple(found))

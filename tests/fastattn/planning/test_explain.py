@@ -14,7 +14,7 @@ from fastattn import (
     explain,
     load_sample,
 )
-from fastattn.planning import explanation
+from fastattn.costs.policy import POLICY
 from tests import oracles
 
 
@@ -51,7 +51,7 @@ def test_large_heads_are_judged_on_rows(monkeypatch):
     query, key, value = inputs()
     options = {"method": Polynomial(rank=9, landmarks=9), "rng": 0, "run": True}
     ((whole,),) = explain(query, key, value, tol=0.5, **options).runs
-    monkeypatch.setattr(explanation, "_LOGITS", 300 * len(key))
+    monkeypatch.setitem(vars(POLICY.auto), "explained_logits", 300 * len(key))
     ((some,),) = explain(query, key, value, tol=0.5, **options).runs
     assert some.error != whole.error
     assert some.error == pytest.approx(whole.error, rel=0.5)
@@ -59,7 +59,7 @@ def test_large_heads_are_judged_on_rows(monkeypatch):
 
 def test_refused_candidates_run_too(monkeypatch):
     query, key, value = (x[0] for x in load_sample("minilm-diffuse"))
-    monkeypatch.setattr("fastattn.planning.auto._FEW_LOGITS", 0)
+    monkeypatch.setitem(vars(POLICY.auto), "few_logits", 0)
     found = explain(query, key, value, tol=1e-3, rng=0, run=True)
     (candidates,), (runs,) = found.heads, found.runs
     refused = [

@@ -224,12 +224,27 @@ def rewritten(file, change):
 
 def test_newer_files_are_refused(file):
     def newer(header, arrays):
-        header.update(version=2, library="9.0")
+        header.update(version=3, library="9.0")
 
     rewritten(file, newer)
-    message = rf"{re.escape(str(file))}: .*version 2 .*fastattn 9.0.*up to 1"
+    message = rf"{re.escape(str(file))}: .*version 3 .*fastattn 9.0.*up to 2"
     with pytest.raises(ValueError, match=message):
         load(file)
+
+
+def test_files_of_version_1_hold_seconds_and_are_read(file):
+    def older(header, _):
+        header["version"] = 1
+        for head in header["heads"]:
+            assert head["plan"].pop("work") > 0
+            head["plan"]["predicted_seconds"] = 0.1
+
+    query, before = problem()[0], load(file)
+    rewritten(file, older)
+    after = load(file)
+    np.testing.assert_array_equal(after.query(query).value, before.query(query).value)
+    assert after.plan.method == before.plan.method
+    assert np.isnan(after.plan.work)
 
 
 def test_files_that_lack_an_array_are_refused(file):

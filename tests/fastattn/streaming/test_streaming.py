@@ -9,6 +9,7 @@ import pytest
 
 import fastattn
 from fastattn.cli import main as cli
+from fastattn.costs.policy import POLICY
 from fastattn.files import formats
 from fastattn.streaming import attend as streaming
 from fastattn.streaming import rows as file_rows
@@ -198,8 +199,8 @@ def test_sums_that_miss_over_all_keys_are_not_used(
 
 
 def test_far_keys_may_not_fill_memory(tmp_path, arrays, monkeypatch):
-    monkeypatch.setattr(streaming, "_SHARE", 1 << 20)
-    monkeypatch.setattr(streaming, "_KEYS", 1024)
+    monkeypatch.setitem(vars(POLICY.streaming), "memory_share", 1 << 20)
+    monkeypatch.setitem(vars(POLICY.streaming), "keys", 1024)
     arrays = as_dtype(arrays, np.float32)
     arrays["key"][::500] *= 5
     _, _, (head,) = attend(save(tmp_path, arrays), "--tol", 0.1)
@@ -208,7 +209,7 @@ def test_far_keys_may_not_fill_memory(tmp_path, arrays, monkeypatch):
 
 
 def test_queries_that_sums_refuse_are_answered_exactly(tmp_path, arrays, monkeypatch):
-    monkeypatch.setattr(streaming, "_QUERIES", 512)
+    monkeypatch.setitem(vars(POLICY.streaming), "queries", 512)
     arrays = as_dtype(arrays, np.float32)
     arrays["query"][[5, 690]] *= 40
     # the sample of the queries holds neither

@@ -9,8 +9,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from fastattn import Multipole, RefusalError, load, prepare
 from fastattn._ops.multipole_rows import LARGEST, multipole_rows, summarise
+from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
-from fastattn.prepared.clusters.tree import FEWEST_KEYS, Tree
+from fastattn.prepared.clusters.tree import Tree
 from tests import oracles
 from tests.chance import assert_fails_rarely
 from tests.laws import OpLaws
@@ -174,7 +175,7 @@ def test_large_queries_attend_to_all_keys_exactly():
 @pytest.fixture(scope="module")
 def decoding():
     """A structure with a tree, and what it is over."""
-    query, key, value = clustered(FEWEST_KEYS + 1808, dtype=np.float32)
+    query, key, value = clustered(POLICY.tree.fewest_keys + 1808, dtype=np.float32)
     prepared = prepared_over(key, value, query)
     assert prepared._heads[0].rows.tree is not None
     return prepared, query, key, value
@@ -197,7 +198,7 @@ def test_single_rows_are_within_the_certificate(decoding):
 
 @pytest.mark.slow
 def test_the_certificate_fails_rarely():
-    query, key, value = clustered(FEWEST_KEYS, dtype=np.float32)
+    query, key, value = clustered(POLICY.tree.fewest_keys, dtype=np.float32)
     truth, _ = oracles.attention(query, key, value)
 
     def trial(rng):
@@ -214,7 +215,7 @@ def test_the_certificate_fails_rarely():
 
 
 def test_more_rows_at_once_have_to_pay():
-    query, key, value = clustered(FEWEST_KEYS, dtype=np.float32)
+    query, key, value = clustered(POLICY.tree.fewest_keys, dtype=np.float32)
     head = prepared_over(key, value, query)._heads[0]
     # a row that takes an eighth of exact attention, which BLAS does faster for many
     eighth = replace(head.rows, work=exact_work(1, head.count, 8, 5) / 8)
@@ -266,8 +267,8 @@ def test_saving_keeps_every_bit(decoding, tmp_path):
 
 
 def test_recent_keys_go_into_the_tree_and_old_structures_stay_true():
-    query, key, value = clustered(FEWEST_KEYS + 1808)
-    start = FEWEST_KEYS + 100
+    query, key, value = clustered(POLICY.tree.fewest_keys + 1808)
+    start = POLICY.tree.fewest_keys + 100
     prepared = prepared_over(key[:start], value[:start], query)
     before = prepared._heads[0]
     planned = before.rows.tree.count
@@ -287,7 +288,7 @@ def test_recent_keys_go_into_the_tree_and_old_structures_stay_true():
 
 
 def test_keys_that_break_the_certificate_are_answered_exactly():
-    query, key, value = clustered(FEWEST_KEYS + 1808)
+    query, key, value = clustered(POLICY.tree.fewest_keys + 1808)
     prepared = prepared_over(key, value, query)
     assert "held-out queries" in prepared.query(query[-1:]).certificate.source
     # they take away most of every answer: what is left is small, its error is not
@@ -301,7 +302,7 @@ def test_keys_that_break_the_certificate_are_answered_exactly():
 
 @pytest.mark.parametrize("reason", ["few keys", "few queries", "little is far"])
 def test_where_it_does_not_pay_few_queries_are_exact(reason):
-    count = 2000 if reason == "few keys" else FEWEST_KEYS + 500
+    count = 2000 if reason == "few keys" else POLICY.tree.fewest_keys + 500
     query, key, value = clustered(count)
     if reason == "little is far":
         # clusters that are wide: a row tells their keys apart
