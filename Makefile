@@ -36,8 +36,9 @@ $(VENV)/.bench: $(VENV)/.test
 demo: $(VENV)/.base  ## run the main job on the packaged real heads
 	$(BIN)/fastattn demo $(ARGS)
 
+# each worker has one thread of BLAS: two of each would wait for each other
 test: $(VENV)/.test  ## laws, oracles, attacks, doctests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow' $(ARGS)
 	$(BIN)/python -m pytest --doctest-modules --ignore=fastattn/data --ignore-glob='*/_ops/gpu/*' sketching fastattn lowerbounds
 
 test-all: $(VENV)/.all test processors  ## the same with every library, then the slow tests; TORCH='torch==2.13.0' picks a build

@@ -1,24 +1,31 @@
 """The public calls: validate, choose, run, assemble."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from fastattn.methods.exact import Exact, may_overflow
 from fastattn.planning.auto import Auto
 from fastattn.planning.explanation import Explanation, run_candidates
-from fastattn.planning.options import check_options
-from fastattn.problem.batch import Batch
+from fastattn.planning.options import check_options, check_pairwise, check_served
+from fastattn.problem.batch import Batch, each_head
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Candidate, HeadAnswer, Method
+from fastattn.problem.plan import Candidate, HeadAnswer, Method, Task
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Approximation
 from sketching._lib.random import RandomSource
-from sketching._lib.threads import parallel_map
+
+if TYPE_CHECKING:
+    from fastattn.tensor.problem import TensorHead
 
 _T = TypeVar("_T")
+_H = TypeVar("_H", Head, "TensorHead")
+_H_co = TypeVar("_H_co", covariant=True)
+# tolerance, guarantee, and a random stream for each head
+_Options: TypeAlias = tuple[float, str, list[np.random.Generator]]
+_Work: TypeAlias = Callable[[Method, Task[_H]], _T]
 
 
 def attention(
@@ -159,16 +166,21 @@ def approximate(
     >>> bool(answer.certificate.error <= 5e-2), answer.certificate.norm
     (True, 'relative-frobenius')
     """
-    form = _form(key)
-    problem = form.batch.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = check_options(tol, method, guarantee, rng)
+    inputs = query, key, value, scale, is_causal, key_mask
+    if isinstance(key, tuple):
+        # imported on use: it would add a fifth to the time of import
+        from fastattn.tensor.planning import solve_tensor, tensor_options
+        from fastattn.tensor.problem import TensorBatch
 
-    def solve(head: Any, child: np.random.Generator) -> HeadAnswer:
-        return form.solve(method, head, tol, guarantee, child)
-
-    found = _each_head(problem, generator.spawn(problem.count), solve)
-    answer: Approximation = problem.assemble(found)
-    return answer
+        check_served(tensor_options, method)
+        tuples = TensorBatch.of(*inputs)
+        options = tol, guarantee, generator.spawn(tuples.count)
+        return tuples.assemble(_each_head(tuples, solve_tensor, method, options))
+    check_pairwise(method)
+    batch = Batch.of(*inputs)
+    options = tol, guarantee, generator.spawn(batch.count)
+    return batch.assemble(_each_head(batch, _solve, method, options))
 
 
 def explain(
@@ -213,90 +225,100 @@ def explain(
     >>> explain(query, key, value).heads[0][0].accepted
     True
     """
-    form = _form(key)
-    problem = form.batch.of(query, key, value, scale, is_causal, key_mask)
     tol, method, generator = check_options(tol, method, guarantee, rng)
-
-    def consider(head: Any, child: np.random.Generator) -> tuple[Candidate, ...]:
-        return tuple(form.candidates(method, head, tol, guarantee, child))
-
-    streams = generator.spawn(problem.count)
-    heads = tuple(_each_head(problem, streams, consider))
-    if not run:
-        return Explanation(problem.lead, heads)
-    exact = form.exact(method)
-    # sequentially, so that times are those of a single head
-    runs = tuple(
-        run_candidates(
-            head.trimmed(), candidates, tol, guarantee, stream, form.solve, exact
+    inputs = query, key, value, scale, is_causal, key_mask
+    if isinstance(key, tuple):
+        from fastattn.tensor.planning import (
+            solve_tensor,
+            tensor_candidates,
+            tensor_options,
         )
-        for head, candidates, stream in zip(
-            problem.heads(), heads, streams, strict=True
-        )
-    )
-    return Explanation(problem.lead, heads, runs)
+        from fastattn.tensor.problem import TensorBatch
+
+        check_served(tensor_options, method)
+        tuples = TensorBatch.of(*inputs)
+        options = tol, guarantee, generator.spawn(tuples.count)
+        work = tensor_candidates, solve_tensor
+        return _explained(tuples, *work, method, options, run)
+    check_pairwise(method)
+    batch = Batch.of(*inputs)
+    options = tol, guarantee, generator.spawn(batch.count)
+    return _explained(batch, _candidates, _solve, method, options, run)
+
+
+class _Batch(Protocol[_H_co]):
+    """Heads of attention over keys, or over tuples of keys."""
+
+    @property
+    def query(self) -> Array: ...
+    @property
+    def lead(self) -> tuple[int, ...]: ...
+    @property
+    def count(self) -> int: ...
+    def head(self, number: int, /) -> _H_co: ...
+
+
+def _task(batch: _Batch[_H], number: int, options: _Options) -> Task[_H]:
+    tol, guarantee, streams = options
+    return Task(batch.head(number).trimmed(), tol, guarantee, streams[number])
 
 
 def _each_head(
-    problem: Any,
-    streams: list[np.random.Generator],
-    work: Callable[[Any, np.random.Generator], _T],
+    batch: _Batch[_H], work: _Work[_H, _T], method: Method, options: _Options
 ) -> list[_T]:
-    """Call ``work`` for every head with its own random stream, in parallel."""
+    """Call ``work`` for every head, in parallel."""
 
     def one(number: int) -> _T:
-        return work(problem.head(number).trimmed(), streams[number])
+        return work(method, _task(batch, number, options))
 
-    return parallel_map(one, range(problem.count), problem.query)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """The functions for pairwise or for tensor attention."""
-
-    batch: type[Any]
-    solve: Callable[..., HeadAnswer]
-    candidates: Callable[..., Iterator[Candidate]]
-    # whether a method approximates exact attention, with which it can be compared
-    exact: Callable[[Method], bool]
+    return each_head(batch.lead, batch.query, one)
 
 
-def _form(key: Any) -> _Form:
-    """The form of attention by the type of ``key``; a tuple means tensor attention."""
-    if not isinstance(key, tuple):
-        return _Form(Batch, _solve, _candidates, lambda _: True)
-    # imported on use: it would add a fifth to the time of import
-    from fastattn.tensor.mechanisms import TensorMethod
-    from fastattn.tensor.planning import solve_tensor, tensor_candidates
-    from fastattn.tensor.problem import TensorBatch
+def _explained(
+    batch: _Batch[_H],
+    candidates: _Work[_H, tuple[Candidate, ...]],
+    solve: _Work[_H, HeadAnswer],
+    method: Method,
+    options: _Options,
+    run: bool,
+) -> Explanation:
+    """Consider each head; with ``run`` also run its candidates."""
+    heads = tuple(_each_head(batch, candidates, method, options))
+    if not run:
+        return Explanation(batch.lead, heads)
+    # methods of tensor attention have logits of their own: nothing to compare with
+    compare = not getattr(method, "needs_tuples", False)
+    # sequentially, so that times are those of a single head
+    runs = tuple(
+        run_candidates(_task(batch, number, options), head, solve, compare)
+        for number, head in enumerate(heads)
+    )
+    return Explanation(batch.lead, heads, runs)
 
-    def exact(method: Method) -> bool:
-        return not isinstance(method, TensorMethod)
 
-    return _Form(TensorBatch, solve_tensor, tensor_candidates, exact)
-
-
-def _solve(
-    method: Method, head: Head, tol: float, guarantee: str, rng: np.random.Generator
-) -> HeadAnswer:
-    reason = _why_exact(method, head)
+def _solve(method: Method, task: Task[Head]) -> HeadAnswer:
+    reason = _why_exact(method, task.head)
     if reason:
-        return Exact().solve(head, tol, guarantee, rng, reason)
-    return method.solve(head, tol, guarantee, rng)
+        return Exact().solve(*task, reason)
+    return method.solve(*task)
 
 
-def _candidates(method: Method, head: Head, *options: Any) -> Iterator[Candidate]:
-    reason = _why_exact(method, head)
+def _candidates(method: Method, task: Task[Head]) -> tuple[Candidate, ...]:
+    reason = _why_exact(method, task.head)
     if reason:
-        return iter((Candidate(Exact().plan(head, reason), accepted=True),))
-    return method.candidates(head, *options)
+        return (Candidate(Exact().plan(task.head, reason), accepted=True),)
+    return tuple(method.candidates(*task))
 
 
-def _why_exact(method: Method, head: Head) -> str:
+@singledispatch
+def _why_exact(_method: Any, head: Head) -> str:
     """The reason why a head is exact whatever the method, or an empty string."""
+    return "" if head.sizes[1] else "there is no key to attend to"
+
+
+@_why_exact.register
+def _why_exact_of_auto(_method: Auto, head: Head) -> str:
     if not head.sizes[1]:
         return "there is no key to attend to"
     # approximate methods are planned and certified with logits of a sample
-    if isinstance(method, Auto) and may_overflow(head):
-        return f"logits may overflow {head.dtype}"
-    return ""
+    return f"logits may overflow {head.dtype}" if may_overflow(head) else ""

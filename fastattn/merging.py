@@ -12,6 +12,7 @@ changes by at most :math:`R \tanh(\eta / 2)`. Where errors of log-sum-exps are u
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ from fastattn.certificates.ratio_estimate import relative
 from fastattn.certificates.rounding import smallest_number, unit_roundoff
 from fastattn.certificates.sampled import scaled_frobenius
 from fastattn.methods.exact import Exact
+from fastattn.problem.head import gather_rows
 from sketching._lib.arrays import (
     Array,
     array_namespace,
-    device_of,
     mover,
     to_host,
 )
@@ -255,38 +256,50 @@ class _Part:
         )
         root = math.sqrt(math.prod(value.shape))
         if certificate.norm == "max":
-            largest, frobenius = error, error * root
+            largest, frobenius, entry = error, error * root, error
         else:
             peak, norm = scaled_frobenius(value)
             size = peak * norm
-            largest = math.inf
+            # a relative bound of Exact() is a bound on all entries in other units
+            largest, entry = math.inf, error * size / root
             frobenius = error / (1 - error) * size if error < 1 else math.inf
         normalizer: Any = answer.log_normalizer
-        logarithm, log_error = normalizer[(*place, ...)], math.inf
         if answer.log_normalizer_error is not None:
             known = to_host(answer.log_normalizer_error[(*place, ...)])
             return _Part(largest, frobenius, known, failure, plan)
-        if isinstance(plan, Merged):
-            log_error = plan.log_error
-        elif failure == 0 and isinstance(getattr(plan, "method", None), Exact):
-            # a relative bound of Exact() is a bound on all entries in other units
-            entry = error * size / root if math.isinf(largest) else largest
-            log_error = _exact_log_error(value, logarithm, entry)
+        method, logarithm = getattr(plan, "method", plan), normalizer[(*place, ...)]
+        log_error = _log_error(method, failure, value, logarithm, entry)
         errors = np.full(value.shape[0], log_error)
         return _Part(largest, frobenius, errors, failure, plan)
 
 
-def _exact_log_error(value: Array, logarithm: Array, error: float) -> float:
+@singledispatch
+def _log_error(_method: Any, *_: Any) -> float:
+    """Bound on the error of the log-sum-exps of an answer without bounds of its own."""
+    return math.inf
+
+
+@_log_error.register
+def _merged_log_error(plan: Merged, *_: Any) -> float:
+    return plan.log_error
+
+
+@_log_error.register
+def _exact_log_error(
+    _method: Exact, failure: float, value: Array, logarithm: Array, error: float
+) -> float:
     """Bound on the error of the log-sum-exps of exact attention.
 
     The certificate of its answers is at least the relative error of weights and sums
     times half the range of the values, and all true answers are within that range.
     """
+    if failure > 0:
+        return math.inf
     xp = array_namespace(value)
     rows = np.flatnonzero(to_host(xp.isfinite(logarithm)))
     if len(rows) == 0:
         return 0.0
-    value = xp.take(value, xp.asarray(rows, device=device_of(value)), axis=0)
+    value = gather_rows(value, rows)
     value = xp.astype(value, xp.float64)
     half = float(xp.max(xp.max(value, axis=0) - xp.min(value, axis=0))) / 2 - error
     return error / half + _log_rounding(logarithm) if half > 0 else math.inf

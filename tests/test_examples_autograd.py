@@ -25,6 +25,7 @@ def test_gradients_are_those_of_scaled_dot_product_attention(example):
         np.testing.assert_allclose(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(example, capsys):
     assert example.main() == 0
     assert "finite differences: True" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The example of digits: the learned metric is no worse, and the index follows it."""
 
 import numpy as np
+import pytest
 from sklearn.datasets import load_digits
 
 EXAMPLE = "digit_neighbors"
@@ -12,6 +13,7 @@ def test_it_runs_and_is_no_worse_than_euclidean(example, capsys):
     assert len(lines) == example.ROUNDS + 3
 
 
+@pytest.mark.slow
 def test_learning_helps_with_any_split(example):
     x, y = load_digits(return_X_y=True)
     found = [example.run(x / 16, y, seed)[1] for seed in range(1, 4)]

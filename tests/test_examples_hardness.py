@@ -38,6 +38,7 @@ def test_the_squared_norm_tells_the_answer(example, planted):
         assert (norm > 0.9) if planted else (norm < 0.1)
 
 
+@pytest.mark.slow
 def test_gradients_decide_every_instance(example, capsys):
     assert example.main() == 0
     assert "10 of 10" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import fastattn
 from fastattn.files import formats
 from fastattn.files.mapped import native, native_dtype
+from fastattn.problem.batch import name_of
 from fastattn.streaming.rows import FileHead, mapped_anew
 from sketching._lib.arrays import Array, compute_dtype
 
@@ -234,8 +235,3 @@ def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
     with bar:
         task = bar.add_task(what, total=total)
         yield lambda share: bar.advance(task, share)
-
-
-def name_of(place: Sequence[int]) -> str:
-    """Format the index of a head."""
-    return ",".join(str(i) for i in place) or "-"

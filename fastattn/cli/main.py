@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import fastattn
-from fastattn.cli.heads import METHODS, Answers, FileHeads, name_of, progress
+from fastattn.cli.heads import METHODS, Answers, FileHeads, progress
 from fastattn.files import formats
 from fastattn.planning.explanation import Run, brief
+from fastattn.problem.batch import name_of
 from fastattn.streaming.attend import attend_streamed, explain_streamed
 from fastattn.streaming.memory import usable_memory
 from fastattn.streaming.rows import FileHead, Step

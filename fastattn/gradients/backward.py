@@ -20,8 +20,8 @@ from fastattn.certificates.ratio_estimate import (
 from fastattn.certificates.sampled import ROWS, sampled_rows
 from fastattn.costs.rates import rates
 from fastattn.problem.derivatives import Gradients
-from fastattn.problem.head import Head
-from fastattn.problem.rows import gather_rows, row_mask, scatter_rows
+from fastattn.problem.head import Head, gather_rows
+from fastattn.problem.rows import row_mask, scatter_rows
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
 # allowed error of gradients, in units of the tolerance of the output

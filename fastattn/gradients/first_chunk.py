@@ -28,8 +28,8 @@ from fastattn.gradients.exact import exact_vjp
 from fastattn.gradients.lowrank_passes import whole_vjp
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.causal_chunks import cuts_of
-from fastattn.problem.head import Head
-from fastattn.problem.rows import gather_rows, row_mask
+from fastattn.problem.head import Head, gather_rows
+from fastattn.problem.rows import row_mask
 from sketching._lib.arrays import Array, device_of, to_host
 
 

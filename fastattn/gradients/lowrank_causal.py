@@ -21,9 +21,9 @@ from fastattn.methods.lowrank.prefixes import LowRankPrefix, lowrank_prefixes
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.causal_chunks import chunks_of, part_of
 from fastattn.problem.derivatives import Gradients
-from fastattn.problem.head import Head
+from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.partial_softmax import merge_partials
-from fastattn.problem.rows import gather_rows, scatter_rows
+from fastattn.problem.rows import scatter_rows
 from sketching._lib.arrays import Array, device_of, to_host
 from sketching._lib.threads import parallel_map
 

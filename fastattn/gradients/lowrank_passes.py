@@ -10,8 +10,8 @@ from fastattn._ops.lowrank_gradient import key_vjp, query_vjp
 from fastattn.gradients.backward import Backward
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.derivatives import Gradients
-from fastattn.problem.head import Head
-from fastattn.problem.rows import gather_rows, scatter_rows
+from fastattn.problem.head import Head, gather_rows
+from fastattn.problem.rows import scatter_rows
 from sketching._lib.arrays import (
     Array,
     array_namespace,

@@ -21,9 +21,8 @@ from fastattn.methods.multipole.clusters import Blocks, Clusters, largest_row_er
 from fastattn.methods.multipole.method import Cost, Multipole, arrange, clusters_for
 from fastattn.methods.multipole.threshold_search import Trial, choose
 from fastattn.problem.derivatives import Gradients
-from fastattn.problem.head import Head
+from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.row_statistics import high_variance_rows
-from fastattn.problem.rows import gather_rows
 from sketching._lib.arrays import Array, array_namespace, mover, place_of, to_host
 from sketching._lib.certificate import RefusalError
 

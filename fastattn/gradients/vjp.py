@@ -4,8 +4,10 @@ Exact gradients are computed in blocks, without an array of size n x m. Where lo
 or multipole attention takes near-linear time, so do its gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import singledispatch
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from fastattn.methods.multipole.method import Multipole
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
 from fastattn.planning.options import check_options
-from fastattn.problem.batch import Batch, own_place
+from fastattn.problem.batch import Batch, named_head, own_place
 from fastattn.problem.derivatives import Gradients, assembled, check_grad, unmasked
 from fastattn.problem.head import Head
 from fastattn.problem.plan import Method
@@ -35,6 +37,11 @@ from fastattn.problem.rows import scatter_rows
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 from sketching._lib.random import RandomSource
+
+# gradients of one head, given that of its output, a tolerance and a random generator
+Differentiate: TypeAlias = Callable[
+    [Head, Array, float, np.random.Generator], Gradients
+]
 
 
 def attention_vjp(
@@ -125,10 +132,10 @@ def attention_vjp(
     Large Language Models, arXiv 2402.04497.
     Dao et al., FlashAttention, arXiv 2205.14135.
     """
+    tol, method, generator = check_options(tol, method, guarantee, rng)
+    differentiate = derivative_of(method, guarantee)
     batch = Batch.of(query, key, value, scale, is_causal, key_mask)
     grad_output = check_grad(batch, grad_output)
-    tol, method, generator = check_options(tol, method, guarantee, rng)
-    _check_method(method, guarantee)
     children = generator.spawn(batch.count)
     total: list[dict[tuple[int, ...], Array]] = [{}, {}, {}]
     inputs = batch.query, batch.key, batch.value
@@ -137,7 +144,8 @@ def attention_vjp(
     ):
         grad = head.xp.astype(grad_output[(*place, ...)], head.dtype, copy=False)
         seen = head.trimmed()
-        gradients = _vjp(seen, grad, tol, method, guarantee, child)
+        with named_head(place):
+            gradients = differentiate(seen, grad, tol, child)
         gradients = unmasked(batch, place, _untrimmed(head, seen, gradients))
         for sums, x, gradient in zip(total, inputs, gradients, strict=True):
             own = own_place(x, place)
@@ -149,73 +157,101 @@ def attention_vjp(
     return first, second, third
 
 
-def _check_method(method: Any, guarantee: str) -> None:
-    """Raise unless the method has gradients, under this guarantee."""
-    if isinstance(method, Auto | Exact):
-        return
-    if not isinstance(method, Polynomial | Multipole):
-        raise RefusalError(
-            f"{method} has no derivative: use Auto(), or linear_attention_vjp()"
-        )
-    if (
-        isinstance(method, Polynomial)
-        and method.basis != "hermite"
-        and not method.landmarks
-    ):
+@singledispatch
+def derivative_of(method: Any, _guarantee: str) -> Differentiate:
+    """The gradients of a head by a method; raise ``RefusalError`` if it has none.
+
+    A method is registered with a function of the method and the guarantee.
+    """
+    raise RefusalError(
+        f"{method} has no derivative: use Auto(), or linear_attention_vjp()"
+    )
+
+
+@derivative_of.register
+def _of_exact(_method: Exact, _guarantee: str) -> Differentiate:
+    return _exactly
+
+
+@derivative_of.register
+def _of_auto(_method: Auto, guarantee: str) -> Differentiate:
+    return _exactly if guarantee == "proven" else _fastest
+
+
+@derivative_of.register
+def _of_polynomial(method: Polynomial, guarantee: str) -> Differentiate:
+    if not method.fits_a_basis:
         raise RefusalError(
             f"Polynomial(basis={method.basis!r}) has no derivative: use 'hermite', "
             "Auto() or Exact()"
         )
-    if guarantee == "proven":
-        raise RefusalError(f"derivatives of {method} are not proven: use Exact()")
+    _check_sampled(method, guarantee)
+
+    def differentiate(
+        head: Head, grad: Array, tol: float, rng: np.random.Generator
+    ) -> Gradients:
+        if not head.sizes[1]:
+            return exact_vjp(head, grad)
+        empty = method.structure(head, rng)
+        gradients, error = lowrank_vjp(head, grad, empty, rng, SLACK * tol)
+        made = replace(method, rank=empty.rank, landmarks=empty.landmarks)
+        _check_error(made, error, tol, "rank")
+        return gradients
+
+    return differentiate
 
 
-def _vjp(
-    head: Head,
-    grad: Array,
-    tol: float,
-    method: Method,
-    guarantee: str,
-    rng: np.random.Generator,
-) -> Gradients:
-    """Gradients of one head by the given method or, with ``Auto()``, the fastest."""
-    if isinstance(method, Polynomial | Multipole) and head.sizes[1]:
-        return _asked_for(head, grad, tol, method, rng)
-    if isinstance(method, Auto) and guarantee == "sampled" and head.logits:
-        found = _near_linear(head, grad, tol, rng)
-        found = low_precision_vjp(head, grad, tol, rng) if found is None else found
-        if found is not None:
-            return found
-    return exact_vjp(head, grad)
+@derivative_of.register
+def _of_multipole(method: Multipole, guarantee: str) -> Differentiate:
+    _check_sampled(method, guarantee)
 
-
-def _asked_for(
-    head: Head,
-    grad: Array,
-    tol: float,
-    method: Polynomial | Multipole,
-    rng: np.random.Generator,
-) -> Gradients:
-    """Gradients by the given method; raise ``RefusalError`` if these miss ``tol``."""
-    if isinstance(method, Multipole):
+    def differentiate(
+        head: Head, grad: Array, tol: float, rng: np.random.Generator
+    ) -> Gradients:
+        if not head.sizes[1]:
+            return exact_vjp(head, grad)
         if head.prefix_lengths is not None:
             raise RefusalError(
                 "derivatives of Multipole() do not take is_causal=True: use "
                 "Polynomial(basis='hermite'), Exact() or Auto()"
             )
         gradients, error = cluster_vjp(head, grad, tol, rng, method=method)
-        more = "lower threshold"
-    else:
-        empty = method.structure(head, rng)
-        gradients, error = lowrank_vjp(head, grad, empty, rng, SLACK * tol)
-        method = replace(method, rank=empty.rank, landmarks=empty.landmarks)
-        more = "rank"
+        _check_error(method, error, tol, "lower threshold")
+        return gradients
+
+    return differentiate
+
+
+def _check_sampled(method: Any, guarantee: str) -> None:
+    """Raise ``RefusalError`` where proven gradients are wanted."""
+    if guarantee == "proven":
+        raise RefusalError(f"derivatives of {method} are not proven: use Exact()")
+
+
+def _check_error(method: Any, error: float, tol: float, advice: str) -> None:
+    """Raise ``RefusalError`` if gradients miss the tolerance."""
     if not error <= SLACK * tol:
         raise RefusalError(
             f"derivatives of {method} miss 3 * tol with tol={tol:g}: {error:.2e} "
-            f"on sampled rows; raise tol or {more}, or use Auto()"
+            f"on sampled rows; raise tol or {advice}, or use Auto()"
         )
-    return gradients
+
+
+def _exactly(
+    head: Head, grad: Array, _tol: float, _rng: np.random.Generator
+) -> Gradients:
+    return exact_vjp(head, grad)
+
+
+def _fastest(
+    head: Head, grad: Array, tol: float, rng: np.random.Generator
+) -> Gradients:
+    """Gradients by the method that is predicted to be the fastest."""
+    if not head.logits:
+        return exact_vjp(head, grad)
+    found = _near_linear(head, grad, tol, rng)
+    found = low_precision_vjp(head, grad, tol, rng) if found is None else found
+    return exact_vjp(head, grad) if found is None else found
 
 
 def _near_linear(

@@ -105,6 +105,10 @@ class Exact:
         """Compute the head and bound the rounding error."""
         if guarantee == "proven":
             return self._solve_proven(head, tol, reason)
+        # the float64 rows of a sample have a rounding error, too
+        own = 2 * _weights_bound(head, head.xp.float64)
+        if own > tol and _bound_exceeds(head, tol):
+            raise _refusal(head, tol, own)
         value, normalizer = head.finish(*head.attend(rows=self.block))
         size = scaled_frobenius(value)
         log_error = log_error_of(head, normalizer)
@@ -121,19 +125,9 @@ class Exact:
                 log_error,
             )
         sampled = _sampled(head, value, normalizer, size, tol, rng)
-        # the float64 rows themselves have a rounding error
-        upper = sampled.upper + 2 * _weights_bound(head, head.xp.float64)
-        if math.isinf(upper):
-            raise RefusalError(
-                f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or "
-                "the output underflows; scale query, key or value or pass float64 "
-                "arrays"
-            )
+        upper = sampled.upper + own
         if upper > tol:
-            raise RefusalError(
-                f"tol={tol:g} is below what {head.dtype} holds for this head (error "
-                f"{upper:.1e}): pass float64 arrays or a larger tol"
-            )
+            raise _refusal(head, tol, upper)
         return HeadAnswer(
             value,
             normalizer,
@@ -165,6 +159,25 @@ class Exact:
             f"tol={tol:g} cannot be proven: rounding in float64 is bounded by "
             f"{bound:.1e} where the half range of the values is {half:.1e}"
         )
+
+
+def _bound_exceeds(head: Head, tol: float) -> bool:
+    """Whether the rounding bound exceeds ``tol`` for an output of any size."""
+    peak = value_range(head).peak if head.sizes[1] else 0.0
+    # twice: outputs may exceed all values by their rounding error
+    return rounding_bound(head, head.dtype) > 2 * tol * peak
+
+
+def _refusal(head: Head, tol: float, error: float) -> RefusalError:
+    if math.isinf(error):
+        return RefusalError(
+            f"tol={tol:g} cannot be met: logits or sums overflow {head.dtype}, or the "
+            "output underflows; scale query, key or value or pass float64 arrays"
+        )
+    return RefusalError(
+        f"tol={tol:g} is below what {head.dtype} holds for this head (error "
+        f"{error:.1e}): pass float64 arrays or a larger tol"
+    )
 
 
 def _sampled(

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from fastattn.costs.policy import POLICY
-from fastattn.problem.head import Head, host_rows
-from fastattn.problem.plan import Candidate, HeadAnswer, Method
+from fastattn.problem.batch import name_of, place_of_head
+from fastattn.problem.head import AttentionHead, host_rows
+from fastattn.problem.plan import Candidate, HeadAnswer, Method, Task
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.threads import single_threaded_blas
 
-Solve = Callable[[Any, Any, float, str, np.random.Generator], HeadAnswer]
+Solve = Callable[[Any, Task[Any]], HeadAnswer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,7 @@ class Explanation:
 
     def _rows(self) -> Iterator[list[str]]:
         for number, candidates in enumerate(self.heads):
-            place = np.unravel_index(number, self.lead) if self.lead else ()
-            name = ",".join(str(int(i)) for i in place) or "-"
+            name = name_of(place_of_head(number, self.lead))
             taken = next((c for c in candidates if c.accepted), None)
             for i, candidate in enumerate(candidates):
                 plan, why = candidate.plan, candidate.plan.reason
@@ -100,11 +100,8 @@ class Explanation:
 
 
 def run_candidates(
-    head: Head,
+    task: Task[Any],
     candidates: tuple[Candidate, ...],
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
     solve: Solve,
     compare: bool,
 ) -> tuple[Run | None, ...]:
@@ -114,44 +111,40 @@ def run_candidates(
     means that the methods approximate exact attention, and if rows of exact attention
     are cheap enough.
     """
+    head: AttentionHead = task.head
     n, m, _, _ = head.sizes
-    streams = rng.spawn(len(candidates) + 1)
+    streams = task.rng.spawn(len(candidates) + 1)
     count = min(n, POLICY.auto.explained_logits // max(m, 1)) if compare else 0
     rows = np.sort(streams.pop().choice(n, count, replace=False))
     truth = None
     if count:
         truth = to_host(head.with_rows(rows).attend(head.xp.float64)[0])
-    options: Any = {"rows": rows, "truth": truth, "solve": solve}
     plans = [candidate.plan for candidate in candidates]
     with single_threaded_blas():
         return tuple(
             # NaN: without a predicted time, some parameters were not chosen
             None
             if not plan.predicted_seconds <= POLICY.auto.longest_run
-            else _run(head, plan.method, tol, guarantee, stream, **options)
+            else _run(task._replace(rng=stream), plan.method, rows, truth, solve)
             for plan, stream in zip(plans, streams, strict=True)
         )
 
 
 def _run(
-    head: Head,
+    task: Task[Any],
     method: Method,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-    *,
     rows: Array,
     truth: Array | None,
     solve: Solve,
 ) -> Run:
     """Run a method twice; without a tolerance if it misses ``tol``."""
     failure = ""
-    for wanted in (tol, math.inf):
+    for tol in (task.tol, math.inf):
         try:
             # twice: the first run may compile
             timed = [
-                _timed(method, head, wanted, guarantee, stream, solve)
-                for stream in rng.spawn(2)
+                _timed(method, task._replace(tol=tol, rng=stream), solve)
+                for stream in task.rng.spawn(2)
             ]
         except RefusalError as error:
             failure = str(error)
@@ -162,16 +155,9 @@ def _run(
     return Run(math.nan, math.nan, math.nan, failure)
 
 
-def _timed(
-    method: Method,
-    head: Head,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-    solve: Solve,
-) -> tuple[float, HeadAnswer]:
+def _timed(method: Method, task: Task[Any], solve: Solve) -> tuple[float, HeadAnswer]:
     start = time.perf_counter()
-    answer = solve(method, head, tol, guarantee, rng)
+    answer = solve(method, task)
     return time.perf_counter() - start, answer
 
 

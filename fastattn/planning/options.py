@@ -25,3 +25,18 @@ def check_options(
             f"Polynomial(), got {method!r}"
         )
     return tol, method, as_generator(rng)
+
+
+def check_served(function: Any, method: Any) -> None:
+    """Raise what a function that is dispatched by method raises for any other one."""
+    if function.dispatch(type(method)) is function.dispatch(object):
+        function(method)
+
+
+def check_pairwise(method: Any) -> None:
+    """Raise ``TypeError`` for methods of tensor attention."""
+    if getattr(method, "needs_tuples", False):
+        raise TypeError(
+            f"method: {method} expected tuples of keys and of values (tensor "
+            "attention), got arrays"
+        )

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +31,11 @@ from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.proven import ProvenHead
 from fastattn.prepared.states import KeyValueState, LowRankState, MonomialState
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Method, Plan
+from fastattn.problem.plan import Plan
 from sketching._lib.arrays import Array, device_of
 from sketching._lib.certificate import RefusalError
+
+_NO_KEY = "no key to plan with"
 
 Fill = Callable[[PreparedHead], PreparedHead]
 
@@ -61,33 +65,93 @@ class Request:
     guarantee: str
 
 
-def prepare_head(
-    request: Request, method: Method, rng: np.random.Generator
-) -> PreparedHead:
+@singledispatch
+def prepare_head(method: Any, *_: Any) -> PreparedHead:
     """Plan and fill a structure that meets the tolerance, or raise RefusalError.
 
-    ``Auto()`` falls back to a KV buffer.
+    A method is registered with a function of the method, a :class:`Request` and a
+    random generator.
     """
-    if isinstance(method, Exact) or request.count == 0:
-        exact = method if isinstance(method, Exact) else Exact()
-        reason = "requested" if exact is method else "no key to plan with"
-        return request.fill(_exact(request, exact, reason, rng))
-    if isinstance(method, Auto):
-        return _cheapest(request, rng)
-    if isinstance(method, Polynomial):
-        if request.guarantee == "proven":
-            return request.fill(_proven(request, method, rng))
-        return _polynomial(request, method, rng)
-    if isinstance(method, Multipole):
-        # the given queries stand for those to come
-        configured = method.configure(request.head, request.tol, request.guarantee, rng)
-        head, sample = request.head, _sample(request.head, rng)
-        empty = MultipoleHead.of(configured.plan, head, sample, request.tol, rng)
-        return request.fill(empty)
     raise TypeError(
         f"method: {method!r} cannot be prepared: expected Auto(), Exact(), "
         "Multipole(), Polynomial() or None"
     )
+
+
+@prepare_head.register
+def _prepare_exact(
+    method: Exact, request: Request, rng: np.random.Generator
+) -> PreparedHead:
+    return _exact(request, method, "requested", rng)
+
+
+@prepare_head.register
+def _prepare_polynomial(
+    method: Polynomial, request: Request, rng: np.random.Generator
+) -> PreparedHead:
+    if request.count == 0:
+        return _exact(request, Exact(), _NO_KEY, rng)
+    if request.guarantee == "proven":
+        return request.fill(_proven(request, method, rng))
+    return _polynomial(request, method, rng)
+
+
+@prepare_head.register
+def _prepare_multipole(
+    method: Multipole, request: Request, rng: np.random.Generator
+) -> PreparedHead:
+    if request.count == 0:
+        return _exact(request, Exact(), _NO_KEY, rng)
+    # the given queries stand for those to come
+    configured = method.configure(request.head, request.tol, request.guarantee, rng)
+    head, sample = request.head, _sample(request.head, rng)
+    empty = MultipoleHead.of(configured.plan, head, sample, request.tol, rng)
+    return request.fill(empty)
+
+
+@prepare_head.register
+def _prepare_cheapest(
+    _method: Auto, request: Request, rng: np.random.Generator
+) -> PreparedHead:
+    """The cheapest state that meets the tolerance, else a KV buffer."""
+    if request.count == 0:
+        return _exact(request, Exact(), _NO_KEY, rng)
+    reason = "nothing cheaper meets the tolerance"
+    if request.guarantee == "proven":
+        try:
+            empty = _proven(request, Polynomial(), rng)
+            share = empty.plan.work / _exact_work(request)
+            if share <= POLICY.time_share:
+                return request.fill(empty)
+            reason = f"{empty.plan.method} takes {share:.1f} times as long"
+        except RefusalError as error:
+            reason = str(error)
+        return _exact(request, Exact(), reason, rng)
+    split = QuerySplit.of(request.head, rng)
+    head, aim = replace(request.head, query=split.rest), request.tol
+    for margin in MARGINS:
+        if request.head.sizes[0] < POLICY.prepared.fewest_queries:
+            reason = f"{request.head.sizes[0]} queries are too few to plan with"
+            break
+        found = _rank_estimate(request, head, aim, rng)
+        if found.empty is None or not found.accepted:
+            reason = found.reason
+            break
+        plan = _lowrank_plan(
+            head, found.rank, found.landmarks, found.error,
+            "predicted to meet the tolerance",
+        )  # fmt: skip
+        filled = _filled(request, plan, LowRankState(found.empty), split, margin)
+        upper, refused = filled.held_out.error().upper, refused_share(filled)
+        if upper <= request.tol and not refused:
+            return filled
+        reason = f"{plan.method} certified {upper:.2e} and refused {refused:.0%}"
+        # tighten by the error that the next sampling round would certify
+        again = replace(filled.held_out, margin=MARGINS[-1]).error().upper
+        if refused or not math.isfinite(again):
+            break
+        aim *= POLICY.prepared.retarget * request.tol / again
+    return _exact(request, Exact(), reason, rng)
 
 
 def _sample(head: Head, rng: np.random.Generator) -> Array:
@@ -99,13 +163,13 @@ def _sample(head: Head, rng: np.random.Generator) -> Array:
 
 def _exact(
     request: Request, method: Exact, reason: str, rng: np.random.Generator
-) -> ExactHead:
+) -> PreparedHead:
     """An empty KV buffer."""
     head = request.head
     _, _, d, p = head.sizes
     plan = Plan(method, 0.0, exact_work(1, request.count, d, p), reason)
     buffer = KVBuffer.none(head.key, head.value)
-    return ExactHead(plan, head.scale, buffer, _sample(head, rng))
+    return request.fill(ExactHead(plan, head.scale, buffer, _sample(head, rng)))
 
 
 def _proven(
@@ -155,46 +219,6 @@ def _polynomial(
     estimate = plan.predicted_error
     estimate = error.estimate if math.isnan(estimate) else estimate
     return replace(found, plan=replace(plan, predicted_error=estimate))
-
-
-def _cheapest(request: Request, rng: np.random.Generator) -> PreparedHead:
-    """The cheapest state that meets the tolerance, else a KV buffer."""
-    reason = "nothing cheaper meets the tolerance"
-    if request.guarantee == "proven":
-        try:
-            empty = _proven(request, Polynomial(), rng)
-            share = empty.plan.work / _exact_work(request)
-            if share <= POLICY.time_share:
-                return request.fill(empty)
-            reason = f"{empty.plan.method} takes {share:.1f} times as long"
-        except RefusalError as error:
-            reason = str(error)
-        return request.fill(_exact(request, Exact(), reason, rng))
-    split = QuerySplit.of(request.head, rng)
-    head, aim = replace(request.head, query=split.rest), request.tol
-    for margin in MARGINS:
-        if request.head.sizes[0] < POLICY.prepared.fewest_queries:
-            reason = f"{request.head.sizes[0]} queries are too few to plan with"
-            break
-        found = _rank_estimate(request, head, aim, rng)
-        if found.empty is None or not found.accepted:
-            reason = found.reason
-            break
-        plan = _lowrank_plan(
-            head, found.rank, found.landmarks, found.error,
-            "predicted to meet the tolerance",
-        )  # fmt: skip
-        filled = _filled(request, plan, LowRankState(found.empty), split, margin)
-        upper, refused = filled.held_out.error().upper, refused_share(filled)
-        if upper <= request.tol and not refused:
-            return filled
-        reason = f"{plan.method} certified {upper:.2e} and refused {refused:.0%}"
-        # tighten by the error that the next sampling round would certify
-        again = replace(filled.held_out, margin=MARGINS[-1]).error().upper
-        if refused or not math.isfinite(again):
-            break
-        aim *= POLICY.prepared.retarget * request.tol / again
-    return request.fill(_exact(request, Exact(), reason, rng))
 
 
 def _rank_estimate(

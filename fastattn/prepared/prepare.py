@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 
 from fastattn.files.formats import PathLike
-from fastattn.planning.options import check_options
+from fastattn.planning.options import check_options, check_served
 from fastattn.prepared.files import read_header, read_heads
 from fastattn.prepared.planning import Request, prepare_head
 from fastattn.prepared.rows import Rows
 from fastattn.prepared.structure import Prepared
 from fastattn.prepared.tensor.planning import prepare_tensor_head
-from fastattn.problem.batch import Batch, pick
-from fastattn.problem.plan import Method
+from fastattn.problem.batch import Batch, each_head, pick, place_of_head
+from fastattn.problem.plan import Method, Task
 from fastattn.tensor.problem import TensorBatch
 from sketching._lib.arrays import Array, array_namespace
 from sketching._lib.random import RandomSource
-from sketching._lib.threads import parallel_map
 
 
 def prepare(
@@ -113,15 +112,17 @@ def prepare(
     Alman and Song, Fast Attention Requires Bounded Entries, arXiv 2302.13214.
     """
     tol, method, generator = check_options(tol, method, guarantee, rng)
-    kind = TensorBatch if isinstance(key, tuple) else Batch
+    is_tensor = isinstance(key, tuple)
+    check_served(prepare_tensor_head if is_tensor else prepare_head, method)
+    kind = TensorBatch if is_tensor else Batch
     batch: Any = kind.of(queries, key, value, scale, False, key_mask)
     streams = generator.spawn(batch.count)
 
     def make(i: int) -> Any:
-        if isinstance(key, tuple):
-            head = batch.head(i)
-            return prepare_tensor_head(head, tol, guarantee, method, streams[i])
-        place = tuple(int(k) for k in np.unravel_index(i, batch.lead))
+        if is_tensor:
+            task = Task(batch.head(i), tol, guarantee, streams[i])
+            return prepare_tensor_head(method, task)
+        place = place_of_head(i, batch.lead)
         rows = Rows.of(batch.key, batch.value, batch.key_mask, place)
         head, count = rows.head(
             pick(batch.query, place), batch.scale, guarantee, streams[i]
@@ -133,9 +134,9 @@ def prepare(
             tol,
             guarantee,
         )
-        return prepare_head(request, method, streams[i])
+        return prepare_head(method, request, streams[i])
 
-    heads = parallel_map(make, range(batch.count), batch.query)
+    heads = each_head(batch.lead, batch.query, make)
     options = {
         "lead": list(batch.lead),
         "d": batch.query.shape[-1],
@@ -146,7 +147,7 @@ def prepare(
         "dtype": str(batch.query.dtype).rpartition(".")[2],
         "seed": int(generator.integers(1 << 62)),
     }
-    if isinstance(key, tuple):
+    if is_tensor:
         options["factors"] = len(key)
     place = (0,) * (batch.query.ndim - 2)
     like = batch.query[(*place, slice(0, 0), slice(None))]

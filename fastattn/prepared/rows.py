@@ -6,8 +6,8 @@ import numpy as np
 
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.batch import pick
-from fastattn.problem.head import Head
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from fastattn.problem.head import Head, gather_rows
+from sketching._lib.arrays import Array, to_host
 
 # rows that are inserted at once; copies of them are freed before the next block
 _ROWS = 1 << 18
@@ -43,7 +43,8 @@ class Rows:
             stop = min(start + _ROWS, self.key.shape[0])
             key, value = self.key[start:stop, :], self.value[start:stop, :]
             if self.mask is not None:
-                key, value = _taken(key, value, np.flatnonzero(self._host(start, stop)))
+                rows = np.flatnonzero(self._host(start, stop))
+                key, value = gather_rows(key, rows), gather_rows(value, rows)
             head = head.insert(key, value, fold=fold)
         return head
 
@@ -61,15 +62,9 @@ class Rows:
         count = len(rows)
         if guarantee == "sampled" and count > _ROWS:
             rows = np.sort(rng.choice(rows, _ROWS, replace=False))
-        return Head(query, *_taken(self.key, self.value, rows), scale), count
+        key, value = gather_rows(self.key, rows), gather_rows(self.value, rows)
+        return Head(query, key, value, scale), count
 
     def _host(self, start: int, stop: int) -> Array:
         assert self.mask is not None
         return to_host(self.mask[start:stop])
-
-
-def _taken(key: Array, value: Array, rows: Array) -> tuple[Array, Array]:
-    """Copy the rows with the given indices."""
-    xp = array_namespace(key)
-    numbers = xp.asarray(rows, device=device_of(key))
-    return xp.take(key, numbers, axis=0), xp.take(value, numbers, axis=0)

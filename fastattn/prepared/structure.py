@@ -16,13 +16,15 @@ from fastattn.problem.batch import (
     check_mask,
     check_rows,
     check_unmasked,
+    each_head,
+    over_heads,
     pick,
+    place_of_head,
     placed_mask,
 )
 from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.cell import Cell
 from sketching._lib.certificate import Approximation, Certificate
-from sketching._lib.threads import parallel_map
 from sketching._lib.validation import check_float_array
 
 _T = TypeVar("_T")
@@ -78,7 +80,7 @@ class Prepared:
     @property
     def plan(self) -> Any:
         """The plan; for a batch an object array over the leading dimensions."""
-        return self._field([head.plan for head in self._heads], object)
+        return over_heads([head.plan for head in self._heads], self._lead, object)
 
     @property
     def count(self) -> Any:
@@ -106,10 +108,10 @@ class Prepared:
         heads = self._heads
         found = self._each(lambda i: heads[i].certificate(tol, guarantee, self._rng(i)))
         return Certificate(
-            self._field([x.error for x in found], np.float64),
-            self._field([x.failure for x in found], np.float64),
+            over_heads([x.error for x in found], self._lead, np.float64),
+            over_heads([x.failure for x in found], self._lead, np.float64),
             found[0].norm,
-            self._field([x.source for x in found], object),
+            over_heads([x.source for x in found], self._lead, object),
         )
 
     def query(self, query: Array) -> Approximation:
@@ -315,21 +317,14 @@ class Prepared:
         return tuple(self._options["lead"])
 
     def _place(self, number: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in np.unravel_index(number, self._lead))
+        return place_of_head(number, self._lead)
 
     def _rng(self, number: int) -> np.random.Generator:
         # independent of earlier queries, and the same after a load
         return np.random.default_rng([self._options["seed"], number])
 
-    def _field(self, values: list[Any], dtype: Any) -> Any:
-        if not self._lead:
-            return values[0]
-        array = np.empty(len(values), dtype=dtype)
-        array[:] = values
-        return array.reshape(self._lead)
-
     def _each(self, work: Callable[[int], _T]) -> list[_T]:
-        return parallel_map(work, range(len(self._heads)), self._like)
+        return each_head(self._lead, self._like, work)
 
     def _checked(self, name: str, x: Array, width: int) -> Array:
         """Check an array against the structure, also for NaN, a block at a time."""

@@ -1,9 +1,10 @@
 """Checked inputs as a batch of heads, and answers of heads as one result."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,13 +17,16 @@ from sketching._lib.arrays import (
     mover,
     plain,
 )
-from sketching._lib.certificate import Approximation, Certificate
+from sketching._lib.certificate import Approximation, Certificate, RefusalError
+from sketching._lib.threads import parallel_map
 from sketching._lib.validation import (
     check_finite,
     check_flag,
     check_float_shape,
     check_number,
 )
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +96,7 @@ class Batch:
     def head(self, number: int) -> Head:
         """Return one head, in C order; only keys and values under a mask are copied."""
         xp = array_namespace(self.query)
-        place = tuple(int(i) for i in np.unravel_index(number, self.lead))
+        place = place_of_head(number, self.lead)
         query, key, value = (pick(x, place) for x in (self.query, self.key, self.value))
         prefix_lengths = None
         n, m = query.shape[0], key.shape[0]
@@ -120,11 +124,7 @@ class Batch:
 
         def field(name: str, dtype: Any) -> Any:
             values = [getattr(answer, name) for answer in answers]
-            if not self.lead:
-                return values[0]
-            array = np.empty(len(values), dtype=dtype)
-            array[:] = values
-            return array.reshape(self.lead)
+            return over_heads(values, self.lead, dtype)
 
         certificate = Certificate(
             field("error", np.float64),
@@ -149,6 +149,51 @@ class Batch:
         found = np.stack([unknown if error is None else error for error in errors])
         move = mover(self.query, array_namespace(self.query).float64)
         return move(found.reshape((*self.lead, n)))
+
+
+def each_head(
+    lead: tuple[int, ...], like: Array, work: Callable[[int], _T]
+) -> list[_T]:
+    """Call ``work`` with the number of every head, in parallel on the CPU.
+
+    ``lead`` are the leading dimensions, ``like`` is any array of the batch.
+    """
+
+    def one(number: int) -> _T:
+        with named_head(place_of_head(number, lead)):
+            return work(number)
+
+    return parallel_map(one, range(math.prod(lead)), like)
+
+
+@contextmanager
+def named_head(place: Sequence[int]) -> Iterator[None]:
+    """Let a refusal say which head of a batch it is about."""
+    try:
+        yield
+    except RefusalError as error:
+        if place:
+            error.args = (f"head {name_of(place)}: {error}",)
+        raise
+
+
+def place_of_head(number: int, lead: tuple[int, ...]) -> tuple[int, ...]:
+    """Index of a head, given its number in C order."""
+    return tuple(int(i) for i in np.unravel_index(number, lead))
+
+
+def name_of(place: Sequence[int]) -> str:
+    """Format the index of a head."""
+    return ",".join(map(str, place)) or "-"
+
+
+def over_heads(values: list[Any], lead: tuple[int, ...], dtype: Any) -> Any:
+    """The value of a single head, or an array over the leading dimensions."""
+    if not lead:
+        return values[0]
+    array = np.empty(len(values), dtype=dtype)
+    array[:] = values
+    return array.reshape(lead)
 
 
 def own_place(x: Array, place: tuple[int, ...], trailing: int = 2) -> tuple[int, ...]:

@@ -137,15 +137,13 @@ class Head(AttentionHead):
 
     def with_rows(self, rows: Array) -> "Head":
         """Return the same head for the queries with indices ``rows`` only."""
-        xp = self.xp
-        rows = xp.asarray(rows, device=device_of(self.query))
         prefix_lengths = self.prefix_lengths
         return replace(
             self,
-            query=xp.take(self.query, rows, axis=0),
+            query=gather_rows(self.query, rows),
             prefix_lengths=None
             if prefix_lengths is None
-            else xp.take(prefix_lengths, rows, axis=0),
+            else gather_rows(prefix_lengths, rows),
         )
 
     def attend(self, dtype: Any = None, rows: int | None = None) -> tuple[Array, Array]:
@@ -189,8 +187,16 @@ def rounded_answer(
     return value, xp.where(lost, least, rounded)
 
 
+def gather_rows(x: Array, rows: Array | None) -> Array:
+    """Rows of an array; None means all."""
+    if rows is None:
+        return x
+    xp = array_namespace(x)
+    return xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)
+
+
 def host_rows(x: Array, rows: Array) -> Array:
     """Copy the given rows to the host, in float32 or float64."""
     xp = array_namespace(x)
-    taken = xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)
-    return to_host(xp.astype(taken, compute_dtype(xp, x.dtype), copy=False))
+    dtype = compute_dtype(xp, x.dtype)
+    return to_host(xp.astype(gather_rows(x, rows), dtype, copy=False))

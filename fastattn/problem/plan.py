@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,17 @@ from fastattn.costs.work import seconds
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import Certificate, RefusalError
+
+_H = TypeVar("_H")
+
+
+class Task(NamedTuple, Generic[_H]):
+    """A head, the tolerance and guarantee asked for, and a source of randomness."""
+
+    head: _H
+    tol: float
+    guarantee: str
+    rng: np.random.Generator
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,11 +43,3 @@ def scatter_rows(part: Array, rows: Array, n: int) -> Array:
     zero = xp.zeros((1, width), dtype=part.dtype, device=device)
     source_rows = xp.asarray(source, device=device)
     return xp.take(xp.concat([part, zero]), source_rows, axis=0)
-
-
-def gather_rows(x: Array, rows: Array | None) -> Array:
-    """Rows of an array; None means all."""
-    if rows is None:
-        return x
-    xp = array_namespace(x)
-    return xp.take(x, xp.asarray(rows, device=device_of(x)), axis=0)

@@ -5,7 +5,10 @@ block. Its error is estimated on held-out queries. Where it misses the tolerance
 keys are read again, once for each block of queries, for exact attention.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,12 +23,14 @@ from fastattn.prepared.heads import StateHead
 from fastattn.prepared.planning import Request, prepare_head
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.problem.head import Head
-from fastattn.problem.plan import Candidate, Method, Plan
+from fastattn.problem.plan import Candidate, Method, Plan, Task
 from fastattn.streaming.exact import rounded, solve_exactly, stream_exactly
 from fastattn.streaming.rows import FileHead, Put, Step
 from sketching._lib.arrays import compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError
 from sketching._lib.threads import single_threaded_blas
+
+_NO_PROOF = "a proven state needs the keys of a head in memory: these stream"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +39,17 @@ class Streamed:
 
     certificate: Certificate
     plan: Plan
+
+
+class _Way(NamedTuple):
+    """A way to answer a head in a file.
+
+    ``run`` takes the reason against the way before, or an empty string, and the
+    functions ``put`` and ``step``.
+    """
+
+    plan: Plan
+    run: Callable[[str, Put, Step], Streamed]
 
 
 def attend_streamed(
@@ -46,30 +62,21 @@ def attend_streamed(
     step: Step,
 ) -> Streamed:
     """Answer all queries of a head in a file; ``put`` gets the answers in blocks."""
+    ways = _ways(method, Task(head, tol, guarantee, rng))
     # check all queries before the keys, which take long
     for _ in head.each_block():
         pass
-    exact = method if isinstance(method, Exact) else Exact()
-    reason = "requested"
+    against = ""
     # with several threads BLAS results may differ in the last digit
     with single_threaded_blas():
-        if exact is not method:
-            planned = _plan(head, tol, method, guarantee, rng)
-            if isinstance(planned, StateHead):
-                # the other half is for exact attention, where the state is refused
+        for way in ways:
+            try:
+                return way.run(against, put, step)
+            except RefusalError as error:
+                against = str(error)
+                # the other half is for exact attention
                 step = _half(step)
-                try:
-                    found = _sum(head, planned, tol, put, step)
-                    step(1.0)
-                    return found
-                except RefusalError as error:
-                    if not isinstance(method, Auto):
-                        raise
-                    reason = str(error)
-            else:
-                reason = planned
-        certified = solve_exactly(head, exact, tol, guarantee, rng, reason, put, step)
-        return Streamed(*certified)
+    raise RefusalError(against)
 
 
 def _half(step: Step) -> Step:
@@ -84,51 +91,93 @@ def explain_streamed(
     rng: np.random.Generator,
 ) -> Explanation:
     """Say what would be run: what is planned on the sample, then exact attention."""
-    considered = []
-    reason = "requested"
     with single_threaded_blas():
-        if not isinstance(method, Exact):
-            planned = _plan(head, tol, method, guarantee, rng)
-            reason = "if the state over all keys misses the tolerance"
-            if isinstance(planned, StateHead):
-                considered.append(Candidate(planned.plan, accepted=True))
-            else:
-                reason = planned
-    if isinstance(method, (Exact, Auto)):
-        exact = method if isinstance(method, Exact) else Exact()
-        plan = Plan(exact, 0.0, exact_work(*head.sizes), reason)
-        considered.append(Candidate(plan, accepted=True))
-    return Explanation((), (tuple(considered),))
+        plans = [way.plan for way in _ways(method, Task(head, tol, guarantee, rng))]
+    return Explanation((), (tuple(Candidate(x, accepted=True) for x in plans),))
 
 
-def _plan(
-    head: FileHead, tol: float, method: Method, guarantee: str, rng: np.random.Generator
-) -> StateHead | str:
-    """Plan a state on a sample of the rows: an empty state, or why there is none."""
-    if not isinstance(method, (Auto, Polynomial)):
-        raise RefusalError(
-            f"{type(method).__name__} needs the keys of a head in memory, of which "
-            f"{head.memory} bytes may be used: allow more, or use Auto() or Exact()"
-        )
-    if guarantee == "proven":
-        reason = "a proven state needs the keys of a head in memory: these stream"
-        if isinstance(method, Auto):
-            return reason
-        raise RefusalError(f"{reason}; allow more memory, or use Exact()")
+@singledispatch
+def _ways(method: Any, task: Task[FileHead]) -> Iterator[_Way]:
+    """Yield the ways to answer a head, the first choice first.
+
+    A method is registered with a function of the method and the task.
+    """
+    raise RefusalError(
+        f"{type(method).__name__} needs the keys of a head in memory, of which "
+        f"{task.head.memory} bytes may be used: allow more, or use Auto() or Exact()"
+    )
+
+
+@_ways.register
+def _by_exact(
+    method: Exact, task: Task[FileHead], reason: str = "requested"
+) -> Iterator[_Way]:
+    plan = Plan(method, 0.0, exact_work(*task.head.sizes), reason)
+
+    def run(against: str, put: Put, step: Step) -> Streamed:
+        made = replace(plan, reason=against or reason)
+        return Streamed(solve_exactly(task, method, put, step), made)
+
+    yield _Way(plan, run)
+
+
+@_ways.register
+def _by_polynomial(
+    method: Polynomial,
+    task: Task[FileHead],
+) -> Iterator[_Way]:
+    if task.guarantee == "proven":
+        raise RefusalError(f"{_NO_PROOF}; allow more memory, or use Exact()")
+    yield _by_state(task, _planned(method, task))
+
+
+@_ways.register
+def _by_the_cheapest(
+    method: Auto,
+    task: Task[FileHead],
+) -> Iterator[_Way]:
+    reason = "if the state over all keys misses the tolerance"
+    try:
+        if task.guarantee == "proven":
+            raise RefusalError(_NO_PROOF)
+        state = _planned(method, task)
+        share = _work(task.head, state.plan.method) / exact_work(*task.head.sizes)
+        if share > POLICY.time_share:
+            raise RefusalError(
+                f"{state.plan.method} would take {share:.1f} times as long"
+            )
+        yield _by_state(task, state)
+    except RefusalError as error:
+        reason = str(error)
+    yield from _by_exact(Exact(), task, reason)
+
+
+def _by_state(task: Task[FileHead], state: StateHead) -> _Way:
+    """Answer by a state, to be filled with all keys."""
+
+    def run(_against: str, put: Put, step: Step) -> Streamed:
+        # the other half is for exact attention, where the state is refused
+        found = _sum(task.head, state, task.tol, put, _half(step))
+        _half(step)(1.0)
+        return found
+
+    return _Way(state.plan, run)
+
+
+def _planned(method: Method, task: Task[FileHead]) -> StateHead:
+    """An empty state, planned on a sample of the rows; refused if there is none."""
+    head, tol, guarantee, rng = task
     sample = _sample(head, rng)
 
     def fill(empty: PreparedHead) -> PreparedHead:
         return empty.insert(sample.key, sample.value, fold=True)
 
     request = Request(sample, fill, head.sizes[1], tol, guarantee)
-    found = prepare_head(request, method, rng)
+    found = prepare_head(method, request, rng)
     if not isinstance(found, StateHead):
-        return found.plan.reason
-    work = _work(head, found.plan.method)
-    share = work / exact_work(*head.sizes)
-    if isinstance(method, Auto) and share > POLICY.time_share:
-        return f"{found.plan.method} would take {share:.1f} times as long"
+        raise RefusalError(found.plan.reason)
     reason = f"planned on a sample of {len(sample.key)} keys: {found.plan.reason}"
+    work = _work(head, found.plan.method)
     plan = replace(found.plan, work=work, reason=reason)
     return replace(found.empty(), plan=plan)
 

@@ -27,11 +27,10 @@ from fastattn.certificates.rounding import (
     unit_roundoff,
 )
 from fastattn.certificates.sampled import TRUTH, lost_norm, scaled_frobenius, statement
-from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact, sums_error, weights_error
 from fastattn.problem.head import Head
 from fastattn.problem.partial_softmax import empty_partial, merge_partials
-from fastattn.problem.plan import Plan
+from fastattn.problem.plan import Task
 from fastattn.streaming.rows import FileHead, Put, Step
 from sketching._lib.arrays import Array, compute_dtype
 from sketching._lib.certificate import Certificate, RefusalError
@@ -124,23 +123,16 @@ def rounded(head: FileHead, value: Array, logarithm: Array) -> tuple[Array, Arra
 
 
 def solve_exactly(
-    head: FileHead,
-    method: Exact,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-    reason: str,
-    put: Put,
-    step: Step,
-) -> tuple[Certificate, Plan]:
+    task: Task[FileHead], method: Exact, put: Put, step: Step
+) -> Certificate:
     """Answer all queries and bound the rounding, as ``Exact()`` does."""
+    head, tol, guarantee, rng = task
     blocks = -(-head.sizes[0] // head.block)
 
     def step_of_all(share: float) -> None:
         step(share / (blocks + 1))
 
     bounds = measure(head, step_of_all)
-    plan = Plan(method, 0.0, exact_work(*head.sizes), reason)
     dtype, error = compute_dtype(np, head.query.dtype), math.nan
     if guarantee == "proven":
         dtype, error = _proven(head, bounds, tol)
@@ -152,15 +144,15 @@ def solve_exactly(
         "blocks: a-priori rounding bound"
     )
     if guarantee == "proven":
-        return Certificate(error, 0.0, "max", source), plan
+        return Certificate(error, 0.0, "max", source)
     if math.isfinite(answer.peak):
         bound, root = rounding_bound(head, bounds, dtype), math.sqrt(n * p)
         error = bound
         if answer.peak:
             error = relative(bound / answer.peak * root, answer.norm)
         if error <= tol:
-            return Certificate(error, 0.0, "relative-frobenius", source), plan
-    return _sampled(head, rows, answer, bounds.peak, tol), plan
+            return Certificate(error, 0.0, "relative-frobenius", source)
+    return _sampled(head, rows, answer, bounds.peak, tol)
 
 
 def _proven(head: FileHead, bounds: HeadBounds, tol: float) -> tuple[Any, float]:

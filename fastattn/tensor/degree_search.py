@@ -21,6 +21,7 @@ from fastattn.methods.polynomial.polynomial_expansion import (
     coefficients_of,
 )
 from fastattn.methods.polynomial.proven_degree import NARROWEST
+from fastattn.problem.head import gather_rows
 from fastattn.tensor.logit_bounds import LogitBounds
 from fastattn.tensor.polynomial import (
     TensorPolynomialExpansion,
@@ -30,7 +31,7 @@ from fastattn.tensor.polynomial import (
 )
 from fastattn.tensor.problem import TensorHead
 from fastattn.tensor.sampled import certify_tuples, furthest_rows, row_work
-from sketching._lib.arrays import Array, array_namespace, device_of, to_host
+from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 
 
@@ -217,14 +218,9 @@ def _sample(head: TensorHead, rng: np.random.Generator) -> tuple[Array, list[Arr
 
 def _part(head: TensorHead, rows: Array, keys: list[Array]) -> TensorHead:
     """The head of some queries and keys."""
-
-    def take(x: Array, numbers: Array) -> Array:
-        xp = array_namespace(x)
-        return xp.take(x, xp.asarray(numbers, device=device_of(x)), axis=0)
-
     return TensorHead(
-        take(head.query, rows),
-        tuple(take(x, at) for x, at in zip(head.keys, keys, strict=True)),
-        tuple(take(x, at) for x, at in zip(head.values, keys, strict=True)),
+        gather_rows(head.query, rows),
+        tuple(gather_rows(x, at) for x, at in zip(head.keys, keys, strict=True)),
+        tuple(gather_rows(x, at) for x, at in zip(head.values, keys, strict=True)),
         head.scale,
     )

@@ -85,26 +85,34 @@ def _solve_sampled(
     dtype: Any,
 ) -> HeadAnswer:
     """Certify by the bound on the rounding error, or by sampled rows in float64."""
+    # the float64 rows of a sample have the rounding error of their weights
+    own, bound = 2 * weights_error(head, head.xp.float64), rounding(head, dtype)
+    # twice: outputs may exceed all products of values by their rounding error
+    if own > tol and bound > 2 * tol * head.logit_bounds.peak:
+        raise _refusal(head, tol, own)
     value, normalizer = head.finish(*head.attend(dtype))
-    error = relative_bound(head, rounding(head, dtype), value)
+    error = relative_bound(head, bound, value)
     failure = 0.0
     source = f"exact tensor attention in {_name(dtype)}: a-priori rounding bound"
     if not error <= tol:
         sampled = certify_rows(head, value, tol, rng)
-        # the float64 rows have the rounding error of their weights, and may underflow
-        own = 2 * weights_error(head, head.xp.float64)
+        # they may underflow, too
         own += lost_products(head, dtype, scaled_frobenius(value))
         error, failure = sampled.upper + own, FAILURE
         source = f"exact tensor attention; {sampled.source}"
     if not error <= tol:
-        raise RefusalError(
-            f"tol={tol:g} is below what {_name(head.dtype)} holds for this head "
-            f"({error:.1e}, infinite where logits or sums overflow, or the answer "
-            "underflows): pass float64 arrays, a larger tol, or scale query, keys and "
-            "values"
-        )
+        raise _refusal(head, tol, error)
     norm = "relative-frobenius"
     return HeadAnswer(value, normalizer, error, failure, norm, source, plan)
+
+
+def _refusal(head: TensorHead, tol: float, error: float) -> RefusalError:
+    return RefusalError(
+        f"tol={tol:g} is below what {_name(head.dtype)} holds for this head "
+        f"({error:.1e}, infinite where logits or sums overflow, or the answer "
+        "underflows): pass float64 arrays, a larger tol, or scale query, keys and "
+        "values"
+    )
 
 
 def solve_bounded(

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from fastattn._ops.tensor_mechanisms import (
 )
 from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
-from fastattn.problem.head import Head
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan
 from fastattn.tensor.exact import rounding, solve_bounded, solve_exact
 from fastattn.tensor.problem import TensorHead
@@ -30,26 +29,26 @@ class TensorMethod:
     """A method for heads of tensor attention only."""
 
     __slots__ = ()
+    needs_tuples: ClassVar[bool] = True
 
     def solve(
         self, head: Any, tol: float, guarantee: str, rng: np.random.Generator
     ) -> HeadAnswer:
         """Answer the head within ``tol``."""
-        if not isinstance(head, TensorHead):
-            raise TypeError(
-                f"{self}: expected tuples of keys and of values (tensor attention)"
-            )
         if head.sizes[1] == 0:
             plan = Plan(self, 0.0, 0.0, "no tuple to attend to")
             return solve_exact(head, tol, guarantee, rng, plan)
         return self.answer(head, tol, guarantee)
 
     def candidates(
-        self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
+        self,
+        head: Any,
+        tol: float,  # noqa: ARG002
+        guarantee: str,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
     ) -> Iterator[Candidate]:
-        """Raise ``TypeError`` for heads of pairwise attention, as ``solve`` does."""
-        self.solve(head, tol, guarantee, rng)
-        return iter(())
+        """Yield the plan; the method is always accepted."""
+        yield Candidate(self.plan(head), accepted=True)
 
     def plan(self, head: TensorHead) -> Plan:
         """Check the head against the method, and predict the cost."""
@@ -104,6 +103,8 @@ class TensorWindow(TensorMethod):
                 "sizes: expected a tuple, one window for each factor, got "
                 f"{type(self.sizes).__name__}"
             )
+        if not self.sizes:
+            raise ValueError("sizes: expected at least one window, got none")
         for s, size in enumerate(self.sizes):
             check_integer(f"sizes[{s}]", size, least=1)
 

@@ -1,9 +1,10 @@
 """The choice of a method for a head of tensor attention, and its certificate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import singledispatch
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from fastattn.costs.work import exact_work
 from fastattn.methods.exact import Exact
 from fastattn.methods.polynomial.method import Polynomial
 from fastattn.planning.auto import Auto
-from fastattn.problem.plan import Candidate, HeadAnswer, Plan
+from fastattn.problem.plan import Candidate, HeadAnswer, Method, Plan, Task
 from fastattn.tensor.degree_search import apriori_expansion, sampled_expansion
 from fastattn.tensor.exact import exact_plan, relative_bound, solve_exact
 from fastattn.tensor.mechanisms import TensorMethod
@@ -36,14 +37,21 @@ from sketching._lib.certificate import RefusalError
 _FEW = "too few tuples: planning costs more than it saves"
 
 
+class Option(NamedTuple):
+    """A way to answer one head; without ``run`` it is refused, as the plan says.
+
+    ``run`` takes the reasons against the options before it, for the plan of the answer.
+    """
+
+    plan: Plan
+    run: Callable[[str], HeadAnswer] | None = None
+
+
 def solve_tensor(
-    method: Any,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    method: Method,
+    task: Task[TensorHead],
 ) -> HeadAnswer:
-    """Answer one head within ``tol`` by the given method.
+    """Answer one head within ``tol`` by the first option that succeeds.
 
     Raises
     ------
@@ -52,27 +60,134 @@ def solve_tensor(
     TypeError
         If it is no method for tensor attention.
     """
-    if isinstance(method, TensorMethod):
-        return method.solve(head, tol, guarantee, rng)
-    head = _within_range(head)
-    no_tuples = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
-    if isinstance(method, Exact) or no_tuples:
-        return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact()))
-    if isinstance(method, Polynomial):
-        expansion = _expansion(method, head, tol, guarantee, rng)
-        answer = _run(head, expansion, tol, guarantee, rng)
-        if guarantee == "sampled" and answer.error > tol:
+    against = []
+    for plan, run in tensor_options(method, task):
+        if run is None:
+            against.append(plan.reason)
+            continue
+        try:
+            return run("; ".join(against))
+        except RefusalError as error:
+            against.append(str(error))
+    raise RefusalError("; ".join(against))
+
+
+def tensor_candidates(
+    method: Method,
+    task: Task[TensorHead],
+) -> tuple[Candidate, ...]:
+    """The candidates for one head; the first that is accepted would run."""
+    options = tensor_options(method, task)
+    return tuple(Candidate(plan, accepted=run is not None) for plan, run in options)
+
+
+@singledispatch
+def tensor_options(method: Any, *_: Any) -> Iterator[Option]:
+    """Yield the ways to answer a head by a method, the first choice first.
+
+    A method is registered with a function of the arguments of :func:`solve_tensor`.
+    """
+    raise TypeError(
+        f"{method} is no method for tensor attention: use Auto(), Exact() or "
+        "Polynomial()"
+    )
+
+
+@tensor_options.register
+def _of_tensor_method(
+    method: TensorMethod,
+    task: Task[TensorHead],
+) -> Iterator[Option]:
+    yield Option(method.plan(task.head), lambda _: method.solve(*task))
+
+
+@tensor_options.register
+def _of_exact(
+    _method: Exact,
+    task: Task[TensorHead],
+) -> Iterator[Option]:
+    yield _exact(_within_range(task))
+
+
+@tensor_options.register
+def _of_polynomial(
+    method: Polynomial,
+    task: Task[TensorHead],
+) -> Iterator[Option]:
+    task = _within_range(task)
+    if task.head.sizes[1]:
+        yield _polynomial(method, task, is_requested=True)
+    else:
+        yield _exact(task)
+
+
+@tensor_options.register
+def _of_auto(
+    _method: Auto,
+    task: Task[TensorHead],
+) -> Iterator[Option]:
+    """The polynomial if it is faster and meets ``tol``, else exact attention."""
+    task = _within_range(task)
+    head, exact = task.head, _exact(task)
+    if head.sizes[1] == 0:
+        yield exact
+        return
+    if exact_work(*head.sizes) < POLICY.tensor.little_work:
+        yield _exact(task, _FEW)
+        return
+    option = _polynomial(Polynomial(), task)
+    share = option.plan.work / exact.plan.work
+    if option.run and not share <= POLICY.time_share:
+        reason = f"{option.plan.method} is predicted to take {share:.1f} times as long"
+        option = Option(replace(option.plan, reason=reason))
+    yield option
+    if exact_work(*head.sizes) > POLICY.tensor.endless:
+        yield Option(replace(exact.plan, reason=_endless(head)))
+    else:
+        reason = "nothing cheaper meets the tolerance"
+        yield _exact(task, reason)
+
+
+def _exact(
+    task: Task[TensorHead],
+    reason: str = "requested",
+) -> Option:
+    """Exact attention; what was against other options becomes the plan's reason."""
+
+    def run(against: str) -> HeadAnswer:
+        plan = exact_plan(task.head, Exact(), against or reason)
+        return solve_exact(*task, plan)
+
+    return Option(exact_plan(task.head, Exact(), reason), run)
+
+
+def _polynomial(
+    method: Polynomial,
+    task: Task[TensorHead],
+    *,
+    is_requested: bool = False,
+) -> Option:
+    """Attention by an expansion, if one is found; run, it is refused if it misses."""
+    try:
+        expansion = _expansion(method, task)
+    except RefusalError as error:
+        return Option(Plan(method, math.nan, math.nan, str(error)))
+
+    def run(_against: str) -> HeadAnswer:
+        answer = _run(task, expansion)
+        if task.guarantee == "sampled" and not answer.error <= task.tol:
+            advice = "; raise tol, degree or rank, or use Auto()" * is_requested
             raise RefusalError(
-                f"{answer.plan.method} misses tol={tol:g}: {answer.error:.2e} by "
-                f"{answer.source}; raise tol, degree or rank, or use Auto()"
+                f"{answer.plan.method} misses tol={task.tol:g}: {answer.error:.2e} by "
+                f"{answer.source}{advice}"
             )
         return answer
-    if isinstance(method, Auto):
-        return _solve_auto(head, tol, guarantee, rng)
-    raise TypeError(_no_method(method))
+
+    reason = "requested" if is_requested else "predicted to meet the tolerance"
+    return Option(expansion.plan(task.head, reason), run)
 
 
-def _within_range(head: TensorHead) -> TensorHead:
+def _within_range(task: Task[TensorHead]) -> Task[TensorHead]:
     """Balance a head if partial products of its entries may overflow float64.
 
     Raises
@@ -80,59 +195,17 @@ def _within_range(head: TensorHead) -> TensorHead:
     RefusalError
         If complete products may overflow, too.
     """
+    head = task.head
     if head.sizes[1] == 0 or in_range(head, head.xp.float64):
-        return head
+        return task
     if head.query.dtype == head.xp.float64:
         head = balanced(head)
         if in_range(head, head.xp.float64):
-            return head
+            return task._replace(head=head)
     raise RefusalError(
         "products of entries may leave the range of float64: scale query, keys and "
         "values down"
     )
-
-
-def _solve_auto(
-    head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
-) -> HeadAnswer:
-    """Run the polynomial if it is faster and meets ``tol``, else exact attention.
-
-    Raises
-    ------
-    RefusalError
-        If exact attention would take hours.
-    """
-    if exact_work(*head.sizes) < POLICY.tensor.little_work:
-        return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), _FEW))
-    expansion, plan = _considered(head, tol, guarantee, rng)
-    reason = plan.reason
-    if expansion is not None:
-        try:
-            answer = _run(head, expansion, tol, guarantee, rng)
-            if answer.error <= tol or guarantee == "proven":
-                return answer
-            reason = f"{plan.method} certified {answer.error:.2e}"
-        except RefusalError as error:
-            reason = str(error)
-    if exact_work(*head.sizes) > POLICY.tensor.endless:
-        raise RefusalError(f"{reason}; {_endless(head)}")
-    return solve_exact(head, tol, guarantee, rng, exact_plan(head, Exact(), reason))
-
-
-def _considered(
-    head: TensorHead, tol: float, guarantee: str, rng: np.random.Generator
-) -> tuple[TensorPolynomialExpansion | None, Plan]:
-    """The expansion, None if it is not to run, and its plan with the reason."""
-    try:
-        expansion = _expansion(Polynomial(), head, tol, guarantee, rng)
-    except RefusalError as error:
-        return None, Plan(Polynomial(), math.nan, math.nan, str(error))
-    plan = expansion.plan(head, "predicted to meet the tolerance")
-    share = plan.work / exact_plan(head, Exact()).work
-    if share <= POLICY.time_share:
-        return expansion, plan
-    reason = f"{plan.method} is predicted to take {share:.1f} times as long"
-    return None, replace(plan, reason=reason)
 
 
 def _endless(head: TensorHead) -> str:
@@ -142,58 +215,12 @@ def _endless(head: TensorHead) -> str:
     )
 
 
-def tensor_candidates(
-    method: Any,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-) -> Iterator[Candidate]:
-    """Yield the candidates for one head; the first that is accepted would run."""
-    if isinstance(method, TensorMethod):
-        yield Candidate(method.plan(head), accepted=True)
-        return
-    head = _within_range(head)
-    no_tuples = head.sizes[1] == 0 and isinstance(method, (Auto, Polynomial))
-    if isinstance(method, Exact) or no_tuples:
-        yield Candidate(exact_plan(head, Exact()), accepted=True)
-        return
-    if isinstance(method, Polynomial):
-        try:
-            expansion = _expansion(method, head, tol, guarantee, rng)
-        except RefusalError as error:
-            plan = Plan(method, math.nan, math.nan, str(error))
-            yield Candidate(plan, accepted=False)
-        else:
-            yield Candidate(expansion.plan(head, "requested"), accepted=True)
-        return
-    if not isinstance(method, Auto):
-        raise TypeError(_no_method(method))
-    if exact_work(*head.sizes) < POLICY.tensor.little_work:
-        yield Candidate(exact_plan(head, Exact(), _FEW), accepted=True)
-        return
-    found, plan = _considered(head, tol, guarantee, rng)
-    yield Candidate(plan, accepted=found is not None)
-    endless = exact_work(*head.sizes) > POLICY.tensor.endless
-    reason = _endless(head) if endless else "nothing cheaper meets the tolerance"
-    yield Candidate(exact_plan(head, Exact(), reason), accepted=not endless)
-
-
-def _no_method(method: Any) -> str:
-    return (
-        f"{method} is no method for tensor attention: use Auto(), Exact() or "
-        "Polynomial()"
-    )
-
-
 def _expansion(
     method: Polynomial,
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
+    task: Task[TensorHead],
 ) -> TensorPolynomialExpansion:
     """Choose monomials and a polynomial for one head."""
+    head, tol, guarantee, rng = task
     check_basis(method, guarantee)
     if guarantee == "sampled":
         found = apriori_expansion(head, tol) if method == Polynomial() else None
@@ -201,14 +228,9 @@ def _expansion(
     return proven_expansion(head, tol, method.degree, method.rank)
 
 
-def _run(
-    head: TensorHead,
-    expansion: TensorPolynomialExpansion,
-    tol: float,
-    guarantee: str,
-    rng: np.random.Generator,
-) -> HeadAnswer:
+def _run(task: Task[TensorHead], expansion: TensorPolynomialExpansion) -> HeadAnswer:
     """Answer by an expansion and certify it, whether or not it meets ``tol``."""
+    head, tol, guarantee, rng = task
     value, normalizer, reliable = expansion.answer(head)
     if not bool(head.xp.all(reliable)):
         bad = head.sizes[0] - int(head.xp.sum(head.xp.astype(reliable, head.xp.int64)))

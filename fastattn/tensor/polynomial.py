@@ -193,7 +193,7 @@ class TensorPolynomialExpansion:
 
 def check_basis(method: Polynomial, guarantee: str) -> None:
     """Raise ``RefusalError`` for a basis that tensor attention does not have."""
-    if method.basis == "hermite" or method.landmarks:
+    if method.fits_a_basis:
         raise RefusalError(
             "tensor attention has no basis fitted to queries and no landmarks: use "
             "basis='minimax' without landmarks"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fastattn._ops.tensor import attend_tuples
-from fastattn.problem.batch import Batch, check_rows, pick, read_mask
-from fastattn.problem.head import AttentionHead
+from fastattn.problem.batch import Batch, check_rows, pick, place_of_head, read_mask
+from fastattn.problem.head import AttentionHead, gather_rows
 from fastattn.problem.plan import HeadAnswer
 from fastattn.tensor.logit_bounds import LogitBounds
 from sketching._lib.arrays import (
@@ -85,12 +85,10 @@ class TensorHead(AttentionHead):
 
     def with_rows(self, rows: Array) -> "TensorHead":
         """Return the head of the queries with indices ``rows``."""
-        xp = self.xp
-        rows = xp.asarray(rows, device=device_of(self.query))
         prefix_lengths = self.prefix_lengths
         if prefix_lengths is not None:
-            prefix_lengths = tuple(xp.take(x, rows, axis=0) for x in prefix_lengths)
-        query = xp.take(self.query, rows, axis=0)
+            prefix_lengths = tuple(gather_rows(x, rows) for x in prefix_lengths)
+        query = gather_rows(self.query, rows)
         return replace(self, query=query, prefix_lengths=prefix_lengths)
 
     def attend(self, dtype: Any = None) -> tuple[Array, Array]:
@@ -174,7 +172,7 @@ class TensorBatch:
 
     def head(self, number: int) -> TensorHead:
         """Return one head, in C order; only masked keys are copied."""
-        place = tuple(int(i) for i in np.unravel_index(number, self.lead))
+        place = place_of_head(number, self.lead)
         one = zip(self.keys, self.values, self.key_mask, strict=True)
         # masks and prefix lengths of each factor are those of a pairwise head
         factors = [

@@ -34,6 +34,8 @@ _held = 0
 _forks = 0
 _limiter: Any = None
 _threads = 1
+# seconds within which a thread begins that was started
+_START = 1.0
 _crew: Any = None
 
 
@@ -227,12 +229,24 @@ def _rank(one: tuple[int, BaseException]) -> tuple[int, int]:
 _current: ContextVar[_Work | None] = ContextVar("_current", default=None)
 
 
+class _Thread(threading.Thread):
+    """A thread that says that it runs: only then can it be joined."""
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        super().__init__(target=target)
+        self.begun = threading.Event()
+
+    def run(self) -> None:
+        self.begun.set()
+        super().run()
+
+
 class _Crew:
     """Threads that live while BLAS is held, and the work that lies open to them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.threads: list[threading.Thread] = []
+        self.threads: list[_Thread] = []
         self.works: list[_Work] = []
         self.dismissed = False
         self.changed = threading.Condition()
@@ -241,18 +255,18 @@ class _Crew:
         """Do the work together with the crew."""
         with self.changed:
             self.works.append(work)
-            missing = min(self.size, len(work.starts) - 1) - len(self.threads)
-            for _ in range(missing):
-                self.threads.append(threading.Thread(target=self._serve))
-                self.threads[-1].start()
-            self.changed.notify_all()
             try:
+                missing = min(self.size, len(work.starts) - 1) - len(self.threads)
+                for _ in range(missing):
+                    self.threads.append(_Thread(self._serve))
+                    self.threads[-1].start()
+                self.changed.notify_all()
                 while work.is_open or work.running:
                     # a head that others compute may leave blocks to help with
                     if not (self._step(work) or self._step(within=work)):
                         self.changed.wait()
             except BaseException:
-                # an interrupt, while others compute
+                # an interrupt, while others compute or start
                 work.interrupted = True
                 raise
             finally:
@@ -268,7 +282,8 @@ class _Crew:
             self.dismissed = True
             self.changed.notify_all()
         for thread in self.threads:
-            if thread is not threading.current_thread():
+            # one whose start was interrupted may never run
+            if thread is not threading.current_thread() and thread.begun.wait(_START):
                 thread.join()
 
     def _serve(self) -> None:

@@ -23,6 +23,7 @@ from sketching._ops.assign import cluster_sums, own_distances, two_nearest
 from sketching.clustering.kmeans import Clustering, lloyd
 from sketching.clustering.kmedians import medians
 from sketching.clustering.seeding import first_centers, squared_norms
+from sketching.estimators.documented import documented
 from sketching.estimators.fitting import fitted_aside
 from sketching.estimators.metric_parameter import metric_of
 from sketching.estimators.progress import progress
@@ -233,6 +234,7 @@ def _check_range(points: Array) -> None:
         )
 
 
+@documented
 class MahalanobisKMeans(_Clusters):
     """Cluster by k-means in a Mahalanobis metric.
 
@@ -240,10 +242,7 @@ class MahalanobisKMeans(_Clusters):
     ----------
     n_clusters : int, default 8
         How many clusters.
-    metric : "covariance", array, or MahalanobisMetric, default "covariance"
-        As in :class:`MahalanobisNeighbors`.
-    ridge, shrinkage : float, default 0.0
-        How the covariance is regularised, as in :meth:`MahalanobisMetric.from_data`.
+    {metric parameters}
     init : {"k-means++", "random"} or array, shape (n_clusters, d)
         The first centres. Four candidates for each are drawn as k-means++ does, exactly
         in proportion to squared distances, and reduced by their own k-means.
@@ -254,10 +253,7 @@ class MahalanobisKMeans(_Clusters):
     tol : float, default 1e-4
         Stops when the squared moves of the centres, in units of the mean variance, are
         less.
-    progress : bool, default False
-        Whether to show the steps, with rich where it is installed.
-    random_state : int, RandomState instance or None, default None
-        Where the first centres come from.
+    {run parameters}
 
     Attributes
     ----------
@@ -267,13 +263,7 @@ class MahalanobisKMeans(_Clusters):
         The cluster of each row.
     inertia_ : float
         The sum of squared distances to the nearest centres.
-    n_iter_ : int
-        Steps of the best start.
-    n_distinct_ : int
-        Clusters that have a row: less than ``n_clusters`` where rows are of fewer
-        different places.
-    metric_ : MahalanobisMetric
-        The metric.
+    {clustering attributes}
     counts_ : array, shape (n_clusters,)
         Rows that each centre has seen; what ``partial_fit`` goes on with.
 
@@ -336,6 +326,7 @@ class MahalanobisKMeans(_Clusters):
         self.labels_ = labels.astype(np.int32)
 
 
+@documented
 class MahalanobisKMedians(_Clusters):
     """Cluster around centres of least sum of distances in a Mahalanobis metric.
 
@@ -346,10 +337,7 @@ class MahalanobisKMedians(_Clusters):
     ----------
     n_clusters : int, default 8
         How many clusters.
-    metric : "covariance", array, or MahalanobisMetric, default "covariance"
-        As in :class:`MahalanobisNeighbors`.
-    ridge, shrinkage : float, default 0.0
-        How the covariance is regularised, as in :meth:`MahalanobisMetric.from_data`.
+    {metric parameters}
     init : {"k-means++", "random"} or array, shape (n_clusters, d)
         As in :class:`MahalanobisKMeans`.
     n_init : int, default 1
@@ -358,10 +346,7 @@ class MahalanobisKMedians(_Clusters):
         The most steps of one start.
     tol : float, default 1e-4
         As in :class:`MahalanobisKMeans`.
-    progress : bool, default False
-        Whether to show the steps, with rich where it is installed.
-    random_state : int, RandomState instance or None, default None
-        Where the first centres come from.
+    {run parameters}
 
     Attributes
     ----------
@@ -371,13 +356,7 @@ class MahalanobisKMedians(_Clusters):
         The cluster of each row.
     inertia_ : float
         The sum of distances to the nearest centres.
-    n_iter_ : int
-        Steps of the best start.
-    n_distinct_ : int
-        Clusters that have a row: less than ``n_clusters`` where rows are of fewer
-        different places.
-    metric_ : MahalanobisMetric
-        The metric.
+    {clustering attributes}
 
     Examples
     --------

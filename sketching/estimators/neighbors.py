@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sketching._lib.arrays import Array
 from sketching._lib.validation import check_choice, check_integer, check_number
+from sketching.estimators.documented import documented
 from sketching.estimators.fitting import fitted_aside
 from sketching.estimators.metric_parameter import index_of, metric_of
 
@@ -81,6 +82,7 @@ class Indexed(BaseEstimator):  # type: ignore[misc]
         return csr_matrix((data, numbers.ravel(), starts), shape=shape)
 
 
+@documented
 class MahalanobisNeighbors(Indexed):
     """Nearest neighbours in a Mahalanobis metric.
 
@@ -96,17 +98,11 @@ class MahalanobisNeighbors(Indexed):
         metric, which can have a symmetric factor too.
     ridge, shrinkage : float, default 0.0
         How the covariance is regularised, as in :meth:`MahalanobisMetric.from_data`.
-    index_mode : Exact, Filter or None, default None
-        How the index answers; None picks by cost.
+    {index parameters}
 
     Attributes
     ----------
-    index_ : MahalanobisIndex
-        The points; ``index_.update_metric(a, b)`` changes the metric in place.
-    n_samples_fit_ : int
-        How many points there are.
-    n_features_in_ : int
-        How many features they have.
+    {index attributes}
 
     Examples
     --------
@@ -204,6 +200,7 @@ class MahalanobisNeighbors(Indexed):
         return self._graph(X, k, mode)
 
 
+@documented
 class MahalanobisKNeighborsTransformer(
     ClassNamePrefixFeaturesOutMixin,  # type: ignore[misc]
     TransformerMixin,  # type: ignore[misc]
@@ -226,21 +223,12 @@ class MahalanobisKNeighborsTransformer(
         counts as its own first neighbour, in addition to ``n_neighbors`` others.
     n_neighbors : int, default 5
         How many neighbours.
-    metric : "covariance", array, or MahalanobisMetric, default "covariance"
-        As in :class:`MahalanobisNeighbors`.
-    ridge, shrinkage : float, default 0.0
-        How the covariance is regularised, as in :meth:`MahalanobisMetric.from_data`.
-    index_mode : Exact, Filter or None, default None
-        How the index answers; None picks by cost.
+    {metric parameters}
+    {index parameters}
 
     Attributes
     ----------
-    index_ : MahalanobisIndex
-        The points.
-    n_samples_fit_ : int
-        How many points there are.
-    n_features_in_ : int
-        How many features they have.
+    {index attributes}
 
     Examples
     --------

@@ -9,6 +9,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from sketching._lib.arrays import Array
 from sketching._lib.validation import check_choice
+from sketching.estimators.documented import documented
 from sketching.estimators.fitting import fitted_aside
 from sketching.estimators.neighbors import DTYPES, Indexed
 
@@ -51,6 +52,7 @@ class _Predictor(Indexed):
         return numbers, weights / weights.sum(axis=1, keepdims=True)
 
 
+@documented
 class MahalanobisKNeighborsClassifier(
     ClassifierMixin,  # type: ignore[misc]
     _Predictor,
@@ -63,23 +65,14 @@ class MahalanobisKNeighborsClassifier(
         How many neighbours vote.
     weights : {"uniform", "distance"}, default "uniform"
         Whether votes weigh the same, or by the inverse of the distance.
-    metric : "covariance", array, or MahalanobisMetric, default "covariance"
-        As in :class:`MahalanobisNeighbors`.
-    ridge, shrinkage : float, default 0.0
-        How the covariance is regularised, as in :meth:`MahalanobisMetric.from_data`.
-    index_mode : Exact, Filter or None, default None
-        How the index answers; None picks by cost.
+    {metric parameters}
+    {index parameters}
 
     Attributes
     ----------
     classes_ : array
         The classes.
-    index_ : MahalanobisIndex
-        The points; ``index_.update_metric(a, b)`` changes the metric in place.
-    n_samples_fit_ : int
-        How many points there are.
-    n_features_in_ : int
-        How many features they have.
+    {index attributes}
 
     Examples
     --------
@@ -157,6 +150,7 @@ class MahalanobisKNeighborsClassifier(
         return X, column_or_1d(y, warn=True)
 
 
+@documented
 class MahalanobisKNeighborsRegressor(
     RegressorMixin,  # type: ignore[misc]
     _Predictor,
@@ -169,21 +163,12 @@ class MahalanobisKNeighborsRegressor(
         How many neighbours.
     weights : {"uniform", "distance"}, default "uniform"
         Whether targets weigh the same, or by the inverse of the distance.
-    metric : "covariance", array, or MahalanobisMetric, default "covariance"
-        As in :class:`MahalanobisNeighbors`.
-    ridge, shrinkage : float, default 0.0
-        How the covariance is regularised, as in :meth:`MahalanobisMetric.from_data`.
-    index_mode : Exact, Filter or None, default None
-        How the index answers; None picks by cost.
+    {metric parameters}
+    {index parameters}
 
     Attributes
     ----------
-    index_ : MahalanobisIndex
-        The points; ``index_.update_metric(a, b)`` changes the metric in place.
-    n_samples_fit_ : int
-        How many points there are.
-    n_features_in_ : int
-        How many features they have.
+    {index attributes}
 
     Examples
     --------

@@ -10,7 +10,7 @@ from sketching._lib.certificate import Approximation, Certificate
 from sketching._lib.random import RandomSource, as_generator
 from sketching._lib.validation import check_integer, check_number
 from sketching.index.answers import Answers
-from sketching.index.arguments import check_parts
+from sketching.index.arguments import check_count, check_parts, slots_of_pairs
 from sketching.index.engine import IndexEngine
 from sketching.index.files import PathLike, write_index
 from sketching.index.neighbors import Neighbors
@@ -249,14 +249,11 @@ class MahalanobisIndex:
         array, shape (n,)
             Exact distances; estimates where the mode is ``Adaptive``.
         """
+        before = self._engine.answers(fresh=False)
+        slots_of_pairs(before.state.filled, i, j)
         answers = self._engine.answers()
-        points = answers.state.filled
-        left, right = points.slots("i", i), points.slots("j", j)
-        if len(left) != len(right):
-            raise ValueError(
-                f"j: expected {len(left)} numbers like i, got {len(right)}"
-            )
-        return answers.pairs(left, right)
+        # other threads may have removed some points
+        return answers.pairs(*slots_of_pairs(answers.state.filled, i, j))
 
     def kneighbors(self, Q: Array, k: int) -> Neighbors:
         """Find the nearest points of queries.
@@ -275,11 +272,12 @@ class MahalanobisIndex:
             attributes are ``certificate``, which for ``Exact`` and ``Filter`` promises
             the right neighbours, and ``examined``, the exact distances of each query.
         """
+        k = check_integer("k", k, least=1)
+        check_count(k, self._engine.filled.size)
         answers, queries = self._asked("Q", Q)
         points = answers.state.filled
-        k = check_integer("k", k, least=1)
-        if k > points.size:
-            raise ValueError(f"k: expected at most {points.size} points, got {k}")
+        # other threads may have removed some
+        check_count(k, points.size)
         values, slots, examined, certificate = answers.nearest(queries, k)
         return Neighbors(values, points.numbers[slots], certificate, examined)
 

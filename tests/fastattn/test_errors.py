@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 import fastattn
-from fastattn import Exact, Polynomial, RefusalError, approximate, attention, explain
+from fastattn import (
+    Exact,
+    Polynomial,
+    RefusalError,
+    approximate,
+    attention,
+    explain,
+)
 
 
 def inputs(n=6, m=7, d=4, p=3, dtype=np.float64):

@@ -14,12 +14,12 @@ import numpy as np
 from fastattn._ops.clusters import partition, regroup
 from fastattn._ops.multipole import BlockStatistics, describe, multipole
 from fastattn.costs.policy import POLICY
+from fastattn.problem.head import gather_rows
 from fastattn.problem.transforms import Transform
 from sketching._lib.arrays import (
     Array,
     array_namespace,
     compute_dtype,
-    device_of,
     mover,
     to_host,
 )
@@ -60,14 +60,8 @@ class Blocks:
                 for r, size in zip(some, sizes, strict=True)
             ]
         )
-        xp = array_namespace(self.query)
-        by_row, by_block = (
-            xp.asarray(x, device=device_of(self.query)) for x in (rows, some)
-        )
-        statistics = BlockStatistics(
-            *(xp.take(x, by_block, axis=0) for x in self.statistics)
-        )
-        query, order = (xp.take(x, by_row, axis=0) for x in (self.query, self.order))
+        statistics = BlockStatistics(*(gather_rows(x, some) for x in self.statistics))
+        query, order = (gather_rows(x, rows) for x in (self.query, self.order))
         return Blocks(query, np.cumsum([0, *sizes]), statistics, order)
 
 

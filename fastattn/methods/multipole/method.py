@@ -113,7 +113,12 @@ class Multipole(Configurable):
                 "Multipole() has no proven bound: use guarantee='sampled', "
                 "Polynomial() or Exact()"
             )
-        return configured_multipole(head, tol, rng, method=self)
+        m, reason = head.sizes[1], "requested"
+        if self.clusters is not None and self.clusters > m:
+            reason += (
+                f"; clusters={self.clusters} is more than one for each of {m} keys"
+            )
+        return configured_multipole(head, tol, rng, method=self, reason=reason)
 
 
 def configured_multipole(

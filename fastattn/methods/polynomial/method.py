@@ -41,6 +41,14 @@ from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice, check_integer
 
 _BASES = ("minimax", "taylor", "hermite")
+
+
+class _Default(str):
+    """A default value, other than the same text where it is given."""
+
+    __slots__ = ()
+
+
 # degree where neither degree nor rank is given and nothing is proven
 _DEFAULT_DEGREE = 2
 
@@ -70,7 +78,7 @@ class Polynomial(Configurable):
     basis : {"minimax", "taylor", "hermite"}
         Minimax relative error on the interval of the logits; Taylor polynomial at 0; or
         Hermite polynomials, the least-squares fit for Gaussian queries. Only "minimax"
-        can be proven.
+        can be proven. By default "minimax", with landmarks "hermite".
 
     Notes
     -----
@@ -102,7 +110,7 @@ class Polynomial(Configurable):
     degree: int | None = None
     rank: int | None = None
     landmarks: int = 0
-    basis: str = "minimax"
+    basis: str = _Default("minimax")
 
     def __post_init__(self) -> None:
         if self.degree is not None:
@@ -111,6 +119,20 @@ class Polynomial(Configurable):
             check_integer("rank", self.rank, least=1)
         check_integer("landmarks", self.landmarks, least=0)
         check_choice("basis", self.basis, _BASES)
+        if self.degree == 0 and self.rank is not None and self.rank > 1:
+            raise ValueError(f"rank: expected 1 with degree=0, got {self.rank}")
+        if self.landmarks and self.basis != "hermite":
+            if type(self.basis) is not _Default:
+                raise ValueError(
+                    f"basis: expected 'hermite' with landmarks={self.landmarks}, got "
+                    f"{self.basis!r}"
+                )
+            object.__setattr__(self, "basis", "hermite")
+        if self.fits_a_basis and None not in (self.degree, self.rank):
+            raise ValueError(
+                "degree, rank: expected one of them with basis='hermite', got degree="
+                f"{self.degree} and rank={self.rank}"
+            )
 
     def solve(
         self, head: Head, tol: float, guarantee: str, rng: np.random.Generator
@@ -148,7 +170,7 @@ class Polynomial(Configurable):
     @property
     def fits_a_basis(self) -> bool:
         """Whether the method is a ``structure``, with a basis fitted to the head."""
-        return self.basis == "hermite" or self.landmarks > 0
+        return self.basis == "hermite"
 
     def expansion(
         self,
@@ -161,7 +183,7 @@ class Polynomial(Configurable):
         """Choose a polynomial; ``max_blocks`` as in ``proven_expansion``."""
         if guarantee != "proven":
             return self._sampled_expansion(head, rng)
-        if self.basis != "minimax" or self.landmarks:
+        if self.basis != "minimax":
             raise RefusalError(
                 f"basis={self.basis!r} has no proven bound, nor have landmarks: "
                 "use 'minimax' without them"
@@ -170,8 +192,6 @@ class Polynomial(Configurable):
 
     def structure(self, head: Head, rng: np.random.Generator) -> LowRank:
         """Return the empty low-rank structure with a basis fitted to the head."""
-        if self.basis == "taylor":
-            raise RefusalError("landmarks do not correct a Taylor polynomial")
         rank = self._hermite_rank(head.sizes[2])
         sample = PlanningSample.of(head, rng)
         return LowRank.plan(sample, rank=rank, landmarks=self.landmarks, rng=rng)

@@ -37,7 +37,7 @@ from fastattn.prepared.held_out import (
     QuerySplit,
 )
 from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
-from fastattn.problem.head import Head
+from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.partial_softmax import merge_partials
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
@@ -186,7 +186,7 @@ class RowField:
             return None
         split, xp, p = QuerySplit.of(head, rng), head.xp, head.sizes[3]
         some = rng.permutation(split.rest.shape[0])[: policy.trial + policy.check]
-        rest = xp.take(split.rest, xp.asarray(some, device=device_of(to_query)), axis=0)
+        rest = gather_rows(split.rest, some)
         held_out, rest = (
             xp.matmul(xp.astype(x, to_query.dtype, copy=False), to_query)
             for x in (split.held_out, rest)

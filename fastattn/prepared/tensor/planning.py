@@ -1,6 +1,7 @@
 """The choice of the structure of a prepared head of tensor attention."""
 
 from dataclasses import replace
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fastattn.planning.auto import Auto
 from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.tensor.exact import TensorExactHead
 from fastattn.prepared.tensor.states import TensorStateHead
-from fastattn.problem.plan import Method, Plan
+from fastattn.problem.plan import Plan, Task
 from fastattn.tensor.polynomial import (
     TensorPolynomialExpansion,
     check_basis,
@@ -26,38 +27,59 @@ from sketching._lib.certificate import RefusalError
 TensorStructure = TensorExactHead | TensorStateHead
 
 
-def prepare_tensor_head(
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    method: Method,
-    rng: np.random.Generator,
-) -> TensorStructure:
+@singledispatch
+def prepare_tensor_head(method: Any, *_: Any) -> TensorStructure:
     """Plan and fill a structure whose bound meets ``tol``, or raise RefusalError.
 
-    ``Auto()`` falls back to KV buffers.
+    A method is registered with a function of the method and a ``Task``.
     """
-    structure = _planned(head, tol, guarantee, method, rng)
-    for s, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
-        structure = structure.insert_into(s, key, value)
-    return structure
+    raise TypeError(
+        f"method: {method!r} cannot be prepared for tensor attention: expected "
+        "Auto(), Exact(), Polynomial() or None"
+    )
 
 
-def _planned(
-    head: TensorHead,
-    tol: float,
-    guarantee: str,
-    method: Method,
-    rng: np.random.Generator,
+@prepare_tensor_head.register
+def _prepare_exact(
+    method: Exact,
+    task: Task[TensorHead],
 ) -> TensorStructure:
-    """A structure without keys."""
-    if isinstance(method, Exact):
-        return _exact(head, method, "requested", rng)
-    if not isinstance(method, (Auto, Polynomial)):
-        raise TypeError(
-            f"method: {method!r} cannot be prepared for tensor attention: expected "
-            "Auto(), Exact(), Polynomial() or None"
-        )
+    return _exact(task, method, "requested")
+
+
+@prepare_tensor_head.register
+def _prepare_polynomial(
+    method: Polynomial,
+    task: Task[TensorHead],
+) -> TensorStructure:
+    _check_guarantee(task.guarantee)
+    if task.head.sizes[1] == 0:
+        return _exact(task, Exact(), "no tuple to plan with")
+    return _filled(_state(task, method, "requested"), task.head)
+
+
+@prepare_tensor_head.register
+def _prepare_cheapest(
+    _method: Auto,
+    task: Task[TensorHead],
+) -> TensorStructure:
+    """A state if it meets ``tol`` and is predicted to be faster, else KV buffers."""
+    _check_guarantee(task.guarantee)
+    if task.head.sizes[1] == 0:
+        return _exact(task, Exact(), "no tuple to plan with")
+    try:
+        found = _state(task, Polynomial(), "predicted to be faster")
+    except RefusalError as error:
+        return _exact(task, Exact(), str(error))
+    share = found.plan.work / _exact_work(task.head)
+    if share <= POLICY.time_share:
+        return _filled(found, task.head)
+    reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
+    return _exact(task, Exact(), reason)
+
+
+def _check_guarantee(guarantee: str) -> None:
+    """Raise ``RefusalError`` for states with a sampled certificate."""
     if guarantee == "sampled":
         raise RefusalError(
             "guarantee='sampled' would need exact outputs of held-out queries, which "
@@ -65,41 +87,33 @@ def _planned(
             "the other factors, which a state does not have. Use guarantee='proven', "
             "or method=Exact()"
         )
-    if head.sizes[1] == 0:
-        return _exact(head, Exact(), "no tuple to plan with", rng)
-    if isinstance(method, Polynomial):
-        return _state(head, tol, method, "requested")
-    try:
-        found = _state(head, tol, Polynomial(), "predicted to be faster")
-    except RefusalError as error:
-        return _exact(head, Exact(), str(error), rng)
-    share = found.plan.work / _exact_work(head)
-    if share <= POLICY.time_share:
-        return found
-    reason = f"{found.plan.method} is predicted to take {share:.1f} times as long"
-    return _exact(head, Exact(), reason, rng)
 
 
-def _state(
-    head: TensorHead, tol: float, method: Polynomial, reason: str
-) -> TensorStateHead:
+def _filled(structure: TensorStructure, head: TensorHead) -> TensorStructure:
+    """The structure with all keys and values."""
+    for s, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
+        structure = structure.insert_into(s, key, value)
+    return structure
+
+
+def _state(task: Task[TensorHead], method: Polynomial, reason: str) -> TensorStateHead:
     """The proven polynomial of least degree, for queries up to a tenth larger."""
     check_basis(method, "proven")
-    xp = head.xp
+    head, xp = task.head, task.head.xp
     # both: where logits have one sign, smaller queries must stay in the interval, too
     head = replace(head, query=xp.concat([head.query, with_room(head.query)]))
-    expansion = proven_expansion(head, tol, method.degree, method.rank, MAX_BLOCKS)
+    expansion = proven_expansion(head, task.tol, method.degree, method.rank, MAX_BLOCKS)
     return TensorStateHead.of(_plan_of(head, expansion, reason), expansion, head)
 
 
-def _exact(
-    head: TensorHead, method: Exact, reason: str, rng: np.random.Generator
-) -> TensorExactHead:
-    """Empty KV buffers."""
+def _exact(task: Task[TensorHead], method: Exact, reason: str) -> TensorStructure:
+    """KV buffers."""
+    head = task.head
     plan = Plan(method, 0.0, _exact_work(head), reason)
     buffers = tuple(map(KVBuffer.none, head.keys, head.values))
-    rows = np.sort(rng.permutation(head.sizes[0])[: POLICY.tensor.held])
-    return TensorExactHead(plan, head.scale, buffers, head.with_rows(rows).query)
+    rows = np.sort(task.rng.permutation(head.sizes[0])[: POLICY.tensor.held])
+    sample = head.with_rows(rows).query
+    return _filled(TensorExactHead(plan, head.scale, buffers, sample), head)
 
 
 def _exact_work(head: TensorHead) -> float:

@@ -147,6 +147,9 @@ LAWS = [
     test_linear_ops.TestPrefixProducts,
     test_linear_ops.TestFadingPrefixProducts,
 ]
+# two of them with barriers for every run
+QUICK = test_lowrank.TestKeySums, test_linear_ops.TestPrefixProducts
 for laws in LAWS:
     name = f"{laws.__name__}Emulated"
-    globals()[name] = type(name, (EmulatedLaws, laws), {})
+    marks = [] if laws in QUICK else [pytest.mark.slow]
+    globals()[name] = type(name, (EmulatedLaws, laws), {"pytestmark": marks})

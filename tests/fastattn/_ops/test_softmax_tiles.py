@@ -61,7 +61,7 @@ class TestExactInTiles(MethodLaws):
 
 @pairwise(
     ("m", "spread", "is_causal"),
-    [KEYS, KEYS + 1, 10 * KEYS + 7],
+    [KEYS, KEYS + 1, 4 * KEYS + 7],
     [0.1, 2.0, 8.0],
     [False, True],
 )

@@ -40,7 +40,7 @@ def certified(inputs, method):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("second", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("head", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_certificate_by_an_error_profile_holds_at_its_rate(head, second, method):
     inputs = [x[head, :2048] for x in load_sample("minilm-diffuse")]

@@ -144,7 +144,9 @@ def test_real_heads_keep_their_certificates(logits, is_causal, dtype):
 
 @needs_eight_bits
 @pytest.mark.parametrize("logits", ["int8", "bfloat16"])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "is_causal", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_certificates_fail_no_more_often_than_they_say(logits, is_causal):
     query, key, value = (x[1, :1200] for x in load_sample("minilm-sharp"))
     truth, _ = oracles.attention(query, key, value, is_causal=is_causal)

@@ -192,11 +192,13 @@ def test_the_last_row_is_that_without_a_mask(landmarks):
         np.testing.assert_allclose(one[-1], two[-1], rtol=1e-9)
 
 
-def test_sums_may_come_in_several_panels(monkeypatch):
-    head = head_of(*problem(300))
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_sums_may_come_in_several_panels(chunks, monkeypatch):
+    head = head_of(*problem(1500))
     empty = lowrank_of(head, landmarks=20)
     together = lowrank_by_prefixes(head, empty)
-    monkeypatch.setattr("fastattn.problem.causal_chunks._LARGEST_PANEL", 1)
+    largest = chunks * empty.sums.nbytes
+    monkeypatch.setattr("fastattn.problem.causal_chunks._LARGEST_PANEL", largest)
     for one, two in zip(lowrank_by_prefixes(head, empty), together, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-9)
 

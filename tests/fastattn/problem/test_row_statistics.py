@@ -115,7 +115,9 @@ def test_default_call_is_within_its_certificate(make):
     ],
     ids=["key of few queries", "heavy key", "student"],
 )
-@pytest.mark.parametrize("logits", ["int8", "bfloat16"])
+@pytest.mark.parametrize(
+    "logits", ["int8", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_certificate_of_rounded_logits_holds_at_its_rate(make, logits, monkeypatch):
     # by the reference: not every processor has int8/bfloat16 matmuls
     monkeypatch.setattr(

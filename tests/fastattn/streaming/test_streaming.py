@@ -179,9 +179,11 @@ def test_bfloat16_is_widened_piece_by_piece(tmp_path, arrays, monkeypatch):
 def test_sums_that_miss_over_all_keys_are_not_used(
     tmp_path, capsys, arrays, monkeypatch, method
 ):
-    plan = streaming._plan
+    plan = streaming._planned
     # as if the sample were unlike the keys, and its error smaller
-    monkeypatch.setattr(streaming, "_plan", lambda head, _, *x: plan(head, 0.3, *x))
+    monkeypatch.setattr(
+        streaming, "_planned", lambda method, task: plan(method, task._replace(tol=0.3))
+    )
     path = save(tmp_path, as_dtype(arrays, np.float32))
     options = ["--tol", 1e-4, "--method", method]
     if method == "polynomial":
@@ -370,6 +372,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert peaks[1] - peaks[0] < 25e6
 
 
+@pytest.mark.slow
 def test_certificates_rarely_fail(tmp_path, arrays):
     arrays = as_dtype(arrays, np.float32)
     stored = tuple(arrays.values())

@@ -50,6 +50,7 @@ def test_without_a_folder_for_code_everything_is_compiled(want):
     assert run(NOWHERE + CALLS) == want
 
 
+@pytest.mark.slow
 def test_where_numba_may_not_compile_the_references_answer(want):
     np.testing.assert_allclose(run(CALLS, NUMBA_DISABLE_JIT="1"), want, rtol=1e-5)
 

@@ -122,7 +122,7 @@ thread.join()
 LONG = "a thread computes", "the first call compiles"
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.slow), "2"])
 @pytest.mark.parametrize(
     "name",
     [pytest.param(x, marks=[pytest.mark.slow] if x in LONG else []) for x in CASES],

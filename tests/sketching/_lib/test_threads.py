@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from sketching._lib.threads import run_blocks, single_threaded_blas
+from sketching._lib.threads import parallel_map, run_blocks, single_threaded_blas
 
 
 def blas_threads():
@@ -100,6 +100,15 @@ def test_the_exception_of_a_block_is_raised(count):
 
     with pytest.raises(ZeroDivisionError, match="block"):
         run_blocks(work, range(count))
+
+
+@pytest.mark.parametrize("like", [np.zeros(1), None], ids=["kernels", "none"])
+def test_a_parallel_map_keeps_the_order(like):
+    found = parallel_map(lambda x: (x, threading.current_thread()), "abc", like)
+    assert [x for x, _ in found] == list("abc")
+    # without kernels it is a loop
+    alone = {thread for _, thread in found} == {threading.current_thread()}
+    assert alone or like is not None
 
 
 def test_blocks_may_run_blocks():
@@ -310,3 +319,28 @@ def test_what_blocks_hold_is_freed_without_the_collector():
         assert gone[0]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_an_interrupt_while_a_thread_starts_is_raised(is_started, monkeypatch):
+    start, before = threading.Thread.start, threading.active_count()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def interrupted(thread):
+        if not is_started:
+            interrupt()
+        # it runs, and whoever waits for that is interrupted
+        monkeypatch.setattr(thread._started, "wait", interrupt)
+        start(thread)
+
+    with threadpool_limits(2, user_api="blas"):
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_blocks(lambda _: None, range(4))
+        monkeypatch.undo()
+        assert threading.active_count() == before
+        done = []
+        run_blocks(done.append, range(4))
+    assert sorted(done) == [0, 1, 2, 3]

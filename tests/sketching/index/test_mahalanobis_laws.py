@@ -148,10 +148,13 @@ CERTAIN = Adaptive(rows=160, sketches=9, sampled=9)
     [Exact(), Filter(size=3), Filter(size=K), CERTAIN, None],
     ids=["exact", "filter", "whole", "adaptive", "picked"],
 )
-def test_any_sequence_of_verbs_equals_a_rebuild(mode, dtype):
+@pytest.mark.parametrize("examples", [20, pytest.param(120, marks=pytest.mark.slow)])
+def test_any_sequence_of_verbs_equals_a_rebuild(mode, dtype, examples):
     machine = type("Machine", (Verbs,), {"mode": mode, "dtype": dtype})
     case = machine.TestCase
-    case.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    case.settings = settings(
+        max_examples=examples, stateful_step_count=30, deadline=None
+    )
     case().runTest()
 
 

@@ -204,3 +204,26 @@ def test_updates_of_learners_count_as_others_do(rng):
     answer = index.query(x[:9])
     truth = distances(index.factor, x[:9], index.points())
     np.testing.assert_allclose(answer.value, truth, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda index: index.kneighbors(np.zeros((1, 4)), 0),
+        lambda index: index.kneighbors(np.zeros((1, 4)), 8),
+        lambda index: index.radius_neighbors(np.zeros((1, 4)), -1),
+        lambda index: index.sample(np.zeros(4), 0),
+        lambda index: index.sample(np.zeros(4), 1, power=3),
+        lambda index: index.query_pairs([0], [9]),
+        lambda index: index.query_pairs([0, 1], [2]),
+        lambda index: index.query(np.zeros((1, 3))),
+    ],
+    ids=["k = 0", "k = 8", "radius", "size", "power", "number", "pairs", "width"],
+)
+def test_arguments_are_checked_before_updates_reach_the_points(ask):
+    index = MahalanobisIndex(MahalanobisMetric(np.eye(4)), rng=0)
+    index.insert(np.random.default_rng(0).standard_normal((7, 4)))
+    index.update_metric(np.ones(4), np.ones(4))
+    with pytest.raises(ValueError, match=r"expected|there is no point"):
+        ask(index)
+    assert index._engine.state.pending

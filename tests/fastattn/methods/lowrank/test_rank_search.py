@@ -108,7 +108,7 @@ def test_predictions_are_true_for_gaussian_heads():
     assert_predicted(inputs, 0.05)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_more_polynomials_than_needed(seed):
     query, key, value = gaussian(n=8192, m=8192, d=8, p=16, spread=0.7, seed=seed)
     head, rng = Head(query, key, value, 8**-0.5), np.random.default_rng(seed)
