@@ -4,9 +4,10 @@
 that plans rest on, targets and limits of searches. They decide which method runs and
 how long planning takes, never whether a certificate holds: what proofs rely on is
 beside the proofs, and block sizes are beside the kernels. The comment of a field says
-its unit and what it trades; in brackets stands the study of ``python -m benches`` that
-shows the trade, or ``derived`` for a formula; without brackets, the value was chosen
-and no study measured it.
+its unit and what it trades. In brackets stands the study of ``python -m benches`` to
+measure a change with, or ``derived`` for a formula; a field without brackets is not
+measured: it was chosen. Values were fitted to a few heads on one processor with
+AVX-512, and no record of the single fits is kept.
 """
 
 from dataclasses import dataclass, field

@@ -121,8 +121,6 @@ class TreePolicy:
     close: float = 1.3  # factor below the target at which the search ends
     # multiple of the trial's largest row error above which rows are exact
     outlying: float = 4.0
-    # times that the largest checked error is added: a wider certificate
-    unseen: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -181,3 +179,10 @@ class CalibrationPolicy:
     # polynomials and landmarks of the low ranks that are timed
     low_ranks: tuple[tuple[int, int], ...] = ((1, 32), (1, 384), (384, 0))
     flat_rows: int = 4096  # rows of their heads
+    # peaked heads for the multipole method: rows, wanted error, clusters
+    peaked: tuple[tuple[int, float, int | None], ...] = (
+        (2048, 0.3, None),
+        (8192, 0.1, None),
+        (4096, 0.01, None),
+        (4096, 0.2, 512),
+    )

@@ -92,7 +92,7 @@ class Auto:
             try:
                 answer = answer_of(head, configured, tol, rng, shared)
             except RefusalError as error:
-                runs.refused(str(error))
+                runs.reason = str(error)
                 continue
             if guarantee == "proven" or answer.error <= tol:
                 return answer
@@ -195,10 +195,6 @@ class _Runs:
         if last is not None and not (configured and configured.rounding):
             yield replace(last, plan=replace(last.plan, reason=self.reason))
 
-    def refused(self, reason: str) -> None:
-        """Note that a run was refused."""
-        self.reason = reason
-
     def missed(self, configured: ConfiguredMethod, error: float) -> None:
         """Note that a certificate missed the tolerance."""
         self.reason = (
@@ -217,7 +213,7 @@ class _Runs:
                 return before.retighten(self.factor)
             return _first(self.search.considered(aim)) if again else None
         except RefusalError as error:
-            self.refused(str(error))
+            self.reason = str(error)
             return None
 
 

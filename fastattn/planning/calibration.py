@@ -28,8 +28,6 @@ from fastattn.methods.multipole.method import Multipole, configured_multipole
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array
 
-# peaked heads for the multipole method: rows, wanted error, clusters
-_PEAKED = (2048, 0.3, None), (8192, 0.1, None), (4096, 0.01, None), (4096, 0.2, 512)
 _NAMES = tuple(field.name for field in fields(Rates))
 
 
@@ -103,7 +101,7 @@ def _tasks(rng: np.random.Generator) -> list[Task]:
     for rank, landmarks in policy.low_ranks:
         empty = LowRank.plan(sample, rank=rank, landmarks=landmarks, rng=rng)
         tasks.append(_low_rank(flat, empty))
-    for n, error, clusters in _PEAKED:
+    for n, error, clusters in POLICY.calibration.peaked:
         tasks.append(_multipole(_head(n, 32, 2.0, rng), error, Multipole(clusters)))
     if multiplies_quantized(flat.query):
         tasks += [_quantized(head, x) for head in heads for x in (False, True)]

@@ -41,6 +41,9 @@ from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.partial_softmax import merge_partials
 from sketching._lib.arrays import Array, array_namespace, device_of, to_host
 
+# the largest error among the checked queries is added this many times
+_UNSEEN = 1.0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
@@ -358,7 +361,7 @@ class RowField:
         # the population, queries to come, is infinite: no finite-population factor
         found = RatioEstimate(squares, math.inf, sizes=sizes)
         checked = (
-            math.sqrt(found.upper_ratio(Margin(margin, policy.unseen)))
+            math.sqrt(found.upper_ratio(Margin(margin, _UNSEEN)))
             if squares.any()
             else 0.0
         )
