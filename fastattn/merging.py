@@ -22,12 +22,7 @@ from fastattn.certificates.rounding import smallest_number, unit_roundoff
 from fastattn.certificates.sampled import scaled_frobenius
 from fastattn.methods.exact import Exact
 from fastattn.problem.head import gather_rows
-from sketching._lib.arrays import (
-    Array,
-    array_namespace,
-    mover,
-    to_host,
-)
+from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import Approximation, Certificate
 
 # bound on the logarithm of a number of keys

@@ -12,13 +12,7 @@ from fastattn.methods.lowrank.structure import LowRank
 from fastattn.problem.derivatives import Gradients
 from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.rows import scatter_rows
-from sketching._lib.arrays import (
-    Array,
-    array_namespace,
-    compute_dtype,
-    mover,
-    to_host,
-)
+from sketching._lib.arrays import Array, array_namespace, compute_dtype, mover, to_host
 
 
 def query_pass(

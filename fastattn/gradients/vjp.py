@@ -20,10 +20,7 @@ from fastattn.gradients.lowrank import (
     lowrank_vjp_if_faster,
     worth_a_try,
 )
-from fastattn.gradients.multipole import (
-    cluster_vjp,
-    cluster_vjp_if_faster,
-)
+from fastattn.gradients.multipole import cluster_vjp, cluster_vjp_if_faster
 from fastattn.methods.exact import Exact
 from fastattn.methods.multipole.method import Multipole
 from fastattn.methods.polynomial.method import Polynomial

@@ -7,12 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._ops.linear import (
-    divided,
-    key_sums,
-    prefix_products,
-    row_means,
-)
+from fastattn._ops.linear import divided, key_sums, prefix_products, row_means
 from fastattn.linear.protocol import FeatureMap, Reader
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, device_of, place_of, to_host

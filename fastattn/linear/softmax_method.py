@@ -9,12 +9,7 @@ from fastattn.certificates.certify import certified
 from fastattn.linear.heads import LinearHead, least_total
 from fastattn.linear.protocol import FeatureMap, Reader
 from fastattn.problem.head import Head
-from fastattn.problem.plan import (
-    Configurable,
-    ConfiguredMethod,
-    HeadAnswer,
-    Plan,
-)
+from fastattn.problem.plan import Configurable, ConfiguredMethod, HeadAnswer, Plan
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 

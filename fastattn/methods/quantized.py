@@ -18,12 +18,7 @@ from fastattn.certificates.rounding import gamma, largest_row, row_norms, unit_r
 from fastattn.costs.policy import POLICY
 from fastattn.costs.work import quantized_work
 from fastattn.problem.head import Head, host_rows
-from fastattn.problem.plan import (
-    Configurable,
-    ConfiguredMethod,
-    HeadAnswer,
-    Plan,
-)
+from fastattn.problem.plan import Configurable, ConfiguredMethod, HeadAnswer, Plan
 from sketching._lib.arrays import Array, to_host
 from sketching._lib.certificate import RefusalError
 from sketching._lib.validation import check_choice

@@ -14,13 +14,7 @@ import numpy as np
 
 from fastattn._ops.quantized import attend_quantized, multiplies_quantized
 from fastattn.costs.policy import POLICY
-from fastattn.costs.rates import (
-    Rates,
-    product_operands,
-    time_product,
-    timed,
-    using,
-)
+from fastattn.costs.rates import Rates, product_operands, time_product, timed, using
 from fastattn.costs.work import exact_work, lowrank_work, quantized_work
 from fastattn.methods.lowrank.structure import LowRank
 from fastattn.methods.lowrank.whitening import PlanningSample

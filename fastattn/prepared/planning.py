@@ -20,12 +20,7 @@ from fastattn.methods.polynomial.polynomial_expansion import PolynomialExpansion
 from fastattn.planning.auto import Auto
 from fastattn.prepared.clusters.head import MultipoleHead
 from fastattn.prepared.heads import ExactHead, StateHead, refused_share
-from fastattn.prepared.held_out import (
-    MARGIN,
-    MARGINS,
-    HeldOutQueries,
-    QuerySplit,
-)
+from fastattn.prepared.held_out import MARGIN, MARGINS, HeldOutQueries, QuerySplit
 from fastattn.prepared.kv_buffer import KVBuffer
 from fastattn.prepared.protocol import PreparedHead
 from fastattn.prepared.proven import ProvenHead

@@ -10,13 +10,7 @@ import numpy as np
 
 from fastattn.problem.head import Head
 from fastattn.problem.plan import HeadAnswer
-from sketching._lib.arrays import (
-    Array,
-    array_namespace,
-    device_of,
-    mover,
-    plain,
-)
+from sketching._lib.arrays import Array, array_namespace, device_of, mover, plain
 from sketching._lib.certificate import Approximation, Certificate, RefusalError
 from sketching._lib.threads import parallel_map
 from sketching._lib.validation import (

@@ -22,12 +22,7 @@ from fastattn.certificates.rounding import (
 from fastattn.certificates.sampled import certify_rows, scaled_frobenius
 from fastattn.costs.work import exact_work
 from fastattn.problem.plan import HeadAnswer, Plan
-from fastattn.tensor.overflow import (
-    in_range,
-    lost_of_products,
-    lost_products,
-    size_of,
-)
+from fastattn.tensor.overflow import in_range, lost_of_products, lost_products, size_of
 from fastattn.tensor.problem import TensorHead
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError

@@ -8,11 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastattn._ops.tensor_mechanisms import (
-    attend_path,
-    attend_strassen,
-    attend_windows,
-)
+from fastattn._ops.tensor_mechanisms import attend_path, attend_strassen, attend_windows
 from fastattn.costs.policy import POLICY
 from fastattn.costs.work import exact_work
 from fastattn.problem.plan import Candidate, HeadAnswer, Plan

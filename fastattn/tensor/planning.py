@@ -26,11 +26,7 @@ from fastattn.tensor.polynomial import (
     proven_expansion,
 )
 from fastattn.tensor.problem import TensorHead
-from fastattn.tensor.sampled import (
-    certify_few_rows,
-    certify_tuples,
-    rows_within_budget,
-)
+from fastattn.tensor.sampled import certify_few_rows, certify_tuples, rows_within_budget
 from sketching._lib.arrays import Array
 from sketching._lib.certificate import RefusalError
 

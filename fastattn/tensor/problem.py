@@ -12,12 +12,7 @@ from fastattn.problem.batch import Batch, check_rows, pick, place_of_head, read_
 from fastattn.problem.head import AttentionHead, gather_rows
 from fastattn.problem.plan import HeadAnswer
 from fastattn.tensor.logit_bounds import LogitBounds
-from sketching._lib.arrays import (
-    Array,
-    array_namespace,
-    device_of,
-    plain,
-)
+from sketching._lib.arrays import Array, array_namespace, device_of, plain
 from sketching._lib.certificate import Approximation
 from sketching._lib.lazy import lazy
 from sketching._lib.validation import check_flag, check_float_array, check_number

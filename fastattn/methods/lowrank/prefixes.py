@@ -9,11 +9,7 @@ import numpy as np
 
 from fastattn._ops.lowrank import LEAST
 from fastattn.methods.lowrank.structure import LowRank
-from fastattn.problem.causal_chunks import (
-    Answer,
-    by_prefixes,
-    panels,
-)
+from fastattn.problem.causal_chunks import Answer, by_prefixes, panels
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, array_namespace, mover, to_host
 from sketching._lib.certificate import RefusalError

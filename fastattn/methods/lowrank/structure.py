@@ -22,13 +22,7 @@ from fastattn.methods.lowrank.landmarks import (
 )
 from fastattn.methods.lowrank.whitening import PlanningSample, Whitening
 from fastattn.problem.head import host_rows
-from sketching._lib.arrays import (
-    Array,
-    array_namespace,
-    compute_dtype,
-    mover,
-    to_host,
-)
+from sketching._lib.arrays import Array, array_namespace, compute_dtype, mover, to_host
 from sketching._lib.certificate import RefusalError
 
 # largest logit variance: beyond it exponentials leave the range of float32

@@ -16,13 +16,7 @@ from fastattn._ops.multipole import BlockStatistics, describe, multipole
 from fastattn.costs.policy import POLICY
 from fastattn.problem.head import gather_rows
 from fastattn.problem.transforms import Transform
-from sketching._lib.arrays import (
-    Array,
-    array_namespace,
-    compute_dtype,
-    mover,
-    to_host,
-)
+from sketching._lib.arrays import Array, array_namespace, compute_dtype, mover, to_host
 from sketching._lib.certificate import RefusalError
 
 

@@ -15,12 +15,7 @@ from fastattn.methods.multipole.causal_halving import configured_halves
 from fastattn.methods.multipole.clusters import Blocks, Clusters, sampled_logit_variance
 from fastattn.methods.multipole.threshold_search import Choice, Counts, Trial, choose
 from fastattn.problem.head import Head
-from fastattn.problem.plan import (
-    Configurable,
-    ConfiguredMethod,
-    HeadAnswer,
-    Plan,
-)
+from fastattn.problem.plan import Configurable, ConfiguredMethod, HeadAnswer, Plan
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import Transform, balance
 from sketching._lib.arrays import Array

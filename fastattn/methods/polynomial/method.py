@@ -28,12 +28,7 @@ from fastattn.methods.polynomial.polynomial_expansion import (
 )
 from fastattn.methods.polynomial.proven import proven_expansion
 from fastattn.problem.head import Head
-from fastattn.problem.plan import (
-    Configurable,
-    ConfiguredMethod,
-    HeadAnswer,
-    Plan,
-)
+from fastattn.problem.plan import Configurable, ConfiguredMethod, HeadAnswer, Plan
 from fastattn.problem.rows import sample_rows
 from fastattn.problem.transforms import balance
 from sketching._lib.arrays import Array

@@ -4,12 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from fastattn.methods.polynomial.moments import Moments
-from fastattn.problem.causal_chunks import (
-    Answer,
-    Prefix,
-    by_prefixes,
-    panels,
-)
+from fastattn.problem.causal_chunks import Answer, Prefix, by_prefixes, panels
 from fastattn.problem.head import Head
 from sketching._lib.arrays import Array, mover
 from sketching._lib.threads import parallel_map

@@ -31,11 +31,7 @@ from fastattn.costs.policy import POLICY
 from fastattn.costs.power_law import PowerLaw
 from fastattn.costs.rates import rates
 from fastattn.costs.work import exact_work
-from fastattn.prepared.held_out import (
-    MARGINS,
-    HeldOutQueries,
-    QuerySplit,
-)
+from fastattn.prepared.held_out import MARGINS, HeldOutQueries, QuerySplit
 from fastattn.prepared.kv_buffer import KVBuffer, bytes_of
 from fastattn.problem.head import Head, gather_rows
 from fastattn.problem.partial_softmax import merge_partials
