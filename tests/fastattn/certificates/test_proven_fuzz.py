@@ -78,14 +78,8 @@ def test_terms_of_a_logit_that_overflow_and_cancel(rng, dtype, large, p, method)
     query[1234] = large, large, 1
     key = np.array([[-large, large, 0], [-large, large, -1]], dtype)
     value = np.array([[0.0] * p, [1.0] * p], dtype)
-    for seed in range(3):
-        try:
-            answer = approximate(query, key, value, scale=1.0, method=method, rng=seed)
-        except RefusalError:
-            continue
-        truth = np.outer(1 / (1 + np.exp(query[:, 2].astype(float))), np.ones(p))
-        error = np.linalg.norm(answer.value - truth) / np.linalg.norm(truth)
-        assert error <= answer.certificate.error
+    with pytest.raises(RefusalError, match="logits or sums overflow"):
+        approximate(query, key, value, scale=1.0, method=method, rng=0)
 
 
 def test_log_sum_exp_below_the_dtype_is_not_that_of_a_row_without_keys():
@@ -173,11 +167,8 @@ def test_answer_that_underflows_to_zero_has_no_relative_bound():
     query, key = np.zeros((4, 1), np.float32), np.zeros((7, 1), np.float32)
     value = np.zeros((7, 1), np.float32)
     value[0] = np.finfo(np.float32).smallest_subnormal
-    try:
-        certified = approximate(query, key, value, method=Exact()).certificate.error
-    except RefusalError:
-        certified = 1.0
-    assert certified >= 1
+    with pytest.raises(RefusalError, match="the output underflows"):
+        approximate(query, key, value, method=Exact())
 
 
 def test_zeros_times_products_that_overflow_are_not_certified():
@@ -185,22 +176,16 @@ def test_zeros_times_products_that_overflow_are_not_certified():
     keys = np.full((3, 2), 1e295), np.full((1, 2), 1e10)
     values = np.ones((3, 2)), np.zeros((1, 2))
     for method in (StrassenAttention(), Exact(), None):
-        try:
-            answer = approximate(query, keys, values, method=method, **PROVEN)
-        except RefusalError:
-            continue
-        assert np.abs(answer.value).max() <= answer.certificate.error
+        with pytest.raises(RefusalError, match="the range of float64|bounded by inf"):
+            approximate(query, keys, values, method=method, **PROVEN)
 
 
 def test_values_too_far_apart_to_be_balanced_are_not_lost():
     query, keys = np.ones((1, 1)), tuple(np.ones((2, 1)) for _ in range(3))
     sizes = 1e306, 1e-308, 1e-183
     values = tuple(np.full((2, 1), size) for size in sizes)
-    try:
-        answer = approximate(query, keys, values, **PROVEN)
-    except RefusalError:
-        return
-    assert abs(answer.value[0, 0] - 1e-185) <= answer.certificate.error
+    with pytest.raises(RefusalError, match="too much in size to be balanced"):
+        approximate(query, keys, values, **PROVEN)
 
 
 def test_half_a_denormal_range_is_not_none():
