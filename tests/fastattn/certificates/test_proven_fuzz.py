@@ -176,7 +176,7 @@ def test_zeros_times_products_that_overflow_are_not_certified():
     keys = np.full((3, 2), 1e295), np.full((1, 2), 1e10)
     values = np.ones((3, 2)), np.zeros((1, 2))
     for method in (StrassenAttention(), Exact(), None):
-        with pytest.raises(RefusalError, match="the range of float64|bounded by inf"):
+        with pytest.raises(RefusalError, match=r"the range of float64|bounded by inf"):
             approximate(query, keys, values, method=method, **PROVEN)
 
 
