@@ -318,7 +318,7 @@ def _why_exact(_method: Any, head: Head) -> str:
 
 @_why_exact.register
 def _why_exact_of_auto(_method: Auto, head: Head) -> str:
-    if not head.sizes[1]:
-        return "there is no key to attend to"
     # approximate methods are planned and certified with logits of a sample
-    return f"logits may overflow {head.dtype}" if may_overflow(head) else ""
+    if head.sizes[1] and may_overflow(head):
+        return f"logits may overflow {head.dtype}"
+    return _why_exact(None, head)

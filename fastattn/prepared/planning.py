@@ -159,10 +159,9 @@ def _sample(head: Head, rng: np.random.Generator) -> Array:
 def _exact(
     request: Request, method: Exact, reason: str, rng: np.random.Generator
 ) -> PreparedHead:
-    """An empty KV buffer."""
+    """A KV buffer with all keys."""
     head = request.head
-    _, _, d, p = head.sizes
-    plan = Plan(method, 0.0, exact_work(1, request.count, d, p), reason)
+    plan = Plan(method, 0.0, _exact_work(request), reason)
     buffer = KVBuffer.none(head.key, head.value)
     return request.fill(ExactHead(plan, head.scale, buffer, _sample(head, rng)))
 
@@ -231,7 +230,7 @@ def _rank_estimate(
             aim,
             rng,
             lambda rank, landmarks: lowrank_work(1, 0, d, p, rank, landmarks),
-            POLICY.time_share * exact_work(1, request.count, d, p),
+            POLICY.time_share * _exact_work(request),
         )
     except RefusalError as error:
         return RankEstimate(1, 0, math.inf, math.inf, str(error), None)
